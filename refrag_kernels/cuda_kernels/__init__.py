@@ -1,0 +1,1 @@
+"""Bind the CUDA C++ kernels of ``_C``."""
