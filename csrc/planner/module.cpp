@@ -1,0 +1,123 @@
+// refrag_kernels._planner: the planner for Python. Arrays come and go as addresses of int32 tensors on the CPU, checked
+// and kept alive by refrag_kernels/plan.py, so that neither torch's headers nor numpy are needed here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstring>
+#include <stdexcept>
+
+#include "planner.h"
+
+namespace py = pybind11;
+using namespace refrag::planner;
+
+namespace {
+
+const int32_t* at(uintptr_t address) { return reinterpret_cast<const int32_t*>(address); }
+
+Problem make_problem(uintptr_t chunk_offsets, int32_t num_chunks, uintptr_t sequence_chunks, int32_t num_sequences,
+                     int32_t kind, uintptr_t passages, uintptr_t indptr, uintptr_t indices, int64_t num_indices) {
+  Problem problem{at(chunk_offsets), num_chunks,   at(sequence_chunks), num_sequences, static_cast<MaskKind>(kind),
+                  at(passages),      at(indptr),   at(indices),         nullptr,       -1,
+                  -1};
+  if (problem.kind == MaskKind::csr) check_csr(problem, num_indices);
+  return problem;
+}
+
+// The fields in the order of AttentionPlan, each as bytes; `counts` are in its rows.
+struct Section {
+  const void* data;
+  size_t count;
+  size_t words;  // int32 words per row
+};
+
+std::array<Section, 14> sections(const Plan& plan, const std::array<int32_t, 8>& sizes,
+                                 const std::vector<int32_t>& q_row_block, const std::vector<int32_t>& kv_row_block) {
+  return {{{sizes.data(), sizes.size(), 1},
+           {q_row_block.data(), q_row_block.size(), 1},
+           {kv_row_block.data(), kv_row_block.size(), 1},
+           {plan.q_blocks.data(), plan.q_blocks.size(), 4},
+           {plan.full_offsets.data(), plan.full_offsets.size(), 1},
+           {plan.full_ranges.data(), plan.full_ranges.size(), 2},
+           {plan.partial_offsets.data(), plan.partial_offsets.size(), 1},
+           {plan.partial_keys.data(), plan.partial_keys.size(), 1},
+           {plan.partial_bits.data(), plan.partial_bits.size(), kTile / 2},
+           {plan.kv_blocks.data(), plan.kv_blocks.size(), 4},
+           {plan.full_t_offsets.data(), plan.full_t_offsets.size(), 1},
+           {plan.full_t_ranges.data(), plan.full_t_ranges.size(), 2},
+           {plan.partial_t_offsets.data(), plan.partial_t_offsets.size(), 1},
+           {plan.partial_t_tiles.data(), plan.partial_t_tiles.size(), 2}}};
+}
+
+std::array<int32_t, 8> sizes_of(const Plan& plan) {
+  return {plan.query_rows,
+          plan.key_rows,
+          static_cast<int32_t>(plan.q_blocks.size()),
+          static_cast<int32_t>(plan.kv_blocks.size()),
+          static_cast<int32_t>(plan.full_ranges.size()),
+          static_cast<int32_t>(plan.partial_keys.size()),
+          static_cast<int32_t>(plan.full_t_ranges.size()),
+          plan.num_sequences};
+}
+
+std::vector<int32_t> block_of_row(const std::vector<Block>& blocks) {
+  std::vector<int32_t> rows;
+  for (size_t i = 0; i < blocks.size(); ++i) rows.insert(rows.end(), blocks[i].count, static_cast<int32_t>(i));
+  return rows;
+}
+
+// Writes each section to word offsets[i] of the buffer, which has room for rows[i] of its rows. What is left over is
+// filled so that kernels skip it: offsets repeat their last value, rows belong to no block, the rest is 0.
+void write(const Plan& plan, uintptr_t buffer, const std::array<int64_t, 14>& offsets,
+           const std::array<int64_t, 14>& rows) {
+  const auto sizes = sizes_of(plan);
+  const auto q_row_block = block_of_row(plan.q_blocks), kv_row_block = block_of_row(plan.kv_blocks);
+  const auto all = sections(plan, sizes, q_row_block, kv_row_block);
+  int32_t* words = reinterpret_cast<int32_t*>(buffer);
+  for (size_t i = 0; i < all.size(); ++i) {
+    const Section& section = all[i];
+    if (static_cast<int64_t>(section.count) > rows[i]) throw std::invalid_argument("plan buffer is too small");
+    int32_t* out = words + offsets[i];
+    const size_t used = section.count * section.words, room = rows[i] * section.words;
+    if (used) std::memcpy(out, section.data, used * sizeof(int32_t));
+    int32_t fill = 0;
+    if (i == 1 || i == 2) fill = -1;
+    if (i == 4 || i == 6 || i == 10 || i == 12) fill = out[used - 1];
+    for (size_t word = used; word < room; ++word) out[word] = fill;
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_planner, m) {
+  m.doc() = "Builds attention plans from chunk lengths and chunk masks.";
+  py::class_<Plan>(m, "Plan").def("sizes", &sizes_of).def("write", &write);
+  m.def("plan", [](uintptr_t chunk_offsets, int32_t num_chunks, uintptr_t sequence_chunks, int32_t num_sequences,
+                   int32_t kind, uintptr_t passages, uintptr_t indptr, uintptr_t indices, int64_t num_indices,
+                   uintptr_t query_lengths, int32_t left, int32_t right) {
+    py::gil_scoped_release release;
+    Problem problem = make_problem(chunk_offsets, num_chunks, sequence_chunks, num_sequences, kind, passages, indptr,
+                                   indices, num_indices);
+    problem.query_lengths = at(query_lengths);
+    problem.left = left;
+    problem.right = right;
+    return make_plan(problem);
+  });
+  py::class_<Visible>(m, "Visible")
+      .def("num_ranges", [](const Visible& visible) { return visible.ranges.size(); })
+      .def("write", [](const Visible& visible, uintptr_t indptr, uintptr_t ranges) {
+        std::memcpy(reinterpret_cast<void*>(indptr), visible.indptr.data(), visible.indptr.size() * sizeof(int32_t));
+        if (!visible.ranges.empty()) {
+          std::memcpy(reinterpret_cast<void*>(ranges), visible.ranges.data(), visible.ranges.size() * sizeof(Interval));
+        }
+      });
+  m.def("visible", [](uintptr_t chunk_offsets, int32_t num_chunks, uintptr_t sequence_chunks, int32_t num_sequences,
+                      int32_t kind, uintptr_t passages, uintptr_t indptr, uintptr_t indices, int64_t num_indices,
+                      uintptr_t rows, int64_t num_rows) {
+    py::gil_scoped_release release;
+    const Problem problem = make_problem(chunk_offsets, num_chunks, sequence_chunks, num_sequences, kind, passages,
+                                         indptr, indices, num_indices);
+    return visible_ranges(problem, at(rows), num_rows);
+  });
+}

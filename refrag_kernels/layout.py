@@ -1,0 +1,140 @@
+"""ChunkLayout: which rows of a packed batch belong to which chunk and which sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChunkLayout:
+    """The chunks and sequences of a packed batch.
+
+    Rows of all sequences stand one after another, without padding. A span of text is a chunk like any other: a slot is a
+    chunk of 1 row, an expanded chunk one of k rows, a question one of as many rows as it has tokens.
+
+    Attributes
+    ----------
+    chunk_offsets : Tensor, int32 [C + 1]
+        First row of each chunk; the last entry is the number of rows.
+    sequence_chunks : Tensor, int32 [B + 1]
+        First chunk of each sequence.
+    sequence_offsets : Tensor, int32 [B + 1]
+        First row of each sequence.
+    total_rows : int
+        T, the number of rows of the batch.
+
+    Examples
+    --------
+    >>> from refrag_kernels import ChunkLayout
+    >>> layout = ChunkLayout.from_lengths([[4, 1, 1, 2], [3]])
+    >>> layout.chunk_offsets.tolist(), layout.sequence_chunks.tolist(), layout.sequence_offsets.tolist()
+    ([0, 4, 5, 6, 8, 11], [0, 4, 5], [0, 8, 11])
+    >>> layout.total_rows, layout.num_chunks, layout.num_sequences
+    (11, 5, 2)
+    """
+
+    chunk_offsets: torch.Tensor
+    sequence_chunks: torch.Tensor
+    sequence_offsets: torch.Tensor
+    total_rows: int
+    # The layout on the CPU, where plans are made: kept so that planning for a layout on a GPU needs no copy back.
+    _host: ChunkLayout | None = dataclasses.field(default=None, repr=False)
+
+    @staticmethod
+    def from_lengths(lengths: Sequence[Sequence[int]]) -> ChunkLayout:
+        """Make a layout from the chunk lengths of each sequence.
+
+        Parameters
+        ----------
+        lengths : sequence of sequences of int
+            One list a sequence: the number of rows of each of its chunks, at least 1 each. A list may be empty.
+
+        Returns
+        -------
+        ChunkLayout
+            On the CPU.
+
+        Raises
+        ------
+        ValueError
+            If a length is below 1 or the batch has more than 2^31 - 1 rows; names the sequence and the chunk.
+        TypeError
+            If a length is not an integer.
+        """
+        flat: list[int] = []
+        starts = [0]
+        for sequence in lengths:
+            flat.extend(sequence)
+            starts.append(len(flat))
+        if not all(type(length) is int for length in flat):
+            # Integers of other types (NumPy's, 0-d tensors) are welcome; floats and strings are not.
+            flat = [_as_int(length, *_position(starts, i)) for i, length in enumerate(flat)]
+        if flat and min(flat) < 1:
+            chunk = next(i for i, length in enumerate(flat) if length < 1)
+            sequence_index, chunk_index = _position(starts, chunk)
+            raise ValueError(
+                f"lengths: got {flat[chunk]} for chunk {chunk_index} of sequence {sequence_index}, needs at least 1"
+            )
+        total = sum(flat)
+        if total > _INT32_MAX:
+            raise ValueError(f"lengths: got {total} rows in all, needs at most {_INT32_MAX}")
+        chunk_offsets = torch.zeros(len(flat) + 1, dtype=torch.int32)
+        torch.cumsum(torch.tensor(flat, dtype=torch.int32), 0, out=chunk_offsets[1:])
+        sequence_chunks = torch.tensor(starts, dtype=torch.int32)
+        return ChunkLayout(chunk_offsets, sequence_chunks, chunk_offsets[sequence_chunks.long()], total)
+
+    @property
+    def num_chunks(self) -> int:
+        """C, the number of chunks of the batch."""
+        return self.chunk_offsets.shape[0] - 1
+
+    @property
+    def num_sequences(self) -> int:
+        """B, the number of sequences."""
+        return self.sequence_chunks.shape[0] - 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.chunk_offsets.device
+
+    def lengths(self) -> list[list[int]]:
+        """Return the chunk lengths of each sequence, as ``from_lengths`` takes them."""
+        host = self.host()
+        lengths = host.chunk_offsets.diff().tolist()
+        starts = host.sequence_chunks.tolist()
+        return [lengths[start:end] for start, end in zip(starts, starts[1:])]
+
+    def host(self) -> ChunkLayout:
+        """Return this layout on the CPU, without a copy from the device."""
+        return self._host or self
+
+    def to(self, device: torch.device | str) -> ChunkLayout:
+        """Return this layout on ``device``."""
+        host = self.host()
+        if torch.device(device).type == "cpu":
+            return host
+        moved = (t.to(device, non_blocking=True) for t in (host.chunk_offsets, host.sequence_chunks, host.sequence_offsets))
+        return ChunkLayout(*moved, self.total_rows, host)
+
+
+def _position(starts: list[int], chunk: int) -> tuple[int, int]:
+    """Return the sequence of a chunk of the batch and its place in it."""
+    sequence = next(i for i, end in enumerate(starts[1:]) if chunk < end)
+    return sequence, chunk - starts[sequence]
+
+
+def _as_int(length: object, sequence: int, chunk: int) -> int:
+    try:
+        if isinstance(length, bool):
+            raise TypeError
+        return length.__index__()  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):
+        raise TypeError(
+            f"lengths: got {length!r} for chunk {chunk} of sequence {sequence}, needs an integer"
+        ) from None

@@ -1,0 +1,140 @@
+"""ChunkMask: which chunk may look at which chunk."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+
+import torch
+
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+
+class MaskKind(enum.IntEnum):
+    """How a mask is held; the numbers are the planner's."""
+
+    FULL = 0
+    PASSAGES = 1
+    DIAGONAL = 2
+    CSR = 3
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ChunkMask:
+    """The answer to "may chunk a look at chunk b?", without a dense rows x rows tensor.
+
+    Make one with ``full``, ``passages``, ``diagonal``, ``from_dense`` or ``from_csr``. A mask says nothing of causality
+    or windows: those are arguments of ``plan_attention``, and a pair of rows is allowed only where all of them allow it.
+
+    Examples
+    --------
+    >>> from refrag_kernels import ChunkLayout, ChunkMask, plan_attention
+    >>> layout = ChunkLayout.from_lengths([[2, 3, 3, 2]])  # instruction, two passages, question
+    >>> plan = plan_attention(layout, ChunkMask.passages([-1, 0, 1, -1]))
+    >>> plan.stats()["pairs_allowed"]  # of 55 pairs under a plain causal mask
+    46
+    """
+
+    kind: MaskKind
+    passage_of_chunk: torch.Tensor | None = None
+    indptr: torch.Tensor | None = None
+    indices: torch.Tensor | None = None
+
+    @staticmethod
+    def full() -> ChunkMask:
+        """Every chunk sees every chunk of its own sequence; with ``causal=True`` this is the paper's decoder."""
+        return ChunkMask(MaskKind.FULL)
+
+    @staticmethod
+    def diagonal() -> ChunkMask:
+        """A chunk sees only itself: the chunk encoder's mask (REFRAG, section 2)."""
+        return ChunkMask(MaskKind.DIAGONAL)
+
+    @staticmethod
+    def passages(passage_of_chunk: torch.Tensor | Sequence[int]) -> ChunkMask:
+        """A chunk of a passage sees shared text and its own passage; shared text sees everything.
+
+        This is the pattern of Block-Attention (arXiv 2409.15355), an extension: REFRAG's own decoder is plain causal.
+
+        Parameters
+        ----------
+        passage_of_chunk : integer tensor [C] or sequence of int
+            The passage of each chunk, counted per sequence; -1 marks shared text.
+
+        Raises
+        ------
+        TypeError
+            If the values are not integers.
+        ValueError
+            If it is not one-dimensional or an id is below -1.
+        """
+        passages = _integers("passage_of_chunk", passage_of_chunk)
+        if passages.numel() and int(passages.min()) < -1:
+            chunk = int((passages < -1).nonzero()[0])
+            raise ValueError(f"passage_of_chunk: got {int(passages[chunk])} for chunk {chunk}, needs -1 or more")
+        return ChunkMask(MaskKind.PASSAGES, passage_of_chunk=passages)
+
+    @staticmethod
+    def from_dense(allowed: torch.Tensor | Sequence[torch.Tensor]) -> ChunkMask:
+        """Make a mask from bool matrices.
+
+        Parameters
+        ----------
+        allowed : bool tensor [C, C], or one [c, c] per sequence
+            ``allowed[a, b]``: chunk a may look at chunk b. A row may be empty.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a matrix is not bool or not square. A pair from two sequences is refused when the plan is made.
+        """
+        matrices = [allowed] if isinstance(allowed, torch.Tensor) else list(allowed)
+        counts, indices, first = [], [], 0
+        for i, matrix in enumerate(matrices):
+            name = "allowed" if isinstance(allowed, torch.Tensor) else f"allowed[{i}]"
+            if not isinstance(matrix, torch.Tensor) or matrix.dtype != torch.bool:
+                raise TypeError(f"{name}: got {getattr(matrix, 'dtype', type(matrix).__name__)}, needs a bool tensor")
+            if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+                raise ValueError(f"{name}: got shape {list(matrix.shape)}, needs a square matrix")
+            matrix = matrix.cpu()
+            counts.append(matrix.sum(1))
+            indices.append(matrix.nonzero()[:, 1] + first)
+            first += matrix.shape[0]
+        indptr = torch.zeros(first + 1, dtype=torch.int64)
+        if counts:
+            torch.cumsum(torch.cat(counts), 0, out=indptr[1:])
+        return ChunkMask.from_csr(indptr, torch.cat(indices) if indices else torch.zeros(0, dtype=torch.int64))
+
+    @staticmethod
+    def from_csr(indptr: torch.Tensor | Sequence[int], indices: torch.Tensor | Sequence[int]) -> ChunkMask:
+        """Make a mask from compressed sparse rows.
+
+        Parameters
+        ----------
+        indptr : integer tensor [C + 1]
+            Where each chunk's list starts in ``indices``.
+        indices : integer tensor [nnz]
+            The chunks of the batch that each chunk may look at, ascending.
+
+        Raises
+        ------
+        TypeError
+            If the values are not integers.
+        ValueError
+            When the plan is made: if an index is out of range, not ascending, or from another sequence.
+        """
+        return ChunkMask(MaskKind.CSR, indptr=_integers("indptr", indptr), indices=_integers("indices", indices))
+
+
+def _integers(name: str, values: torch.Tensor | Sequence[int]) -> torch.Tensor:
+    """Return ``values`` as a contiguous int32 tensor on the CPU."""
+    tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=None if len(values) else torch.int32)
+    if tensor.dtype not in _INTEGERS:
+        raise TypeError(f"{name}: got dtype {str(tensor.dtype).removeprefix('torch.')}, needs integers")
+    if tensor.dim() != 1:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, needs one dimension")
+    tensor = tensor.cpu()
+    if tensor.dtype == torch.int64 and tensor.numel() and (int(tensor.max()) >= 2**31 or int(tensor.min()) < -(2**31)):
+        raise ValueError(f"{name}: got values beyond int32")
+    return tensor.to(torch.int32).contiguous()
