@@ -1,5 +1,20 @@
 """Kernels for compressed retrieval-augmented decoding: torch ops over mixed sequences of text and chunk embeddings."""
 
+from refrag_kernels.attention import mixed_attention
 from refrag_kernels.backends import use_backend
+from refrag_kernels.layout import ChunkLayout
+from refrag_kernels.mask import ChunkMask
+from refrag_kernels.plan import AttentionPlan, PlanCapacity, plan_attention
+from refrag_kernels.visible import VisibleRanges, visible_ranges
 
-__all__ = ["use_backend"]
+__all__ = [
+    "AttentionPlan",
+    "ChunkLayout",
+    "ChunkMask",
+    "PlanCapacity",
+    "VisibleRanges",
+    "mixed_attention",
+    "plan_attention",
+    "use_backend",
+    "visible_ranges",
+]

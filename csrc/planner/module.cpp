@@ -69,8 +69,8 @@ std::vector<int32_t> block_of_row(const std::vector<Block>& blocks) {
 
 // Writes each section to word offsets[i] of the buffer, which has room for rows[i] of its rows. What is left over is
 // filled so that kernels skip it: offsets repeat their last value, rows belong to no block, the rest is 0.
-void write(const Plan& plan, uintptr_t buffer, const std::array<int64_t, 14>& offsets,
-           const std::array<int64_t, 14>& rows) {
+void write_plan(const Plan& plan, uintptr_t buffer, const std::array<int64_t, 14>& offsets,
+                const std::array<int64_t, 14>& rows) {
   const auto sizes = sizes_of(plan);
   const auto q_row_block = block_of_row(plan.q_blocks), kv_row_block = block_of_row(plan.kv_blocks);
   const auto all = sections(plan, sizes, q_row_block, kv_row_block);
@@ -92,7 +92,7 @@ void write(const Plan& plan, uintptr_t buffer, const std::array<int64_t, 14>& of
 
 PYBIND11_MODULE(_planner, m) {
   m.doc() = "Builds attention plans from chunk lengths and chunk masks.";
-  py::class_<Plan>(m, "Plan").def("sizes", &sizes_of).def("write", &write);
+  py::class_<Plan>(m, "Plan").def("sizes", &sizes_of).def("write", &write_plan);
   m.def("plan", [](uintptr_t chunk_offsets, int32_t num_chunks, uintptr_t sequence_chunks, int32_t num_sequences,
                    int32_t kind, uintptr_t passages, uintptr_t indptr, uintptr_t indices, int64_t num_indices,
                    uintptr_t query_lengths, int32_t left, int32_t right) {

@@ -4,6 +4,7 @@
 // own first row. A pair of block and tile is skipped, full (every row sees every key) or partial (16 x 16 mask bits).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 

@@ -2,11 +2,14 @@
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
+#include <string>
 
 #include "planner.h"
 #include "visibility.h"
 
 namespace refrag::planner {
+using std::size_t;
+
 namespace {
 
 constexpr int32_t tile_floor(int32_t row) { return row / kTile; }

@@ -2,6 +2,8 @@
 #include "planner.h"
 
 namespace refrag::planner {
+using std::size_t;
+
 namespace {
 
 // A key tile that every row of the query rows [start, end) sees whole.

@@ -36,15 +36,15 @@ void check_csr(const Problem& problem, int64_t num_indices) {
     for (int32_t chunk = first; chunk < last; ++chunk) {
       for (int32_t at = problem.indptr[chunk]; at < problem.indptr[chunk + 1]; ++at) {
         const int32_t seen = problem.indices[at];
+        const bool ascending = at == problem.indptr[chunk] || problem.indices[at - 1] < seen;
+        if (seen >= first && seen < last && ascending) continue;
         const std::string where = "indices: got " + std::to_string(seen) + " for chunk " + std::to_string(chunk);
         if (seen < 0 || seen >= chunks) fail(where + ", needs a chunk in [0, " + std::to_string(chunks) + ")");
         if (seen < first || seen >= last) {
           fail(where + ", needs a chunk of its own sequence " + std::to_string(sequence) + ", in [" +
                std::to_string(first) + ", " + std::to_string(last) + "): a mask can't cross sequences");
         }
-        if (at > problem.indptr[chunk] && problem.indices[at - 1] >= seen) {
-          fail(where + " after " + std::to_string(problem.indices[at - 1]) + ", needs ascending values");
-        }
+        fail(where + " after " + std::to_string(problem.indices[at - 1]) + ", needs ascending values");
       }
     }
   }

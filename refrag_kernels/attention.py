@@ -1,0 +1,180 @@
+"""mixed_attention: attention over the packed rows of a batch of mixed sequences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from refrag_kernels import backends
+from refrag_kernels.plan import AttentionPlan
+from refrag_kernels.registration import register_op
+from refrag_kernels.validation import (
+    FLOAT_DTYPES,
+    check_dtype,
+    check_last_contiguous,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+)
+
+MAX_HEAD_WIDTH = 256
+
+
+def check_heads(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None) -> None:
+    """Check head counts and the head width of q [T_q, H_q, D] and of keys whose last two dimensions are H_kv, D."""
+    heads, width = q.shape[1], q.shape[2]
+    if width % 8 or not 0 < width <= MAX_HEAD_WIDTH:
+        raise ValueError(f"q: got a head width D of {width}, needs a multiple of 8 up to {MAX_HEAD_WIDTH}")
+    if k.shape[-2] == 0 or heads % k.shape[-2]:
+        raise ValueError(f"q: got {heads} heads, needs a multiple of the {k.shape[-2]} key/value heads")
+    if sinks is not None:
+        check_dtype("sinks", sinks, torch.float32, *((torch.float64,) if q.dtype == torch.float64 else ()))
+        check_shape("sinks", sinks, heads)
+
+
+def _check(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Sequence[torch.Tensor], sinks: torch.Tensor | None
+) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_dtype(name, tensor, *FLOAT_DTYPES)
+    check_same_dtype(q=q, k=k, v=v)
+    check_same_device(q=q, k=k, v=v, sinks=sinks, plan=plan[0])
+    check_shape("q", q, "T_q", "H_q", "D")
+    check_shape("k", k, "T_kv", "H_kv", q.shape[2])
+    check_shape("v", v, *k.shape)
+    check_heads(q, k, sinks)
+    check_last_contiguous(q=q, k=k, v=v)
+    for name, tensor, rows in (("q", q, plan[1]), ("k", k, plan[2])):
+        if tensor.shape[0] != rows.shape[0]:
+            raise ValueError(
+                f"plan: got a plan for {rows.shape[0]} rows of {name}, needs one for the {tensor.shape[0]} rows passed"
+            )
+
+
+def _fake(q, k, v, plan, scale, softcap, sinks, *, backend=None):
+    _check(q, k, v, plan, sinks)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=lse_dtype)
+
+
+def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, softcap, sinks, *, backend=None):
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dsinks = q.new_empty(0, dtype=torch.float32) if sinks is None else torch.empty_like(sinks)
+    return dq, dk, dv, dsinks
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs, output):
+    q, k, v, plan, ctx.scale, ctx.softcap, sinks = inputs
+    ctx.save_for_backward(q, k, v, sinks, *output, *plan)
+    ctx.backend = backends.pinned(keyword_only_inputs["backend"])
+
+
+def _backward(ctx, grad_out, grad_lse):
+    q, k, v, sinks, out, lse, *plan = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse.contiguous()
+    dq, dk, dv, dsinks = torch.ops.refrag.mixed_attention_backward(
+        grad_out, grad_lse, q, k, v, out, lse, plan, ctx.scale, ctx.softcap, sinks, backend=ctx.backend
+    )
+    return dq, dk, dv, [None] * len(plan), None, None, None if sinks is None else dsinks
+
+
+_mixed_attention = register_op(
+    "mixed_attention(Tensor q, Tensor k, Tensor v, Tensor[] plan, float scale, float softcap, Tensor? sinks, *, "
+    "str? backend) -> (Tensor, Tensor)",
+    family="attention",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+    autocast=("q", "k", "v"),
+)
+register_op(
+    "mixed_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor[] plan, float scale, float softcap, Tensor? sinks, *, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    family="attention",
+    fake=_fake_backward,
+)
+
+
+def mixed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    r"""Attention over the packed rows of a batch, restricted to the pairs of rows that a plan allows.
+
+    With :math:`s_{ij} = \mathrm{scale} \cdot q_i \cdot k_j` over the allowed pairs,
+    :math:`\mathrm{out}_i = \sum_j \mathrm{softmax}_j(s_{ij}) v_j`. A row that sees nothing gives 0.
+
+    Parameters
+    ----------
+    q : Tensor [T_q, H_q, D]
+        Query rows of all sequences, one after another: float32, bfloat16 or float16 (the reference also float64). D is a
+        multiple of 8 up to 256. The last dimension must be contiguous; the others may have any stride.
+    k, v : Tensor [T_kv, H_kv, D]
+        Keys and values, same dtype and device. H_q must be a multiple of H_kv: query head h reads key/value head
+        ``h // (H_q // H_kv)``.
+    plan : AttentionPlan
+        From ``plan_attention``, on the same device.
+    scale : float, optional
+        Default ``1 / sqrt(D)``.
+    softcap : float, optional
+        Replaces s by ``softcap * tanh(s / softcap)`` before the mask.
+    sinks : Tensor [H_q], float32, optional
+        A logit per head that joins the denominator and the lse, never the output.
+    return_lse : bool
+        Whether to return the log-sum-exp as well.
+    backend : str, optional
+        Backends that may run this call, in order, such as ``"cpu"``; default the fastest that supports it.
+
+    Returns
+    -------
+    out : Tensor [T_q, H_q, D]
+        In the dtype of q; computed in float32 (float64 for float64).
+    lse : Tensor [T_q, H_q], float32
+        Natural log of the denominator, -inf for a row that sees nothing; only with ``return_lse``. Gradients flow through
+        it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes, devices, shapes or strides don't fit, or the plan was made for other row counts.
+
+    Notes
+    -----
+    Differentiable in q, k, v and sinks; a second derivative raises. The cost is 4 * H_q * D FLOPs for each pair that
+    ``plan.stats()`` counts as computed. The paper's decoder is plain causal (``ChunkMask.full()``); chunk masks are an
+    extension.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import refrag_kernels as rk
+    >>> layout = rk.ChunkLayout.from_lengths([[5, 1, 1, 3], [4]])  # text, two slots, question; a text
+    >>> plan = rk.plan_attention(layout)
+    >>> q = torch.randn(14, 4, 16)
+    >>> k, v = torch.randn(2, 14, 2, 16)
+    >>> rk.mixed_attention(q, k, v, plan).shape
+    torch.Size([14, 4, 16])
+    """
+    if not isinstance(plan, AttentionPlan):
+        raise TypeError(f"plan: got {type(plan).__name__}, needs an AttentionPlan")
+    tensors = plan.tensors()
+    _check(q, k, v, tensors, sinks)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1])
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: got {softcap}, needs a positive number or None")
+    out, lse = _mixed_attention(q, k, v, tensors, scale, softcap or 0.0, sinks, backend=backend)
+    return (out, lse) if return_lse else out

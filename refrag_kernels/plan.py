@@ -1,0 +1,372 @@
+"""plan_attention: from a layout and a mask to the tiles that every backend's attention walks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from refrag_kernels import _planner
+from refrag_kernels.layout import ChunkLayout
+from refrag_kernels.mask import ChunkMask, MaskKind
+
+TILE = 16  # rows of a query block and keys of a tile, as in csrc/planner/planner.h
+
+# Each section of a plan starts at a multiple of 64 bytes: a cache line, and more than any vector load asks for.
+_ALIGNMENT = 16  # in int32 words
+
+
+def _field(*shape: int):
+    """Declare a field of the plan: the width of its rows in int32 words."""
+    return dataclasses.field(metadata={"row_shape": shape})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AttentionPlan:
+    """What attention kernels walk: made once a batch by ``plan_attention``, used by every layer and the backward pass.
+
+    The rows of each sequence are cut into blocks of 16 query rows and tiles of 16 key rows, counted from the sequence's
+    first row. A pair of block and tile is skipped, full (every row sees every key) or partial. All fields are int32
+    tensors on one device. Under a ``capacity`` they are longer than what is used: ``sizes`` tells how much is.
+
+    Attributes
+    ----------
+    sizes : [8]
+        T_q, T_kv, query blocks, key blocks, full ranges, partial tiles, transposed full ranges, sequences.
+    q_row_block, kv_row_block : [T_q], [T_kv]
+        The block of each packed row; -1 marks rows beyond the batch, under a capacity.
+    q_blocks : [NB, 4]
+        First query row, number of rows (1 to 16), first key row of its sequence, number of key rows of its sequence.
+    full_offsets, full_ranges : [NB + 1], [F, 2]
+        Key rows [start, end) that every row of a block sees, whole tiles.
+    partial_offsets, partial_keys, partial_bits : [NB + 1], [P], [P, 8]
+        First key row of a tile that some rows see in part; bit ``16 * (r % 2) + c`` of word ``r // 2``: row r of the
+        block sees key c of the tile. The bits hold mask, causality, window and the ends of the sequence.
+    kv_blocks : [NK, 4]
+        First key row, number of rows (1 to 16), first query row of its sequence, number of query rows of its sequence.
+    full_t_offsets, full_t_ranges : [NK + 1], [FT, 2]
+        The transpose, for the backward pass: query rows [start, end), whole blocks, that see every key of a tile.
+    partial_t_offsets, partial_t_tiles : [NK + 1], [P, 2]
+        Query block, and index into ``partial_keys`` and ``partial_bits``.
+    """
+
+    sizes: torch.Tensor = _field()
+    q_row_block: torch.Tensor = _field()
+    kv_row_block: torch.Tensor = _field()
+    q_blocks: torch.Tensor = _field(4)
+    full_offsets: torch.Tensor = _field()
+    full_ranges: torch.Tensor = _field(2)
+    partial_offsets: torch.Tensor = _field()
+    partial_keys: torch.Tensor = _field()
+    partial_bits: torch.Tensor = _field(8)
+    kv_blocks: torch.Tensor = _field(4)
+    full_t_offsets: torch.Tensor = _field()
+    full_t_ranges: torch.Tensor = _field(2)
+    partial_t_offsets: torch.Tensor = _field()
+    partial_t_tiles: torch.Tensor = _field(2)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the fields in the order in which ops take them."""
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.sizes.device
+
+    def to(self, device: torch.device | str) -> AttentionPlan:
+        """Return this plan on ``device``; one copy moves all of it."""
+        if torch.device(device) == self.device:
+            return self
+        shapes = [tensor.shape for tensor in self.tensors()]
+        return AttentionPlan(*_views(_buffer_of(self).to(device, non_blocking=True), shapes))
+
+    def stats(self) -> dict[str, int]:
+        """Count the pairs and tiles of the plan. Waits for the device, so it is for inspection, not for hot paths.
+
+        Returns
+        -------
+        dict
+            ``pairs_allowed``: pairs of rows the mask allows. ``pairs_computed``: 256 for each tile that is not skipped.
+            ``tiles_full``, ``tiles_partial``, ``tiles_skipped``: of all pairs of block and tile within a sequence.
+
+        Examples
+        --------
+        >>> from refrag_kernels import ChunkLayout, plan_attention
+        >>> plan_attention(ChunkLayout.from_lengths([[64]])).stats()
+        {'pairs_allowed': 2080, 'pairs_computed': 2560, 'tiles_full': 6, 'tiles_partial': 4, 'tiles_skipped': 6}
+        """
+        plan = self.to("cpu")
+        _, _, blocks, _, full, partial, _, _ = plan.sizes.tolist()
+        rows = plan.q_blocks[:blocks, 1].long()
+        per_block = torch.zeros(blocks + 1, dtype=torch.int64)
+        ranges = plan.full_ranges[:full].long()
+        torch.cumsum(ranges[:, 1] - ranges[:, 0], 0, out=(running := torch.zeros(full + 1, dtype=torch.int64))[1:])
+        per_block = running[plan.full_offsets[: blocks + 1].long()].diff()
+        bits = plan.partial_bits[:partial].long()
+        allowed = int((per_block * rows).sum()) + sum(int((bits >> shift & 1).sum()) for shift in range(32))
+        tiles_full = int(per_block.sum()) // TILE
+        tiles_all = int(((plan.q_blocks[:blocks, 3].long() + TILE - 1) // TILE).sum())
+        return {
+            "pairs_allowed": allowed,
+            "pairs_computed": (tiles_full + partial) * TILE * TILE,
+            "tiles_full": tiles_full,
+            "tiles_partial": partial,
+            "tiles_skipped": tiles_all - tiles_full - partial,
+        }
+
+
+torch.utils._pytree.register_dataclass(AttentionPlan, serialized_type_name="refrag_kernels.AttentionPlan")
+
+_ROW_SHAPES = [field.metadata["row_shape"] for field in dataclasses.fields(AttentionPlan)]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanCapacity:
+    """Fixed sizes of a plan's buffers, so that a captured CUDA graph can replay on plans that are refilled.
+
+    Attributes
+    ----------
+    q_rows, kv_rows : int
+        Packed query and key rows.
+    q_blocks, kv_blocks : int
+        Blocks of 16 rows; each sequence rounds up by itself.
+    full_ranges, partial_tiles, full_t_ranges : int
+        Entries of the lists of the same names.
+
+    Examples
+    --------
+    >>> from refrag_kernels import ChunkLayout, PlanCapacity, plan_attention
+    >>> capacity = PlanCapacity.for_rows(512, sequences=4)
+    >>> plan = plan_attention(ChunkLayout.from_lengths([[100, 1, 1, 40], [60]]), capacity=capacity)
+    >>> plan.q_row_block.shape, plan.sizes[0].item()
+    (torch.Size([512]), 202)
+    >>> refilled = plan_attention(ChunkLayout.from_lengths([[300]]), capacity=capacity, out=plan)
+    >>> refilled is plan, plan.sizes[0].item()
+    (True, 300)
+    """
+
+    q_rows: int
+    kv_rows: int
+    q_blocks: int
+    kv_blocks: int
+    full_ranges: int
+    partial_tiles: int
+    full_t_ranges: int
+
+    @staticmethod
+    def for_rows(q_rows: int, *, sequences: int, kv_rows: int | None = None, ranges_per_block: int = 4) -> PlanCapacity:
+        """Return a capacity for batches of up to ``sequences`` sequences and ``q_rows`` query rows.
+
+        ``ranges_per_block`` is the mean number of full ranges and of partial tiles of a block of 16 rows: 4 holds plain
+        causal plans and passages that are not interleaved; a plan that does not fit is refused by ``plan_attention``.
+        """
+        kv_rows = q_rows if kv_rows is None else kv_rows
+        q_blocks, kv_blocks = q_rows // TILE + sequences, kv_rows // TILE + sequences
+        return PlanCapacity(
+            q_rows,
+            kv_rows,
+            q_blocks,
+            kv_blocks,
+            full_ranges=ranges_per_block * q_blocks,
+            partial_tiles=ranges_per_block * q_blocks,
+            full_t_ranges=ranges_per_block * kv_blocks,
+        )
+
+    def _rows(self) -> list[int]:
+        return [
+            8,
+            self.q_rows,
+            self.kv_rows,
+            self.q_blocks,
+            self.q_blocks + 1,
+            self.full_ranges,
+            self.q_blocks + 1,
+            self.partial_tiles,
+            self.partial_tiles,
+            self.kv_blocks,
+            self.kv_blocks + 1,
+            self.full_t_ranges,
+            self.kv_blocks + 1,
+            self.partial_tiles,
+        ]
+
+
+def plan_attention(
+    layout: ChunkLayout,
+    mask: ChunkMask | None = None,
+    *,
+    causal: bool = True,
+    window: int | tuple[int, int] | None = None,
+    kv_layout: ChunkLayout | None = None,
+    capacity: PlanCapacity | None = None,
+    out: AttentionPlan | None = None,
+    device: torch.device | str | None = None,
+) -> AttentionPlan:
+    """Make the plan of a batch: which tiles of rows and keys attention has to compute, and which pairs of a tile count.
+
+    With i and j the row numbers inside one sequence, query row i may look at key row j iff ``mask[chunk(i), chunk(j)]``
+    and (not causal or j <= i) and the window holds.
+
+    Parameters
+    ----------
+    layout : ChunkLayout
+        Chunks of the query rows; with ``kv_layout`` only the number of rows of each of its sequences counts.
+    mask : ChunkMask, optional
+        Default ``ChunkMask.full()``.
+    causal : bool
+        Whether a row sees no later row.
+    window : int or (int, int), optional
+        An int w allows j > i - w and needs ``causal``. A pair (left, right) allows i - left <= j <= i + right; -1 means
+        no bound.
+    kv_layout : ChunkLayout, optional
+        Chunks of the key rows, where they are more than the query rows (append, multi-turn, chunked prefill): the query
+        rows are the last rows of each of its sequences. The mask is about its chunks; i and j count from its first row.
+    capacity : PlanCapacity, optional
+        Fixed sizes of the plan's buffers.
+    out : AttentionPlan, optional
+        A plan made with the same ``capacity``, to be refilled in place by one copy that doesn't wait for the device.
+    device : torch.device or str, optional
+        Where the plan goes; default where ``layout`` is.
+
+    Returns
+    -------
+    AttentionPlan
+
+    Raises
+    ------
+    ValueError
+        If mask, layouts, window and capacity don't fit each other; the message names the argument.
+
+    Examples
+    --------
+    >>> from refrag_kernels import ChunkLayout, ChunkMask, plan_attention
+    >>> layout = ChunkLayout.from_lengths([[64, 1, 1, 16, 1, 32]])
+    >>> plan_attention(layout).stats()["pairs_allowed"] == 115 * 116 // 2
+    True
+    >>> plan_attention(layout, ChunkMask.diagonal(), causal=False).stats()["pairs_allowed"]
+    5379
+    """
+    if not isinstance(layout, ChunkLayout):
+        raise TypeError(f"layout: got {type(layout).__name__}, needs a ChunkLayout")
+    if out is not None and capacity is None:
+        raise ValueError("out: needs the capacity that it was made with")
+    device = torch.device(device) if device is not None else layout.device
+    left, right = _window(window, causal)
+    keys = (layout if kv_layout is None else kv_layout).host()
+    query_lengths = None if kv_layout is None else _query_lengths(layout.host(), keys)
+    built = _planner.plan(
+        *_problem(keys, ChunkMask.full() if mask is None else mask),
+        0 if query_lengths is None else query_lengths.data_ptr(),
+        left,
+        right,
+    )
+    rows = _rows(built.sizes()) if capacity is None else _capacity_rows(built.sizes(), capacity)
+    shapes = [(count, *row_shape) for count, row_shape in zip(rows, _ROW_SHAPES)]
+    offsets, total = _offsets(shapes)
+    pinned = device.type == "cuda" and torch.cuda.is_available()
+    buffer = torch.empty(total, dtype=torch.int32, pin_memory=pinned)
+    built.write(buffer.data_ptr(), offsets, rows)
+    if out is not None:
+        if [tuple(tensor.shape) for tensor in out.tensors()] != shapes:
+            raise ValueError("out: got a plan of another capacity, needs one made with this capacity")
+        _buffer_of(out).copy_(buffer, non_blocking=True)
+        return out
+    return AttentionPlan(*_views(buffer.to(device, non_blocking=True), shapes))
+
+
+def _problem(keys: ChunkLayout, mask: ChunkMask) -> tuple[int, ...]:
+    """Return the planner's view of a layout on the CPU and a mask."""
+    if not isinstance(mask, ChunkMask):
+        raise TypeError(f"mask: got {type(mask).__name__}, needs a ChunkMask")
+    for name, tensor, want in (
+        ("passage_of_chunk", mask.passage_of_chunk, keys.num_chunks),
+        ("indptr", mask.indptr, keys.num_chunks + 1),
+    ):
+        if tensor is not None and tensor.shape[0] != want:
+            raise ValueError(
+                f"mask: got {tensor.shape[0]} entries in {name}, needs {want} for a layout of {keys.num_chunks} chunks"
+            )
+    address = [0 if t is None else t.data_ptr() for t in (mask.passage_of_chunk, mask.indptr, mask.indices)]
+    return (
+        keys.chunk_offsets.data_ptr(),
+        keys.num_chunks,
+        keys.sequence_chunks.data_ptr(),
+        keys.num_sequences,
+        int(mask.kind),
+        *address,
+        mask.indices.shape[0] if mask.kind == MaskKind.CSR and mask.indices is not None else 0,
+    )
+
+
+def _window(window: int | tuple[int, int] | None, causal: bool) -> tuple[int, int]:
+    """Return the bounds (left, right) that a window and causality amount to; -1 means none."""
+    if window is None:
+        left, right = -1, -1
+    elif isinstance(window, int):
+        if not causal:
+            raise ValueError(f"window: got the int {window} without causal, needs a pair (left, right)")
+        if window < 1:
+            raise ValueError(f"window: got {window}, needs at least 1")
+        left, right = window - 1, -1
+    else:
+        left, right = window
+        if left < -1 or right < -1:
+            raise ValueError(f"window: got {tuple(window)}, needs -1 or more on each side")
+    limit = 2**31 - 1
+    return min(left, limit), 0 if causal else min(right, limit)
+
+
+def _query_lengths(layout: ChunkLayout, keys: ChunkLayout) -> torch.Tensor:
+    """Return the number of query rows of each sequence, after checking that the keys are at least as many."""
+    if layout.num_sequences != keys.num_sequences:
+        raise ValueError(
+            f"kv_layout: got {keys.num_sequences} sequences, needs {layout.num_sequences}, as many as layout has"
+        )
+    lengths, key_lengths = layout.sequence_offsets.diff(), keys.sequence_offsets.diff()
+    if bool((lengths > key_lengths).any()):
+        sequence = int((lengths > key_lengths).nonzero()[0])
+        raise ValueError(
+            f"kv_layout: got {int(key_lengths[sequence])} rows in sequence {sequence}, "
+            f"needs at least the {int(lengths[sequence])} of layout"
+        )
+    return lengths
+
+
+def _rows(sizes: Sequence[int]) -> list[int]:
+    q_rows, kv_rows, q_blocks, kv_blocks, full, partial, full_t, _ = sizes
+    # Lists never have 0 or 1 rows: torch.compile would make a variant of its own for such a plan.
+    lists = [max(2, size) for size in (q_blocks, kv_blocks, full, partial, full_t)]
+    return PlanCapacity(q_rows, kv_rows, *lists)._rows()
+
+
+def _capacity_rows(sizes: Sequence[int], capacity: PlanCapacity) -> list[int]:
+    for field, needed in zip(dataclasses.fields(capacity), sizes):
+        if getattr(capacity, field.name) < needed:
+            raise ValueError(
+                f"capacity: got {field.name}={getattr(capacity, field.name)}, needs at least {needed} for this batch"
+            )
+    return capacity._rows()
+
+
+def _offsets(shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], int]:
+    """Return where each section of a plan starts in its buffer, and the buffer's length, in words."""
+    offsets, total = [], 0
+    for shape in shapes:
+        offsets.append(total)
+        total += -(-torch.Size(shape).numel() // _ALIGNMENT) * _ALIGNMENT
+    return offsets, total
+
+
+def _views(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    offsets, _ = _offsets(shapes)
+    return [
+        buffer[offset : offset + torch.Size(shape).numel()].view(shape) for offset, shape in zip(offsets, shapes)
+    ]
+
+
+def _buffer_of(plan: AttentionPlan) -> torch.Tensor:
+    """Return the buffer that the plan's fields are views of."""
+    _, total = _offsets([tuple(tensor.shape) for tensor in plan.tensors()])
+    return plan.sizes.as_strided((total,), (1,))

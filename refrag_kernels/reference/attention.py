@@ -1,0 +1,108 @@
+"""mixed_attention in plain torch: its specification, forward and backward.
+
+With s_ij = scale * q_i . k_j, or softcap * tanh(s_ij / softcap) of it, over the pairs (i, j) that the plan allows:
+
+    lse_i = log(sum_j exp(s_ij) + exp(sink)),    p_ij = exp(s_ij - lse_i),    out_i = sum_j p_ij v_j
+
+A row that sees nothing has out 0 and lse -inf (or the sink).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from refrag_kernels.reference.mask import pairs_of_plan
+
+
+def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _scores(
+    q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor, scale: float, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scores [G, T_q, T_kv] of a group of heads, -inf where not allowed, and their slope by the product."""
+    products = torch.einsum("igd,jd->gij", q, k) * scale
+    if softcap > 0:
+        ratio = torch.tanh(products / softcap)
+        products, slope = softcap * ratio, scale * (1 - ratio * ratio)
+    else:
+        slope = torch.full((), scale, dtype=products.dtype, device=products.device)
+    return products.masked_fill(~allowed, float("-inf")), slope
+
+
+def _groups(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield each key/value head with the query heads that share it."""
+    size = q.shape[1] // k.shape[1]
+    for head in range(k.shape[1]):
+        yield head, slice(head * size, (head + 1) * size)
+
+
+def _probabilities(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """Return exp(scores - lse), 0 where not allowed; lse [T_q, G]."""
+    finite = lse.masked_fill(lse.isneginf(), 0).T[:, :, None]
+    return torch.exp(scores - finite)
+
+
+def mixed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Sequence[torch.Tensor],
+    scale: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``refrag_kernels.mixed_attention``; returns (out, lse)."""
+    dtype = _compute_dtype(q)
+    allowed = pairs_of_plan(plan)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
+    for head, group in _groups(q, k):
+        scores, _ = _scores(q[:, group].to(dtype), k[:, head].to(dtype), allowed, scale, softcap)
+        group_lse = torch.logsumexp(scores, -1).T if k.shape[0] else lse[:, group].fill_(float("-inf"))
+        if sinks is not None:
+            group_lse = torch.logaddexp(group_lse, sinks[group].to(dtype))
+        lse[:, group] = group_lse
+        p = _probabilities(scores, group_lse)
+        out[:, group] = torch.einsum("gij,jd->igd", p, v[:, head].to(dtype)).to(q.dtype)
+    return out, lse
+
+
+def mixed_attention_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: Sequence[torch.Tensor],
+    scale: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of q, k, v and the sinks.
+
+    With delta_i = dout_i . out_i - dlse_i and ds_ij = p_ij * (dout_i . v_j - delta_i), times the slope of the scores:
+    dq_i = sum_j ds_ij k_j, dk_j = sum_i ds_ij q_i, dv_j = sum_i p_ij dout_i, dsink = -sum_i exp(sink - lse_i) delta_i.
+    """
+    dtype = _compute_dtype(q)
+    allowed = pairs_of_plan(plan)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1) - grad_lse.to(dtype)
+    for head, group in _groups(q, k):
+        q_group, k_head, v_head = q[:, group].to(dtype), k[:, head].to(dtype), v[:, head].to(dtype)
+        upstream = grad_out[:, group].to(dtype)
+        scores, slope = _scores(q_group, k_head, allowed, scale, softcap)
+        p = _probabilities(scores, lse[:, group].to(dtype))
+        ds = p * (torch.einsum("igd,jd->gij", upstream, v_head) - delta[:, group].T[:, :, None]) * slope
+        dq[:, group] = torch.einsum("gij,jd->igd", ds, k_head).to(q.dtype)
+        dk[:, head] = torch.einsum("gij,igd->jd", ds, q_group).to(k.dtype)
+        dv[:, head] = torch.einsum("gij,igd->jd", p, upstream).to(v.dtype)
+    if sinks is None:
+        return dq, dk, dv, torch.empty(0, dtype=torch.float32, device=q.device)
+    weight = torch.exp(sinks.to(dtype) - lse.to(dtype))
+    return dq, dk, dv, -(weight * delta).sum(0).to(sinks.dtype)
