@@ -18,3 +18,5 @@ __all__ = [
     "use_backend",
     "visible_ranges",
 ]
+
+__version__ = "0.1.0"

@@ -1,0 +1,57 @@
+// The backends' private ops. The public ops, with autograd and fake kernels, are in Python; refrag_kernels/cpu_kernels and
+// refrag_kernels/cuda_kernels call these. Each backend has a namespace, because two backends serve the CUDA key.
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "cpu/isa.h"
+#include "cpu/ops.h"
+
+namespace {
+
+// The same for every backend; a backend that lacks a kernel registers none.
+constexpr const char* kSchemas[] = {
+    "mixed_attention(Tensor q, Tensor k, Tensor v, Tensor[] plan, float scale, float softcap, Tensor? sinks) "
+    "-> (Tensor out, Tensor lse)",
+    "mixed_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor[] plan, float scale, float softcap, Tensor? sinks) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor kv_lengths, Tensor? q_offsets, "
+    "Tensor? visible_indptr, Tensor? visible_ranges, float scale, float softcap, int window_left, int window_right, "
+    "Tensor? sinks) -> (Tensor out, Tensor lse)",
+    "append_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor page_table, Tensor kv_lengths, "
+    "Tensor q_offsets) -> ()",
+    "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
+    "pool_chunks(Tensor hidden, Tensor chunk_offsets, str mode) -> Tensor",
+};
+
+std::string active_isa() { return refrag::cpu::name_of(refrag::cpu::active_isa()); }
+
+// The compute capabilities that the CUDA kernels were compiled for; empty: built without them.
+std::string architectures() {
+#ifdef REFRAG_CUDA_ARCHS
+  return REFRAG_CUDA_ARCHS;
+#else
+  return "";
+#endif
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(refrag_cpu, m) {
+  m.def("active_isa() -> str");
+  for (const char* schema : kSchemas) m.def(schema);
+}
+
+STABLE_TORCH_LIBRARY(refrag_cuda, m) {
+  m.def("architectures() -> str");
+  for (const char* schema : kSchemas) m.def(schema);
+}
+
+// Ops without tensors have no device to be dispatched by.
+STABLE_TORCH_LIBRARY_IMPL(refrag_cpu, CompositeExplicitAutograd, m) { m.impl("active_isa", TORCH_BOX(&active_isa)); }
+
+STABLE_TORCH_LIBRARY_IMPL(refrag_cuda, CompositeExplicitAutograd, m) {
+  m.impl("architectures", TORCH_BOX(&architectures));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(refrag_cpu, CPU, m) { (void)m; }

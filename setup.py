@@ -1,0 +1,216 @@
+"""Build the two extension modules: write one build.ninja, run ninja, copy what it made.
+
+refrag_kernels/_C.so           csrc/*.cpp, csrc/cpu, csrc/cuda: torch ops (LibTorch stable ABI, no Python symbols)
+refrag_kernels/_planner.*.so   csrc/planner: the planner (pybind11)
+
+Sources are found by folder, so a new file needs no entry here. Each file of csrc/cpu/kernels is compiled once for every
+instruction set in ISAS; csrc/cuda/*.cu only where nvcc is found.
+
+Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS as usual, and
+REFRAG_KERNELS_CUDA         0: leave CUDA out; 1: fail without nvcc; unset: build it if nvcc is found (CUDA_HOME or PATH)
+REFRAG_KERNELS_CUDA_ARCHS   compute capabilities, such as "80,90a,120+PTX"; default "80,90+PTX"
+REFRAG_KERNELS_SANITIZE     sanitizers for the C++ code, such as "address,undefined"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+
+# The oldest torch whose stable ABI has all that csrc uses: 2.13, for Stream::nativeHandle.
+TORCH_TARGET_VERSION = "0x020d000000000000ULL"
+
+# The triton release that each torch release asks for; torch's CPU wheels don't say it themselves.
+TRITON = {"2.13": "triton==3.7.1", "2.14": "triton~=3.8.0"}
+
+_AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
+ISAS = {"portable": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISAS |= {"avx2": "-mavx2 -mfma -mf16c", "avx512": _AVX512, "avx512_bf16": f"{_AVX512} -mavx512bf16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cuda:
+    """A CUDA toolkit, and the architectures to compile for."""
+
+    nvcc: str
+    cudart: Path  # the static runtime, so that the build needs no CUDA runtime of one version where it runs
+    archs: str
+
+    @staticmethod
+    def find() -> Cuda | None:
+        """Return the toolkit to use, or None to build without CUDA."""
+        wanted = os.environ.get("REFRAG_KERNELS_CUDA", "")
+        if wanted == "0":
+            return None
+        home = os.environ.get("CUDA_HOME")
+        nvcc = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
+        cudart = None
+        if nvcc:
+            # nvcc itself tells where its toolkit is: what is on PATH may be a link or a wrapper script.
+            dryrun = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
+            top = Path(re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE).group(1))
+            folders = (f"targets/{platform.machine()}-linux/lib", "lib64", "lib")
+            found = (top / folder / "libcudart_static.a" for folder in folders)
+            cudart = next((path.resolve() for path in found if path.exists()), None)
+        if cudart is None:
+            reason = "it has no libcudart_static.a" if nvcc else "nvcc was not found (CUDA_HOME or PATH)"
+            if wanted == "1":
+                raise SystemExit(f"REFRAG_KERNELS_CUDA=1, but {reason}")
+            print(f"building without CUDA kernels: {reason}")
+            return None
+        return Cuda(nvcc, cudart, os.environ.get("REFRAG_KERNELS_CUDA_ARCHS", "80,90+PTX"))
+
+    def flags(self) -> list[str]:
+        """Return nvcc's -gencode flags."""
+        flags = []
+        for name in self.archs.split(","):
+            match = re.fullmatch(r"\s*(\d+[af]?)(\+PTX)?\s*", name)
+            if match is None:
+                raise SystemExit(f'REFRAG_KERNELS_CUDA_ARCHS: got {name!r}, needs entries such as "80", "90a", "90+PTX"')
+            arch, ptx = match.groups()
+            flags += ["-gencode", f"arch=compute_{arch},code=" + (f"[sm_{arch},compute_{arch}]" if ptx else f"sm_{arch}")]
+        return flags
+
+
+def package_folder(name: str) -> Path:
+    """Return the folder of an installed package, without importing it (torch takes seconds)."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"building refrag-kernels needs {name} in the environment")
+    return Path(spec.submodule_search_locations[0])
+
+
+class NinjaFile:
+    """The text of build.ninja; paths of sources and outputs are relative to the root of the repository."""
+
+    def __init__(self, build: Path, cuda: Cuda | None, sanitize: str = ""):
+        self.build = build
+        self.lines = ["ninja_required_version = 1.5", f"builddir = {build}"]
+        cxx = os.environ.get("CXX", "c++")
+        torch = package_folder("torch")
+        sanitizers = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g"] if sanitize else []
+        common = ["-std=c++20", "-O3", "-Icsrc"]
+        host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", f"{torch}/include"]
+        headers = [f"{torch}/include", sysconfig.get_path("include"), str(package_folder("pybind11") / "include")]
+        # Names of headers get into messages: without their folders they are the same on every machine.
+        prefixes = [f"-fmacro-prefix-map={folder}/=" for folder in headers]
+        cxx_flags = [*common, *host, *prefixes, *sanitizers, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        torch_flags = [*cxx_flags, *stable]
+        planner_flags = [*cxx_flags, "-isystem", headers[1], "-isystem", headers[2]]
+
+        self.rule("cxx", [*shlex.split(cxx), "-MD", "-MF", "$out.d"], "$flags -c $in -o $out", "C++", depfile=True)
+        link = ["-shared", *sanitizers, "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
+        link += shlex.split(os.environ.get("LDFLAGS", ""))
+        self.rule("link", [*shlex.split(cxx), *link], "$in $libs -o $out", "link")
+
+        objects = []
+        archs = [f'-DREFRAG_CUDA_ARCHS="{cuda.archs}"'] if cuda else []
+        for source in self.sources("*.cpp"):
+            objects.append(self.compile("cxx", source, [*torch_flags, *archs]))
+        for source in self.sources("cpu/*.cpp"):
+            objects.append(self.compile("cxx", source, torch_flags))
+        for source in self.sources("cpu/kernels/*.cpp"):
+            for isa, flags in ISAS.items():
+                isa_flags = [*cxx_flags, f"-DREFRAG_ISA={isa}", *flags.split()]
+                objects.append(self.compile("cxx", source, isa_flags, f".{isa}"))
+        libraries = [f"-L{torch}/lib", "-ltorch_cpu", "-ltorch", "-lc10"]
+        if cuda:
+            ccbin = ["-ccbin", os.environ["CXX"]] if "CXX" in os.environ else []
+            depfile = ["-MD", "-MF", "$out.d"]
+            self.rule("nvcc", [cuda.nvcc, *ccbin, *depfile], "$flags -c $in -o $out", "CUDA", depfile=True)
+            to_host = ["-Xcompiler", ",".join(["-fPIC", "-fvisibility=hidden", "-Wall", *prefixes])]
+            flags = [*common, *to_host, *stable, "-DUSE_CUDA", *cuda.flags()]
+            objects += [self.compile("nvcc", source, flags) for source in self.sources("cuda/*.cu")]
+            libraries += [str(cuda.cudart), "-ldl", "-lpthread", "-lrt"]
+        if not sanitize:
+            # Finds a missing function when linking, not at import. Sanitizers leave theirs to the process.
+            libraries.append("-Wl,--no-undefined")
+        self.link("_C", objects, libraries)
+        self.link("_planner", [self.compile("cxx", s, planner_flags) for s in self.sources("planner/*.cpp")], [])
+
+    @staticmethod
+    def sources(pattern: str) -> list[Path]:
+        return [path.relative_to(ROOT) for path in sorted((ROOT / "csrc").glob(pattern))]
+
+    def rule(self, name: str, command: list[str], arguments: str, description: str, depfile: bool = False) -> None:
+        # $out and $in are ninja's; everything else is quoted for the shell.
+        words = [word if word.startswith("$out") else self.quote(word) for word in command]
+        self.lines += [f"rule {name}", f"  command = {' '.join(words)} {arguments}", f"  description = {description} $out"]
+        if depfile:
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def compile(self, rule: str, source: Path, flags: list[str], suffix: str = "") -> str:
+        output = str(self.build / source) + f"{suffix}.o"
+        self.lines += [f"build {output}: {rule} {source}", f"  flags = {' '.join(map(self.quote, flags))}"]
+        return output
+
+    def link(self, name: str, objects: list[str], libraries: list[str]) -> None:
+        self.lines += [f"build {self.build / name}.so: link {' '.join(objects)}"]
+        self.lines += [f"  libs = {' '.join(map(self.quote, libraries))}"]
+
+    @staticmethod
+    def quote(word: str) -> str:
+        return shlex.quote(word).replace("$", "$$")
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+
+class BuildExtension(build_ext):
+    """Build the extensions with ninja."""
+
+    def build_extensions(self) -> None:
+        sanitize = os.environ.get("REFRAG_KERNELS_SANITIZE", "")
+        # Objects stay here from one build to the next, whatever asked for it (setup.py, pip install, pip wheel).
+        name = "-".join([sys.implementation.cache_tag, *filter(None, sanitize.split(","))])
+        build = Path("build") / name
+        text = str(NinjaFile(build, Cuda.find(), sanitize))
+        (ROOT / build).mkdir(parents=True, exist_ok=True)
+        (ROOT / build / "build.ninja").write_text(text)
+        ninja = shutil.which("ninja")
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
+        if subprocess.run([*command, "-f", str(build / "build.ninja"), "-j", jobs], cwd=ROOT, check=False).returncode:
+            raise CompileError("ninja failed: the compiler's messages are above")
+        for extension in self.extensions:
+            output = Path(self.get_ext_fullpath(extension.name))
+            output.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(ROOT / build / f"{extension.name.rpartition('.')[2]}.so", output)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # _C holds no Python symbols: one file for all Pythons, loaded by torch.ops.load_library.
+        if fullname.rpartition(".")[2] == "_C":
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+
+def requirements() -> list[str]:
+    """Return the wheel's requirements: torch, and the triton release that goes with the torch it is built with."""
+    release = ".".join(importlib.metadata.version("torch").split(".")[:2])
+    return ["torch>=2.13", TRITON.get(release, "triton") + '; platform_system == "Linux"']
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("refrag_kernels._C", []), Extension("refrag_kernels._planner", [])],
+        cmdclass={"build_ext": BuildExtension},
+        install_requires=requirements(),
+    )
