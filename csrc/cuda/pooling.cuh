@@ -1,0 +1,75 @@
+// pool_chunks on the device. Raw pointers and a params struct, no torch.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace refrag::cuda {
+
+enum class PoolMode { mean, first, last };
+
+struct PoolParams {
+  const void* hidden;            // [rows, width], elements of type T
+  const int32_t* chunk_offsets;  // [num_chunks + 1]
+  void* out;                     // [num_chunks, width], contiguous
+  int64_t rows;
+  int64_t width;
+  int64_t hidden_stride;  // elements from one row to the next
+  int64_t num_chunks;
+  PoolMode mode;
+};
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ inline T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) { return x; }
+template <>
+__device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T values[N];
+};
+
+// The threads of a block: x along the width, N elements each; y one chunk each. Every thread walks the rows of its chunk
+// in order, so the result does not depend on the launch. A chunk whose rows are not within `hidden` gives zeros.
+template <class T, int N>
+__global__ void pool_chunks_kernel(PoolParams params) {
+  const int64_t chunk = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (chunk >= params.num_chunks) return;
+  int64_t first = params.chunk_offsets[chunk];
+  int64_t end = params.chunk_offsets[chunk + 1];
+  const int64_t length = end - first;
+  const bool valid = first >= 0 && length > 0 && end <= params.rows;
+  if (!valid) end = first;
+  if (params.mode == PoolMode::first && valid) end = first + 1;
+  if (params.mode == PoolMode::last && valid) first = end - 1;
+  const float divisor = params.mode == PoolMode::mean && valid ? static_cast<float>(length) : 1.0f;
+
+  const T* hidden = static_cast<const T*>(params.hidden);
+  T* out = static_cast<T*>(params.out) + chunk * params.width;
+  for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < params.width;
+       column += static_cast<int64_t>(blockDim.x) * N) {
+    float sum[N] = {};
+#pragma unroll 4
+    for (int64_t row = first; row < end; ++row) {
+      const auto pack = *reinterpret_cast<const Pack<T, N>*>(hidden + row * params.hidden_stride + column);
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum[i] += to_float(pack.values[i]);
+    }
+    Pack<T, N> result;
+#pragma unroll
+    for (int i = 0; i < N; ++i) result.values[i] = from_float<T>(sum[i] / divisor);
+    *reinterpret_cast<Pack<T, N>*>(out + column) = result;
+  }
+}
+
+}  // namespace refrag::cuda
