@@ -20,6 +20,11 @@ def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def _in_batch(tensor: torch.Tensor, row_block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return ``tensor`` in ``dtype``, 0 in the rows beyond the batch: those may hold anything, NaN too."""
+    return tensor.to(dtype).masked_fill(row_block[:, None, None] < 0, 0)
+
+
 def _scores(
     q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor, scale: float, softcap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,19 +61,20 @@ def mixed_attention(
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``refrag_kernels.mixed_attention``; returns (out, lse)."""
-    dtype = _compute_dtype(q)
+    dtype, result_dtype = _compute_dtype(q), q.dtype
     allowed = pairs_of_plan(plan)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    q, k, v = (_in_batch(t, rows, dtype) for t, rows in ((q, plan[1]), (k, plan[2]), (v, plan[2])))
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
     for head, group in _groups(q, k):
-        scores, _ = _scores(q[:, group].to(dtype), k[:, head].to(dtype), allowed, scale, softcap)
+        scores, _ = _scores(q[:, group], k[:, head], allowed, scale, softcap)
         group_lse = torch.logsumexp(scores, -1).T if k.shape[0] else lse[:, group].fill_(float("-inf"))
         if sinks is not None:
             group_lse = torch.logaddexp(group_lse, sinks[group].to(dtype))
         lse[:, group] = group_lse
         p = _probabilities(scores, group_lse)
-        out[:, group] = torch.einsum("gij,jd->igd", p, v[:, head].to(dtype)).to(q.dtype)
-    return out, lse
+        out[:, group] = torch.einsum("gij,jd->igd", p, v[:, head])
+    return out.to(result_dtype), lse
 
 
 def mixed_attention_backward(
@@ -89,19 +95,23 @@ def mixed_attention_backward(
     With delta_i = dout_i . out_i - dlse_i and ds_ij = p_ij * (dout_i . v_j - delta_i), times the slope of the scores:
     dq_i = sum_j ds_ij k_j, dk_j = sum_i ds_ij q_i, dv_j = sum_i p_ij dout_i, dsink = -sum_i exp(sink - lse_i) delta_i.
     """
-    dtype = _compute_dtype(q)
+    dtype, result_dtype = _compute_dtype(q), q.dtype
     allowed = pairs_of_plan(plan)
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1) - grad_lse.to(dtype)
+    delta = delta.masked_fill(plan[1][:, None] < 0, 0)
+    q, k, v, grad_out = (
+        _in_batch(t, rows, dtype) for t, rows in ((q, plan[1]), (k, plan[2]), (v, plan[2]), (grad_out, plan[1]))
+    )
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for head, group in _groups(q, k):
-        q_group, k_head, v_head = q[:, group].to(dtype), k[:, head].to(dtype), v[:, head].to(dtype)
-        upstream = grad_out[:, group].to(dtype)
-        scores, slope = _scores(q_group, k_head, allowed, scale, softcap)
+        scores, slope = _scores(q[:, group], k[:, head], allowed, scale, softcap)
         p = _probabilities(scores, lse[:, group].to(dtype))
-        ds = p * (torch.einsum("igd,jd->gij", upstream, v_head) - delta[:, group].T[:, :, None]) * slope
-        dq[:, group] = torch.einsum("gij,jd->igd", ds, k_head).to(q.dtype)
-        dk[:, head] = torch.einsum("gij,igd->jd", ds, q_group).to(k.dtype)
-        dv[:, head] = torch.einsum("gij,igd->jd", p, upstream).to(v.dtype)
+        dp = torch.einsum("igd,jd->gij", grad_out[:, group], v[:, head])
+        ds = p * (dp - delta[:, group].T[:, :, None]) * slope
+        dq[:, group] = torch.einsum("gij,jd->igd", ds, k[:, head])
+        dk[:, head] = torch.einsum("gij,igd->jd", ds, q[:, group])
+        dv[:, head] = torch.einsum("gij,igd->jd", p, grad_out[:, group])
+    dq, dk, dv = (grad.to(result_dtype) for grad in (dq, dk, dv))
     if sinks is None:
         return dq, dk, dv, torch.empty(0, dtype=torch.float32, device=q.device)
     weight = torch.exp(sinks.to(dtype) - lse.to(dtype))

@@ -90,7 +90,8 @@ def pairs_of_plan(plan: Sequence[torch.Tensor]) -> torch.Tensor:
     row_block = q_row_block.long()
     in_batch = row_block >= 0
     row_block = row_block.clamp(min=0)
-    row_in_block = torch.arange(q_row_block.shape[0], device=device) - q_blocks[row_block, 0]
+    # Rows beyond the batch are cut off below; until then they stand in for a row of block 0.
+    row_in_block = (torch.arange(q_row_block.shape[0], device=device) - q_blocks[row_block, 0]).clamp(max=15)
     allowed = full[row_block]
 
     tile_block = block_of(partial_offsets, partial_keys.shape[0])
