@@ -120,8 +120,8 @@ def mixed_attention(
     Parameters
     ----------
     q : Tensor [T_q, H_q, D]
-        Query rows of all sequences, one after another: float32, bfloat16 or float16 (the reference also float64). D is a
-        multiple of 8 up to 256. The last dimension must be contiguous; the others may have any stride.
+        Query rows of all sequences, one after another: float32, bfloat16 or float16 (the reference also float64). D is
+        a multiple of 8 up to 256. The last dimension must be contiguous; the others may have any stride.
     k, v : Tensor [T_kv, H_kv, D]
         Keys and values, same dtype and device. H_q must be a multiple of H_kv: query head h reads key/value head
         ``h // (H_q // H_kv)``.
@@ -143,8 +143,8 @@ def mixed_attention(
     out : Tensor [T_q, H_q, D]
         In the dtype of q; computed in float32 (float64 for float64).
     lse : Tensor [T_q, H_q], float32
-        Natural log of the denominator, -inf for a row that sees nothing; only with ``return_lse``. Gradients flow through
-        it.
+        Natural log of the denominator, -inf for a row that sees nothing; only with ``return_lse``. Gradients flow
+        through it.
 
     Raises
     ------

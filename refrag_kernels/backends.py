@@ -115,7 +115,7 @@ def _allowed(backend: str | None) -> tuple[str, ...]:
 
 
 def requires(check: Callable[..., str | None]) -> Callable[[Callable], Callable]:
-    """Attach ``check`` to a backend's op: called with the op's arguments, it returns why they are not supported, or None."""
+    """Attach ``check`` to a backend's op: given the op's arguments, it returns why they are not supported, or None."""
 
     def attach(function: Callable) -> Callable:
         function.unsupported = check  # type: ignore[attr-defined]

@@ -14,8 +14,8 @@ _INT32_MAX = 2**31 - 1
 class ChunkLayout:
     """The chunks and sequences of a packed batch.
 
-    Rows of all sequences stand one after another, without padding. A span of text is a chunk like any other: a slot is a
-    chunk of 1 row, an expanded chunk one of k rows, a question one of as many rows as it has tokens.
+    Rows of all sequences stand one after another, without padding. A span of text is a chunk like any other: a slot is
+    a chunk of 1 row, an expanded chunk one of k rows, a question one of as many rows as it has tokens.
 
     Attributes
     ----------
@@ -119,7 +119,9 @@ class ChunkLayout:
         host = self.host()
         if torch.device(device).type == "cpu":
             return host
-        moved = (t.to(device, non_blocking=True) for t in (host.chunk_offsets, host.sequence_chunks, host.sequence_offsets))
+        moved = (
+            t.to(device, non_blocking=True) for t in (host.chunk_offsets, host.sequence_chunks, host.sequence_offsets)
+        )
         return ChunkLayout(*moved, self.total_rows, host)
 
 
@@ -135,6 +137,4 @@ def _as_int(length: object, sequence: int, chunk: int) -> int:
             raise TypeError
         return length.__index__()  # type: ignore[attr-defined]
     except (AttributeError, TypeError):
-        raise TypeError(
-            f"lengths: got {length!r} for chunk {chunk} of sequence {sequence}, needs an integer"
-        ) from None
+        raise TypeError(f"lengths: got {length!r} for chunk {chunk} of sequence {sequence}, needs an integer") from None

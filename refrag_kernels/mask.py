@@ -24,8 +24,8 @@ class MaskKind(enum.IntEnum):
 class ChunkMask:
     """The answer to "may chunk a look at chunk b?", without a dense rows x rows tensor.
 
-    Make one with ``full``, ``passages``, ``diagonal``, ``from_dense`` or ``from_csr``. A mask says nothing of causality
-    or windows: those are arguments of ``plan_attention``, and a pair of rows is allowed only where all of them allow it.
+    Make one with ``full``, ``passages``, ``diagonal``, ``from_dense`` or ``from_csr``. A mask says nothing of
+    causality or windows: those are arguments of ``plan_attention``, and a pair of rows is allowed only where all of them allow it.
 
     Examples
     --------
@@ -129,7 +129,9 @@ class ChunkMask:
 
 def _integers(name: str, values: torch.Tensor | Sequence[int]) -> torch.Tensor:
     """Return ``values`` as a contiguous int32 tensor on the CPU."""
-    tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=None if len(values) else torch.int32)
+    tensor = (
+        values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=None if len(values) else torch.int32)
+    )
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name}: got dtype {str(tensor.dtype).removeprefix('torch.')}, needs integers")
     if tensor.dim() != 1:

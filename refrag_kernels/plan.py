@@ -361,9 +361,7 @@ def _offsets(shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], int]:
 
 def _views(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
     offsets, _ = _offsets(shapes)
-    return [
-        buffer[offset : offset + torch.Size(shape).numel()].view(shape) for offset, shape in zip(offsets, shapes)
-    ]
+    return [buffer[offset : offset + torch.Size(shape).numel()].view(shape) for offset, shape in zip(offsets, shapes)]
 
 
 def _buffer_of(plan: AttentionPlan) -> torch.Tensor:

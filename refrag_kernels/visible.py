@@ -43,8 +43,8 @@ def visible_ranges(
     rows : integer tensor [T_q]
         Packed rows of ``layout``: the query rows, in the order in which they are passed to ``paged_attention``.
     out : VisibleRanges, optional
-        Fixed-size tensors to fill: ``indptr`` as long as ``rows`` plus 1, ``ranges`` with room for at least as many as are
-        needed; one asynchronous copy each.
+        Fixed-size tensors to fill: ``indptr`` as long as ``rows`` plus 1, ``ranges`` with room for at least as many as
+        are needed; one asynchronous copy each.
 
     Returns
     -------

@@ -11,7 +11,7 @@ LSE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-6, torch.fl
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, upstream: torch.Tensor | None = None) -> float:
-    """Return |actual - expected| / max(|expected|, 0.01 |upstream|) in the Frobenius norm; NaN and inf count as infinite.
+    """Return |actual - expected| / max(|expected|, 0.01 |upstream|) in the Frobenius norm; NaN counts as infinite.
 
     ``upstream`` is the gradient that was fed in: a gradient that cancels to almost nothing is measured against it.
     """

@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory():
-    # In deterministic mode torch fills what torch.empty and its C++ forms return with NaN (floats) or the largest integer.
+    # In deterministic mode torch fills what torch.empty and its C++ forms return with NaN or the largest integer.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -53,9 +53,7 @@ class PlanProblem:
         )
 
     def allowed(self) -> torch.Tensor:
-        return allowed_pairs(
-            self.layout, self.mask, causal=self.causal, window=self.window, kv_layout=self.kv_layout
-        )
+        return allowed_pairs(self.layout, self.mask, causal=self.causal, window=self.window, kv_layout=self.kv_layout)
 
 
 def random_plan_problem(rng: random.Random, **limits) -> PlanProblem:

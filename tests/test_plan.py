@@ -100,7 +100,9 @@ def test_moving_a_plan_moves_all_of_it():
 def test_a_plan_is_a_pytree():
     plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[20, 3]]))
     leaves, spec = torch.utils._pytree.tree_flatten(plan)
-    assert len(leaves) == len(plan.tensors()) and isinstance(torch.utils._pytree.tree_unflatten(leaves, spec), type(plan))
+    assert len(leaves) == len(plan.tensors()) and isinstance(
+        torch.utils._pytree.tree_unflatten(leaves, spec), type(plan)
+    )
 
 
 def test_any_integer_dtype_makes_the_same_plan():

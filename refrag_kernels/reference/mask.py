@@ -72,7 +72,9 @@ def allowed_pairs(
 
 def pairs_of_plan(plan: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the bool matrix [T_q, T_kv] that a plan's tensors stand for, without waiting for the device."""
-    sizes, q_row_block, kv_row_block, q_blocks, full_offsets, full_ranges, partial_offsets, partial_keys, bits, *_ = plan
+    sizes, q_row_block, kv_row_block, q_blocks, full_offsets, full_ranges, partial_offsets, partial_keys, bits, *_ = (
+        plan
+    )
     device, num_blocks, num_keys = sizes.device, q_blocks.shape[0], kv_row_block.shape[0]
 
     def block_of(offsets: torch.Tensor, entries: int) -> torch.Tensor:
