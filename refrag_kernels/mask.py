@@ -25,7 +25,8 @@ class ChunkMask:
     """The answer to "may chunk a look at chunk b?", without a dense rows x rows tensor.
 
     Make one with ``full``, ``passages``, ``diagonal``, ``from_dense`` or ``from_csr``. A mask says nothing of
-    causality or windows: those are arguments of ``plan_attention``, and a pair of rows is allowed only where all of them allow it.
+    causality or windows: those are arguments of ``plan_attention``, and a pair of rows is allowed only where all of
+    them allow it.
 
     Examples
     --------
