@@ -7,7 +7,7 @@ Sources are found by folder, so a new file needs no entry here. Each file of csr
 instruction set in ISAS; csrc/cuda/*.cu only where nvcc is found.
 
 Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS as usual, and
-REFRAG_KERNELS_CUDA         0: leave CUDA out; 1: fail without nvcc; unset: build it if nvcc is found (CUDA_HOME or PATH)
+REFRAG_KERNELS_CUDA         0: leave CUDA out; 1: fail without nvcc; unset: build it where nvcc (CUDA_HOME, PATH) is found
 REFRAG_KERNELS_CUDA_ARCHS   compute capabilities, such as "80,90a,120+PTX"; default "80,90+PTX"
 REFRAG_KERNELS_SANITIZE     sanitizers for the C++ code, such as "address,undefined"
 """
@@ -83,9 +83,10 @@ class Cuda:
         for name in self.archs.split(","):
             match = re.fullmatch(r"\s*(\d+[af]?)(\+PTX)?\s*", name)
             if match is None:
-                raise SystemExit(f'REFRAG_KERNELS_CUDA_ARCHS: got {name!r}, needs entries such as "80", "90a", "90+PTX"')
+                raise SystemExit(f"REFRAG_KERNELS_CUDA_ARCHS: got {name!r}, needs entries such as 80, 90a or 90+PTX")
             arch, ptx = match.groups()
-            flags += ["-gencode", f"arch=compute_{arch},code=" + (f"[sm_{arch},compute_{arch}]" if ptx else f"sm_{arch}")]
+            code = f"[sm_{arch},compute_{arch}]" if ptx else f"sm_{arch}"
+            flags += ["-gencode", f"arch=compute_{arch},code={code}"]
         return flags
 
 
@@ -153,7 +154,8 @@ class NinjaFile:
     def rule(self, name: str, command: list[str], arguments: str, description: str, depfile: bool = False) -> None:
         # $out and $in are ninja's; everything else is quoted for the shell.
         words = [word if word.startswith("$out") else self.quote(word) for word in command]
-        self.lines += [f"rule {name}", f"  command = {' '.join(words)} {arguments}", f"  description = {description} $out"]
+        self.lines += [f"rule {name}", f"  command = {' '.join(words)} {arguments}"]
+        self.lines += [f"  description = {description} $out"]
         if depfile:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
 

@@ -22,11 +22,14 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from refrag_kernels import extension
+
+if TYPE_CHECKING:
+    from refrag_kernels.report import Report
 
 
 class _Backend(NamedTuple):
@@ -38,7 +41,7 @@ class _Backend(NamedTuple):
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed"
-    return None
+    return None if torch.cuda.is_available() else "torch finds no CUDA or ROCm device"
 
 
 _BACKENDS: dict[str, _Backend] = {
@@ -164,3 +167,27 @@ def available(op: str, family: str, device: torch.device) -> list[str]:
         for name, backend in _BACKENDS.items()
         if (backend.devices is None or device.type in backend.devices) and not isinstance(_find(name, op, family), str)
     ]
+
+
+def missing() -> dict[str, str | None]:
+    """Return why each backend can't run on this machine, None for those that can."""
+    return {name: backend.missing() for name, backend in _BACKENDS.items()}
+
+
+def report() -> Report:
+    """Tell what this build and this machine offer: versions, devices, compiled kernels, and who can run each op.
+
+    Returns
+    -------
+    Report
+        ``print`` shows it; ``python -m refrag_kernels`` does the same. It holds no paths: paste it into a bug report.
+
+    Examples
+    --------
+    >>> import refrag_kernels as rk
+    >>> "reference" in rk.backends.report().ops["mixed_attention"]["cpu"]
+    True
+    """
+    from refrag_kernels import report as module  # it reports on this module
+
+    return module.collect()

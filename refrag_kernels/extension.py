@@ -1,14 +1,20 @@
-"""Load ``_C``, the compiled kernels, and tell what it holds.
+"""Load the two compiled modules, and tell what they hold.
 
-``_C`` has no Python symbols (LibTorch stable ABI), so it is loaded as a torch library, not imported.
+``_C``, the kernels, has no Python symbols (LibTorch stable ABI), so it is loaded as a torch library, not imported.
+``_planner`` is a Python module. Both are loaded on first use: the package imports without them, and reports
+what is amiss.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
+from types import ModuleType
 
 import torch
+
+NO_CUDA = "nvcc was not found, or REFRAG_KERNELS_CUDA=0, when it was built"
 
 
 @functools.cache
@@ -20,8 +26,18 @@ def load_error() -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"the extension {path.name} does not load: {error}"
+        # torch's own message says only which file; the linker's says why.
+        return f"the extension {path.name} does not load: {error.__cause__ or error}"
     return None
+
+
+@functools.cache
+def planner() -> ModuleType:
+    """Return the module ``_planner``."""
+    try:
+        return importlib.import_module("refrag_kernels._planner")
+    except ImportError as error:
+        raise ImportError(f"the extension _planner is not built or does not load: {error}") from error
 
 
 def cpu_missing() -> str | None:
@@ -34,8 +50,8 @@ def cuda_missing() -> str | None:
     error = load_error()
     if error is not None:
         return error
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("refrag_cuda::pool_chunks", "CUDA"):
-        return "this build has no CUDA kernels: nvcc was not found, or REFRAG_KERNELS_CUDA=0, when it was built"
+    if not torch.ops.refrag_cuda.architectures():
+        return f"this build has no CUDA kernels: {NO_CUDA}"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from refrag_kernels import _planner
+from refrag_kernels import extension
 from refrag_kernels.layout import ChunkLayout
 from refrag_kernels.mask import ChunkMask, MaskKind
 
@@ -256,7 +256,7 @@ def plan_attention(
     left, right = _window(window, causal)
     keys = (layout if kv_layout is None else kv_layout).host()
     query_lengths = None if kv_layout is None else _query_lengths(layout.host(), keys)
-    built = _planner.plan(
+    built = extension.planner().plan(
         *_problem(keys, ChunkMask.full() if mask is None else mask),
         0 if query_lengths is None else query_lengths.data_ptr(),
         left,

@@ -10,6 +10,9 @@ from refrag_kernels import backends
 
 _LIBRARY = torch.library.Library("refrag", "DEF")
 
+# The module of a backend's folder that implements each op.
+FAMILY_OF_OP: dict[str, str] = {}
+
 
 def register_op(
     schema: str,
@@ -36,6 +39,7 @@ def register_op(
         The tensor arguments that take part in autocast: cast to its dtype when they are float32, float16 or bfloat16.
     """
     name = schema[: schema.index("(")]
+    FAMILY_OF_OP[name] = family
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.refrag, name).default
     names = [argument.name for argument in op._schema.arguments]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from refrag_kernels import _planner
+from refrag_kernels import extension
 from refrag_kernels.layout import ChunkLayout
 from refrag_kernels.mask import ChunkMask
 from refrag_kernels.plan import _problem
@@ -75,7 +75,7 @@ def visible_ranges(
         bad = rows[(rows < 0) | (rows >= host.total_rows)][0]
         raise IndexError(f"rows: got {int(bad)}, needs a row in [0, {host.total_rows})")
     rows = rows.to(torch.int32).contiguous()
-    built = _planner.visible(*_problem(host, mask), rows.data_ptr(), rows.shape[0])
+    built = extension.planner().visible(*_problem(host, mask), rows.data_ptr(), rows.shape[0])
     count = built.num_ranges()
     pinned = layout.device.type == "cuda" and torch.cuda.is_available()
     indptr = torch.empty(rows.shape[0] + 1, dtype=torch.int32, pin_memory=pinned)

@@ -1,0 +1,5 @@
+"""``python -m refrag_kernels``: what this build and this machine offer."""
+
+from refrag_kernels import backends
+
+print(backends.report())
