@@ -7,7 +7,8 @@ Sources are found by folder, so a new file needs no entry here. Each file of csr
 instruction set in ISAS; csrc/cuda/*.cu only where nvcc is found.
 
 Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS as usual, and
-REFRAG_KERNELS_CUDA         0: leave CUDA out; 1: fail without nvcc; unset: build it where nvcc (CUDA_HOME, PATH) is found
+REFRAG_KERNELS_CUDA         0: leave CUDA out; 1: fail without nvcc; unset: build it where nvcc is found
+                            (CUDA_HOME or PATH)
 REFRAG_KERNELS_CUDA_ARCHS   compute capabilities, such as "80,90a,120+PTX"; default "80,90+PTX"
 REFRAG_KERNELS_SANITIZE     sanitizers for the C++ code, such as "address,undefined"
 """
@@ -15,6 +16,7 @@ REFRAG_KERNELS_SANITIZE     sanitizers for the C++ code, such as "address,undefi
 from __future__ import annotations
 
 import dataclasses
+import filecmp
 import importlib.metadata
 import importlib.util
 import os
@@ -65,11 +67,12 @@ class Cuda:
         if nvcc:
             # nvcc itself tells where its toolkit is: what is on PATH may be a link or a wrapper script.
             dryrun = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
-            top = Path(re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE).group(1))
+            match = re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE)
+            top = Path(match.group(1)) if match else Path(nvcc).resolve().parents[1]
             folders = (f"targets/{platform.machine()}-linux/lib", "lib64", "lib")
             found = (top / folder / "libcudart_static.a" for folder in folders)
             cudart = next((path.resolve() for path in found if path.exists()), None)
-        if cudart is None:
+        if nvcc is None or cudart is None:
             reason = "it has no libcudart_static.a" if nvcc else "nvcc was not found (CUDA_HOME or PATH)"
             if wanted == "1":
                 raise SystemExit(f"REFRAG_KERNELS_CUDA=1, but {reason}")
@@ -129,8 +132,8 @@ class NinjaFile:
         for source in self.sources("cpu/*.cpp"):
             objects.append(self.compile("cxx", source, torch_flags))
         for source in self.sources("cpu/kernels/*.cpp"):
-            for isa, flags in ISAS.items():
-                isa_flags = [*cxx_flags, f"-DREFRAG_ISA={isa}", *flags.split()]
+            for isa, options in ISAS.items():
+                isa_flags = [*cxx_flags, f"-DREFRAG_ISA={isa}", *options.split()]
                 objects.append(self.compile("cxx", source, isa_flags, f".{isa}"))
         libraries = [f"-L{torch}/lib", "-ltorch_cpu", "-ltorch", "-lc10"]
         if cuda:
@@ -176,6 +179,16 @@ class NinjaFile:
         return "\n".join(self.lines) + "\n"
 
 
+def replace_if_different(source: Path, target: Path) -> None:
+    """Copy ``source`` to ``target`` in one step, so that a process that has ``target`` loaded keeps the old one."""
+    if target.exists() and filecmp.cmp(source, target, shallow=False):
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial")
+    shutil.copy2(source, partial)
+    os.replace(partial, target)
+
+
 class BuildExtension(build_ext):
     """Build the extensions with ninja."""
 
@@ -193,9 +206,13 @@ class BuildExtension(build_ext):
         if subprocess.run([*command, "-f", str(build / "build.ninja"), "-j", jobs], cwd=ROOT, check=False).returncode:
             raise CompileError("ninja failed: the compiler's messages are above")
         for extension in self.extensions:
-            output = Path(self.get_ext_fullpath(extension.name))
-            output.parent.mkdir(parents=True, exist_ok=True)
-            self.copy_file(ROOT / build / f"{extension.name.rpartition('.')[2]}.so", output)
+            built = ROOT / build / f"{extension.name.rpartition('.')[2]}.so"
+            replace_if_different(built, Path(self.get_ext_fullpath(extension.name)))
+
+    def copy_extensions_to_source(self) -> None:
+        for extension in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(extension.name))
+            replace_if_different(built, ROOT / self.get_ext_filename(extension.name))
 
     def get_ext_filename(self, fullname: str) -> str:
         # _C holds no Python symbols: one file for all Pythons, loaded by torch.ops.load_library.

@@ -119,10 +119,10 @@ class ChunkLayout:
         host = self.host()
         if torch.device(device).type == "cpu":
             return host
-        moved = (
+        chunk_offsets, sequence_chunks, sequence_offsets = (
             t.to(device, non_blocking=True) for t in (host.chunk_offsets, host.sequence_chunks, host.sequence_offsets)
         )
-        return ChunkLayout(*moved, self.total_rows, host)
+        return ChunkLayout(chunk_offsets, sequence_chunks, sequence_offsets, self.total_rows, host)
 
 
 def _position(starts: list[int], chunk: int) -> tuple[int, int]:

