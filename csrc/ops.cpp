@@ -54,4 +54,6 @@ STABLE_TORCH_LIBRARY_IMPL(refrag_cuda, CompositeExplicitAutograd, m) {
   m.impl("architectures", TORCH_BOX(&architectures));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(refrag_cpu, CPU, m) { (void)m; }
+STABLE_TORCH_LIBRARY_IMPL(refrag_cpu, CPU, m) {
+  m.impl("mixed_attention", TORCH_BOX(&refrag::cpu::mixed_attention));
+}

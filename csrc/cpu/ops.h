@@ -12,4 +12,8 @@ namespace refrag::cpu {
 
 using torch::stable::Tensor;
 
+std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                           const std::vector<Tensor>& plan, double scale, double softcap,
+                                           const std::optional<Tensor>& sinks);
+
 }  // namespace refrag::cpu

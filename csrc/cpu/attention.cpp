@@ -1,0 +1,239 @@
+// mixed_attention on the CPU: checks, memory and threads around the kernels of csrc/cpu/kernels/attention_*.cpp.
+#include "cpu/attention_kernels.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+#include "cpu/ops.h"
+#include "cpu/tasks.h"
+
+namespace refrag::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// Copies of keys and values up to this size are kept for the next call.
+constexpr int64_t kKeptBytes = int64_t{64} << 20;
+
+// Work that is worth a trip to another thread and back, in multiplications.
+constexpr int64_t kTaskWork = int64_t{1} << 19;
+
+int64_t element_bytes(Element element) { return element == Element::float32 ? 4 : 2; }
+
+Element element_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Element::float32;
+    case ScalarType::BFloat16: return Element::bfloat16;
+    case ScalarType::Half: return Element::float16;
+    default: STD_TORCH_CHECK(false, "q: needs float32, bfloat16 or float16");
+  }
+}
+
+HeadRows head_rows(const char* name, const Tensor& tensor, Element element) {
+  STD_TORCH_CHECK(tensor.dim() == 3 && element_of(tensor) == element, name, ": needs three dimensions and q's dtype");
+  STD_TORCH_CHECK(tensor.stride(2) == 1 || tensor.size(2) == 1, name, ": needs a contiguous last dimension");
+  const int64_t bytes = element_bytes(element);
+  return {static_cast<const char*>(tensor.const_data_ptr()), tensor.stride(0) * bytes, tensor.stride(1) * bytes};
+}
+
+// Fields of a plan, in the order of AttentionPlan.tensors().
+enum Field {
+  kSizes, kQRowBlock, kKvRowBlock, kQBlocks, kFullOffsets, kFullRanges, kPartialOffsets, kPartialKeys, kPartialBits,
+  kKvBlocks, kFullTOffsets, kFullTRanges, kPartialTOffsets, kPartialTTiles, kNumFields
+};
+
+// Query rows, query blocks and so on that a plan really has.
+struct Sizes {
+  int32_t q_rows, kv_rows, q_blocks, kv_blocks;
+};
+
+const int32_t* field(const std::vector<Tensor>& plan, Field which) {
+  const Tensor& tensor = plan[which];
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous(),
+                  "plan: needs contiguous int32 tensors");
+  return static_cast<const int32_t*>(tensor.const_data_ptr());
+}
+
+PlanView view(const std::vector<Tensor>& plan, Sizes& sizes) {
+  STD_TORCH_CHECK(plan.size() == kNumFields, "plan: got ", plan.size(), " tensors, needs ", int{kNumFields});
+  const int32_t* counts = field(plan, kSizes);
+  sizes = {counts[0], counts[1], counts[2], counts[3]};
+  return {sizes.q_blocks,
+          sizes.kv_blocks,
+          field(plan, kQBlocks),
+          field(plan, kFullOffsets),
+          field(plan, kFullRanges),
+          field(plan, kPartialOffsets),
+          field(plan, kPartialKeys),
+          reinterpret_cast<const uint32_t*>(field(plan, kPartialBits)),
+          field(plan, kKvBlocks),
+          field(plan, kKvRowBlock)};
+}
+
+// Keys that each block sees, by the tiles it has to compute.
+std::vector<int64_t> keys_of_blocks(const PlanView& plan) {
+  std::vector<int64_t> keys(plan.num_blocks);
+  for (int32_t block = 0; block < plan.num_blocks; ++block) {
+    int64_t seen = kTile * int64_t{plan.partial_offsets[block + 1] - plan.partial_offsets[block]};
+    for (int32_t range = plan.full_offsets[block]; range < plan.full_offsets[block + 1]; ++range) {
+      seen += plan.full_ranges[2 * range + 1] - plan.full_ranges[2 * range];
+    }
+    keys[block] = seen;
+  }
+  return keys;
+}
+
+// Decides how kernels read a tensor, and makes the copy if that takes one. `memory` is where copies go.
+class Copies {
+ public:
+  Copies(AttentionParams& params, int64_t visits) : params_(params) {
+    // A tile that hardly anyone visits twice is packed by its visitors, in the cache.
+    copy_ = visits > 2 * int64_t{params.plan.num_tiles};
+  }
+
+  void add(Operand& operand, const HeadRows& tensor, Form form) {
+    if (form == Form::tensor) {
+      operand = {tensor.data, tensor.row_bytes, tensor.head_bytes, false};
+      return;
+    }
+    for (const Wanted& other : wanted_) {
+      if (other.task.source.data == tensor.data && other.task.form == form) {
+        wanted_.push_back({&operand, other.task, true});
+        return;
+      }
+    }
+    const int64_t row_bytes = int64_t{params_.padded_width()} * (form == Form::pairs ? 2 : 4);
+    wanted_.push_back({&operand, {tensor, form, nullptr, kTile * row_bytes}, false});
+  }
+
+  void make(Workspace& workspace) {
+    const int64_t tiles = params_.plan.num_tiles;
+    int64_t bytes = 0;
+    if (copy_) {
+      for (const Wanted& w : wanted_) bytes += w.shared ? 0 : w.task.tile_bytes * tiles * params_.kv_heads;
+    }
+    char* next = copy_ ? workspace.at_least(bytes) : nullptr;
+    const auto pack = REFRAG_KERNEL(attention_pack);
+    std::vector<PackTask> tasks;
+    for (Wanted& w : wanted_) {
+      if (w.shared) {
+        for (const PackTask& task : tasks) {
+          if (task.source.data == w.task.source.data && task.form == w.task.form) w.task.copy = task.copy;
+        }
+      } else if (copy_) {
+        w.task.copy = next;
+        next += w.task.tile_bytes * tiles * params_.kv_heads;
+        tasks.push_back(w.task);
+      }
+      const int64_t row_bytes = w.task.tile_bytes / kTile;
+      *w.operand = {w.task.copy, row_bytes, w.task.tile_bytes * tiles, true};
+    }
+    if (tasks.empty()) return;
+    const int64_t grain = 1 + kTaskWork / 4 / (kTile * params_.kv_heads * int64_t{params_.width});
+    const int64_t pieces = (tiles + grain - 1) / grain;
+    run_tasks(pieces, 1, [&](int64_t piece) {
+      for (const PackTask& task : tasks) {
+        pack(params_, task, static_cast<int32_t>(piece * grain),
+             static_cast<int32_t>(std::min(tiles, (piece + 1) * grain)));
+      }
+    });
+  }
+
+ private:
+  struct Wanted {
+    Operand* operand;
+    PackTask task;
+    bool shared;
+  };
+  AttentionParams& params_;
+  bool copy_;
+  std::vector<Wanted> wanted_;
+};
+
+thread_local Workspace copies_memory;   // of the thread that calls an op
+thread_local Workspace scratch_memory;  // of every thread that runs tasks
+
+AttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<Tensor>& plan, double scale,
+                          double softcap, const std::optional<Tensor>& sinks, Sizes& sizes) {
+  AttentionParams p{};
+  p.element = element_of(q);
+  p.q = head_rows("q", q, p.element);
+  p.k = head_rows("k", k, p.element);
+  p.v = head_rows("v", v, p.element);
+  p.heads = static_cast<int32_t>(q.size(1));
+  p.kv_heads = static_cast<int32_t>(k.size(1));
+  p.width = static_cast<int32_t>(q.size(2));
+  STD_TORCH_CHECK(p.width % 8 == 0 && p.width > 0 && p.width <= 256, "q: needs a head width that is a multiple of 8 up to 256");
+  STD_TORCH_CHECK(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "q: needs a multiple of k's heads");
+  STD_TORCH_CHECK(k.size(2) == p.width && v.size(2) == p.width && v.size(1) == p.kv_heads && v.size(0) == k.size(0),
+                  "k and v: need the same shape, and q's head width");
+  p.scale = static_cast<float>(scale);
+  p.softcap = static_cast<float>(softcap);
+  if (sinks) {
+    STD_TORCH_CHECK(sinks->scalar_type() == ScalarType::Float && sinks->is_contiguous() && sinks->numel() == p.heads,
+                    "sinks: needs float32, one a head");
+    p.sinks = static_cast<const float*>(sinks->const_data_ptr());
+  }
+  p.plan = view(plan, sizes);
+  STD_TORCH_CHECK(plan[kQRowBlock].numel() == q.size(0) && plan[kKvRowBlock].numel() == k.size(0),
+                  "plan: needs one made for the row counts of q and k");
+  return p;
+}
+
+// Blocks in the order in which to compute them: the costly ones first, and neighbours together.
+std::vector<int32_t> by_cost(const std::vector<int64_t>& cost) {
+  std::vector<int32_t> order(cost.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return cost[a] > cost[b]; });
+  return order;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                           const std::vector<Tensor>& plan, double scale, double softcap,
+                                           const std::optional<Tensor>& sinks) {
+  Sizes sizes{};
+  AttentionParams p = params_of(q, k, v, plan, scale, softcap, sinks, sizes);
+  const int64_t rows = q.size(0);
+  Tensor out = torch::stable::new_empty(q, {rows, p.heads, p.width});
+  Tensor lse = torch::stable::new_empty(q, {rows, p.heads}, ScalarType::Float);
+  p.out = static_cast<char*>(out.mutable_data_ptr());
+  p.lse = static_cast<float*>(lse.mutable_data_ptr());
+  // Rows that a capacity leaves over.
+  const int64_t row_bytes = int64_t{p.heads} * p.width * element_bytes(p.element);
+  std::memset(p.out + sizes.q_rows * row_bytes, 0, (rows - sizes.q_rows) * row_bytes);
+  std::fill(p.lse + int64_t{sizes.q_rows} * p.heads, p.lse + rows * p.heads, -std::numeric_limits<float>::infinity());
+
+  const std::vector<int64_t> keys = keys_of_blocks(p.plan);
+  const int64_t all_keys = std::accumulate(keys.begin(), keys.end(), int64_t{0});
+  const int32_t groups = p.panel_groups();
+  Copies copies(p, all_keys * groups / kTile);
+  const Forms forms = REFRAG_KERNEL(attention_forms)(p.element, p.width);
+  copies.add(p.k_rows, p.k, forms.rows);
+  copies.add(p.v_cols, p.v, forms.cols);
+  copies.make(copies_memory);
+
+  const std::vector<int32_t> order = by_cost(keys);
+  const int64_t blocks = p.plan.num_blocks, scratch = REFRAG_KERNEL(attention_forward_scratch)(p);
+  const auto kernel = REFRAG_KERNEL(attention_forward);
+  // One head's blocks follow each other where its keys are worth keeping in the cache, otherwise one block's heads.
+  const int64_t passes = int64_t{p.kv_heads} * groups, tasks = blocks * passes;
+  const bool head_first = blocks >= 8 * int64_t{torch::stable::get_num_threads()} && all_keys > 64 * blocks;
+  const int64_t work = 2 * (all_keys + kTile * blocks) * kTile * p.heads * p.width;
+  const int64_t grain = std::max<int64_t>(1, kTaskWork * tasks / std::max<int64_t>(work, 1));
+  run_tasks(tasks, grain, [&](int64_t task) {
+    const int64_t block = head_first ? task % blocks : task / passes, pass = head_first ? task / blocks : task % passes;
+    kernel(p, order[block], static_cast<int32_t>(pass / groups), static_cast<int32_t>(pass % groups),
+           scratch_memory.at_least(scratch));
+  });
+  copies_memory.trim(kKeptBytes);
+  return {out, lse};
+}
+
+}  // namespace refrag::cpu

@@ -1,0 +1,207 @@
+// mixed_attention, forward: flash attention over the tiles of a plan. See attention_kernels.h for how rows are packed.
+#include "cpu/kernels/attention_block.h"
+
+namespace refrag::cpu::REFRAG_ISA {
+namespace {
+
+// Keys between two looks at the running maximum. Many make its cost, and that of loading and storing the sums, small;
+// but their scores, keys and values should stay in the first two levels of the cache.
+inline constexpr int kStepKeys = 128;
+
+struct Scratch {
+  char* rows;          // [lanes, words]: queries as gathered
+  char* queries;       // [words, lanes]
+  float* scores;       // [kStepKeys, lanes]
+  char* weights;       // [kStepKeys / 2, lanes] pairs; floats share the scores' memory
+  float* sums;         // [lanes, padded width]
+  float *maxima, *totals, *factors;  // [lanes]
+  char* local[2];      // keys and values packed on the way
+
+  static Scratch carve(Arena& arena, const AttentionParams& p) {
+    const int64_t lanes = kMaxPanels * kLanes, width = p.padded_width();
+    Scratch s;
+    s.rows = arena.take<char>(4 * lanes * width);
+    s.queries = arena.take<char>(4 * lanes * width);
+    s.scores = arena.take<float>(kStepKeys * lanes);
+    s.weights = arena.take<char>(2 * kStepKeys * lanes);
+    s.sums = arena.take<float>(lanes * width);
+    s.maxima = arena.take<float>(lanes);
+    s.totals = arena.take<float>(lanes);
+    s.factors = arena.take<float>(lanes);
+    for (char*& local : s.local) local = arena.take<char>(4 * kStepKeys * width);
+    return s;
+  }
+};
+
+// scores = softcap * tanh(scale * scores / softcap), or scale * scores.
+void shape_scores(float* scores, int64_t count, float scale, float softcap) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec score = load(scores + i) * broadcast(scale);
+    store(scores + i, softcap > 0 ? broadcast(softcap) * tanh(score / broadcast(softcap)) : score);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// Words of one pair of keys: the lanes of `even` in the low halves, of `odd` in the high ones.
+REFRAG_INLINE void store_pairs(char* words, const Vec even, const Vec odd) {
+  // 0, 16, 1, 17, ...
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.part[0], even.part[0]));
+  store_int(words, {{reinterpret_cast<PartI>(_mm512_permutexvar_epi16(order, both))}});
+}
+#endif
+
+// One step of the online softmax for one panel: scores [keys, lanes], of which this panel's 16, times `to_log2`, become
+// weights 2^(score - maximum). `keys` is even for pairs.
+template <class Math>
+void soften(const Scratch& s, int panel, int lanes, int keys, float to_log2) {
+  float* scores = s.scores + kLanes * panel;
+  Vec high[4];
+  for (Vec& h : high) h = broadcast(-kInfinity);
+  int key = 0;
+  for (; key + 4 <= keys; key += 4) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) high[i] = max(high[i], load(scores + (key + i) * lanes));
+  }
+  for (; key < keys; ++key) high[0] = max(high[0], load(scores + key * lanes));
+  const Vec step_high = max(max(high[0], high[1]), max(high[2], high[3]));
+
+  const Vec scale = broadcast(to_log2), old = load(s.maxima + kLanes * panel);
+  const Vec maximum = max(old, step_high * scale);
+  // A row that has seen nothing yet: any finite number will do in place of -inf, which would give NaN.
+  const Vec base = select(equal(maximum, broadcast(-kInfinity)), zero_vec(), maximum);
+  const Vec factor = exp2_bounded(old - base);
+  store(s.maxima + kLanes * panel, maximum);
+  store(s.factors + kLanes * panel, factor);
+
+  Vec total[2] = {zero_vec(), zero_vec()};
+  if constexpr (Math::kPairs) {
+#if defined(__AVX512BF16__)
+    char* weights = s.weights + 4 * kLanes * panel;
+    for (key = 0; key < keys; key += 2) {
+      const Vec even = exp2_bounded<4>(fma(load(scores + key * lanes), scale, zero_vec() - base));
+      const Vec odd = exp2_bounded<4>(fma(load(scores + (key + 1) * lanes), scale, zero_vec() - base));
+      total[0] = total[0] + even;
+      total[1] = total[1] + odd;
+      store_pairs(weights + key / 2 * lanes * 4, even, odd);
+    }
+#endif
+  } else {
+    const auto weigh = [&](int k) {
+      const Vec weight = exp2_bounded(fma(load(scores + k * lanes), scale, zero_vec() - base));
+      store(scores + k * lanes, weight);
+      return weight;
+    };
+    for (key = 0; key + 2 <= keys; key += 2) {
+      total[0] = total[0] + weigh(key);
+      total[1] = total[1] + weigh(key + 1);
+    }
+    if (key < keys) total[0] = total[0] + weigh(key);
+  }
+  float* totals = s.totals + kLanes * panel;
+  store(totals, fma(load(totals), factor, total[0] + total[1]));
+}
+
+// Divides by the totals, and writes the rows' outputs and lse.
+template <class T>
+void finish(const AttentionParams& p, const Pack& pack, const Scratch& s) {
+  for (int panel = 0; panel < pack.panels; ++panel) {
+    const Vec maximum = load(s.maxima + kLanes * panel), total = load(s.totals + kLanes * panel);
+    Vec sink = broadcast(-kInfinity);
+    if (p.sinks) {
+      float sinks[kLanes] = {};
+      for (int lane = 0; lane < kLanes && 16 * panel + lane < pack.pairs; ++lane) {
+        sinks[lane] = p.sinks[pack.head_of(16 * panel + lane)];
+      }
+      sink = load(sinks) * broadcast(kLog2e);
+    }
+    const Vec high = max(maximum, sink);
+    const Vec base = select(equal(high, broadcast(-kInfinity)), zero_vec(), high);
+    const Vec shrink = exp2_bounded(maximum - base);
+    const Vec whole = fma(total, shrink, exp2_bounded(sink - base));
+    // Not less(0, whole): a NaN must stay one.
+    store(s.factors + kLanes * panel, select(equal(whole, zero_vec()), zero_vec(), shrink / whole));
+    store(s.maxima + kLanes * panel, (base + log2(whole)) * broadcast(kLn2));
+  }
+  const int padded = p.padded_width();
+  for (int lane = 0; lane < pack.pairs; ++lane) {
+    const int64_t row = pack.first_row + pack.row_of(lane), entry = row * p.heads + pack.head_of(lane);
+    T* out = reinterpret_cast<T*>(p.out) + entry * p.width;
+    const float* sums = s.sums + int64_t{lane} * padded;
+    const Vec factor = broadcast(s.factors[lane]);
+    p.lse[entry] = s.maxima[lane];
+    int d = 0;
+    for (; d + kLanes <= p.width; d += kLanes) store(out + d, load(sums + d) * factor);
+    if (d < p.width) store_partial(out + d, load(sums + d) * factor, p.width - d);
+  }
+}
+
+template <class T, class Math>
+void forward(const AttentionParams& p, int32_t block, int32_t kv_head, int32_t panel_group, char* memory) {
+  const Pack pack = pack_of(p, block, kv_head, panel_group);
+  if (pack.panels == 0) return;
+  Arena arena{memory};
+  const Scratch s = Scratch::carve(arena, p);
+  const int lanes = pack.lanes(), padded = p.padded_width(), words = words_of<Math>(p.width);
+  gather<T, Math>(p.q, p.width, pack, s.rows, s.queries);
+  std::memset(s.sums, 0, sizeof(float) * lanes * padded);
+  for (int panel = 0; panel < pack.panels; ++panel) {
+    store(s.maxima + kLanes * panel, broadcast(-kInfinity));
+    store(s.totals + kLanes * panel, zero_vec());
+  }
+  constexpr Form kCols = Math::kPairs ? Form::pairs : Form::rows;
+  constexpr int kKeysPerWord = Math::kPairs ? 2 : 1;
+  // The factor that turns scores into powers of 2 is applied with the maximum, if it keeps their order.
+  const bool shaped = p.softcap > 0 || !(p.scale > 0);
+  const float to_log2 = shaped ? kLog2e : p.scale * kLog2e;
+
+  Walk<kStepKeys> walk(p.plan, block);
+  while (const int count = walk.next()) {
+    char* local[2] = {s.local[0], s.local[1]};
+    Span values[Walk<kStepKeys>::kMaxSegments];
+    const Span queries{s.queries, words};
+    int keys = 0;
+    for (int i = 0; i < count; ++i) {
+      const Segment& segment = walk.segments[i];
+      const char* k = rows_of<T, Form::rows>(p.k_rows, p.k, p.plan, segment, p.width, kv_head, local[0]);
+      const char* v = rows_of<T, kCols>(p.v_cols, p.v, p.plan, segment, p.width, kv_head, local[1]);
+      float* scores = s.scores + int64_t{keys} * lanes;
+      const int64_t k_stride = p.k_rows.row_bytes;
+      multiply<Math, Lie::apart, Into::set>({k, k_stride, &queries, 1, 4 * int64_t{lanes}, scores, lanes, nullptr},
+                                            segment.count, pack.panels);
+      if (shaped) shape_scores(scores, int64_t{segment.count} * lanes, p.scale, p.softcap);
+      if (segment.bits) hide(segment.bits, pack, segment.count, scores);
+      keys += segment.count;
+      if (keys % kKeysPerWord) {
+        // The other half of the last pair; the values' copy has zeros there.
+        for (int x = 0; x < lanes; x += kLanes) store(s.scores + int64_t{keys} * lanes + x, broadcast(-kInfinity));
+        ++keys;
+      }
+      values[i] = {v, (segment.count + kKeysPerWord - 1) / kKeysPerWord};
+    }
+    for (int panel = 0; panel < pack.panels; ++panel) soften<Math>(s, panel, lanes, keys, to_log2);
+    const char* weights = Math::kPairs ? s.weights : reinterpret_cast<const char*>(s.scores);
+    multiply<Math, Lie::adjacent, Into::scale>({weights, 4 * int64_t{lanes}, values, count,
+                                                kKeysPerWord * p.v_cols.row_bytes, s.sums, padded, s.factors},
+                                               lanes, padded / kLanes);
+  }
+  finish<T>(p, pack, s);
+}
+
+}  // namespace
+
+int64_t attention_forward_scratch(const AttentionParams& params) {
+  Arena arena{nullptr};
+  Scratch::carve(arena, params);
+  return arena.used;
+}
+
+void attention_forward(const AttentionParams& params, int32_t block, int32_t kv_head, int32_t panel_group,
+                       char* scratch) {
+  with_types(params.element, [&](auto number, auto math) {
+    forward<decltype(number), decltype(math)>(params, block, kv_head, panel_group, scratch);
+  });
+}
+
+}  // namespace refrag::cpu::REFRAG_ISA
