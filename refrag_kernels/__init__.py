@@ -5,16 +5,22 @@ from refrag_kernels.backends import use_backend
 from refrag_kernels.layout import ChunkLayout
 from refrag_kernels.mask import ChunkMask
 from refrag_kernels.plan import AttentionPlan, PlanCapacity, plan_attention
+from refrag_kernels.pooling import pool_chunks
+from refrag_kernels.projection import PackedProjection, embed_mixed, project_chunks
 from refrag_kernels.visible import VisibleRanges, visible_ranges
 
 __all__ = [
     "AttentionPlan",
     "ChunkLayout",
     "ChunkMask",
+    "PackedProjection",
     "PlanCapacity",
     "VisibleRanges",
+    "embed_mixed",
     "mixed_attention",
     "plan_attention",
+    "pool_chunks",
+    "project_chunks",
     "use_backend",
     "visible_ranges",
 ]
