@@ -22,6 +22,10 @@ constexpr const char* kSchemas[] = {
     "Tensor q_offsets) -> ()",
     "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
     "pool_chunks(Tensor hidden, Tensor chunk_offsets, str mode) -> Tensor",
+    "project_chunks(Tensor chunks, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, Tensor? packed) "
+    "-> Tensor",
+    "embed_mixed(Tensor token_ids, Tensor token_table, Tensor chunks, Tensor slot_of_row, Tensor w1, Tensor? b1, "
+    "Tensor w2, Tensor? b2, str activation, float token_scale, Tensor? packed) -> Tensor",
 };
 
 std::string active_isa() { return refrag::cpu::name_of(refrag::cpu::active_isa()); }
@@ -39,6 +43,7 @@ std::string architectures() {
 
 STABLE_TORCH_LIBRARY(refrag_cpu, m) {
   m.def("active_isa() -> str");
+  m.def("pack_projection(Tensor w1, Tensor w2) -> Tensor");
   for (const char* schema : kSchemas) m.def(schema);
 }
 
@@ -56,4 +61,8 @@ STABLE_TORCH_LIBRARY_IMPL(refrag_cuda, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(refrag_cpu, CPU, m) {
   m.impl("mixed_attention", TORCH_BOX(&refrag::cpu::mixed_attention));
+  m.impl("pool_chunks", TORCH_BOX(&refrag::cpu::pool_chunks));
+  m.impl("pack_projection", TORCH_BOX(&refrag::cpu::pack_projection));
+  m.impl("project_chunks", TORCH_BOX(&refrag::cpu::project_chunks));
+  m.impl("embed_mixed", TORCH_BOX(&refrag::cpu::embed_mixed));
 }

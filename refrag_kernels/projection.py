@@ -66,7 +66,7 @@ class PackedProjection:
         b1, b2 = (None if b is None else b.detach() for b in (b1, b2))
         _check_weights(w1, b1, w2, b2, activation)
         packs = w1.dtype != torch.float64 and "cpu" in backends.available("project_chunks", _FAMILY, w1.device)
-        packed = torch.ops.refrag_cpu.pack_projection(w1, b1, w2, b2) if packs else None
+        packed = torch.ops.refrag_cpu.pack_projection(w1, w2) if packs else None
         return PackedProjection(w1, b1, w2, b2, activation, packed)
 
 
