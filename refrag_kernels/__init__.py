@@ -4,6 +4,7 @@ from refrag_kernels.attention import mixed_attention
 from refrag_kernels.backends import use_backend
 from refrag_kernels.layout import ChunkLayout
 from refrag_kernels.mask import ChunkMask
+from refrag_kernels.paged import append_kv, merge_states, paged_attention
 from refrag_kernels.plan import AttentionPlan, PlanCapacity, plan_attention
 from refrag_kernels.pooling import pool_chunks
 from refrag_kernels.projection import PackedProjection, embed_mixed, project_chunks
@@ -16,8 +17,11 @@ __all__ = [
     "PackedProjection",
     "PlanCapacity",
     "VisibleRanges",
+    "append_kv",
     "embed_mixed",
+    "merge_states",
     "mixed_attention",
+    "paged_attention",
     "plan_attention",
     "pool_chunks",
     "project_chunks",
