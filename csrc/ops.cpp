@@ -21,6 +21,8 @@ constexpr const char* kSchemas[] = {
     "append_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor page_table, Tensor kv_lengths, "
     "Tensor q_offsets) -> ()",
     "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
+    "merge_states_backward(Tensor grad_out, Tensor grad_lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
+    "-> (Tensor grad_out_a, Tensor grad_lse_a, Tensor grad_out_b, Tensor grad_lse_b)",
     "pool_chunks(Tensor hidden, Tensor chunk_offsets, str mode) -> Tensor",
     "project_chunks(Tensor chunks, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, Tensor? packed) "
     "-> Tensor",
@@ -65,4 +67,8 @@ STABLE_TORCH_LIBRARY_IMPL(refrag_cpu, CPU, m) {
   m.impl("pack_projection", TORCH_BOX(&refrag::cpu::pack_projection));
   m.impl("project_chunks", TORCH_BOX(&refrag::cpu::project_chunks));
   m.impl("embed_mixed", TORCH_BOX(&refrag::cpu::embed_mixed));
+  m.impl("paged_attention", TORCH_BOX(&refrag::cpu::paged_attention));
+  m.impl("append_kv", TORCH_BOX(&refrag::cpu::append_kv));
+  m.impl("merge_states", TORCH_BOX(&refrag::cpu::merge_states));
+  m.impl("merge_states_backward", TORCH_BOX(&refrag::cpu::merge_states_backward));
 }

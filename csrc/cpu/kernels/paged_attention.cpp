@@ -1,0 +1,365 @@
+// Attention of a block of query rows to the keys of one split, and the merging of such states.
+#include "cpu/kernels/paged_block.h"
+
+namespace refrag::cpu::REFRAG_ISA {
+namespace {
+
+// What a tile's keys are fetched ahead of their use by, in bytes: memory's latency times what a core reads of it.
+constexpr int kAheadBytes = 16 << 10;
+
+struct Shape {
+  int lanes;         // rows * group: what shares a key/value head
+  int padded_lanes;  // to whole register tiles, where keys are packed
+  int stride;        // dim rounded up to whole registers
+  bool many;
+
+  Shape(const PagedParams& p, const PagedBlock& block)
+      : lanes(block.rows * p.group),
+        padded_lanes(lanes > kPagedFewRows ? round_up(lanes, kRowTile) : lanes),
+        stride(round_up(p.dim, kLanes)),
+        many(lanes > kPagedFewRows) {}
+};
+
+struct Scratch {
+  float* q;         // [heads, padded lanes, stride], scaled
+  float* scores;    // [heads, padded lanes, kScoreStride]
+  float* packed_k;  // [kTilesAtOnce, stride, 16]
+  float* values;    // [kTilesAtOnce * 16, stride]
+  int64_t bytes;
+
+  Scratch(char* memory, const PagedBlock& block, const Shape& shape) : bytes(0) {
+    const int64_t rows = int64_t{block.heads} * shape.padded_lanes;
+    q = take(memory, rows * shape.stride);
+    scores = take(memory, rows * kScoreStride);
+    packed_k = take(memory, shape.many ? kTilesAtOnce * kTile * shape.stride : 0);
+    values = take(memory, shape.many ? kTilesAtOnce * kTile * shape.stride : 0);
+  }
+
+ private:
+  float* take(char* memory, int64_t floats) {
+    float* at = reinterpret_cast<float*>(memory + bytes);
+    bytes += (floats * 4 + 63) / 64 * 64;
+    return at;
+  }
+};
+
+template <class Float>
+struct StateOf {
+  Float* sums;  // [heads, lanes, stride]
+  Float *maxima, *totals;
+
+  StateOf(Float* memory, const PagedBlock& block, const Shape& shape) : sums(memory) {
+    const int64_t rows = int64_t{block.heads} * shape.lanes;
+    maxima = memory + rows * shape.stride;
+    totals = maxima + rows;
+  }
+};
+
+template <class T>
+void pack_rows(const PagedParams& p, const PagedBlock& block, const Shape& shape, float* q) {
+  for (int head = 0; head < block.heads; ++head) {
+    for (int lane = 0; lane < shape.padded_lanes; ++lane, q += shape.stride) {
+      if (lane >= shape.lanes) {
+        std::memset(q, 0, 4 * shape.stride);
+        continue;
+      }
+      const int64_t row = block.first_row + lane / p.group;
+      const int q_head = (block.first_head + head) * p.group + lane % p.group;
+      const T* from = reinterpret_cast<const T*>(p.q + row * p.q_row_bytes + q_head * p.q_head_bytes);
+      for (int d = 0; d < p.dim; d += kLanes) {
+        const Vec numbers = d + kLanes <= p.dim ? load(from + d) : load_partial(from + d, p.dim - d);
+        store(q + d, numbers * broadcast(p.scale));
+      }
+    }
+  }
+}
+
+void set_bits(uint16_t* bits, int begin, int end) {
+  for (int tile = begin / kTile; tile * kTile < end; ++tile) {
+    const int low = begin - tile * kTile, high = end - tile * kTile;
+    const uint32_t below_end = high >= kTile ? 0xffff : (1u << high) - 1;
+    bits[tile] |= static_cast<uint16_t>(low > 0 ? below_end >> low << low : below_end);
+  }
+}
+
+// Which of the keys [begin, end) a query row sees.
+void row_bits(const PagedParams& p, int64_t row, int position, int begin, int end, uint16_t* bits) {
+  std::memset(bits, 0, kTiles * sizeof(*bits));
+  int low = begin, high = end;
+  if (high > position + 1) high = position + 1;
+  if (p.window_left >= 0 && low < position - p.window_left) low = position - p.window_left;
+  if (low >= high) return;
+  if (p.visible_indptr == nullptr) return set_bits(bits, low - begin, high - begin);
+  // Ranges are sorted: find the first that ends beyond `low`.
+  int first = p.visible_indptr[row], last = p.visible_indptr[row + 1];
+  const int stop = last;
+  while (first < last) {
+    const int middle = first + (last - first) / 2;
+    if (p.visible_ranges[middle * p.range_stride + 1] > low) {
+      last = middle;
+    } else {
+      first = middle + 1;
+    }
+  }
+  for (; first < stop; ++first) {
+    const int32_t* range = p.visible_ranges + first * p.range_stride;
+    if (range[0] >= high) break;
+    const int from = range[0] > low ? range[0] : low, to = range[1] < high ? range[1] : high;
+    if (from < to) set_bits(bits, from - begin, to - begin);
+  }
+}
+
+// Keys of up to kBlockKeys, by tiles; tiles that no row sees are left out.
+struct Keys {
+  int tiles = 0;
+  int64_t k[kBlockKeys], v[kBlockKeys];
+  uint16_t bits[kPagedMaxRows][kTiles];  // by query row
+
+  void find(const PagedParams& p, const PagedBlock& block, int begin, int end) {
+    uint16_t seen[kTiles] = {};
+    for (int row = 0; row < block.rows; ++row) {
+      row_bits(p, block.first_row + row, block.position + row, begin, end, bits[row]);
+      for (int tile = 0; tile < kTiles; ++tile) seen[tile] |= bits[row][tile];
+    }
+    tiles = 0;
+    for (int tile = 0; tile < kTiles; ++tile) {
+      if (seen[tile] == 0) continue;
+      place(p, block, begin + tile * kTile, seen[tile], k + kTile * tiles, v + kTile * tiles);
+      if (tiles != tile) {
+        for (int row = 0; row < block.rows; ++row) bits[row][tiles] = bits[row][tile];
+      }
+      ++tiles;
+    }
+  }
+
+ private:
+  // A key that no row sees may be on no page at all, or hold NaN: one that is seen stands in for it.
+  static void place(const PagedParams& p, const PagedBlock& block, int first, uint32_t seen, int64_t* k, int64_t* v) {
+    const int stand_in = __builtin_ctz(seen);
+    int slot = first / p.page, at = first % p.page;
+    for (int c = 0; c < kTile; ++c) {
+      if (seen >> c & 1) {
+        const int64_t page = block.table[slot];
+        k[c] = page * p.k.page_bytes + at * p.k.row_bytes;
+        v[c] = page * p.v.page_bytes + at * p.v.row_bytes;
+      }
+      if (++at == p.page) {
+        at = 0;
+        ++slot;
+      }
+    }
+    for (int c = 0; c < kTile; ++c) {
+      if (!(seen >> c & 1)) {
+        k[c] = k[stand_in];
+        v[c] = v[stand_in];
+      }
+    }
+  }
+};
+
+REFRAG_INLINE void prefetch_tile(const char* rows, const int64_t* at, int bytes) {
+  for (int c = 0; c < kTile; ++c) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(rows + at[c] + i);
+  }
+}
+
+// Softmax of every row over the block's keys; earlier sums are rescaled.
+void weigh(const PagedParams& p, const PagedBlock& block, const Shape& shape, const Keys& keys, float* scores,
+           const StateOf<float>& state) {
+  for (int head = 0; head < block.heads; ++head) {
+    for (int lane = 0; lane < shape.lanes; ++lane) {
+      const int64_t row = int64_t{head} * shape.lanes + lane;
+      Running running{state.maxima[row], state.totals[row]};
+      const bool fresh = running.maximum == -__builtin_inff();
+      const float factor = softmax_row(scores + (int64_t{head} * shape.padded_lanes + lane) * kScoreStride, keys.tiles,
+                                       keys.bits[lane / p.group], p.softcap, running);
+      state.maxima[row] = running.maximum;
+      state.totals[row] = running.total;
+      if (fresh || factor == 1.0f) continue;
+      float* sums = state.sums + row * shape.stride;
+      for (int d = 0; d < shape.stride; d += kLanes) store(sums + d, load(sums + d) * broadcast(factor));
+    }
+  }
+}
+
+// Few rows: bound by reading keys and values once. All heads of a tile are taken before the next tile, for in memory they
+// are neighbours.
+template <class T>
+void few_rows(const PagedParams& p, const PagedBlock& block, const Shape& shape, const Keys& keys,
+              const Scratch& scratch, const StateOf<float>& state) {
+  constexpr int kValueTiles = 2;
+  const int head_bytes = p.dim * static_cast<int>(sizeof(T));
+  const int units = keys.tiles * block.heads;
+  const int ahead = 1 + kAheadBytes / (kTile * head_bytes);
+  const char* k = p.k.data + block.first_head * p.k.head_bytes;
+  const char* v = p.v.data + block.first_head * p.v.head_bytes;
+  // Unit u: tile u / heads, head u % heads; keys first, then values.
+  const auto prefetch = [&](int unit, bool values) {
+    if (!values && unit >= units) {
+      unit -= units;
+      values = true;
+    }
+    if (unit >= units) return;
+    const int tile = unit / block.heads, head = unit % block.heads;
+    if (values) {
+      prefetch_tile(v + head * p.v.head_bytes, keys.v + kTile * tile, head_bytes);
+    } else {
+      prefetch_tile(k + head * p.k.head_bytes, keys.k + kTile * tile, head_bytes);
+    }
+  };
+  for (int unit = 0; unit < ahead; ++unit) prefetch(unit, false);
+  for (int tile = 0, unit = 0; tile < keys.tiles; ++tile) {
+    for (int head = 0; head < block.heads; ++head, ++unit) {
+      prefetch(unit + ahead, false);
+      score_few_rows<T>(scratch.q + int64_t{head} * shape.padded_lanes * shape.stride, shape.stride, shape.lanes,
+                        k + head * p.k.head_bytes, keys.k + kTile * tile, p.dim,
+                        scratch.scores + int64_t{head} * shape.padded_lanes * kScoreStride + kTile * tile);
+    }
+  }
+  weigh(p, block, shape, keys, scratch.scores, state);
+  for (int tile = 0; tile < keys.tiles; tile += kValueTiles) {
+    const int tiles = keys.tiles - tile < kValueTiles ? keys.tiles - tile : kValueTiles;
+    for (int head = 0; head < block.heads; ++head) {
+      for (int i = 0; i < tiles; ++i) prefetch((tile + i) * block.heads + head + ahead, true);
+      add_values_all<T>(scratch.scores + int64_t{head} * shape.padded_lanes * kScoreStride + kTile * tile, shape.lanes,
+                        v + head * p.v.head_bytes, keys.v + kTile * tile, kTile * tiles, p.dim,
+                        state.sums + int64_t{head} * shape.lanes * shape.stride, shape.stride);
+    }
+  }
+}
+
+// Many rows: bound by arithmetic. Keys are transposed and values converted once for all rows.
+template <class T>
+void many_rows(const PagedParams& p, const PagedBlock& block, const Shape& shape, const Keys& keys,
+               const Scratch& scratch, const StateOf<float>& state) {
+  for (int head = 0; head < block.heads; ++head) {
+    const char* k = p.k.data + (block.first_head + head) * p.k.head_bytes;
+    for (int tile = 0; tile < keys.tiles; tile += kTilesAtOnce) {
+      const int tiles = keys.tiles - tile < kTilesAtOnce ? keys.tiles - tile : kTilesAtOnce;
+      pack_keys<T>(k, keys.k + kTile * tile, tiles, p.dim, shape.stride, scratch.packed_k);
+      score_many_rows(scratch.q + int64_t{head} * shape.padded_lanes * shape.stride, shape.stride, shape.padded_lanes,
+                      scratch.packed_k, tiles, p.dim,
+                      scratch.scores + int64_t{head} * shape.padded_lanes * kScoreStride + kTile * tile);
+    }
+  }
+  weigh(p, block, shape, keys, scratch.scores, state);
+  int64_t at[kTilesAtOnce * kTile];
+  for (int c = 0; c < kTilesAtOnce * kTile; ++c) at[c] = int64_t{4} * c * shape.stride;
+  for (int head = 0; head < block.heads; ++head) {
+    const char* v = p.v.data + (block.first_head + head) * p.v.head_bytes;
+    for (int tile = 0; tile < keys.tiles; tile += kTilesAtOnce) {
+      const int tiles = keys.tiles - tile < kTilesAtOnce ? keys.tiles - tile : kTilesAtOnce;
+      unpack_values<T>(v, keys.v + kTile * tile, kTile * tiles, p.dim, shape.stride, scratch.values);
+      add_values_all<float>(scratch.scores + int64_t{head} * shape.padded_lanes * kScoreStride + kTile * tile,
+                            shape.lanes, reinterpret_cast<const char*>(scratch.values), at, kTile * tiles, p.dim,
+                            state.sums + int64_t{head} * shape.lanes * shape.stride, shape.stride);
+    }
+  }
+}
+
+template <class T>
+void split(const PagedParams& p, const PagedBlock& block, int begin, int end, float* state_memory, char* memory) {
+  const Shape shape(p, block);
+  const Scratch scratch(memory, block, shape);
+  const StateOf<float> state(state_memory, block, shape);
+  pack_rows<T>(p, block, shape, scratch.q);
+  Keys keys;
+  for (; begin < end; begin += kBlockKeys) {
+    keys.find(p, block, begin, end - begin < kBlockKeys ? end : begin + kBlockKeys);
+    if (keys.tiles == 0) continue;
+    if (shape.many) {
+      many_rows<T>(p, block, shape, keys, scratch, state);
+    } else {
+      few_rows<T>(p, block, shape, keys, scratch, state);
+    }
+  }
+}
+
+template <class T>
+void finish(const PagedParams& p, const PagedBlock& block, const StateOf<const float>& state, const Shape& shape) {
+  for (int head = 0; head < block.heads; ++head) {
+    for (int lane = 0; lane < shape.lanes; ++lane) {
+      const int64_t from = int64_t{head} * shape.lanes + lane;
+      const int q_head = (block.first_head + head) * p.group + lane % p.group;
+      const int64_t to = (block.first_row + lane / p.group) * p.q_heads + q_head;
+      double maximum = state.maxima[from], total = state.totals[from], factor = 1;
+      if (p.sinks != nullptr && p.sinks[q_head] != -__builtin_inff()) {
+        const double with_sink = maximum > p.sinks[q_head] ? maximum : p.sinks[q_head];
+        factor = __builtin_exp(maximum - with_sink);
+        total = total * factor + __builtin_exp(p.sinks[q_head] - with_sink);
+        maximum = with_sink;
+      }
+      const bool empty = maximum == -__builtin_inff();
+      p.lse[to] = static_cast<float>(empty ? maximum : maximum + __builtin_log(total));
+      const Vec share = broadcast(empty ? 0.0f : static_cast<float>(factor / total));
+      const float* sums = state.sums + from * shape.stride;
+      T* out = reinterpret_cast<T*>(p.out) + to * p.dim;
+      int d = 0;
+      for (; d + kLanes <= p.dim; d += kLanes) store(out + d, load(sums + d) * share);
+      if (d < p.dim) store_partial(out + d, load(sums + d) * share, p.dim - d);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t paged_state_floats(const PagedParams& p, const PagedBlock& block) {
+  const Shape shape(p, block);
+  return round_up(block.heads * shape.lanes * (shape.stride + 2), kLanes);
+}
+
+int64_t paged_scratch_bytes(const PagedParams& p, const PagedBlock& block) {
+  return Scratch(nullptr, block, Shape(p, block)).bytes;
+}
+
+void paged_empty(const PagedParams& p, const PagedBlock& block, float* memory) {
+  const Shape shape(p, block);
+  const StateOf<float> state(memory, block, shape);
+  const int64_t rows = int64_t{block.heads} * shape.lanes;
+  std::memset(state.sums, 0, rows * shape.stride * sizeof(float));
+  for (int64_t row = 0; row < rows; ++row) {
+    state.maxima[row] = -__builtin_inff();
+    state.totals[row] = 0;
+  }
+}
+
+void paged_split(const PagedParams& p, const PagedBlock& block, int begin, int end, float* state, char* scratch) {
+  paged_empty(p, block, state);
+  switch (p.element) {
+    case PagedElement::float32: return split<float>(p, block, begin, end, state, scratch);
+    case PagedElement::bfloat16: return split<BFloat16>(p, block, begin, end, state, scratch);
+    case PagedElement::float16: return split<Half>(p, block, begin, end, state, scratch);
+  }
+}
+
+void paged_merge(const PagedParams& p, const PagedBlock& block, float* total_memory, const float* part_memory) {
+  const Shape shape(p, block);
+  const StateOf<float> total(total_memory, block, shape);
+  const StateOf<const float> part(part_memory, block, shape);
+  const int64_t rows = int64_t{block.heads} * shape.lanes;
+  for (int64_t row = 0; row < rows; ++row) {
+    const float mine = total.maxima[row], other = part.maxima[row];
+    if (other == -__builtin_inff()) continue;
+    const float maximum = mine > other ? mine : other;
+    const float keep = __builtin_expf(mine - maximum), take = __builtin_expf(other - maximum);
+    total.maxima[row] = maximum;
+    total.totals[row] = total.totals[row] * keep + part.totals[row] * take;
+    float* sums = total.sums + row * shape.stride;
+    const float* more = part.sums + row * shape.stride;
+    for (int d = 0; d < shape.stride; d += kLanes) {
+      store(sums + d, fma(load(more + d), broadcast(take), load(sums + d) * broadcast(keep)));
+    }
+  }
+}
+
+void paged_finish(const PagedParams& p, const PagedBlock& block, const float* memory) {
+  const Shape shape(p, block);
+  const StateOf<const float> state(memory, block, shape);
+  switch (p.element) {
+    case PagedElement::float32: return finish<float>(p, block, state, shape);
+    case PagedElement::bfloat16: return finish<BFloat16>(p, block, state, shape);
+    case PagedElement::float16: return finish<Half>(p, block, state, shape);
+  }
+}
+
+}  // namespace refrag::cpu::REFRAG_ISA

@@ -1,0 +1,118 @@
+// Merging finished states: normalised outputs with their log-sum-exps.
+#include "cpu/paged_kernels.h"
+#include "cpu/simd.h"
+
+namespace refrag::cpu::REFRAG_ISA {
+namespace {
+
+float lse_of(const StatesRows& states, int64_t row, int head) {
+  float value;
+  std::memcpy(&value, states.lse + row * states.lse_row_bytes + head * states.lse_head_bytes, sizeof(value));
+  return value;
+}
+
+// Each state's share of the joint denominator; of two empty states neither has any.
+struct Shares {
+  float a, b, lse;
+
+  Shares(float lse_a, float lse_b) {
+    const double maximum = lse_a > lse_b ? lse_a : lse_b;
+    if (maximum == -__builtin_inf()) {
+      a = b = 0;
+      lse = lse_a + lse_b;  // -inf, or NaN
+      return;
+    }
+    const double share_a = __builtin_exp(lse_a - maximum), share_b = __builtin_exp(lse_b - maximum);
+    a = static_cast<float>(share_a / (share_a + share_b));
+    b = static_cast<float>(share_b / (share_a + share_b));
+    lse = static_cast<float>(maximum + __builtin_log(share_a + share_b));
+  }
+};
+
+template <class T>
+REFRAG_INLINE Vec load_up_to(const T* p, int count) {
+  return count >= kLanes ? load(p) : load_partial(p, count);
+}
+
+template <class T>
+REFRAG_INLINE void store_up_to(T* p, const Vec a, int count) {
+  if (count >= kLanes) {
+    store(p, a);
+  } else {
+    store_partial(p, a, count);
+  }
+}
+
+// An empty state's output is ignored, whatever it holds: it must not even be multiplied by 0.
+template <class T>
+REFRAG_INLINE Vec load_unless_empty(const T* out, int count, float share) {
+  return share == 0 ? zero_vec() : load_up_to(out, count);
+}
+
+template <class T>
+const T* out_of(const StatesRows& states, int64_t row, int head) {
+  return reinterpret_cast<const T*>(states.out + row * states.out_row_bytes + head * states.out_head_bytes);
+}
+
+template <class T>
+void merge(const StatesParams& p, int64_t first_row, int64_t last_row) {
+  for (int64_t row = first_row; row < last_row; ++row) {
+    for (int head = 0; head < p.heads; ++head) {
+      const Shares share(lse_of(p.a, row, head), lse_of(p.b, row, head));
+      const int64_t to = row * p.heads + head;
+      p.lse[to] = share.lse;
+      const T *a = out_of<T>(p.a, row, head), *b = out_of<T>(p.b, row, head);
+      T* out = reinterpret_cast<T*>(p.out) + to * p.dim;
+      for (int d = 0; d < p.dim; d += kLanes) {
+        const int count = p.dim - d;
+        const Vec part_a = load_unless_empty(a + d, count, share.a) * broadcast(share.a);
+        store_up_to(out + d, fma(load_unless_empty(b + d, count, share.b), broadcast(share.b), part_a), count);
+      }
+    }
+  }
+}
+
+// With a + b = 1: d out / d lse_a = a b (out_a - out_b), d lse / d lse_a = a; the other way round for b.
+template <class T>
+void merge_backward(const StatesBackwardParams& p, int64_t first_row, int64_t last_row) {
+  for (int64_t row = first_row; row < last_row; ++row) {
+    for (int head = 0; head < p.heads; ++head) {
+      const Shares share(lse_of(p.a, row, head), lse_of(p.b, row, head));
+      const int64_t at = row * p.heads + head;
+      const T* grad_out = reinterpret_cast<const T*>(p.grad_out) + at * p.dim;
+      const T *a = out_of<T>(p.a, row, head), *b = out_of<T>(p.b, row, head);
+      T *grad_a = reinterpret_cast<T*>(p.grad_out_a) + at * p.dim, *grad_b = reinterpret_cast<T*>(p.grad_out_b) + at * p.dim;
+      Vec product = zero_vec();
+      for (int d = 0; d < p.dim; d += kLanes) {
+        const int count = p.dim - d;
+        const Vec grad = load_up_to(grad_out + d, count);
+        store_up_to(grad_a + d, grad * broadcast(share.a), count);
+        store_up_to(grad_b + d, grad * broadcast(share.b), count);
+        product = fma(grad, load_unless_empty(a + d, count, share.a) - load_unless_empty(b + d, count, share.b), product);
+      }
+      const float shift = share.a * share.b * reduce_add(product);
+      p.grad_lse_a[at] = share.a * p.grad_lse[at] + shift;
+      p.grad_lse_b[at] = share.b * p.grad_lse[at] - shift;
+    }
+  }
+}
+
+}  // namespace
+
+void merge_states_rows(const StatesParams& p, int64_t first_row, int64_t last_row) {
+  switch (p.element) {
+    case PagedElement::float32: return merge<float>(p, first_row, last_row);
+    case PagedElement::bfloat16: return merge<BFloat16>(p, first_row, last_row);
+    case PagedElement::float16: return merge<Half>(p, first_row, last_row);
+  }
+}
+
+void merge_states_backward_rows(const StatesBackwardParams& p, int64_t first_row, int64_t last_row) {
+  switch (p.element) {
+    case PagedElement::float32: return merge_backward<float>(p, first_row, last_row);
+    case PagedElement::bfloat16: return merge_backward<BFloat16>(p, first_row, last_row);
+    case PagedElement::float16: return merge_backward<Half>(p, first_row, last_row);
+  }
+}
+
+}  // namespace refrag::cpu::REFRAG_ISA
