@@ -71,4 +71,5 @@ STABLE_TORCH_LIBRARY_IMPL(refrag_cpu, CPU, m) {
   m.impl("append_kv", TORCH_BOX(&refrag::cpu::append_kv));
   m.impl("merge_states", TORCH_BOX(&refrag::cpu::merge_states));
   m.impl("merge_states_backward", TORCH_BOX(&refrag::cpu::merge_states_backward));
+  m.impl("mixed_attention_backward", TORCH_BOX(&refrag::cpu::mixed_attention_backward));
 }

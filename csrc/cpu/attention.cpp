@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <numeric>
 
@@ -17,7 +18,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Copies of keys and values up to this size are kept for the next call.
+// Copies of keys and values, and partial gradients, up to this size are kept for the next call.
 constexpr int64_t kKeptBytes = int64_t{64} << 20;
 
 // Work that is worth a trip to another thread and back, in multiplications.
@@ -88,6 +89,9 @@ std::vector<int64_t> keys_of_blocks(const PlanView& plan) {
   return keys;
 }
 
+// Tasks to hand out at a time, if all of them are `work` multiplications.
+int64_t grain_of(int64_t tasks, int64_t work) { return std::max<int64_t>(1, kTaskWork * tasks / std::max<int64_t>(work, 1)); }
+
 // Decides how kernels read a tensor, and makes the copy if that takes one. `memory` is where copies go.
 class Copies {
  public:
@@ -156,6 +160,7 @@ class Copies {
 };
 
 thread_local Workspace copies_memory;   // of the thread that calls an op
+thread_local Workspace sums_memory;     // likewise
 thread_local Workspace scratch_memory;  // of every thread that runs tasks
 
 AttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<Tensor>& plan, double scale,
@@ -185,6 +190,96 @@ AttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor& v, con
   return p;
 }
 
+HeadRows rows_like(const char* name, const Tensor& tensor, const Tensor& like) {
+  const bool same = tensor.dim() == 3 && tensor.size(0) == like.size(0) && tensor.size(1) == like.size(1) &&
+                    tensor.size(2) == like.size(2);
+  STD_TORCH_CHECK(same, name, ": needs the shape of q");
+  return head_rows(name, tensor, element_of(like));
+}
+
+const float* lse_data(const char* name, const Tensor& tensor, const Tensor& q) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
+                      tensor.numel() == q.size(0) * q.size(1),
+                  name, ": needs contiguous float32 [T_q, H_q]");
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+// Zeros in the rows that a capacity leaves over.
+void clear_rows(const Tensor& tensor, int64_t used) {
+  if (tensor.size(0) <= used || tensor.numel() == 0) return;
+  const int64_t row_bytes = tensor.numel() / tensor.size(0) * static_cast<int64_t>(tensor.element_size());
+  std::memset(static_cast<char*>(tensor.mutable_data_ptr()) + used * row_bytes, 0, (tensor.size(0) - used) * row_bytes);
+}
+
+// Parts in which a backward pass is done, at least: enough that threads finish together, as long as one holds many blocks.
+constexpr int64_t kBackwardTasks = 64;
+
+struct Strips {
+  std::vector<Strip> strips;
+  std::vector<int64_t> cost;
+  std::vector<std::vector<int32_t>> slots;
+  std::vector<int32_t> slot_offsets, slot_lists;
+  int64_t num_slots = 0;
+
+  Strips(const PlanView& plan, const std::vector<int64_t>& keys, int32_t kv_heads) {
+    const int64_t all_keys = std::accumulate(keys.begin(), keys.end(), int64_t{0});
+    const int64_t share = std::max<int64_t>(1, all_keys * kv_heads / kBackwardTasks);
+    for (int32_t block = 0; block < plan.num_blocks; ++block) {
+      const bool new_sequence = block > 0 && plan.q_blocks[4 * block + 2] != plan.q_blocks[4 * block - 2];
+      if (block == 0 || new_sequence || cost.back() >= share) {
+        strips.push_back({block, block, 0, nullptr, 0, 0});
+        cost.push_back(0);
+      }
+      cost.back() += keys[block];
+      strips.back().last_block = block + 1;
+    }
+    for (Strip& strip : strips) number_slots(plan, strip);
+    for (size_t i = 0; i < strips.size(); ++i) strips[i].slots = slots[i].data();
+    list_slots(plan);
+  }
+
+ private:
+  void number_slots(const PlanView& plan, Strip& strip) {
+    const int32_t* q_block = plan.q_blocks + 4 * int64_t{strip.first_block};
+    strip.first_tile = q_block[3] > 0 ? plan.kv_row_block[q_block[2]] : 0;
+    std::vector<int32_t> mine((q_block[3] + kTile - 1) / kTile, -1);
+    const auto mark = [&](int32_t start, int32_t end) {
+      const int32_t first = plan.kv_row_block[start] - strip.first_tile;
+      std::fill(mine.begin() + first, mine.begin() + first + (end - start + kTile - 1) / kTile, 0);
+    };
+    const int32_t first = strip.first_block, last = strip.last_block;
+    for (int32_t r = plan.full_offsets[first]; r < plan.full_offsets[last]; ++r) {
+      mark(plan.full_ranges[2 * int64_t{r}], plan.full_ranges[2 * int64_t{r} + 1]);
+    }
+    for (int32_t i = plan.partial_offsets[first]; i < plan.partial_offsets[last]; ++i) {
+      mark(plan.partial_keys[i], plan.partial_keys[i] + 1);
+    }
+    strip.first_slot = static_cast<int32_t>(num_slots);
+    for (int32_t& slot : mine) {
+      if (slot == 0) slot = strip.num_slots++;
+    }
+    num_slots += strip.num_slots;
+    slots.push_back(std::move(mine));
+  }
+
+  void list_slots(const PlanView& plan) {
+    slot_offsets.assign(plan.num_tiles + 1, 0);
+    slot_lists.resize(num_slots);
+    const auto each = [&](auto visit) {
+      for (const Strip& strip : strips) {
+        const std::vector<int32_t>& mine = slots[&strip - strips.data()];
+        for (size_t tile = 0; tile < mine.size(); ++tile) {
+          if (mine[tile] >= 0) visit(strip.first_tile + tile, strip.first_slot + mine[tile]);
+        }
+      }
+    };
+    each([&](size_t tile, int32_t) { ++slot_offsets[tile + 1]; });
+    std::partial_sum(slot_offsets.begin(), slot_offsets.end(), slot_offsets.begin());
+    std::vector<int32_t> next(slot_offsets.begin(), slot_offsets.end() - 1);
+    each([&](size_t tile, int32_t slot) { slot_lists[next[tile]++] = slot; });
+  }
+};
+
 // Blocks in the order in which to compute them: the costly ones first, and neighbours together.
 std::vector<int32_t> by_cost(const std::vector<int64_t>& cost) {
   std::vector<int32_t> order(cost.size());
@@ -205,9 +300,7 @@ std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, con
   Tensor lse = torch::stable::new_empty(q, {rows, p.heads}, ScalarType::Float);
   p.out = static_cast<char*>(out.mutable_data_ptr());
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  // Rows that a capacity leaves over.
-  const int64_t row_bytes = int64_t{p.heads} * p.width * element_bytes(p.element);
-  std::memset(p.out + sizes.q_rows * row_bytes, 0, (rows - sizes.q_rows) * row_bytes);
+  clear_rows(out, sizes.q_rows);
   std::fill(p.lse + int64_t{sizes.q_rows} * p.heads, p.lse + rows * p.heads, -std::numeric_limits<float>::infinity());
 
   const std::vector<int64_t> keys = keys_of_blocks(p.plan);
@@ -226,14 +319,78 @@ std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, con
   const int64_t passes = int64_t{p.kv_heads} * groups, tasks = blocks * passes;
   const bool head_first = blocks >= 8 * int64_t{torch::stable::get_num_threads()} && all_keys > 64 * blocks;
   const int64_t work = 2 * (all_keys + kTile * blocks) * kTile * p.heads * p.width;
-  const int64_t grain = std::max<int64_t>(1, kTaskWork * tasks / std::max<int64_t>(work, 1));
-  run_tasks(tasks, grain, [&](int64_t task) {
+  run_tasks(tasks, grain_of(tasks, work), [&](int64_t task) {
     const int64_t block = head_first ? task % blocks : task / passes, pass = head_first ? task / blocks : task % passes;
     kernel(p, order[block], static_cast<int32_t>(pass / groups), static_cast<int32_t>(pass % groups),
            scratch_memory.at_least(scratch));
   });
   copies_memory.trim(kKeptBytes);
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_attention_backward(
+    const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, const std::vector<Tensor>& plan, double scale, double softcap, const std::optional<Tensor>& sinks) {
+  Sizes sizes{};
+  AttentionBackwardParams b{};
+  AttentionParams& p = b.forward;
+  p = params_of(q, k, v, plan, scale, softcap, sinks, sizes);
+  b.grad_out = rows_like("grad_out", grad_out, q);
+  b.out = rows_like("out", out, q);
+  b.lse = lse_data("lse", lse, q);
+  b.grad_lse = lse_data("grad_lse", grad_lse, q);
+  Tensor dq = torch::stable::new_empty(q, {q.size(0), p.heads, p.width});
+  Tensor dk = torch::stable::new_empty(k, {k.size(0), p.kv_heads, p.width});
+  Tensor dv = torch::stable::new_empty(v, {v.size(0), p.kv_heads, p.width});
+  Tensor dsinks = torch::stable::new_empty(q, {sinks ? p.heads : 0}, ScalarType::Float);
+  clear_rows(dq, sizes.q_rows);
+  clear_rows(dk, sizes.kv_rows);
+  clear_rows(dv, sizes.kv_rows);
+  b.dq = static_cast<char*>(dq.mutable_data_ptr());
+  b.dk = static_cast<char*>(dk.mutable_data_ptr());
+  b.dv = static_cast<char*>(dv.mutable_data_ptr());
+
+  const std::vector<int64_t> keys = keys_of_blocks(p.plan);
+  const int64_t all_keys = std::accumulate(keys.begin(), keys.end(), int64_t{0});
+  Copies copies(p, all_keys * p.panel_groups() / kTile);
+  const Forms forms = REFRAG_KERNEL(attention_forms)(p.element, p.width);
+  copies.add(p.k_rows, p.k, forms.rows);
+  copies.add(p.v_rows, p.v, forms.rows);
+  copies.add(p.k_cols, p.k, forms.cols);
+  copies.make(copies_memory);
+
+  const Strips strips(p.plan, keys, p.kv_heads);
+  b.num_slots = strips.num_slots;
+  b.slot_offsets = strips.slot_offsets.data();
+  b.slot_lists = strips.slot_lists.data();
+  const int64_t sums = p.kv_heads * b.num_slots * kTile * p.padded_width();
+  b.dk_sums = reinterpret_cast<float*>(sums_memory.at_least(2 * sums * static_cast<int64_t>(sizeof(float))));
+  b.dv_sums = b.dk_sums + sums;
+  std::vector<float> sink_parts(sinks ? int64_t{p.plan.num_blocks} * p.heads : 0);
+  b.dsinks = sinks ? sink_parts.data() : nullptr;
+
+  const std::vector<int32_t> order = by_cost(strips.cost);
+  const int64_t scratch = REFRAG_KERNEL(attention_backward_scratch)(b);
+  const auto kernel = REFRAG_KERNEL(attention_backward);
+  const int64_t work = 5 * (all_keys + kTile * p.plan.num_blocks) * kTile * p.heads * p.width;
+  const int64_t tasks = static_cast<int64_t>(order.size()) * p.kv_heads;
+  run_tasks(tasks, grain_of(tasks, work), [&](int64_t task) {
+    kernel(b, strips.strips[order[task / p.kv_heads]], static_cast<int32_t>(task % p.kv_heads),
+           scratch_memory.at_least(scratch));
+  });
+  const auto sum = REFRAG_KERNEL(attention_backward_sum);
+  const int64_t tiles = p.plan.num_tiles;
+  run_tasks(tiles, grain_of(tiles, 16 * sums), [&](int64_t tile) {
+    sum(b, static_cast<int32_t>(tile), static_cast<int32_t>(tile) + 1);
+  });
+  if (sinks) {
+    float* total = static_cast<float*>(dsinks.mutable_data_ptr());
+    std::fill(total, total + p.heads, 0.0f);
+    for (size_t i = 0; i < sink_parts.size(); ++i) total[i % p.heads] += sink_parts[i];
+  }
+  copies_memory.trim(kKeptBytes);
+  sums_memory.trim(kKeptBytes);
+  return {dq, dk, dv, dsinks};
 }
 
 }  // namespace refrag::cpu

@@ -86,4 +86,34 @@ REFRAG_DECLARE_KERNEL(int64_t, attention_forward_scratch, const AttentionParams&
 REFRAG_DECLARE_KERNEL(void, attention_forward, const AttentionParams& params, int32_t block, int32_t kv_head,
                       int32_t panel_group, char* scratch);
 
+// The backward pass walks the plan once, strip by strip: consecutive query blocks of one sequence, chosen by the plan alone.
+// A strip sums the gradients of the keys and values that it sees in slots of its own, one a tile; a tile's slots are then
+// added in the order of the strips.
+struct Strip {
+  int32_t first_block, last_block;
+  int32_t first_tile;         // of its sequence
+  const int32_t* slots;       // of each tile of its sequence, from the strip's first slot on; -1: no block sees the tile
+  int32_t first_slot, num_slots;
+};
+
+struct AttentionBackwardParams {
+  AttentionParams forward;  // its out and lse are not used
+  HeadRows grad_out, out;
+  const float *lse, *grad_lse;  // [T_q, H_q]
+  char *dq, *dk, *dv;
+  float* dsinks;              // [query blocks, H_q], to be added; null without sinks
+  float *dk_sums, *dv_sums;   // [kv_heads, slots, 16, padded width]
+  int64_t num_slots;
+  const int32_t *slot_offsets, *slot_lists;  // [tiles + 1] and the slots of each tile
+};
+
+REFRAG_DECLARE_KERNEL(int64_t, attention_backward_scratch, const AttentionBackwardParams& params);
+
+// dq of the strip's rows, and its share of dk and dv.
+REFRAG_DECLARE_KERNEL(void, attention_backward, const AttentionBackwardParams& params, const Strip& strip,
+                      int32_t kv_head, char* scratch);
+
+// dk and dv of tiles [begin, end) of all heads.
+REFRAG_DECLARE_KERNEL(void, attention_backward_sum, const AttentionBackwardParams& params, int32_t begin, int32_t end);
+
 }  // namespace refrag::cpu

@@ -133,6 +133,17 @@ REFRAG_INLINE void transpose_words(const char* from, int64_t from_stride, char* 
 #endif
 }
 
+#if defined(__AVX512BF16__)
+// Words of one pair of keys: the lanes of `even` in the low halves, of `odd` in the high ones.
+REFRAG_INLINE void store_pairs(char* words, const Vec even, const Vec odd) {
+  // 0, 16, 1, 17, ...
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.part[0], even.part[0]));
+  store_int(words, {{reinterpret_cast<PartI>(_mm512_permutexvar_epi16(order, both))}});
+}
+#endif
+
 // The pairs (row of the block, head of the group) that one pass serves: lanes [0, pairs) of `panels` panels.
 struct Pack {
   int32_t first_row, rows;  // of the block, among the packed query rows
@@ -287,6 +298,14 @@ inline void hide(const uint32_t* bits, const Pack& pack, int count, float* score
       float* score = scores + key * pack.lanes() + kLanes * panel;
       store(score, select(any_bit(masks[panel], bit), load(score), broadcast(-kInfinity)));
     }
+  }
+}
+
+// scores = softcap * tanh(scale * scores / softcap), or scale * scores.
+inline void shape_scores(float* scores, int64_t count, float scale, float softcap) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec score = load(scores + i) * broadcast(scale);
+    store(scores + i, softcap > 0 ? broadcast(softcap) * tanh(score / broadcast(softcap)) : score);
   }
 }
 
