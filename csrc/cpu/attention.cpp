@@ -37,15 +37,28 @@ Element element_of(const Tensor& tensor) {
 
 HeadRows head_rows(const char* name, const Tensor& tensor, Element element) {
   STD_TORCH_CHECK(tensor.dim() == 3 && element_of(tensor) == element, name, ": needs three dimensions and q's dtype");
-  STD_TORCH_CHECK(tensor.stride(2) == 1 || tensor.size(2) == 1, name, ": needs a contiguous last dimension");
+  STD_TORCH_CHECK(tensor.stride(2) == 1 || tensor.numel() == 0, name, ": needs a contiguous last dimension");
   const int64_t bytes = element_bytes(element);
   return {static_cast<const char*>(tensor.const_data_ptr()), tensor.stride(0) * bytes, tensor.stride(1) * bytes};
 }
 
 // Fields of a plan, in the order of AttentionPlan.tensors().
 enum Field {
-  kSizes, kQRowBlock, kKvRowBlock, kQBlocks, kFullOffsets, kFullRanges, kPartialOffsets, kPartialKeys, kPartialBits,
-  kKvBlocks, kFullTOffsets, kFullTRanges, kPartialTOffsets, kPartialTTiles, kNumFields
+  kSizes,
+  kQRowBlock,
+  kKvRowBlock,
+  kQBlocks,
+  kFullOffsets,
+  kFullRanges,
+  kPartialOffsets,
+  kPartialKeys,
+  kPartialBits,
+  kKvBlocks,
+  kFullTOffsets,
+  kFullTRanges,
+  kPartialTOffsets,
+  kPartialTTiles,
+  kNumFields
 };
 
 // Query rows, query blocks and so on that a plan really has.
@@ -90,7 +103,9 @@ std::vector<int64_t> keys_of_blocks(const PlanView& plan) {
 }
 
 // Tasks to hand out at a time, if all of them are `work` multiplications.
-int64_t grain_of(int64_t tasks, int64_t work) { return std::max<int64_t>(1, kTaskWork * tasks / std::max<int64_t>(work, 1)); }
+int64_t grain_of(int64_t tasks, int64_t work) {
+  return std::max<int64_t>(1, kTaskWork * tasks / std::max<int64_t>(work, 1));
+}
 
 // Decides how kernels read a tensor, and makes the copy if that takes one. `memory` is where copies go.
 class Copies {
@@ -163,8 +178,8 @@ thread_local Workspace copies_memory;   // of the thread that calls an op
 thread_local Workspace sums_memory;     // likewise
 thread_local Workspace scratch_memory;  // of every thread that runs tasks
 
-AttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<Tensor>& plan, double scale,
-                          double softcap, const std::optional<Tensor>& sinks, Sizes& sizes) {
+AttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<Tensor>& plan,
+                          double scale, double softcap, const std::optional<Tensor>& sinks, Sizes& sizes) {
   AttentionParams p{};
   p.element = element_of(q);
   p.q = head_rows("q", q, p.element);
@@ -173,7 +188,8 @@ AttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor& v, con
   p.heads = static_cast<int32_t>(q.size(1));
   p.kv_heads = static_cast<int32_t>(k.size(1));
   p.width = static_cast<int32_t>(q.size(2));
-  STD_TORCH_CHECK(p.width % 8 == 0 && p.width > 0 && p.width <= 256, "q: needs a head width that is a multiple of 8 up to 256");
+  STD_TORCH_CHECK(p.width % 8 == 0 && p.width > 0 && p.width <= 256,
+                  "q: needs a head width that is a multiple of 8 up to 256");
   STD_TORCH_CHECK(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "q: needs a multiple of k's heads");
   STD_TORCH_CHECK(k.size(2) == p.width && v.size(2) == p.width && v.size(1) == p.kv_heads && v.size(0) == k.size(0),
                   "k and v: need the same shape, and q's head width");
@@ -198,9 +214,9 @@ HeadRows rows_like(const char* name, const Tensor& tensor, const Tensor& like) {
 }
 
 const float* lse_data(const char* name, const Tensor& tensor, const Tensor& q) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
-                      tensor.numel() == q.size(0) * q.size(1),
-                  name, ": needs contiguous float32 [T_q, H_q]");
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == q.size(0) * q.size(1),
+      name, ": needs contiguous float32 [T_q, H_q]");
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
@@ -211,7 +227,8 @@ void clear_rows(const Tensor& tensor, int64_t used) {
   std::memset(static_cast<char*>(tensor.mutable_data_ptr()) + used * row_bytes, 0, (tensor.size(0) - used) * row_bytes);
 }
 
-// Parts in which a backward pass is done, at least: enough that threads finish together, as long as one holds many blocks.
+// Parts in which a backward pass is done, at least: enough that threads finish together, as long as one holds many
+// blocks.
 constexpr int64_t kBackwardTasks = 64;
 
 struct Strips {
@@ -328,9 +345,12 @@ std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, con
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_attention_backward(
-    const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& lse, const std::vector<Tensor>& plan, double scale, double softcap, const std::optional<Tensor>& sinks) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_attention_backward(const Tensor& grad_out, const Tensor& grad_lse,
+                                                                    const Tensor& q, const Tensor& k, const Tensor& v,
+                                                                    const Tensor& out, const Tensor& lse,
+                                                                    const std::vector<Tensor>& plan, double scale,
+                                                                    double softcap,
+                                                                    const std::optional<Tensor>& sinks) {
   Sizes sizes{};
   AttentionBackwardParams b{};
   AttentionParams& p = b.forward;
@@ -380,9 +400,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_attention_backward(
   });
   const auto sum = REFRAG_KERNEL(attention_backward_sum);
   const int64_t tiles = p.plan.num_tiles;
-  run_tasks(tiles, grain_of(tiles, 16 * sums), [&](int64_t tile) {
-    sum(b, static_cast<int32_t>(tile), static_cast<int32_t>(tile) + 1);
-  });
+  run_tasks(tiles, grain_of(tiles, 16 * sums),
+            [&](int64_t tile) { sum(b, static_cast<int32_t>(tile), static_cast<int32_t>(tile) + 1); });
   if (sinks) {
     float* total = static_cast<float*>(dsinks.mutable_data_ptr());
     std::fill(total, total + p.heads, 0.0f);

@@ -124,8 +124,8 @@ void weigh_panel(const Shape& shape, const Scratch& s, int panel, int lanes, int
 }
 
 template <class T, class Math>
-void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t block, int32_t kv_head, const Pack& pack,
-                   const Scratch& s) {
+void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t block, int32_t kv_head,
+                   const Pack& pack, const Scratch& s) {
   const AttentionParams& p = b.forward;
   const int lanes = pack.lanes(), padded = p.padded_width(), words = words_of<Math>(p.width);
   constexpr int kKeysPerWord = Math::kPairs ? 2 : 1;
@@ -160,7 +160,8 @@ void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t
       const char* k_cols = rows_of<T, kCols>(p.k_cols, p.k, p.plan, segment, p.width, kv_head, local[2]);
       float *scores = s.scores + int64_t{keys} * lanes, *slopes = s.slopes + int64_t{keys} * lanes;
       multiply<Math, Lie::apart, Into::set>(
-          {k, p.k_rows.row_bytes, &q_columns, 1, 4 * int64_t{lanes}, scores, lanes, nullptr}, segment.count, pack.panels);
+          {k, p.k_rows.row_bytes, &q_columns, 1, 4 * int64_t{lanes}, scores, lanes, nullptr}, segment.count,
+          pack.panels);
       multiply<Math, Lie::apart, Into::set>(
           {v, p.v_rows.row_bytes, &grad_columns, 1, 4 * int64_t{lanes}, slopes, lanes, nullptr}, segment.count,
           pack.panels);
@@ -179,9 +180,9 @@ void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t
     }
     for (int panel = 0; panel < pack.panels; ++panel) weigh_panel<Math>(shape, s, panel, lanes, keys);
     const char* by_key = Math::kPairs ? s.paired : reinterpret_cast<const char*>(s.slopes);
-    multiply<Math, Lie::adjacent, Into::add>({by_key, 4 * int64_t{lanes}, key_spans, count,
-                                              kKeysPerWord * p.k_cols.row_bytes, s.dq, padded, nullptr},
-                                             lanes, padded / kLanes);
+    multiply<Math, Lie::adjacent, Into::add>(
+        {by_key, 4 * int64_t{lanes}, key_spans, count, kKeysPerWord * p.k_cols.row_bytes, s.dq, padded, nullptr}, lanes,
+        padded / kLanes);
     const char* weights = Math::kPairs ? s.weights : reinterpret_cast<const char*>(s.scores);
     const char* slopes = Math::kPairs ? s.narrow : reinterpret_cast<const char*>(s.slopes);
     const int64_t stride = kNumberBytes * lanes;
@@ -190,12 +191,12 @@ void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t
       const int32_t tile = p.plan.kv_row_block[segment.first_key] - strip.first_tile;
       const int64_t slot = kv_head * b.num_slots + strip.first_slot + strip.slots[tile];
       float *dk = b.dk_sums + slot * kTile * padded, *dv = b.dv_sums + slot * kTile * padded;
-      multiply<Math, Lie::apart, Into::add>({weights + first_keys[i] * stride, stride, &grad_span, 1, 4 * int64_t{padded}, dv,
-                                             padded, nullptr},
-                                            segment.count, padded / kLanes);
-      multiply<Math, Lie::apart, Into::add>({slopes + first_keys[i] * stride, stride, &q_span, 1, 4 * int64_t{padded}, dk,
-                                             padded, nullptr},
-                                            segment.count, padded / kLanes);
+      multiply<Math, Lie::apart, Into::add>(
+          {weights + first_keys[i] * stride, stride, &grad_span, 1, 4 * int64_t{padded}, dv, padded, nullptr},
+          segment.count, padded / kLanes);
+      multiply<Math, Lie::apart, Into::add>(
+          {slopes + first_keys[i] * stride, stride, &q_span, 1, 4 * int64_t{padded}, dk, padded, nullptr},
+          segment.count, padded / kLanes);
     }
   }
   for (int lane = 0; lane < pack.pairs; ++lane) {

@@ -116,7 +116,8 @@ REFRAG_INLINE void transpose_words(const char* from, int64_t from_stride, char* 
   }
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const __m512 low01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x44), high01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xee);
+    const __m512 low01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x44),
+                 high01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xee);
     const __m512 low23 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x44);
     const __m512 high23 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xee);
     b[j] = _mm512_shuffle_f32x4(low01, low23, 0x88);
@@ -137,8 +138,8 @@ REFRAG_INLINE void transpose_words(const char* from, int64_t from_stride, char* 
 // Words of one pair of keys: the lanes of `even` in the low halves, of `odd` in the high ones.
 REFRAG_INLINE void store_pairs(char* words, const Vec even, const Vec odd) {
   // 0, 16, 1, 17, ...
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.part[0], even.part[0]));
   store_int(words, {{reinterpret_cast<PartI>(_mm512_permutexvar_epi16(order, both))}});
 }
@@ -168,8 +169,8 @@ inline Pack pack_of(const AttentionParams& p, int32_t block, int32_t kv_head, in
   return pack;
 }
 
-// Copies the pack's rows of a tensor [T, H, D], as words for Math, to rows [lanes, stride words]; lanes without a pair get
-// zeros. And transposes them: columns [words, lanes].
+// Copies the pack's rows of a tensor [T, H, D], as words for Math, to rows [lanes, stride words]; lanes without a pair
+// get zeros. And transposes them: columns [words, lanes].
 template <class T, class Math>
 void gather(const HeadRows& tensor, int width, const Pack& pack, char* rows, char* columns) {
   const int words = words_of<Math>(width), stride = (words + 15) / 16 * 16;
@@ -179,8 +180,8 @@ void gather(const HeadRows& tensor, int width, const Pack& pack, char* rows, cha
       std::memset(row, 0, 4 * stride);
       continue;
     }
-    const char* source = tensor.data + (pack.first_row + pack.row_of(lane)) * tensor.row_bytes +
-                         pack.head_of(lane) * tensor.head_bytes;
+    const char* source =
+        tensor.data + (pack.first_row + pack.row_of(lane)) * tensor.row_bytes + pack.head_of(lane) * tensor.head_bytes;
     if constexpr (Math::kPairs) {
       std::memcpy(row, source, 2 * width);
     } else {

@@ -9,13 +9,13 @@ namespace {
 inline constexpr int kStepKeys = 128;
 
 struct Scratch {
-  char* rows;          // [lanes, words]: queries as gathered
-  char* queries;       // [words, lanes]
-  float* scores;       // [kStepKeys, lanes]
-  char* weights;       // [kStepKeys / 2, lanes] pairs; floats share the scores' memory
-  float* sums;         // [lanes, padded width]
+  char* rows;                        // [lanes, words]: queries as gathered
+  char* queries;                     // [words, lanes]
+  float* scores;                     // [kStepKeys, lanes]
+  char* weights;                     // [kStepKeys / 2, lanes] pairs; floats share the scores' memory
+  float* sums;                       // [lanes, padded width]
   float *maxima, *totals, *factors;  // [lanes]
-  char* local[2];      // keys and values packed on the way
+  char* local[2];                    // keys and values packed on the way
 
   static Scratch carve(Arena& arena, const AttentionParams& p) {
     const int64_t lanes = kMaxPanels * kLanes, width = p.padded_width();
@@ -163,9 +163,9 @@ void forward(const AttentionParams& p, int32_t block, int32_t kv_head, int32_t p
     }
     for (int panel = 0; panel < pack.panels; ++panel) soften<Math>(s, panel, lanes, keys, to_log2);
     const char* weights = Math::kPairs ? s.weights : reinterpret_cast<const char*>(s.scores);
-    multiply<Math, Lie::adjacent, Into::scale>({weights, 4 * int64_t{lanes}, values, count,
-                                                kKeysPerWord * p.v_cols.row_bytes, s.sums, padded, s.factors},
-                                               lanes, padded / kLanes);
+    multiply<Math, Lie::adjacent, Into::scale>(
+        {weights, 4 * int64_t{lanes}, values, count, kKeysPerWord * p.v_cols.row_bytes, s.sums, padded, s.factors},
+        lanes, padded / kLanes);
   }
   finish<T>(p, pack, s);
 }

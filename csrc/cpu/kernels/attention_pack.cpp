@@ -20,8 +20,7 @@ void attention_pack(const AttentionParams& params, const PackTask& task, int32_t
     for (int32_t tile = begin; tile < end; ++tile) {
       const int32_t* kv_block = params.plan.kv_blocks + 4 * int64_t{tile};
       for (int32_t head = 0; head < params.kv_heads; ++head) {
-        const char* source =
-            task.source.data + kv_block[0] * task.source.row_bytes + head * task.source.head_bytes;
+        const char* source = task.source.data + kv_block[0] * task.source.row_bytes + head * task.source.head_bytes;
         char* copy = task.copy + (int64_t{head} * params.plan.num_tiles + tile) * task.tile_bytes;
         if (task.form == Form::pairs) {
           pack_pairs(source, task.source.row_bytes, kv_block[1], params.width, copy);

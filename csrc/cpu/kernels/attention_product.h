@@ -1,7 +1,7 @@
 // Products of small matrices, kept in registers: C [rows, panels * 16] = A B.
 //
-// A is read one number at a time and broadcast, B and C a panel of 16 columns at a time. Numbers are 32 bits wide: floats,
-// or pairs of bfloat16 whose products are summed (vdpbf16ps), which halves the inner length.
+// A is read one number at a time and broadcast, B and C a panel of 16 columns at a time. Numbers are 32 bits wide:
+// floats, or pairs of bfloat16 whose products are summed (vdpbf16ps), which halves the inner length.
 #pragma once
 
 #include "cpu/simd.h"
@@ -18,7 +18,8 @@ struct Floats {
 struct Pairs {
   static constexpr bool kPairs = true;
   static REFRAG_INLINE Vec multiply_add(const Vec a, const Vec b, const Vec c) {
-    return {{_mm512_dpbf16_ps(c.part[0], reinterpret_cast<__m512bh>(a.part[0]), reinterpret_cast<__m512bh>(b.part[0]))}};
+    return {
+        {_mm512_dpbf16_ps(c.part[0], reinterpret_cast<__m512bh>(a.part[0]), reinterpret_cast<__m512bh>(b.part[0]))}};
   }
 };
 #endif
