@@ -42,33 +42,34 @@ struct Scratch {
   }
 };
 
-template <class T>
-float dot(const char* a, const char* b, int width) {
-  const T *x = reinterpret_cast<const T*>(a), *y = reinterpret_cast<const T*>(b);
-  Vec sum = zero_vec();
-  int d = 0;
-  for (; d + kLanes <= width; d += kLanes) sum = fma(load(x + d), load(y + d), sum);
-  if (d < width) sum = fma(load_partial(x + d, width - d), load_partial(y + d, width - d), sum);
-  return reduce_add(sum);
-}
-
-REFRAG_INLINE const char* row_of(const HeadRows& tensor, int64_t row, int64_t head) {
-  return tensor.data + row * tensor.row_bytes + head * tensor.head_bytes;
-}
-
-// lse and delta of the pack's rows, and the sinks' share of the gradient.
-template <class T>
+// Gathers the pack's rows and their gradients; lse, delta, and the sinks' share of the gradient.
+template <class T, class Math>
 void prepare(const AttentionBackwardParams& b, const Pack& pack, const Scratch& s, float* dsinks) {
   const AttentionParams& p = b.forward;
-  for (int lane = 0; lane < pack.lanes(); ++lane) {
-    // A row that sees nothing, or a lane without a row: exp2(s - inf) makes its weights 0.
-    s.lse[lane] = kInfinity;
-    s.delta[lane] = 0;
-    if (lane >= pack.pairs) continue;
+  const int lanes = pack.lanes(), words = words_of<Math>(p.width);
+  gather<T, Math>(b.grad_out, p.width, pack, s.grad_rows, s.grad_columns);
+  gather<T, Math>(b.out, p.width, pack, s.q_rows, s.q_columns);
+  for (int panel = 0; panel < pack.panels; ++panel) {
+    // In the order in which dout . v will be summed: for a row that sees one key the two are then equal to the last
+    // bit.
+    Vec sum = zero_vec();
+    for (int word = 0; word < words; ++word) {
+      const int64_t at = int64_t{4} * word * lanes + 64 * panel;
+      sum = Math::multiply_add(load_words(s.q_columns + at), load_words(s.grad_columns + at), sum);
+    }
+    store(s.delta + kLanes * panel, sum);
+  }
+  gather<T, Math>(p.q, p.width, pack, s.q_rows, s.q_columns);
+  for (int lane = 0; lane < lanes; ++lane) {
     const int64_t row = pack.first_row + pack.row_of(lane), head = pack.head_of(lane), entry = row * p.heads + head;
-    if (b.lse[entry] == -kInfinity) continue;
+    if (lane >= pack.pairs || b.lse[entry] == -kInfinity) {
+      // No row, or one that sees nothing: exp2(s - inf) makes its weights 0.
+      s.lse[lane] = kInfinity;
+      s.delta[lane] = 0;
+      continue;
+    }
     s.lse[lane] = b.lse[entry] * kLog2e;
-    s.delta[lane] = dot<T>(row_of(b.grad_out, row, head), row_of(b.out, row, head), p.width) - b.grad_lse[entry];
+    s.delta[lane] -= b.grad_lse[entry];
     if (dsinks) {
       const Vec weight = exp2_bounded(broadcast(p.sinks[head] * kLog2e - s.lse[lane]));
       dsinks[head] -= lane_of(weight, 0) * s.delta[lane];
@@ -131,8 +132,6 @@ void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t
   constexpr int kKeysPerWord = Math::kPairs ? 2 : 1;
   constexpr Form kCols = Math::kPairs ? Form::pairs : Form::rows;
   constexpr int64_t kNumberBytes = Math::kPairs ? 2 : 4;
-  gather<T, Math>(p.q, p.width, pack, s.q_rows, s.q_columns);
-  gather<T, Math>(b.grad_out, p.width, pack, s.grad_rows, s.grad_columns);
   const char *queries = s.q_rows, *grads = s.grad_rows;
   if constexpr (Math::kPairs) {
     const int64_t row_bytes = (words + 15) / 16 * 64;
@@ -224,7 +223,7 @@ void backward(const AttentionBackwardParams& b, const Strip& strip, int32_t kv_h
     for (int32_t group = 0; group < p.panel_groups(); ++group) {
       const Pack pack = pack_of(p, block, kv_head, group);
       if (pack.panels == 0) continue;
-      prepare<T>(b, pack, s, dsinks);
+      prepare<T, Math>(b, pack, s, dsinks);
       backward_pack<T, Math>(b, strip, block, kv_head, pack, s);
     }
   }
