@@ -1,0 +1,48 @@
+"""REFRAG on transformers: an encoder whose chunk embeddings stand among a decoder's tokens."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from refrag.choosers import Chooser, CosineChooser, RandomChooser
+    from refrag.config import RefragConfig
+    from refrag.model import RefragForCausalLM
+    from refrag.processor import PromptTooLongError, RefragProcessor
+    from refrag.prompt import Chunk, MixedPrompt, PackedTexts, Passage
+
+# Loaded when first asked for: torch and transformers take seconds, which "refrag --help" needn't wait for.
+_MODULE_OF = {
+    "Chooser": "choosers",
+    "Chunk": "prompt",
+    "CosineChooser": "choosers",
+    "MixedPrompt": "prompt",
+    "PackedTexts": "prompt",
+    "Passage": "prompt",
+    "PromptTooLongError": "processor",
+    "RandomChooser": "choosers",
+    "RefragConfig": "config",
+    "RefragForCausalLM": "model",
+    "RefragProcessor": "processor",
+}
+
+__all__ = [
+    "Chooser",
+    "Chunk",
+    "CosineChooser",
+    "MixedPrompt",
+    "PackedTexts",
+    "Passage",
+    "PromptTooLongError",
+    "RandomChooser",
+    "RefragConfig",
+    "RefragForCausalLM",
+    "RefragProcessor",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

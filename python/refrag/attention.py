@@ -1,0 +1,111 @@
+"""Attention "refrag": transformers' models run on mixed_attention when they are given a plan.
+
+A forward pass over packed rows hands its ``AttentionPlans`` down as the keyword ``refrag_plans``. Without one (a decode
+step on a KV cache, or a model used by itself) the same models run transformers' scaled-dot-product attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+import refrag_kernels as rk
+from refrag_kernels import AttentionPlan, ChunkLayout, ChunkMask
+
+NAME = "refrag"
+
+
+class AttentionPlans:
+    """The plans of one packed batch, one for each attention window that a model's layers use.
+
+    Most models have one; Gemma 3 and ModernBERT mix layers with and without a window. Every layer and the backward pass
+    share a plan.
+
+    Parameters
+    ----------
+    layout : ChunkLayout
+        Of the packed rows.
+    mask : ChunkMask
+        Which chunk may look at which.
+    causal : bool
+        True for a decoder, False for an encoder.
+    """
+
+    def __init__(self, layout: ChunkLayout, mask: ChunkMask, *, causal: bool) -> None:
+        self.layout = layout
+        self.mask = mask
+        self.causal = causal
+        self._longest = max((sum(lengths) for lengths in layout.lengths()), default=0)
+        self._plans: dict[int | None, AttentionPlan] = {}
+
+    def for_window(self, window: int | None) -> AttentionPlan:
+        """Return the plan of layers with this window: transformers' ``sliding_window``, or None.
+
+        A row sees ``window`` rows up to and with itself; in an encoder as many on either side.
+        """
+        if window is not None and window >= self._longest:
+            window = None
+        if window not in self._plans:
+            # transformers counts the row itself; refrag_kernels' (left, right) doesn't.
+            bounds = window if window is None or self.causal else (window - 1, window - 1)
+            self._plans[window] = rk.plan_attention(
+                self.layout, self.mask, causal=self.causal, window=bounds, device=self.layout.device
+            )
+        return self._plans[window]
+
+
+def no_mask(device: torch.device) -> torch.Tensor:
+    """Return the attention mask to pass beside plans.
+
+    transformers hands a 4-dimensional mask on as it is, so that no [T, T] mask is built; a plan needs none.
+    """
+    return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+
+
+def refrag_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    refrag_plans: AttentionPlans | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention in transformers' calling convention: query [1, H_q, T, D] -> ([1, T, H_q, D], None).
+
+    Raises
+    ------
+    ValueError
+        If there is a plan and a dropout, or a plan and more than one row of the batch.
+    """
+    if refrag_plans is None:
+        if s_aux is not None:
+            kwargs["s_aux"] = s_aux
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask,
+            scaling=scaling, dropout=dropout, sliding_window=sliding_window, softcap=softcap, **kwargs,
+        )  # fmt: skip
+    if dropout:
+        raise ValueError(f"dropout: got {dropout} on attention weights, needs 0 (mixed_attention never forms them)")
+    if query.shape[0] != 1:
+        raise ValueError(f"query: got a batch of {query.shape[0]}, needs 1: plans are for packed rows")
+    plan = refrag_plans.for_window(sliding_window)
+    rows = refrag_plans.layout.total_rows
+    # A static cache returns all the rows it has room for; the prompt's come first.
+    query, key, value = (states[0, :, :rows].transpose(0, 1) for states in (query, key, value))
+    out = rk.mixed_attention(query, key, value, plan, scale=scaling, softcap=softcap, sinks=s_aux)
+    return out[None], None
+
+
+AttentionInterface.register(NAME, refrag_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

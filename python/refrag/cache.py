@@ -1,0 +1,83 @@
+"""The cache folder: things made once, seen by other processes either whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+class CacheError(RuntimeError):
+    """The cache folder can't be used; the message names it."""
+
+
+def cache_folder() -> Path:
+    """Return the cache folder: ``REFRAG_CACHE``, or ``~/.cache/refrag-kernels``."""
+    chosen = os.environ.get("REFRAG_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "refrag-kernels"
+
+
+def build_once(name: str, build: Callable[[Path], None]) -> Path:
+    """Return the cache's folder ``name``, building it first if it isn't there.
+
+    ``build`` fills a temporary folder, which is renamed once it is whole: a run that is broken off leaves no
+    half-written entry, and of two processes that need the same entry one builds it while the other waits.
+
+    Parameters
+    ----------
+    name : str
+        The entry. Put a version into it: a finished entry is never built again.
+    build : callable
+        Called with an empty folder.
+
+    Raises
+    ------
+    CacheError
+        If the cache folder can't be written.
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> os.environ["REFRAG_CACHE"] = tempfile.mkdtemp()
+    >>> entry = build_once("greeting-1", lambda folder: (folder / "text").write_text("hello") and None)
+    >>> (entry / "text").read_text()
+    'hello'
+    """
+    entry = cache_folder() / name
+    if entry.exists():
+        return entry
+    with _naming_folder(entry.parent):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(entry.parent / f".{name}.lock", "w")
+    with lock:
+        # The kernel drops the lock when its holder dies, so a killed run blocks nobody.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if entry.exists():
+            return entry
+        for left_over in entry.parent.glob(f".{name}.part-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        with _naming_folder(entry.parent):
+            part = Path(tempfile.mkdtemp(prefix=f".{name}.part-", dir=entry.parent))
+            try:
+                build(part)
+                part.chmod(0o755)  # mkdtemp's 0700 would hide a shared cache from its other users
+                os.replace(part, entry)
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)
+                raise
+    return entry
+
+
+@contextlib.contextmanager
+def _naming_folder(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            f"cache folder {folder}: can't be written ({error.strerror or error}); "
+            "set REFRAG_CACHE to a folder that can, with about 600 MB free"
+        ) from error

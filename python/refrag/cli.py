@@ -1,0 +1,125 @@
+"""The command line, ``refrag``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+QUESTION = "What is a lambda expression?"
+
+
+@app.callback()
+def refrag() -> None:
+    """REFRAG: retrieval-augmented decoding over compressed chunks."""
+
+
+@app.command()
+def demo(
+    question: Annotated[str, typer.Option(help="What to ask the Python language reference.")] = QUESTION,
+    context_tokens: Annotated[
+        int, typer.Option(help="Fill the context with retrieved passages up to so many tokens, question included.")
+    ] = 4096,
+    passages: Annotated[int | None, typer.Option(help="Retrieve no more than so many passages.")] = None,
+    k: Annotated[int, typer.Option("--k", help="Tokens of a chunk: each becomes one input row.")] = 16,
+    expand: Annotated[
+        float, typer.Option(help="Share of the chunks, 0 to 1, that stand as text: those nearest to the question.")
+    ] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answers.")] = 48,
+    plot_tokens: Annotated[
+        str, typer.Option(help="Context lengths of the plot, separated by commas; empty for no plot.")
+    ] = "512,1024,2048,4096,8192",
+    rounds: Annotated[int, typer.Option(help="How often to time each reading; fewer from 4,096 tokens on.")] = 3,
+    output_dir: Annotated[Path, typer.Option(help="Where the plot and the figures go.")] = Path("demo-output"),
+) -> None:
+    """Answer a question over retrieved passages twice: from their full text and from compressed chunks.
+
+    Prints both answers and a table of times and sizes; writes a plot of the time to first token against the context's
+    length, and all figures as JSON.
+    """
+    console = Console()
+    with _clear_errors(console):
+        # Torch and transformers take seconds to load: "--help" and mistakes in the options don't wait for them.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        with console.status("loading torch and transformers"):
+            from refrag.demo import Demo, DemoSettings, Models, figures, write_figures
+            from refrag.report import print_answers, print_table
+        settings = DemoSettings(
+            question, k, expand, context_tokens, passages, max_new_tokens, _numbers(plot_tokens), rounds
+        )
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _say(console, "loading SmolLM2-135M and MiniLM (the first run converts the weights: about 20 s)")
+        models = Models.load(k)
+        prepared = Demo(settings, models, lambda batches: _track(console, batches, "encoding the corpus, once"))
+        prepared.check_plot()
+        _say(console, f"reading {context_tokens:,} tokens in four ways, {rounds} times each")
+        prepared.warm_up()
+        answered = prepared.answer()
+        print_answers(console, settings, answered, models)
+        print_table(console, settings, answered)
+        console.print()
+        plotted = {
+            tokens: prepared.time_context(tokens)
+            for tokens in _track(console, settings.plot_tokens, "timing the plot's contexts")
+        }
+        files = [output_dir / "figures.json"]
+        write_figures(files[0], figures(settings, answered, plotted))
+        if plotted:
+            from refrag.plot import plot_first_token
+
+            files.append(output_dir / "ttft.png")
+            plot_first_token(plotted, k, files[1])
+        console.print("Wrote " + " and ".join(map(str, files)), highlight=False)
+
+
+def main() -> None:
+    """Entry point of the ``refrag`` script."""
+    app()
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
+    except ValueError:
+        raise ValueError(f"--plot-tokens: got {text!r}, needs whole numbers separated by commas") from None
+
+
+def _say(console: Console, step: str) -> None:
+    console.print(f"[dim]{step} ...[/dim]", highlight=False)
+
+
+def _track(console: Console, items: Sequence[int], what: str) -> Iterable[int]:
+    """Yield ``items`` under a progress bar; where there is no terminal, after a line that says what is done."""
+    if not items:
+        return
+    if not console.is_terminal:
+        _say(console, what)
+        yield from items
+        return
+    columns = (TextColumn("[dim]{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        yield from progress.track(items, description=what)
+
+
+@contextlib.contextmanager
+def _clear_errors(console: Console) -> Iterator[None]:
+    """End the program with one line for what the user can put right; anything else keeps its traceback."""
+    from refrag.cache import CacheError
+
+    try:
+        yield
+    except (ValueError, CacheError, OSError) as error:
+        Console(stderr=True).print(f"[red]refrag:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    main()

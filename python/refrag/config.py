@@ -1,0 +1,117 @@
+"""RefragConfig: an encoder, a decoder, and the choices between them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+_CHOICES = {
+    "pooling": ("first", "mean", "last"),
+    "projector_norm": ("none", "rms", "layer"),
+    "projector_activation": ("gelu", "gelu_tanh", "silu", "relu", "tanh", "none"),
+    "position_ids": ("contiguous", "original"),
+    "decoder_mask": ("full", "passages"),
+}
+
+# What the paper leaves open, each set chosen as a whole. "paper": REFRAG, section 2 and B.2, with the first token
+# ([CLS]) as a chunk's embedding. "lclm": arXiv 2606.09659, mean pooling and a norm before the MLP.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"pooling": "first", "projector_norm": "none", "projector_activation": "gelu"},
+    "lclm": {"pooling": "mean", "projector_norm": "rms", "projector_activation": "gelu"},
+}
+
+
+class RefragConfig(PreTrainedConfig):
+    """Configuration of a RefragForCausalLM.
+
+    The configs of the encoder and the decoder are copied: transformers resets the attention of a config that is handed
+    to a composite one, and a live model that shares it would silently stop being causal.
+
+    Parameters
+    ----------
+    text_config, encoder_config : PreTrainedConfig or dict
+        The decoder's and the encoder's configuration.
+    chunk_size : int
+        k, the decoder tokens of a chunk.
+    pooling : {"first", "mean", "last"}
+        How a chunk's embedding is made from the encoder's rows. The paper doesn't say.
+    projector_norm : {"none", "rms", "layer"}
+        Norm of the chunk embeddings before the MLP.
+    projector_activation : {"gelu", "gelu_tanh", "silu", "relu", "tanh", "none"}
+        Between the two layers of the MLP. The paper doesn't say.
+    projector_bias : bool
+        Whether both layers have a bias.
+    position_ids : {"contiguous", "original"}
+        Positions on the shortened sequence, or those that the rows would have in the full text (a slot takes the
+        position of its chunk's last token). The paper doesn't say.
+    decoder_mask : {"full", "passages"}
+        "full" is the paper's causal attention. "passages" hides the passages from each other, as Block-Attention does
+        (arXiv 2409.15355): an extension of ours.
+
+    Raises
+    ------
+    ValueError
+        If a field holds something else; names the field.
+
+    Examples
+    --------
+    >>> from transformers import BertConfig, LlamaConfig
+    >>> config = RefragConfig.from_preset("lclm", LlamaConfig(), BertConfig(), chunk_size=32)
+    >>> config.pooling, config.projector_norm, config.chunk_size
+    ('mean', 'rms', 32)
+    """
+
+    model_type = "refrag"
+    sub_configs = {"text_config": AutoConfig, "encoder_config": AutoConfig}
+
+    text_config: dict | PreTrainedConfig | None = None
+    encoder_config: dict | PreTrainedConfig | None = None
+    chunk_size: int = 16
+    pooling: str = "first"
+    projector_norm: str = "none"
+    projector_activation: str = "gelu"
+    projector_bias: bool = True
+    position_ids: str = "contiguous"
+    decoder_mask: str = "full"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.text_config = _own_config(self.text_config, "llama")
+        self.encoder_config = _own_config(self.encoder_config, "roberta")
+        # The two hold for the whole model, and transformers looks for them at the top.
+        self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
+        kwargs.pop("tie_word_embeddings", None)
+        super().__post_init__(**kwargs)
+        if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
+            raise ValueError(f"chunk_size: got {self.chunk_size!r}, needs an integer of 1 or more")
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field}: got {getattr(self, field)!r}, needs one of {', '.join(choices)}")
+
+    @classmethod
+    def from_preset(
+        cls, preset: str, text_config: PreTrainedConfig, encoder_config: PreTrainedConfig, **fields: Any
+    ) -> RefragConfig:
+        """Make a config with a preset's choices; ``fields`` override them.
+
+        Raises
+        ------
+        ValueError
+            If there is no such preset.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"preset: got {preset!r}, needs one of {', '.join(PRESETS)}")
+        return cls(text_config=text_config, encoder_config=encoder_config, **{**PRESETS[preset], **fields})
+
+
+def _own_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:
+    if config is None:
+        return AutoConfig.for_model(default)
+    if isinstance(config, dict):
+        fields = dict(config)
+        return AutoConfig.for_model(fields.pop("model_type", default), **fields)
+    return copy.deepcopy(config)
+
+
+AutoConfig.register("refrag", RefragConfig)

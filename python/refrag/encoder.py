@@ -1,0 +1,86 @@
+"""The chunk encoder: every chunk of a batch in one packed pass, none seeing another, no padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import refrag_kernels as rk
+from refrag.attention import AttentionPlans, no_mask
+from refrag.prompt import PackedTexts
+from refrag_kernels import ChunkLayout, ChunkMask
+
+
+def pack_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, truncate_to: int | None = None
+) -> PackedTexts:
+    """Tokenize ``texts`` for the encoder, its special tokens included, one after another.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        The encoder's.
+    texts : sequence of str
+    truncate_to : int, optional
+        Cut texts to so many tokens; without it, a text that is too long is an error.
+
+    Raises
+    ------
+    ValueError
+        If a text has more tokens than the encoder has positions.
+    """
+    cut = {} if truncate_to is None else {"truncation": True, "max_length": truncate_to}
+    token_ids = tokenizer(list(texts), add_special_tokens=True, verbose=False, **cut)["input_ids"] if texts else []
+    lengths = [len(ids) for ids in token_ids]
+    if lengths and max(lengths) > tokenizer.model_max_length:
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        raise ValueError(
+            f"texts: text {longest} has {lengths[longest]} tokens for the encoder, needs at most "
+            f"{tokenizer.model_max_length}; take a smaller k"
+        )
+    flat = torch.tensor([token for ids in token_ids for token in ids], dtype=torch.int64)
+    return PackedTexts(flat, ChunkLayout.from_lengths([lengths]))
+
+
+def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str) -> torch.Tensor:
+    """Encode packed texts, each alone (REFRAG, section 2: c_i = Enc(C_i)).
+
+    Parameters
+    ----------
+    encoder : PreTrainedModel
+        With attention "refrag".
+    texts : PackedTexts
+        N texts.
+    pooling : {"first", "mean", "last"}
+
+    Returns
+    -------
+    Tensor [N, d_enc]
+    """
+    if not texts.layout.num_chunks:
+        return torch.zeros(0, encoder.config.hidden_size, dtype=encoder.dtype, device=encoder.device)
+    texts = texts.to(encoder.device)
+    hidden = encoder(
+        input_ids=texts.token_ids[None],
+        position_ids=_positions(texts.layout, _first_position(encoder))[None],
+        attention_mask=no_mask(encoder.device),
+        refrag_plans=AttentionPlans(texts.layout, ChunkMask.diagonal(), causal=False),
+    ).last_hidden_state[0]
+    return rk.pool_chunks(hidden, texts.layout.chunk_offsets, pooling)
+
+
+def _positions(layout: ChunkLayout, first: int) -> torch.Tensor:
+    """Return position ids that start again at ``first`` in every chunk."""
+    starts = layout.chunk_offsets[:-1].long()
+    lengths = layout.chunk_offsets.diff().long()
+    rows = torch.arange(layout.total_rows, device=layout.device)
+    return rows - starts.repeat_interleave(lengths, output_size=layout.total_rows) + first
+
+
+def _first_position(encoder: PreTrainedModel) -> int:
+    """Return the position id of a text's first token: RoBERTa's tables hold a row for padding and count on from it."""
+    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else padding + 1

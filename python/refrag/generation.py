@@ -1,0 +1,91 @@
+"""From packed rows to transformers' generation loop, which wants a padded batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from refrag.attention import AttentionPlans, no_mask
+from refrag.prompt import MixedPrompt
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedPrefill:
+    """What the first step of a generation reads.
+
+    Attributes
+    ----------
+    embeds : Tensor [T, d_dec]
+    position_ids : Tensor, int64 [T]
+    plans : AttentionPlans
+    rows : Tensor, int64 [B, S]
+        Packed row of each place of the padded batch; padding, on the left, holds the sequence's first row.
+    """
+
+    embeds: torch.Tensor
+    position_ids: torch.Tensor
+    plans: AttentionPlans
+    rows: torch.Tensor
+
+
+def padded_inputs(prompt: MixedPrompt, embeds: torch.Tensor, plans: AttentionPlans) -> dict[str, Any]:
+    """Return the arguments of ``generate`` for a packed prompt.
+
+    Only the first step's shapes and the growing attention mask are taken from the padded tensors; what is computed is
+    the packed ``prefill``.
+    """
+    starts, ends = prompt.layout.sequence_offsets[:-1].long(), prompt.layout.sequence_offsets[1:].long()
+    longest = max(sum(lengths) for lengths in prompt.layout.lengths())
+    rows = ends[:, None] + torch.arange(-longest, 0, device=prompt.device)
+    attention_mask = rows >= starts[:, None]
+    rows = torch.maximum(rows, starts[:, None])
+    return {
+        "inputs_embeds": embeds[rows],
+        "attention_mask": attention_mask.long(),
+        "position_ids": prompt.position_ids[rows],
+        "prefill": PackedPrefill(embeds, prompt.position_ids, plans, rows),
+    }
+
+
+def packed_prefill(decoder: PreTrainedModel, prefill: PackedPrefill, cache: Any, copies: int) -> CausalLMOutputWithPast:
+    """Read the prompt packed and fill ``cache`` as if it had been read padded.
+
+    Parameters
+    ----------
+    decoder : PreTrainedModel
+    prefill : PackedPrefill
+        Of B sequences.
+    cache : Cache
+        Empty; any kind of transformers'.
+    copies : int
+        Beams or samples per sequence: the prompt is read once for all of them.
+
+    Returns
+    -------
+    CausalLMOutputWithPast
+        Logits [B * copies, 1, V] of each sequence's last row.
+    """
+    alone = prefill.rows.shape[0] * copies == 1
+    packed_cache = cache if alone else DynamicCache()
+    output = decoder(
+        inputs_embeds=prefill.embeds[None],
+        attention_mask=no_mask(prefill.embeds.device),
+        position_ids=prefill.position_ids[None],
+        past_key_values=packed_cache,
+        use_cache=True,
+        logits_to_keep=prefill.rows[:, -1],
+        refrag_plans=prefill.plans,
+    )
+    if not alone:
+        for index, layer in enumerate(packed_cache.layers):
+            keys, values = (
+                states[0][:, prefill.rows].transpose(0, 1).repeat_interleave(copies, dim=0)  # [B * copies, H, S, D]
+                for states in (layer.keys, layer.values)
+            )
+            cache.update(keys, values, index)
+    logits = output.logits[0][:, None].repeat_interleave(copies, dim=0)
+    return CausalLMOutputWithPast(logits=logits, past_key_values=cache)

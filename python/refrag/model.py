@@ -1,0 +1,292 @@
+"""RefragForCausalLM: an encoder, a projector and a decoder that reads chunk embeddings among its tokens."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import refrag_kernels as rk
+from refrag import attention
+from refrag.config import RefragConfig
+from refrag.encoder import encode_packed
+from refrag.generation import PackedPrefill, packed_prefill, padded_inputs
+from refrag.projector import ChunkProjector
+from refrag.prompt import MixedPrompt, PackedTexts
+from refrag_kernels import ChunkMask
+
+
+class RefragForCausalLM(PreTrainedModel, GenerationMixin):
+    """REFRAG (arXiv 2509.01092) over any encoder and any causal decoder of transformers.
+
+    Examples
+    --------
+    >>> from transformers import BertConfig, LlamaConfig
+    >>> small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    >>> model = RefragForCausalLM(RefragConfig(text_config=LlamaConfig(**small), encoder_config=BertConfig(**small)))
+    >>> model.config.chunk_size
+    16
+    """
+
+    config_class = RefragConfig
+    base_model_prefix = "refrag"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: RefragConfig) -> None:
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(
+            config.encoder_config, attn_implementation=_attention_of(config.encoder_config)
+        )
+        self.decoder = AutoModelForCausalLM.from_config(
+            config.text_config, attn_implementation=_attention_of(config.text_config)
+        )
+        self.projector = ChunkProjector(config)
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls, encoder: PreTrainedModel, decoder: PreTrainedModel, k: int = 16, *, preset: str = "paper", **fields: Any
+    ) -> RefragForCausalLM:
+        """Join a trained encoder and decoder by a new, untrained projector.
+
+        Both models are taken, not copied: their attention becomes "refrag", which computes what "sdpa" computes where
+        no plan is given.
+
+        Parameters
+        ----------
+        encoder : PreTrainedModel
+            A text encoder (AutoModel).
+        decoder : PreTrainedModel
+            A causal language model (AutoModelForCausalLM).
+        k : int
+            Decoder tokens of a chunk.
+        preset : {"paper", "lclm"}
+        **fields
+            Further fields of RefragConfig.
+        """
+        config = RefragConfig.from_preset(preset, decoder.config, encoder.config, chunk_size=k, **fields)
+        with torch.device("meta"):
+            model = cls(config)
+        model.encoder, model.decoder = encoder, decoder
+        for part in (encoder, decoder):
+            part.set_attn_implementation(attention.NAME)
+        model.projector = ChunkProjector(config).to(device=decoder.device, dtype=decoder.dtype)
+        model.generation_config = copy.deepcopy(decoder.generation_config)
+        return model.train(decoder.training)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.get_output_embeddings()
+
+    def encode_chunks(self, texts: PackedTexts) -> torch.Tensor:
+        """Encode chunks, each alone, in one packed pass.
+
+        These are the rows worth keeping: they don't depend on the projector or the decoder.
+
+        Parameters
+        ----------
+        texts : PackedTexts
+            N chunks, from ``RefragProcessor``.
+
+        Returns
+        -------
+        Tensor [N, d_enc]
+        """
+        _require_refrag_attention("encoder", self.encoder)
+        return encode_packed(self.encoder, texts, self.config.pooling)
+
+    def embed(self, prompt: MixedPrompt, chunk_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """Make the decoder's input: token embeddings, and projected chunk embeddings in the slots.
+
+        Parameters
+        ----------
+        prompt : MixedPrompt
+        chunk_embeds : Tensor [N, d_enc], optional
+            From ``encode_chunks``; made here when it isn't given.
+
+        Returns
+        -------
+        Tensor [T, d_dec]
+
+        Raises
+        ------
+        ValueError
+            If ``chunk_embeds`` is not of the prompt's N chunks.
+        """
+        needed = [len(prompt.chunks), self.config.encoder_config.hidden_size]
+        if chunk_embeds is None:
+            if len(prompt.expanded) == len(prompt.chunks):
+                chunk_embeds = torch.zeros(needed, dtype=self.projector.up.weight.dtype, device=self.device)
+            else:
+                chunk_embeds = self.encode_chunks(prompt.encoder_input)
+        if list(chunk_embeds.shape) != needed:
+            raise ValueError(f"chunk_embeds: got shape {list(chunk_embeds.shape)}, needs {needed}, one row per chunk")
+        table = self.get_input_embeddings()
+        # Gemma scales its token embeddings, by a number rounded to their dtype.
+        scale = getattr(table, "embed_scale", None)
+        return rk.embed_mixed(
+            prompt.token_ids,
+            table.weight,
+            self.projector.norm(chunk_embeds.to(table.weight.dtype)),
+            prompt.slot_of_row,
+            *self.projector.weights(),
+            activation=self.projector.activation,
+            token_scale=1.0 if scale is None else float(scale.to(table.weight.dtype)),
+        )
+
+    def plans(self, prompt: MixedPrompt) -> attention.AttentionPlans:
+        """Make the decoder's attention plans for a prompt."""
+        mask = ChunkMask.full()
+        if self.config.decoder_mask == "passages":
+            mask = ChunkMask.passages(prompt.passage_of_span)
+        return attention.AttentionPlans(prompt.layout, mask, causal=True)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        prompt: MixedPrompt | None = None,
+        chunk_embeds: torch.Tensor | None = None,
+        prefill: PackedPrefill | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the decoder: on a packed ``prompt``, or, without one, on padded tokens as any decoder of transformers.
+
+        Parameters
+        ----------
+        prompt : MixedPrompt, optional
+            Packed rows; then none of ``input_ids``, ``inputs_embeds``, ``attention_mask``, ``position_ids`` is taken.
+        chunk_embeds : Tensor [N, d_enc], optional
+            Of the prompt's chunks; encoded here when they aren't given.
+        logits_to_keep : int
+            With a prompt: logits of so many last rows of every sequence only; 0 for all rows.
+        prefill : PackedPrefill, optional
+            What ``generate`` hands to its first step.
+
+        Returns
+        -------
+        CausalLMOutputWithPast
+            With a prompt: logits [1, T, V], or [1, B * logits_to_keep, V].
+        """
+        if prefill is not None:
+            copies = inputs_embeds.shape[0] // prefill.rows.shape[0]
+            return packed_prefill(self.decoder, prefill, past_key_values, copies)
+        if prompt is None:
+            return self.decoder(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+                logits_to_keep=logits_to_keep, **kwargs,
+            )  # fmt: skip
+        taken = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+                 "inputs_embeds": inputs_embeds}  # fmt: skip
+        for name, value in taken.items():
+            if value is not None:
+                raise ValueError(f"{name}: got a value beside a prompt, needs None: the prompt holds it")
+        _require_refrag_attention("decoder", self.decoder)
+        prompt = prompt.to(self.device)
+        return self.decoder(
+            inputs_embeds=self.embed(prompt, chunk_embeds)[None],
+            attention_mask=attention.no_mask(self.device),
+            position_ids=prompt.position_ids[None],
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=_kept_rows(prompt, logits_to_keep),
+            refrag_plans=self.plans(prompt),
+            **kwargs,
+        )
+
+    def generate(
+        self,
+        prompt: MixedPrompt | torch.Tensor | None = None,
+        *,
+        chunk_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate from a prompt with transformers' ``generate``.
+
+        The prompt is read packed, without padding; its keys and values are then laid out as transformers' cache wants
+        them.
+
+        Parameters
+        ----------
+        prompt : MixedPrompt
+            Anything else goes to transformers as it is.
+        chunk_embeds : Tensor [N, d_enc], optional
+            Of the prompt's chunks; encoded here when they aren't given.
+        **kwargs
+            As for ``transformers.GenerationMixin.generate``.
+
+        Returns
+        -------
+        Tensor, int64 [B, new tokens], or what ``return_dict_in_generate`` asks for
+            New tokens only.
+        """
+        if not isinstance(prompt, MixedPrompt):
+            return super().generate(prompt, **kwargs)
+        _require_refrag_attention("decoder", self.decoder)
+        with torch.no_grad():
+            prompt = prompt.to(self.device)
+            embeds = self.embed(prompt, chunk_embeds)
+            return super().generate(**padded_inputs(prompt, embeds, self.plans(prompt)), **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        prefill: PackedPrefill | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        # generate() looks at this signature: without inputs_embeds in it, it takes none.
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if is_first_iteration and prefill is not None:
+            inputs["prefill"] = prefill
+        return inputs
+
+
+def _attention_of(config: Any) -> str:
+    """Return the attention that a part's config asks for: "refrag" unless the user chose another."""
+    return config._attn_implementation or attention.NAME
+
+
+def _require_refrag_attention(name: str, part: PreTrainedModel) -> None:
+    # Any other attention would ignore the plan and let every row see every other.
+    if part.config._attn_implementation != attention.NAME:
+        raise ValueError(
+            f"{name}: got attention {part.config._attn_implementation!r}, needs {attention.NAME!r} for packed rows; "
+            f'call {name}.set_attn_implementation("{attention.NAME}")'
+        )
+
+
+def _kept_rows(prompt: MixedPrompt, count: int) -> int | torch.Tensor:
+    """Return which rows to keep logits of, as transformers' decoders take it."""
+    if count == 0:
+        return 0
+    shortest = min(sum(lengths) for lengths in prompt.layout.lengths())
+    if not 0 < count <= shortest:
+        raise ValueError(f"logits_to_keep: got {count}, needs 0 to {shortest}, the rows of the shortest sequence")
+    ends = prompt.layout.sequence_offsets[1:].long()
+    return (ends[:, None] + torch.arange(-count, 0, device=ends.device)).flatten()
+
+
+AutoModel.register(RefragConfig, RefragForCausalLM)
+AutoModelForCausalLM.register(RefragConfig, RefragForCausalLM)

@@ -1,0 +1,57 @@
+"""The demo's plot: time to first token against context length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # a file is written; no display is needed
+
+import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
+
+from refrag.demo import CACHED, ENCODED, FULL, READINGS  # noqa: E402
+from refrag.timing import Reading  # noqa: E402
+
+_COLOURS = {FULL: "#4a4a4a", ENCODED: "#d9730d", CACHED: "#1f6fb4"}
+_MARKERS = {FULL: "o", ENCODED: "s", CACHED: "D"}
+
+
+def plot_first_token(points: dict[int, dict[str, Reading]], k: int, path: Path) -> None:
+    """Draw the time to first token of each reading against the context's tokens, both axes logarithmic.
+
+    Parameters
+    ----------
+    points : dict
+        Context tokens -> readings.
+    k : int
+        Tokens of a chunk, for the title.
+    path : Path
+        A PNG file.
+    """
+    tokens = sorted(points)
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
+    for name in (FULL, ENCODED, CACHED):
+        seconds = [points[count][name].first_token for count in tokens]
+        axes.plot(tokens, seconds, color=_COLOURS[name], marker=_MARKERS[name], linewidth=2, markersize=5)
+        label = READINGS[name]
+        if name != FULL:
+            label += f"\n{points[tokens[-1]][FULL].first_token / seconds[-1]:.1f} x faster at {tokens[-1]:,} tokens"
+        axes.annotate(
+            label, (tokens[-1], seconds[-1]), xytext=(10, 0), textcoords="offset points",
+            color=_COLOURS[name], va="center", fontsize=9,
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("context, tokens (question included)")
+    axes.set_ylabel("time to first token, seconds")
+    axes.set_title(f"Time to first token, k = {k}, float32, CPU", loc="left", fontsize=11)
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, bbox_inches="tight")
+    plt.close(figure)

