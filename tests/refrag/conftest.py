@@ -1,0 +1,52 @@
+"""Small random models of each architecture, and the real weights of the demo, loaded once a session."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import tiny
+import torch
+from refrag import weights
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(weights.decoder_folder(), local_files_only=True)
+
+
+@pytest.fixture(scope="session")
+def encoder_tokenizer():
+    return AutoTokenizer.from_pretrained(weights.encoder_folder(), local_files_only=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The decoder as Hugging Face runs it."""
+    return AutoModelForCausalLM.from_pretrained(weights.decoder_folder(), attn_implementation="sdpa").eval()
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The encoder as Hugging Face runs it."""
+    return AutoModel.from_pretrained(weights.encoder_folder(), attn_implementation="sdpa").eval()
+
+
+@pytest.fixture(scope="session")
+def demo_model():
+    from refrag.demo import Models
+
+    return Models.load(16).refrag
+
+
+@pytest.fixture(scope="session")
+def decoders():
+    """Tiny random decoders by name, as Hugging Face runs them."""
+    return {name: tiny.decoder(name) for name in tiny.DECODERS}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield

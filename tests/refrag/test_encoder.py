@@ -1,0 +1,52 @@
+"""The encoder: chunks packed without padding equal the same chunks padded, one by one."""
+
+import pytest
+import tiny
+import torch
+from accuracy import relative_error
+from refrag.encoder import encode_packed, pack_texts
+from refrag.prompt import PackedTexts
+
+from refrag_kernels import ChunkLayout
+
+
+@pytest.mark.parametrize("pooling", ["first", "mean", "last"])
+@pytest.mark.parametrize("name", tiny.ENCODERS)
+def test_packed_equals_padded(name, pooling):
+    lengths = [3, 17, 1, 40, 16, 2, 33]
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(3, tiny.VOCABULARY, (length,), generator=generator) for length in lengths]
+    plain = tiny.encoder(name)
+    padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=plain.config.pad_token_id)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    hidden = plain(input_ids=padded, attention_mask=mask).last_hidden_state
+    pooled = {
+        "first": hidden[:, 0],
+        "mean": (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True),
+        "last": hidden[torch.arange(len(lengths)), mask.sum(1) - 1],
+    }[pooling]
+    encoder = tiny.encoder(name)
+    encoder.set_attn_implementation("refrag")
+    packed = encode_packed(encoder, PackedTexts(torch.cat(texts), ChunkLayout.from_lengths([lengths])), pooling)
+    assert relative_error(packed, pooled) < 1e-5
+
+
+def test_real_encoder_equals_hugging_face(demo_model, minilm, encoder_tokenizer):
+    texts = ["def f(x):\n\n    return x", "", "Ünïcödé 你好 🎉", "a " * 100]
+    batch = encoder_tokenizer(texts, padding=True, return_tensors="pt")
+    hidden = minilm(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    expected = (hidden * mask).sum(1) / mask.sum(1)
+    packed = demo_model.encode_chunks(pack_texts(encoder_tokenizer, texts))
+    assert relative_error(packed, expected) < 1e-5
+
+
+def test_no_chunks():
+    nothing = PackedTexts(torch.zeros(0, dtype=torch.int64), ChunkLayout.from_lengths([[]]))
+    assert encode_packed(tiny.encoder("bert"), nothing, "mean").shape == (0, 32)
+
+
+def test_a_text_too_long_for_the_encoder(encoder_tokenizer):
+    with pytest.raises(ValueError, match="text 1 has 602 tokens for the encoder, needs at most 512"):
+        pack_texts(encoder_tokenizer, ["a", "a " * 600])
+    assert pack_texts(encoder_tokenizer, ["a", "a " * 600], truncate_to=8).layout.lengths() == [[3, 8]]
