@@ -63,7 +63,6 @@ STABLE_TORCH_LIBRARY_IMPL(refrag_cuda, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(refrag_cpu, CPU, m) {
   m.impl("mixed_attention", TORCH_BOX(&refrag::cpu::mixed_attention));
-<<<<<<< HEAD
   m.impl("pool_chunks", TORCH_BOX(&refrag::cpu::pool_chunks));
   m.impl("pack_projection", TORCH_BOX(&refrag::cpu::pack_projection));
   m.impl("project_chunks", TORCH_BOX(&refrag::cpu::project_chunks));
@@ -72,11 +71,5 @@ STABLE_TORCH_LIBRARY_IMPL(refrag_cpu, CPU, m) {
   m.impl("append_kv", TORCH_BOX(&refrag::cpu::append_kv));
   m.impl("merge_states", TORCH_BOX(&refrag::cpu::merge_states));
   m.impl("merge_states_backward", TORCH_BOX(&refrag::cpu::merge_states_backward));
-<<<<<<< Updated upstream
   m.impl("mixed_attention_backward", TORCH_BOX(&refrag::cpu::mixed_attention_backward));
-=======
-=======
-  m.impl("mixed_attention_backward", TORCH_BOX(&refrag::cpu::mixed_attention_backward));
->>>>>>> 9a99530 (Compute the gradients of mixed_attention on the CPU)
->>>>>>> Stashed changes
 }

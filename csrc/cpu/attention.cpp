@@ -103,13 +103,9 @@ std::vector<int64_t> keys_of_blocks(const PlanView& plan) {
 }
 
 // Tasks to hand out at a time, if all of them are `work` multiplications.
-<<<<<<< Updated upstream
 int64_t grain_of(int64_t tasks, int64_t work) {
   return std::max<int64_t>(1, kTaskWork * tasks / std::max<int64_t>(work, 1));
 }
-=======
-int64_t grain_of(int64_t tasks, int64_t work) { return std::max<int64_t>(1, kTaskWork * tasks / std::max<int64_t>(work, 1)); }
->>>>>>> Stashed changes
 
 // Decides how kernels read a tensor, and makes the copy if that takes one. `memory` is where copies go.
 class Copies {
@@ -218,15 +214,9 @@ HeadRows rows_like(const char* name, const Tensor& tensor, const Tensor& like) {
 }
 
 const float* lse_data(const char* name, const Tensor& tensor, const Tensor& q) {
-<<<<<<< Updated upstream
   STD_TORCH_CHECK(
       tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == q.size(0) * q.size(1),
       name, ": needs contiguous float32 [T_q, H_q]");
-=======
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() &&
-                      tensor.numel() == q.size(0) * q.size(1),
-                  name, ": needs contiguous float32 [T_q, H_q]");
->>>>>>> Stashed changes
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
@@ -237,12 +227,8 @@ void clear_rows(const Tensor& tensor, int64_t used) {
   std::memset(static_cast<char*>(tensor.mutable_data_ptr()) + used * row_bytes, 0, (tensor.size(0) - used) * row_bytes);
 }
 
-<<<<<<< Updated upstream
 // Parts in which a backward pass is done, at least: enough that threads finish together, as long as one holds many
 // blocks.
-=======
-// Parts in which a backward pass is done, at least: enough that threads finish together, as long as one holds many blocks.
->>>>>>> Stashed changes
 constexpr int64_t kBackwardTasks = 64;
 
 struct Strips {
@@ -359,18 +345,12 @@ std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, con
   return {out, lse};
 }
 
-<<<<<<< Updated upstream
 std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_attention_backward(const Tensor& grad_out, const Tensor& grad_lse,
                                                                     const Tensor& q, const Tensor& k, const Tensor& v,
                                                                     const Tensor& out, const Tensor& lse,
                                                                     const std::vector<Tensor>& plan, double scale,
                                                                     double softcap,
                                                                     const std::optional<Tensor>& sinks) {
-=======
-std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_attention_backward(
-    const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& lse, const std::vector<Tensor>& plan, double scale, double softcap, const std::optional<Tensor>& sinks) {
->>>>>>> Stashed changes
   Sizes sizes{};
   AttentionBackwardParams b{};
   AttentionParams& p = b.forward;
@@ -420,14 +400,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_attention_backward(
   });
   const auto sum = REFRAG_KERNEL(attention_backward_sum);
   const int64_t tiles = p.plan.num_tiles;
-<<<<<<< Updated upstream
   run_tasks(tiles, grain_of(tiles, 16 * sums),
             [&](int64_t tile) { sum(b, static_cast<int32_t>(tile), static_cast<int32_t>(tile) + 1); });
-=======
-  run_tasks(tiles, grain_of(tiles, 16 * sums), [&](int64_t tile) {
-    sum(b, static_cast<int32_t>(tile), static_cast<int32_t>(tile) + 1);
-  });
->>>>>>> Stashed changes
   if (sinks) {
     float* total = static_cast<float*>(dsinks.mutable_data_ptr());
     std::fill(total, total + p.heads, 0.0f);

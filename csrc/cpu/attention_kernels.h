@@ -86,7 +86,6 @@ REFRAG_DECLARE_KERNEL(int64_t, attention_forward_scratch, const AttentionParams&
 REFRAG_DECLARE_KERNEL(void, attention_forward, const AttentionParams& params, int32_t block, int32_t kv_head,
                       int32_t panel_group, char* scratch);
 
-<<<<<<< Updated upstream
 // The backward pass walks the plan once, strip by strip: consecutive query blocks of one sequence, chosen by the plan
 // alone. A strip sums the gradients of the keys and values that it sees in slots of its own, one a tile; a tile's slots
 // are then added in the order of the strips.
@@ -94,15 +93,6 @@ struct Strip {
   int32_t first_block, last_block;
   int32_t first_tile;    // of its sequence
   const int32_t* slots;  // of each tile of its sequence, from the strip's first slot on; -1: no block sees the tile
-=======
-// The backward pass walks the plan once, strip by strip: consecutive query blocks of one sequence, chosen by the plan alone.
-// A strip sums the gradients of the keys and values that it sees in slots of its own, one a tile; a tile's slots are then
-// added in the order of the strips.
-struct Strip {
-  int32_t first_block, last_block;
-  int32_t first_tile;         // of its sequence
-  const int32_t* slots;       // of each tile of its sequence, from the strip's first slot on; -1: no block sees the tile
->>>>>>> Stashed changes
   int32_t first_slot, num_slots;
 };
 
@@ -111,13 +101,8 @@ struct AttentionBackwardParams {
   HeadRows grad_out, out;
   const float *lse, *grad_lse;  // [T_q, H_q]
   char *dq, *dk, *dv;
-<<<<<<< Updated upstream
   float* dsinks;             // [query blocks, H_q], to be added; null without sinks
   float *dk_sums, *dv_sums;  // [kv_heads, slots, 16, padded width]
-=======
-  float* dsinks;              // [query blocks, H_q], to be added; null without sinks
-  float *dk_sums, *dv_sums;   // [kv_heads, slots, 16, padded width]
->>>>>>> Stashed changes
   int64_t num_slots;
   const int32_t *slot_offsets, *slot_lists;  // [tiles + 1] and the slots of each tile
 };

@@ -15,18 +15,12 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                            const std::vector<Tensor>& plan, double scale, double softcap,
                                            const std::optional<Tensor>& sinks);
-<<<<<<< Updated upstream
 std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_attention_backward(const Tensor& grad_out, const Tensor& grad_lse,
                                                                     const Tensor& q, const Tensor& k, const Tensor& v,
                                                                     const Tensor& out, const Tensor& lse,
                                                                     const std::vector<Tensor>& plan, double scale,
                                                                     double softcap,
                                                                     const std::optional<Tensor>& sinks);
-=======
-std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_attention_backward(
-    const Tensor& grad_out, const Tensor& grad_lse, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-    const Tensor& lse, const std::vector<Tensor>& plan, double scale, double softcap, const std::optional<Tensor>& sinks);
->>>>>>> Stashed changes
 
 Tensor pool_chunks(const Tensor& hidden, const Tensor& chunk_offsets, std::string mode);
 

@@ -42,7 +42,6 @@ struct Scratch {
   }
 };
 
-<<<<<<< Updated upstream
 // Gathers the pack's rows and their gradients; lse, delta, and the sinks' share of the gradient.
 template <class T, class Math>
 void prepare(const AttentionBackwardParams& b, const Pack& pack, const Scratch& s, float* dsinks) {
@@ -71,35 +70,6 @@ void prepare(const AttentionBackwardParams& b, const Pack& pack, const Scratch& 
     }
     s.lse[lane] = b.lse[entry] * kLog2e;
     s.delta[lane] -= b.grad_lse[entry];
-=======
-template <class T>
-float dot(const char* a, const char* b, int width) {
-  const T *x = reinterpret_cast<const T*>(a), *y = reinterpret_cast<const T*>(b);
-  Vec sum = zero_vec();
-  int d = 0;
-  for (; d + kLanes <= width; d += kLanes) sum = fma(load(x + d), load(y + d), sum);
-  if (d < width) sum = fma(load_partial(x + d, width - d), load_partial(y + d, width - d), sum);
-  return reduce_add(sum);
-}
-
-REFRAG_INLINE const char* row_of(const HeadRows& tensor, int64_t row, int64_t head) {
-  return tensor.data + row * tensor.row_bytes + head * tensor.head_bytes;
-}
-
-// lse and delta of the pack's rows, and the sinks' share of the gradient.
-template <class T>
-void prepare(const AttentionBackwardParams& b, const Pack& pack, const Scratch& s, float* dsinks) {
-  const AttentionParams& p = b.forward;
-  for (int lane = 0; lane < pack.lanes(); ++lane) {
-    // A row that sees nothing, or a lane without a row: exp2(s - inf) makes its weights 0.
-    s.lse[lane] = kInfinity;
-    s.delta[lane] = 0;
-    if (lane >= pack.pairs) continue;
-    const int64_t row = pack.first_row + pack.row_of(lane), head = pack.head_of(lane), entry = row * p.heads + head;
-    if (b.lse[entry] == -kInfinity) continue;
-    s.lse[lane] = b.lse[entry] * kLog2e;
-    s.delta[lane] = dot<T>(row_of(b.grad_out, row, head), row_of(b.out, row, head), p.width) - b.grad_lse[entry];
->>>>>>> Stashed changes
     if (dsinks) {
       const Vec weight = exp2_bounded(broadcast(p.sinks[head] * kLog2e - s.lse[lane]));
       dsinks[head] -= lane_of(weight, 0) * s.delta[lane];
@@ -155,23 +125,13 @@ void weigh_panel(const Shape& shape, const Scratch& s, int panel, int lanes, int
 }
 
 template <class T, class Math>
-<<<<<<< Updated upstream
 void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t block, int32_t kv_head,
                    const Pack& pack, const Scratch& s) {
-=======
-void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t block, int32_t kv_head, const Pack& pack,
-                   const Scratch& s) {
->>>>>>> Stashed changes
   const AttentionParams& p = b.forward;
   const int lanes = pack.lanes(), padded = p.padded_width(), words = words_of<Math>(p.width);
   constexpr int kKeysPerWord = Math::kPairs ? 2 : 1;
   constexpr Form kCols = Math::kPairs ? Form::pairs : Form::rows;
   constexpr int64_t kNumberBytes = Math::kPairs ? 2 : 4;
-<<<<<<< Updated upstream
-=======
-  gather<T, Math>(p.q, p.width, pack, s.q_rows, s.q_columns);
-  gather<T, Math>(b.grad_out, p.width, pack, s.grad_rows, s.grad_columns);
->>>>>>> Stashed changes
   const char *queries = s.q_rows, *grads = s.grad_rows;
   if constexpr (Math::kPairs) {
     const int64_t row_bytes = (words + 15) / 16 * 64;
@@ -199,12 +159,8 @@ void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t
       const char* k_cols = rows_of<T, kCols>(p.k_cols, p.k, p.plan, segment, p.width, kv_head, local[2]);
       float *scores = s.scores + int64_t{keys} * lanes, *slopes = s.slopes + int64_t{keys} * lanes;
       multiply<Math, Lie::apart, Into::set>(
-<<<<<<< Updated upstream
           {k, p.k_rows.row_bytes, &q_columns, 1, 4 * int64_t{lanes}, scores, lanes, nullptr}, segment.count,
           pack.panels);
-=======
-          {k, p.k_rows.row_bytes, &q_columns, 1, 4 * int64_t{lanes}, scores, lanes, nullptr}, segment.count, pack.panels);
->>>>>>> Stashed changes
       multiply<Math, Lie::apart, Into::set>(
           {v, p.v_rows.row_bytes, &grad_columns, 1, 4 * int64_t{lanes}, slopes, lanes, nullptr}, segment.count,
           pack.panels);
@@ -223,15 +179,9 @@ void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t
     }
     for (int panel = 0; panel < pack.panels; ++panel) weigh_panel<Math>(shape, s, panel, lanes, keys);
     const char* by_key = Math::kPairs ? s.paired : reinterpret_cast<const char*>(s.slopes);
-<<<<<<< Updated upstream
     multiply<Math, Lie::adjacent, Into::add>(
         {by_key, 4 * int64_t{lanes}, key_spans, count, kKeysPerWord * p.k_cols.row_bytes, s.dq, padded, nullptr}, lanes,
         padded / kLanes);
-=======
-    multiply<Math, Lie::adjacent, Into::add>({by_key, 4 * int64_t{lanes}, key_spans, count,
-                                              kKeysPerWord * p.k_cols.row_bytes, s.dq, padded, nullptr},
-                                             lanes, padded / kLanes);
->>>>>>> Stashed changes
     const char* weights = Math::kPairs ? s.weights : reinterpret_cast<const char*>(s.scores);
     const char* slopes = Math::kPairs ? s.narrow : reinterpret_cast<const char*>(s.slopes);
     const int64_t stride = kNumberBytes * lanes;
@@ -240,21 +190,12 @@ void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t
       const int32_t tile = p.plan.kv_row_block[segment.first_key] - strip.first_tile;
       const int64_t slot = kv_head * b.num_slots + strip.first_slot + strip.slots[tile];
       float *dk = b.dk_sums + slot * kTile * padded, *dv = b.dv_sums + slot * kTile * padded;
-<<<<<<< Updated upstream
       multiply<Math, Lie::apart, Into::add>(
           {weights + first_keys[i] * stride, stride, &grad_span, 1, 4 * int64_t{padded}, dv, padded, nullptr},
           segment.count, padded / kLanes);
       multiply<Math, Lie::apart, Into::add>(
           {slopes + first_keys[i] * stride, stride, &q_span, 1, 4 * int64_t{padded}, dk, padded, nullptr},
           segment.count, padded / kLanes);
-=======
-      multiply<Math, Lie::apart, Into::add>({weights + first_keys[i] * stride, stride, &grad_span, 1, 4 * int64_t{padded}, dv,
-                                             padded, nullptr},
-                                            segment.count, padded / kLanes);
-      multiply<Math, Lie::apart, Into::add>({slopes + first_keys[i] * stride, stride, &q_span, 1, 4 * int64_t{padded}, dk,
-                                             padded, nullptr},
-                                            segment.count, padded / kLanes);
->>>>>>> Stashed changes
     }
   }
   for (int lane = 0; lane < pack.pairs; ++lane) {
@@ -282,11 +223,7 @@ void backward(const AttentionBackwardParams& b, const Strip& strip, int32_t kv_h
     for (int32_t group = 0; group < p.panel_groups(); ++group) {
       const Pack pack = pack_of(p, block, kv_head, group);
       if (pack.panels == 0) continue;
-<<<<<<< Updated upstream
       prepare<T, Math>(b, pack, s, dsinks);
-=======
-      prepare<T>(b, pack, s, dsinks);
->>>>>>> Stashed changes
       backward_pack<T, Math>(b, strip, block, kv_head, pack, s);
     }
   }
