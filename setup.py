@@ -109,8 +109,16 @@ class NinjaFile:
         self.lines = ["ninja_required_version = 1.5", f"builddir = {build}"]
         cxx = os.environ.get("CXX", "c++")
         torch = package_folder("torch")
-        sanitizers = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g"] if sanitize else []
-        common = ["-std=c++20", "-O3", "-Icsrc"]
+        # With use-after-scope checks, or at -O3, the unrolled kernels take minutes each to compile with sanitizers.
+        sanitizers = [
+            f"-fsanitize={sanitize}",
+            "-fno-sanitize-address-use-after-scope",
+            "-fno-omit-frame-pointer",
+            "-g",
+        ]
+        if not sanitize:
+            sanitizers = []
+        common = ["-std=c++20", "-O1" if sanitize else "-O3", "-Icsrc"]
         host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
         stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", f"{torch}/include"]
         headers = [f"{torch}/include", sysconfig.get_path("include"), str(package_folder("pybind11") / "include")]
@@ -213,6 +221,10 @@ class BuildExtension(build_ext):
         for extension in self.extensions:
             built = Path(self.build_lib, self.get_ext_filename(extension.name))
             replace_if_different(built, ROOT / self.get_ext_filename(extension.name))
+
+    def get_source_files(self) -> list[str]:
+        # What a source distribution holds besides the packages.
+        return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()]
 
     def get_ext_filename(self, fullname: str) -> str:
         # _C holds no Python symbols: one file for all Pythons, loaded by torch.ops.load_library.
