@@ -33,8 +33,8 @@ struct Scratch {
   }
 };
 
-// One step of the online softmax for one panel: scores [keys, lanes], of which this panel's 16, times `to_log2`, become
-// weights 2^(score - maximum). `keys` is even for pairs.
+// One step of the online softmax for one panel: of the scores [keys, lanes] this panel's 16 become weights
+// 2^((score - maximum) * to_log2); the highest score's is 1 exactly. `keys` is even for pairs.
 template <class Math>
 void soften(const Scratch& s, int panel, int lanes, int keys, float to_log2) {
   float* scores = s.scores + kLanes * panel;
@@ -49,10 +49,10 @@ void soften(const Scratch& s, int panel, int lanes, int keys, float to_log2) {
   const Vec step_high = max(max(high[0], high[1]), max(high[2], high[3]));
 
   const Vec scale = broadcast(to_log2), old = load(s.maxima + kLanes * panel);
-  const Vec maximum = max(old, step_high * scale);
+  const Vec maximum = max(old, step_high);
   // A row that has seen nothing yet: any finite number will do in place of -inf, which would give NaN.
   const Vec base = select(equal(maximum, broadcast(-kInfinity)), zero_vec(), maximum);
-  const Vec factor = exp2_bounded(old - base);
+  const Vec factor = exp2_bounded((old - base) * scale);
   store(s.maxima + kLanes * panel, maximum);
   store(s.factors + kLanes * panel, factor);
 
@@ -61,8 +61,8 @@ void soften(const Scratch& s, int panel, int lanes, int keys, float to_log2) {
 #if defined(__AVX512BF16__)
     char* weights = s.weights + 4 * kLanes * panel;
     for (key = 0; key < keys; key += 2) {
-      const Vec even = exp2_bounded<4>(fma(load(scores + key * lanes), scale, zero_vec() - base));
-      const Vec odd = exp2_bounded<4>(fma(load(scores + (key + 1) * lanes), scale, zero_vec() - base));
+      const Vec even = exp2_bounded<4>((load(scores + key * lanes) - base) * scale);
+      const Vec odd = exp2_bounded<4>((load(scores + (key + 1) * lanes) - base) * scale);
       total[0] = total[0] + even;
       total[1] = total[1] + odd;
       store_pairs(weights + key / 2 * lanes * 4, even, odd);
@@ -70,7 +70,7 @@ void soften(const Scratch& s, int panel, int lanes, int keys, float to_log2) {
 #endif
   } else {
     const auto weigh = [&](int k) {
-      const Vec weight = exp2_bounded(fma(load(scores + k * lanes), scale, zero_vec() - base));
+      const Vec weight = exp2_bounded((load(scores + k * lanes) - base) * scale);
       store(scores + k * lanes, weight);
       return weight;
     };
@@ -86,24 +86,25 @@ void soften(const Scratch& s, int panel, int lanes, int keys, float to_log2) {
 
 // Divides by the totals, and writes the rows' outputs and lse.
 template <class T>
-void finish(const AttentionParams& p, const Pack& pack, const Scratch& s) {
+void finish(const AttentionParams& p, const Pack& pack, const Scratch& s, float to_natural) {
   for (int panel = 0; panel < pack.panels; ++panel) {
-    const Vec maximum = load(s.maxima + kLanes * panel), total = load(s.totals + kLanes * panel);
+    const Vec maximum = load(s.maxima + kLanes * panel) * broadcast(to_natural),
+              total = load(s.totals + kLanes * panel);
     Vec sink = broadcast(-kInfinity);
     if (p.sinks) {
       float sinks[kLanes] = {};
       for (int lane = 0; lane < kLanes && 16 * panel + lane < pack.pairs; ++lane) {
         sinks[lane] = p.sinks[pack.head_of(16 * panel + lane)];
       }
-      sink = load(sinks) * broadcast(kLog2e);
+      sink = load(sinks);
     }
     const Vec high = max(maximum, sink);
     const Vec base = select(equal(high, broadcast(-kInfinity)), zero_vec(), high);
-    const Vec shrink = exp2_bounded(maximum - base);
-    const Vec whole = fma(total, shrink, exp2_bounded(sink - base));
+    const Vec shrink = exp2_bounded((maximum - base) * broadcast(kLog2e));
+    const Vec whole = fma(total, shrink, exp2_bounded((sink - base) * broadcast(kLog2e)));
     // Not less(0, whole): a NaN must stay one.
     store(s.factors + kLanes * panel, select(equal(whole, zero_vec()), zero_vec(), shrink / whole));
-    store(s.maxima + kLanes * panel, (base + log2(whole)) * broadcast(kLn2));
+    store(s.maxima + kLanes * panel, fma(log2(whole), broadcast(kLn2), base));
   }
   const int padded = p.padded_width();
   for (int lane = 0; lane < pack.pairs; ++lane) {
@@ -135,7 +136,7 @@ void forward(const AttentionParams& p, int32_t block, int32_t kv_head, int32_t p
   constexpr int kKeysPerWord = Math::kPairs ? 2 : 1;
   // The factor that turns scores into powers of 2 is applied with the maximum, if it keeps their order.
   const bool shaped = p.softcap > 0 || !(p.scale > 0);
-  const float to_log2 = shaped ? kLog2e : p.scale * kLog2e;
+  const float to_natural = shaped ? 1.0f : p.scale, to_log2 = to_natural * kLog2e;
 
   Walk<kStepKeys> walk(p.plan, block);
   while (const int count = walk.next()) {
@@ -167,7 +168,7 @@ void forward(const AttentionParams& p, int32_t block, int32_t kv_head, int32_t p
         {weights, 4 * int64_t{lanes}, values, count, kKeysPerWord * p.v_cols.row_bytes, s.sums, padded, s.factors},
         lanes, padded / kLanes);
   }
-  finish<T>(p, pack, s);
+  finish<T>(p, pack, s, to_natural);
 }
 
 }  // namespace
