@@ -107,56 +107,50 @@ class NinjaFile:
     def __init__(self, build: Path, cuda: Cuda | None, sanitize: str = ""):
         self.build = build
         self.lines = ["ninja_required_version = 1.5", f"builddir = {build}"]
-        cxx = os.environ.get("CXX", "c++")
-        torch = package_folder("torch")
+        cxx = shlex.split(os.environ.get("CXX", "c++"))
+        torch, python = package_folder("torch"), sysconfig.get_path("include")
+        pybind11 = package_folder("pybind11") / "include"
         # With use-after-scope checks, or at -O3, the unrolled kernels take minutes each to compile with sanitizers.
-        sanitizers = [
-            f"-fsanitize={sanitize}",
-            "-fno-sanitize-address-use-after-scope",
-            "-fno-omit-frame-pointer",
-            "-g",
-        ]
-        if not sanitize:
-            sanitizers = []
+        sanitizers = f"-fsanitize={sanitize} -fno-sanitize-address-use-after-scope -fno-omit-frame-pointer -g".split()
+        sanitizers = sanitizers if sanitize else []
         common = ["-std=c++20", "-O1" if sanitize else "-O3", "-Icsrc"]
-        host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-        stable = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", f"{torch}/include"]
-        headers = [f"{torch}/include", sysconfig.get_path("include"), str(package_folder("pybind11") / "include")]
         # Names of headers get into messages: without their folders they are the same on every machine.
-        prefixes = [f"-fmacro-prefix-map={folder}/=" for folder in headers]
-        cxx_flags = [*common, *host, *prefixes, *sanitizers, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        torch_flags = [*cxx_flags, *stable]
-        planner_flags = [*cxx_flags, "-isystem", headers[1], "-isystem", headers[2]]
+        prefixes = [f"-fmacro-prefix-map={folder}/=" for folder in (f"{torch}/include", python, pybind11)]
+        host = ["-fPIC", "-fvisibility=hidden", "-Wall", *prefixes]
+        self.cxx_flags = [*common, *host, "-Wextra", *sanitizers, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        self.torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", f"{torch}/include"]
+        self.nvcc_flags = [*common, "-Xcompiler", ",".join(host), *self.torch_flags, "-DUSE_CUDA"]
 
-        self.rule("cxx", [*shlex.split(cxx), "-MD", "-MF", "$out.d"], "$flags -c $in -o $out", "C++", depfile=True)
-        link = ["-shared", *sanitizers, "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
-        link += shlex.split(os.environ.get("LDFLAGS", ""))
-        self.rule("link", [*shlex.split(cxx), *link], "$in $libs -o $out", "link")
-
-        objects = []
-        archs = [f'-DREFRAG_CUDA_ARCHS="{cuda.archs}"'] if cuda else []
-        for source in self.sources("*.cpp"):
-            objects.append(self.compile("cxx", source, [*torch_flags, *archs]))
-        for source in self.sources("cpu/*.cpp"):
-            objects.append(self.compile("cxx", source, torch_flags))
-        for source in self.sources("cpu/kernels/*.cpp"):
-            for isa, options in ISAS.items():
-                isa_flags = [*cxx_flags, f"-DREFRAG_ISA={isa}", *options.split()]
-                objects.append(self.compile("cxx", source, isa_flags, f".{isa}"))
-        libraries = [f"-L{torch}/lib", "-ltorch_cpu", "-ltorch", "-lc10"]
+        self.rule("cxx", [*cxx, "-MD", "-MF", "$out.d"], "$flags -c $in -o $out", "C++", depfile=True)
+        link = [*cxx, "-shared", *sanitizers, "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
+        self.rule("link", [*link, *shlex.split(os.environ.get("LDFLAGS", ""))], "$in $libs -o $out", "link")
+        # libstdc++ first: torch exports some of its symbols too, but they are no part of torch's stable ABI.
+        libraries = ["-lstdc++", f"-L{torch}/lib", "-ltorch_cpu"]
+        objects = self.host_objects(cuda)
         if cuda:
-            ccbin = ["-ccbin", os.environ["CXX"]] if "CXX" in os.environ else []
-            depfile = ["-MD", "-MF", "$out.d"]
-            self.rule("nvcc", [cuda.nvcc, *ccbin, *depfile], "$flags -c $in -o $out", "CUDA", depfile=True)
-            to_host = ["-Xcompiler", ",".join(["-fPIC", "-fvisibility=hidden", "-Wall", *prefixes])]
-            flags = [*common, *to_host, *stable, "-DUSE_CUDA", *cuda.flags()]
+            ccbin = ["-ccbin", cxx[-1]] if "CXX" in os.environ else []
+            nvcc = [cuda.nvcc, *ccbin, "-MD", "-MF", "$out.d"]
+            self.rule("nvcc", nvcc, "$flags -c $in -o $out", "CUDA", depfile=True)
+            flags = [*self.nvcc_flags, *cuda.flags()]
             objects += [self.compile("nvcc", source, flags) for source in self.sources("cuda/*.cu")]
             libraries += [str(cuda.cudart), "-ldl", "-lpthread", "-lrt"]
         if not sanitize:
             # Finds a missing function when linking, not at import. Sanitizers leave theirs to the process.
             libraries.append("-Wl,--no-undefined")
         self.link("_C", objects, libraries)
-        self.link("_planner", [self.compile("cxx", s, planner_flags) for s in self.sources("planner/*.cpp")], [])
+        flags = [*self.cxx_flags, "-isystem", python, "-isystem", str(pybind11)]
+        self.link("_planner", [self.compile("cxx", source, flags) for source in self.sources("planner/*.cpp")], [])
+
+    def host_objects(self, cuda: Cuda | None) -> list[str]:
+        flags = [*self.cxx_flags, *self.torch_flags]
+        archs = [f'-DREFRAG_CUDA_ARCHS="{cuda.archs}"'] if cuda else []
+        objects = [self.compile("cxx", source, [*flags, *archs]) for source in self.sources("*.cpp")]
+        objects += [self.compile("cxx", source, flags) for source in self.sources("cpu/*.cpp")]
+        for source in self.sources("cpu/kernels/*.cpp"):
+            for isa, options in ISAS.items():
+                isa_flags = [*self.cxx_flags, f"-DREFRAG_ISA={isa}", *options.split()]
+                objects.append(self.compile("cxx", source, isa_flags, f".{isa}"))
+        return objects
 
     @staticmethod
     def sources(pattern: str) -> list[Path]:

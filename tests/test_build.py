@@ -122,13 +122,22 @@ def test_the_kernels_hold_no_python_symbols_and_need_no_cuda_runtime():
     assert "torch_library_impl" in symbols
     dynamic = subprocess.run(["readelf", "-d", library()], capture_output=True, text=True, check=True).stdout
     assert "libtorch_cpu.so" in dynamic
-    for word in ("cuda", "libpython", "libtorch_python", "RPATH", "RUNPATH"):
+    for word in ("cuda", "c10", "libpython", "libtorch_python", "RPATH", "RUNPATH"):
         assert word not in dynamic
+
+
+def test_the_kernels_take_nothing_from_torch_but_its_stable_abi():
+    command = ["nm", "-D", "--undefined-only", "--with-symbol-versions", library()]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
+    # Symbols of the C and C++ libraries carry a version; weak ones (w) are the loader's hooks.
+    of_torch = [line.split()[1] for line in symbols if re.match(r"\s+U [^@]+$", line)]
+    assert of_torch and [name for name in of_torch if not name.startswith(("aoti_torch_", "torch_"))] == []
 
 
 def test_nothing_compiled_for_an_instruction_set_can_replace_common_code():
     # The linker keeps one copy of an inline function: were it the AVX-512 one, other machines would crash in it.
     objects = sorted((ROOT / "build" / sys.implementation.cache_tag / "csrc" / "cpu" / "kernels").glob("*.o"))
+    assert objects
     for path in objects:
         isa = path.name.split(".")[-2]
         listing = subprocess.run(["nm", "-C", "--defined-only", "--extern-only", path], capture_output=True, text=True)
