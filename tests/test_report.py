@@ -16,6 +16,12 @@ from refrag_kernels.report import _without_paths
 PACKAGE = Path(refrag_kernels.__file__).parent
 
 
+WITHOUT_EDITABLE_INSTALLS = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
+"""
+
+
 def run_module(root=PACKAGE.parent, **environment):
     command = [sys.executable, "-m", "refrag_kernels"]
     environment = {"PATH": "", "PYTHONPATH": str(root), **environment}
@@ -65,6 +71,8 @@ def test_an_instruction_set_that_does_not_exist_is_named():
 
 def test_it_works_where_nothing_is_compiled(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "refrag_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    # The import hook of an editable install would find the compiled parts of the other copy.
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_EDITABLE_INSTALLS)
     text = run_module(tmp_path)
     assert re.search(r"_C\s+the extension _C.so is not built", text)
     assert re.search(r"_planner\s+the extension _planner is not built", text)
