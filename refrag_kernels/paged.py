@@ -297,6 +297,7 @@ def _check_attention(
     elif rows != kv_lengths.shape[0]:
         raise ValueError(f"q: got {rows} rows, needs {kv_lengths.shape[0]}, one a sequence, or q_offsets")
     if indptr is not None:
+        assert ranges is not None  # the public function passes both or neither
         _check_indices("visible.indptr", indptr, rows + 1)
         _check_indices("visible.ranges", ranges, "R", 2)
     if sinks is not None:

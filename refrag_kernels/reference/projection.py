@@ -6,6 +6,7 @@ All of a projection is computed in float32 (float64 for float64) and rounded onc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ def _silu_slope(x: torch.Tensor) -> torch.Tensor:
 
 
 # Each activation with its derivative.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
     "gelu": (F.gelu, _gelu_slope),
     "gelu_tanh": (lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh_slope),
     "silu": (F.silu, _silu_slope),
@@ -41,7 +42,8 @@ def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _wide(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+def _wide(*tensors):
+    """Return the tensors in the dtype to compute in; an absent one stays absent."""
     return [None if t is None else t.to(_compute_dtype(t)) for t in tensors]
 
 
