@@ -18,7 +18,7 @@ say = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-asan lint build clean distclean
+.PHONY: help demo test test-asan bench lint build clean distclean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ test-asan: $(VENV)/.test ## Run the tests of the ops and the planner with saniti
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 \
 	$(BIN)/pytest -q -n $(WORKERS) -k "not compile" --ignore=tests/refrag --ignore=tests/test_build.py \
 	  --ignore=tests/test_report.py $(ARGS)
+
+bench: $(VENV)/.model build ## Time the ops against their peers, in turns, each result checked against float64
+	$(BIN)/python -m bench run --output build/bench.json $(ARGS)
 
 lint: $(VENV)/.lint ## Check style and types
 	$(BIN)/ruff check .
