@@ -13,25 +13,12 @@ from refrag_kernels.registration import register_op
 from refrag_kernels.validation import (
     FLOAT_DTYPES,
     check_dtype,
+    check_heads,
     check_last_contiguous,
     check_same_device,
     check_same_dtype,
     check_shape,
 )
-
-MAX_HEAD_WIDTH = 256
-
-
-def check_heads(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None) -> None:
-    """Check head counts and the head width of q [T_q, H_q, D] and of keys whose last two dimensions are H_kv, D."""
-    heads, width = q.shape[1], q.shape[2]
-    if width % 8 or not 0 < width <= MAX_HEAD_WIDTH:
-        raise ValueError(f"q: got a head width D of {width}, needs a multiple of 8 up to {MAX_HEAD_WIDTH}")
-    if k.shape[-2] == 0 or heads % k.shape[-2]:
-        raise ValueError(f"q: got {heads} heads, needs a multiple of the {k.shape[-2]} key/value heads")
-    if sinks is not None:
-        check_dtype("sinks", sinks, torch.float32, *((torch.float64,) if q.dtype == torch.float64 else ()))
-        check_shape("sinks", sinks, heads)
 
 
 def _check(

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from refrag_kernels.visible import VisibleRanges
 
 _FAMILY = "paged"
-_MAX_HEAD_DIM = 256  # what the kernels' register tiles are laid out for
 
 
 def paged_attention(
@@ -104,7 +103,7 @@ def paged_attention(
     """
     q = _autocast(q, k_pages)
     indptr, ranges = (None, None) if visible is None else visible
-    left, right = _window_bounds(window)
+    left, right = validation.window_bounds(window)
     if softcap is None:
         softcap = 0.0
     elif not softcap > 0:
@@ -232,20 +231,6 @@ def _autocast(rows: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     return rows.to(pages.dtype) if torch.is_autocast_enabled(rows.device.type) else rows
 
 
-def _window_bounds(window: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Return the window as (left, right), -1 for no bound."""
-    if window is None:
-        return -1, -1
-    if isinstance(window, int):
-        if window < 1:
-            raise ValueError(f"window: got {window}, needs 1 or more, or (left, right)")
-        return window - 1, -1
-    left, right = window
-    if left < -1 or right < -1:
-        raise ValueError(f"window: got {window}, needs (left, right) of -1 or more")
-    return left, right
-
-
 def _check_indices(name: str, tensor: torch.Tensor, *shape: int | str) -> None:
     validation.check_dtype(name, tensor, torch.int32)
     validation.check_shape(name, tensor, *shape)
@@ -265,10 +250,8 @@ def _check_cache(
     validation.check_dtype("k_pages", k_pages, rows.dtype)
     validation.check_dtype("v_pages", v_pages, rows.dtype)
     validation.check_shape(rows_name, rows, "T", "H", "D")
-    dim = rows.shape[-1]
-    if dim % 8 != 0 or not 0 < dim <= _MAX_HEAD_DIM:
-        raise ValueError(f"{rows_name}: got D = {dim}, needs a multiple of 8 from 8 to {_MAX_HEAD_DIM}")
-    validation.check_shape("k_pages", k_pages, "P", "page", "H_kv", dim)
+    validation.check_head_width(rows_name, rows)
+    validation.check_shape("k_pages", k_pages, "P", "page", "H_kv", rows.shape[-1])
     validation.check_shape("v_pages", v_pages, *k_pages.shape)
     if k_pages.shape[1] == 0 or k_pages.shape[2] == 0:
         raise ValueError(f"k_pages: got shape {list(k_pages.shape)}, needs at least one row a page and one head")
@@ -289,9 +272,8 @@ def _check_attention(
     sinks: torch.Tensor | None,
 ) -> None:
     _check_cache("q", q, k_pages, v_pages, page_table, kv_lengths)
-    rows, heads, _ = q.shape
-    if heads % k_pages.shape[2] != 0:
-        raise ValueError(f"q: got H_q = {heads}, needs a multiple of k_pages' H_kv = {k_pages.shape[2]}")
+    validation.check_heads(q, k_pages, sinks)
+    rows = q.shape[0]
     if q_offsets is not None:
         _check_indices("q_offsets", q_offsets, kv_lengths.shape[0] + 1)
     elif rows != kv_lengths.shape[0]:
@@ -301,8 +283,6 @@ def _check_attention(
         _check_indices("visible.indptr", indptr, rows + 1)
         _check_indices("visible.ranges", ranges, "R", 2)
     if sinks is not None:
-        validation.check_dtype("sinks", sinks, torch.float32)
-        validation.check_shape("sinks", sinks, heads)
         validation.check_last_contiguous(sinks=sinks)
     validation.check_same_device(
         q=q, k_pages=k_pages, v_pages=v_pages, page_table=page_table, kv_lengths=kv_lengths, q_offsets=q_offsets,

@@ -10,6 +10,7 @@ import torch
 from refrag_kernels import extension
 from refrag_kernels.layout import ChunkLayout
 from refrag_kernels.mask import ChunkMask, MaskKind
+from refrag_kernels.validation import window_bounds
 
 TILE = 16  # rows of a query block and keys of a tile, as in csrc/planner/planner.h
 
@@ -253,7 +254,7 @@ def plan_attention(
     if out is not None and capacity is None:
         raise ValueError("out: needs the capacity that it was made with")
     device = torch.device(device) if device is not None else layout.device
-    left, right = _window(window, causal)
+    left, right = window_bounds(window, causal)
     keys = (layout if kv_layout is None else kv_layout).host()
     query_lengths = None if kv_layout is None else _query_lengths(layout.host(), keys)
     built = extension.planner().plan(
@@ -298,24 +299,6 @@ def _problem(keys: ChunkLayout, mask: ChunkMask) -> tuple[int, ...]:
         *address,
         mask.indices.shape[0] if mask.kind == MaskKind.CSR and mask.indices is not None else 0,
     )
-
-
-def _window(window: int | tuple[int, int] | None, causal: bool) -> tuple[int, int]:
-    """Return the bounds (left, right) that a window and causality amount to; -1 means none."""
-    if window is None:
-        left, right = -1, -1
-    elif isinstance(window, int):
-        if not causal:
-            raise ValueError(f"window: got the int {window} without causal, needs a pair (left, right)")
-        if window < 1:
-            raise ValueError(f"window: got {window}, needs at least 1")
-        left, right = window - 1, -1
-    else:
-        left, right = window
-        if left < -1 or right < -1:
-            raise ValueError(f"window: got {tuple(window)}, needs -1 or more on each side")
-    limit = 2**31 - 1
-    return min(left, limit), 0 if causal else min(right, limit)
 
 
 def _query_lengths(layout: ChunkLayout, keys: ChunkLayout) -> torch.Tensor:

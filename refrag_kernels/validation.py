@@ -10,6 +10,7 @@ import os
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_HEAD_WIDTH = 256  # what the kernels' registers and shared memory are laid out for
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -65,3 +66,39 @@ def check_last_contiguous(**tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name}: got stride {tensor.stride(-1)} in its last dimension, needs 1 (contiguous)")
+
+
+def check_head_width(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError unless the last dimension of ``tensor`` is a head width that the kernels know."""
+    width = tensor.shape[-1]
+    if width % 8 or not 0 < width <= MAX_HEAD_WIDTH:
+        raise ValueError(f"{name}: got a head width D of {width}, needs a multiple of 8 up to {MAX_HEAD_WIDTH}")
+
+
+def check_heads(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None) -> None:
+    """Check head counts and the head width of q [T_q, H_q, D] and of keys whose last two dimensions are H_kv, D."""
+    check_head_width("q", q)
+    heads = q.shape[1]
+    if k.shape[-2] == 0 or heads % k.shape[-2]:
+        raise ValueError(f"q: got {heads} heads, needs a multiple of the {k.shape[-2]} key/value heads")
+    if sinks is not None:
+        check_dtype("sinks", sinks, torch.float32, *((torch.float64,) if q.dtype == torch.float64 else ()))
+        check_shape("sinks", sinks, heads)
+
+
+def window_bounds(window: int | tuple[int, int] | None, causal: bool = True) -> tuple[int, int]:
+    """Return the bounds (left, right) that a window and causality amount to; -1 means none."""
+    if window is None:
+        left, right = -1, -1
+    elif isinstance(window, int):
+        if not causal:
+            raise ValueError(f"window: got the int {window} without causal, needs a pair (left, right)")
+        if window < 1:
+            raise ValueError(f"window: got {window}, needs at least 1")
+        left, right = window - 1, -1
+    else:
+        left, right = window
+        if left < -1 or right < -1:
+            raise ValueError(f"window: got {tuple(window)}, needs -1 or more on each side")
+    limit = 2**31 - 1
+    return min(left, limit), 0 if causal else min(right, limit)
