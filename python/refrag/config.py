@@ -16,10 +16,20 @@ _CHOICES = {
 }
 
 # What the paper leaves open, each set chosen as a whole. "paper": REFRAG, section 2 and B.2, with the first token
-# ([CLS]) as a chunk's embedding. "lclm": arXiv 2606.09659, mean pooling and a norm before the MLP.
+# ([CLS]) as a chunk's embedding. "lclm": arXiv 2606.09659, the mean of a chunk's own tokens and a norm before the MLP.
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {"pooling": "first", "projector_norm": "none", "projector_activation": "gelu"},
-    "lclm": {"pooling": "mean", "projector_norm": "rms", "projector_activation": "gelu"},
+    "paper": {
+        "pooling": "first",
+        "encoder_special_tokens": True,
+        "projector_norm": "none",
+        "projector_activation": "gelu",
+    },
+    "lclm": {
+        "pooling": "mean",
+        "encoder_special_tokens": False,
+        "projector_norm": "rms",
+        "projector_activation": "gelu",
+    },
 }
 
 
@@ -37,6 +47,9 @@ class RefragConfig(PreTrainedConfig):
         k, the decoder tokens of a chunk.
     pooling : {"first", "mean", "last"}
         How a chunk's embedding is made from the encoder's rows. The paper doesn't say.
+    encoder_special_tokens : bool
+        Whether the encoder reads each chunk between its special tokens ([CLS] and [SEP]); pooling "first" needs them.
+        Without them, an encoder that is trained along reads 2 rows less per chunk: at k = 16 a ninth of its work.
     projector_norm : {"none", "rms", "layer"}
         Norm of the chunk embeddings before the MLP.
     projector_activation : {"gelu", "gelu_tanh", "silu", "relu", "tanh", "none"}
@@ -70,6 +83,7 @@ class RefragConfig(PreTrainedConfig):
     encoder_config: dict | PreTrainedConfig | None = None
     chunk_size: int = 16
     pooling: str = "first"
+    encoder_special_tokens: bool = True
     projector_norm: str = "none"
     projector_activation: str = "gelu"
     projector_bias: bool = True

@@ -124,7 +124,7 @@ class Demo:
         self.settings = settings
         self.models = models
         tokenizers = (models.tokenizer, models.encoder_tokenizer)
-        self.processor = RefragProcessor(*tokenizers, settings.k, window=models.window)
+        self.processor = RefragProcessor.from_config(models.refrag.config, *tokenizers)
         self.unbounded = RefragProcessor(*tokenizers, settings.k)  # the full text is checked here, by its option's name
         self.retriever = Retriever(models.refrag.encoder, models.encoder_tokenizer, python_reference(), track)
         self.ranked = [passage for passage, _ in self.retriever.rank(settings.question)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,15 +15,21 @@ from refrag_kernels import ChunkLayout, ChunkMask
 
 
 def pack_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, truncate_to: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    special_tokens: bool = True,
+    truncate_to: int | None = None,
 ) -> PackedTexts:
-    """Tokenize ``texts`` for the encoder, its special tokens included, one after another.
+    """Tokenize ``texts`` for the encoder, one after another.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
         The encoder's.
     texts : sequence of str
+    special_tokens : bool
+        Whether each text stands between the encoder's special tokens; a text without tokens of its own always does.
     truncate_to : int, optional
         Cut texts to so many tokens; without it, a text that is too long is an error.
 
@@ -31,8 +38,12 @@ def pack_texts(
     ValueError
         If a text has more tokens than the encoder has positions.
     """
-    cut = {} if truncate_to is None else {"truncation": True, "max_length": truncate_to}
-    token_ids = tokenizer(list(texts), add_special_tokens=True, verbose=False, **cut)["input_ids"] if texts else []
+    options: dict[str, Any] = {"add_special_tokens": special_tokens, "verbose": False}
+    if truncate_to is not None:
+        options |= {"truncation": True, "max_length": truncate_to}
+    token_ids = tokenizer(list(texts), **options)["input_ids"] if texts else []
+    if not all(token_ids):  # blank lines, say: an encoder row is needed all the same
+        token_ids = [ids or tokenizer("", add_special_tokens=True)["input_ids"] for ids in token_ids]
     lengths = [len(ids) for ids in token_ids]
     if lengths and max(lengths) > tokenizer.model_max_length:
         longest = max(range(len(lengths)), key=lengths.__getitem__)

@@ -12,11 +12,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from refrag.choosers import Chooser
 from refrag.chunking import Chunker, FixedChunks
+from refrag.config import RefragConfig
 from refrag.encoder import pack_texts
 from refrag.prompt import Chunk, MixedPrompt, Passage
 from refrag_kernels import ChunkLayout
 
 Part = str | Passage
+Span = tuple[int, list[int] | Chunk]  # the passage's number in its prompt, -1 for text; and the tokens or the chunk
 
 
 class PromptTooLongError(ValueError):
@@ -38,6 +40,8 @@ class RefragProcessor:
         Rows that the decoder can hold; a longer prompt is an error.
     position_ids : {"contiguous", "original"}
         As in RefragConfig.
+    encoder_special_tokens : bool
+        As in RefragConfig.
     chunker : Chunker, optional
         Cuts passages; FixedChunks(tokenizer, k) when it isn't given.
 
@@ -55,6 +59,7 @@ class RefragProcessor:
         *,
         window: int | None = None,
         position_ids: str = "contiguous",
+        encoder_special_tokens: bool = True,
         chunker: Chunker | None = None,
     ) -> None:
         if position_ids not in ("contiguous", "original"):
@@ -64,14 +69,35 @@ class RefragProcessor:
         self.k = k
         self.window = window
         self.position_ids = position_ids
+        self.encoder_special_tokens = encoder_special_tokens
         self.chunker = FixedChunks(tokenizer, k) if chunker is None else chunker
+
+    @classmethod
+    def from_config(
+        cls,
+        config: RefragConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder_tokenizer: PreTrainedTokenizerBase,
+        *,
+        chunker: Chunker | None = None,
+    ) -> RefragProcessor:
+        """Make the processor that goes with a model: its k, its choices, and its decoder's window."""
+        return cls(
+            tokenizer,
+            encoder_tokenizer,
+            config.chunk_size,
+            window=getattr(config.text_config, "max_position_embeddings", None),
+            position_ids=config.position_ids,
+            encoder_special_tokens=config.encoder_special_tokens,
+            chunker=chunker,
+        )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write both tokenizers and the settings below ``folder``; a chunker of one's own is not written."""
         root = Path(folder)
         self.tokenizer.save_pretrained(root / "decoder_tokenizer")
         self.encoder_tokenizer.save_pretrained(root / "encoder_tokenizer")
-        settings = {"k": self.k, "window": self.window, "position_ids": self.position_ids}
+        settings = {name: getattr(self, name) for name in ("k", "window", "position_ids", "encoder_special_tokens")}
         (root / "refrag_processor.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     @classmethod
@@ -162,13 +188,13 @@ class RefragProcessor:
             raise ValueError(f"expand: got {expand}, needs a share from 0 to 1")
         sequences = [self._spans(index, prompt) for index, prompt in enumerate(batch)]
         expanded = self._expanded(batch, sequences, expand, chooser, question)
-        packed = _pack(sequences, expanded, self.position_ids, self.encoder_tokenizer)
+        packed = self._pack(sequences, expanded)
         self._check_window(sequences, expanded, packed, max_new_tokens)
         return packed
 
-    def _spans(self, index: int, prompt: Sequence[Part]) -> list[tuple[int, list[int] | Chunk]]:
-        """Return the spans of a prompt: (passage number or -1, token ids of text or a chunk)."""
-        spans: list[tuple[int, list[int] | Chunk]] = []
+    def _spans(self, index: int, prompt: Sequence[Part]) -> list[Span]:
+        """Return the spans of a prompt."""
+        spans: list[Span] = []
         passages = 0
         prefix = self.tokenizer("", add_special_tokens=True)["input_ids"]  # Llama's <s>, say; empty for many
         for position, part in enumerate(prompt):
@@ -194,7 +220,7 @@ class RefragProcessor:
     def _expanded(
         self,
         batch: Sequence[Sequence[Part]],
-        sequences: list[list[tuple[int, list[int] | Chunk]]],
+        sequences: list[list[Span]],
         expand: float | Collection[int],
         chooser: Chooser | None,
         question: str | None,
@@ -220,7 +246,7 @@ class RefragProcessor:
 
     def _check_window(
         self,
-        sequences: list[list[tuple[int, list[int] | Chunk]]],
+        sequences: list[list[Span]],
         expanded: frozenset[int],
         packed: MixedPrompt,
         max_new_tokens: int,
@@ -243,9 +269,7 @@ class RefragProcessor:
                 )
             first += sum(isinstance(span, Chunk) for _, span in spans)
 
-    def _what_fits(
-        self, spans: list[tuple[int, list[int] | Chunk]], first: int, expanded: frozenset[int], room: int
-    ) -> str:
+    def _what_fits(self, spans: list[Span], first: int, expanded: frozenset[int], room: int) -> str:
         if self.position_ids == "original":
             return 'original position ids run on through compressed chunks, so no k fits; position_ids="contiguous" may'
         text, compressed, chunk = 0, {}, first
@@ -265,44 +289,40 @@ class RefragProcessor:
             k += 1
         return f"k = {k} would fit"
 
-
-def _pack(
-    sequences: list[list[tuple[int, list[int] | Chunk]]],
-    expanded: frozenset[int],
-    position_ids: str,
-    encoder_tokenizer: PreTrainedTokenizerBase,
-) -> MixedPrompt:
-    token_ids: list[int] = []
-    slots: list[int] = []
-    positions: list[int] = []
-    lengths: list[list[int]] = []
-    passage_of_span: list[int] = []
-    chunks: list[Chunk] = []
-    for spans in sequences:
-        lengths.append([])
-        position = 0
-        for passage, span in spans:
-            own_tokens = span.token_ids if isinstance(span, Chunk) else span
-            slot = -1
-            if isinstance(span, Chunk):
-                slot = -1 if len(chunks) in expanded else len(chunks)
-                chunks.append(span)
-            rows = 1 if slot >= 0 else len(own_tokens)
-            token_ids += [0] if slot >= 0 else own_tokens
-            slots += [slot] * rows
-            if slot >= 0 and position_ids == "original":
-                position += len(own_tokens) - 1
-            positions += range(position, position + rows)
-            position += rows
-            lengths[-1].append(rows)
-            passage_of_span.append(passage)
-    return MixedPrompt(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64),
-        slot_of_row=torch.tensor(slots, dtype=torch.int32),
-        position_ids=torch.tensor(positions, dtype=torch.int64),
-        layout=ChunkLayout.from_lengths(lengths),
-        passage_of_span=torch.tensor(passage_of_span, dtype=torch.int32),
-        chunks=tuple(chunks),
-        expanded=expanded,
-        encoder_input=pack_texts(encoder_tokenizer, [chunk.text for chunk in chunks]),
-    )
+    def _pack(self, sequences: list[list[Span]], expanded: frozenset[int]) -> MixedPrompt:
+        token_ids: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        lengths: list[list[int]] = []
+        passage_of_span: list[int] = []
+        chunks: list[Chunk] = []
+        for spans in sequences:
+            lengths.append([])
+            position = 0
+            for passage, span in spans:
+                own_tokens = span.token_ids if isinstance(span, Chunk) else span
+                slot = -1
+                if isinstance(span, Chunk):
+                    slot = -1 if len(chunks) in expanded else len(chunks)
+                    chunks.append(span)
+                rows = 1 if slot >= 0 else len(own_tokens)
+                token_ids += [0] if slot >= 0 else own_tokens
+                slots += [slot] * rows
+                if slot >= 0 and self.position_ids == "original":
+                    position += len(own_tokens) - 1
+                positions += range(position, position + rows)
+                position += rows
+                lengths[-1].append(rows)
+                passage_of_span.append(passage)
+        return MixedPrompt(
+            token_ids=torch.tensor(token_ids, dtype=torch.int64),
+            slot_of_row=torch.tensor(slots, dtype=torch.int32),
+            position_ids=torch.tensor(positions, dtype=torch.int64),
+            layout=ChunkLayout.from_lengths(lengths),
+            passage_of_span=torch.tensor(passage_of_span, dtype=torch.int32),
+            chunks=tuple(chunks),
+            expanded=expanded,
+            encoder_input=pack_texts(
+                self.encoder_tokenizer, [chunk.text for chunk in chunks], special_tokens=self.encoder_special_tokens
+            ),
+        )

@@ -50,3 +50,10 @@ def test_a_text_too_long_for_the_encoder(encoder_tokenizer):
     with pytest.raises(ValueError, match="text 1 has 602 tokens for the encoder, needs at most 512"):
         pack_texts(encoder_tokenizer, ["a", "a " * 600])
     assert pack_texts(encoder_tokenizer, ["a", "a " * 600], truncate_to=8).layout.lengths() == [[3, 8]]
+
+
+def test_without_special_tokens(encoder_tokenizer):
+    texts = ["one two", " \n", "three"]
+    packed = pack_texts(encoder_tokenizer, texts, special_tokens=False)
+    assert packed.layout.lengths() == [[2, 2, 1]]  # a blank text keeps them: it has no token of its own
+    assert not set(packed.token_ids[[0, 1, 4]].tolist()) & set(encoder_tokenizer.all_special_ids)

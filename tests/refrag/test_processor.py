@@ -1,8 +1,9 @@
 """RefragProcessor: chunks aligned by text, packed rows, chat templates, and what it refuses."""
 
 import pytest
+import tiny
 import torch
-from refrag import Passage, PromptTooLongError, RandomChooser, RefragProcessor
+from refrag import Passage, PromptTooLongError, RandomChooser, RefragConfig, RefragProcessor
 from refrag.choosers import CosineChooser
 from refrag.chunking import FixedChunks
 
@@ -174,8 +175,11 @@ def test_a_prompt_too_long_says_by_how_much_and_what_fits(tokenizer, encoder_tok
 
 
 def test_save_and_load(processor, tmp_path):
+    config = RefragConfig.from_preset("lclm", tiny.DECODERS["llama"], tiny.ENCODERS["bert"], chunk_size=3)
+    processor = RefragProcessor.from_config(config, processor.tokenizer, processor.encoder_tokenizer)
     processor.save_pretrained(tmp_path)
     loaded = RefragProcessor.from_pretrained(tmp_path)
+    assert (loaded.k, loaded.window, loaded.encoder_special_tokens) == (3, 256, False)
     parts = [{"role": "user", "content": [Passage(TEXTS["unicode"]), TEXTS["code"]]}]
     first, second = (one(one.apply_chat_template(parts), expand={1}) for one in (processor, loaded))
     assert torch.equal(first.token_ids, second.token_ids) and first.chunks == second.chunks
