@@ -12,11 +12,13 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
 
 import refrag_kernels as rk
 from refrag_kernels import AttentionPlan, ChunkLayout, ChunkMask
 
 NAME = "refrag"
+_logger = logging.get_logger(__name__)
 
 
 class AttentionPlans:
@@ -83,10 +85,12 @@ def refrag_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention in transformers' calling convention: query [1, H_q, T, D] -> ([1, T, H_q, D], None).
 
+    With a plan, dropout of attention weights is left out (and a warning says so once): the weights are never formed.
+
     Raises
     ------
     ValueError
-        If there is a plan and a dropout, or a plan and more than one row of the batch.
+        If there is a plan and a batch of more than one.
     """
     if refrag_plans is None:
         if s_aux is not None:
@@ -96,7 +100,10 @@ def refrag_attention(
             scaling=scaling, dropout=dropout, sliding_window=sliding_window, softcap=softcap, **kwargs,
         )  # fmt: skip
     if dropout:
-        raise ValueError(f"dropout: got {dropout} on attention weights, needs 0 (mixed_attention never forms them)")
+        # BERT's default is 0.1: to refuse it would make every such encoder untrainable as it comes.
+        _logger.warning_once(
+            f"dropout: {dropout} on attention weights is left out with packed rows; mixed_attention never forms them"
+        )
     if query.shape[0] != 1:
         raise ValueError(f"query: got a batch of {query.shape[0]}, needs 1: plans are for packed rows")
     plan = refrag_plans.for_window(sliding_window)

@@ -38,14 +38,6 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
     ------
     CacheError
         If the cache folder can't be written.
-
-    Examples
-    --------
-    >>> import os, tempfile
-    >>> os.environ["REFRAG_CACHE"] = tempfile.mkdtemp()
-    >>> entry = build_once("greeting-1", lambda folder: (folder / "text").write_text("hello") and None)
-    >>> (entry / "text").read_text()
-    'hello'
     """
     entry = cache_folder() / name
     if entry.exists():

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -50,7 +50,7 @@ def demo(
         # Torch and transformers take seconds to load: "--help" and mistakes in the options don't wait for them.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         with console.status("loading torch and transformers"):
-            from refrag.demo import Demo, DemoSettings, Models, figures, write_figures
+            from refrag.demo import FULL, Demo, DemoSettings, Models, figures, write_figures
             from refrag.report import print_answers, print_table
         settings = DemoSettings(
             question, k, expand, context_tokens, passages, max_new_tokens, _numbers(plot_tokens), rounds
@@ -60,16 +60,16 @@ def demo(
         models = Models.load(k)
         prepared = Demo(settings, models, lambda batches: _track(console, batches, "encoding the corpus, once"))
         prepared.check_plot()
-        _say(console, f"reading {context_tokens:,} tokens in four ways, {rounds} times each")
         prepared.warm_up()
-        answered = prepared.answer()
+        what = f"reading {context_tokens:,} tokens in four ways, {rounds} times each"
+        answered = prepared.answer(lambda steps: _track(console, steps, what))
         print_answers(console, settings, answered, models)
         print_table(console, settings, answered)
         console.print()
-        plotted = {
-            tokens: prepared.time_context(tokens)
-            for tokens in _track(console, settings.plot_tokens, "timing the plot's contexts")
-        }
+        plotted = {}
+        for tokens in _track(console, settings.plot_tokens, "timing the plot's contexts"):
+            same = tokens == answered.readings[FULL].rows
+            plotted[tokens] = answered.readings if same else prepared.time_context(tokens)
         files = [output_dir / "figures.json"]
         write_figures(files[0], figures(settings, answered, plotted))
         if plotted:
@@ -96,7 +96,7 @@ def _say(console: Console, step: str) -> None:
     console.print(f"[dim]{step} ...[/dim]", highlight=False)
 
 
-def _track(console: Console, items: Sequence[int], what: str) -> Iterable[int]:
+def _track(console: Console, items: Sequence[Any], what: str) -> Iterable[Any]:
     """Yield ``items`` under a progress bar; where there is no terminal, after a line that says what is done."""
     if not items:
         return

@@ -19,8 +19,8 @@ from refrag.corpus import python_reference
 from refrag.model import RefragForCausalLM
 from refrag.processor import Part, RefragProcessor
 from refrag.prompt import MixedPrompt, Passage
-from refrag.retrieval import Retriever, Track
-from refrag.timing import Continuation, Reading, continue_greedily, time_readings
+from refrag.retrieval import Retriever
+from refrag.timing import Continuation, Reading, Track, continue_greedily, time_readings
 
 INSTRUCTION = "Answer the question with the help of this documentation.\n\n"
 
@@ -131,14 +131,14 @@ class Demo:
         self.frame = self._parts([])
         self.frame_tokens = self._count(self.frame)
 
-    def answer(self) -> Answered:
+    def answer(self, track: Track = iter) -> Answered:
         """Read the prompt of the chosen length in every way, and write on from each."""
         settings = self.settings
         parts, full, compressed = self.prompts(
             settings.context_tokens, settings.max_new_tokens, "--context-tokens", settings.passages
         )
         readings = self._readings(full, compressed)
-        outputs = time_readings(readings, settings.rounds)
+        outputs = time_readings(readings, settings.rounds, track)
         end = self._end_tokens()
         continuations = {
             name: continue_greedily(

@@ -28,8 +28,17 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
     >>> from transformers import BertConfig, LlamaConfig
     >>> small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
     >>> model = RefragForCausalLM(RefragConfig(text_config=LlamaConfig(**small), encoder_config=BertConfig(**small)))
-    >>> model.config.chunk_size
-    16
+    >>> from refrag_kernels import ChunkLayout
+    >>> chunks = PackedTexts(torch.tensor([5, 6, 7, 8, 9]), ChunkLayout.from_lengths([[3, 2]]))  # two chunks' tokens
+    >>> model.encode_chunks(chunks).shape
+    torch.Size([2, 32])
+
+    From trained parts and with real text, where ``decoder`` and ``encoder`` are models of transformers:
+
+    >>> model = RefragForCausalLM.from_parts(encoder, decoder, k=16)  # doctest: +SKIP
+    >>> processor = RefragProcessor.from_config(model.config, tokenizer, encoder_tokenizer)  # doctest: +SKIP
+    >>> prompt = processor(["Read this: ", Passage("..."), "When was the bridge built?"])  # doctest: +SKIP
+    >>> model.generate(prompt, max_new_tokens=32)  # doctest: +SKIP
     """
 
     config_class = RefragConfig

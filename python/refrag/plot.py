@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")  # a file is written; no display is needed
 
 import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator  # noqa: E402
 
 from refrag.demo import CACHED, ENCODED, FULL, READINGS  # noqa: E402
 from refrag.timing import Reading  # noqa: E402
@@ -32,7 +32,7 @@ def plot_first_token(points: dict[int, dict[str, Reading]], k: int, path: Path) 
     """
     tokens = sorted(points)
     figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
-    for name in (FULL, ENCODED, CACHED):
+    for name in _COLOURS:
         seconds = [points[count][name].first_token for count in tokens]
         axes.plot(tokens, seconds, color=_COLOURS[name], marker=_MARKERS[name], linewidth=2, markersize=5)
         label = READINGS[name]
@@ -46,7 +46,9 @@ def plot_first_token(points: dict[int, dict[str, Reading]], k: int, path: Path) 
     axes.set_yscale("log")
     axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("context, tokens (question included)")
     axes.set_ylabel("time to first token, seconds")
     axes.set_title(f"Time to first token, k = {k}, float32, CPU", loc="left", fontsize=11)

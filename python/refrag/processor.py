@@ -49,6 +49,20 @@ class RefragProcessor:
     ------
     ValueError
         If k is below 1, or position_ids is unknown.
+
+    Examples
+    --------
+    >>> from transformers import AutoTokenizer
+    >>> from refrag import Passage, RefragProcessor, weights
+    >>> tokenizer = AutoTokenizer.from_pretrained(weights.decoder_folder())
+    >>> encoder_tokenizer = AutoTokenizer.from_pretrained(weights.encoder_folder())
+    >>> processor = RefragProcessor(tokenizer, encoder_tokenizer, k=4)
+    >>> passage = Passage("The bridge of Orla was built in 1871.")
+    >>> prompt = processor([passage, "When was the bridge built?"], expand={1})
+    >>> [chunk.text for chunk in prompt.chunks]
+    ['The bridge of Or', 'la was built in', ' 187', '1.']
+    >>> prompt.layout.lengths()  # a slot, an expanded chunk, two slots, the question
+    [[1, 4, 1, 1, 6]]
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from refrag.cache import build_once
 from refrag.encoder import encode_packed, pack_texts
 from refrag.prompt import Passage
+from refrag.timing import Track
 
 _BATCH = 32
 _TOKENS = 256  # what all-MiniLM-L6-v2 was made for (its sentence_bert_config.json)
-
-Track = Callable[[Sequence[int]], Iterable[int]]
 
 
 class Retriever:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 Prefill = Callable[[], CausalLMOutputWithPast]
+Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 @dataclasses.dataclass
@@ -39,8 +40,16 @@ class Reading:
         return statistics.median(self.seconds)
 
 
-def time_readings(readings: dict[str, Reading], rounds: int) -> dict[str, CausalLMOutputWithPast]:
+def time_readings(readings: dict[str, Reading], rounds: int, track: Track = iter) -> dict[str, CausalLMOutputWithPast]:
     """Time every reading ``rounds`` times, in turn, so that a busy machine disturbs all alike.
+
+    Parameters
+    ----------
+    readings : dict
+        By name; their ``seconds`` grow.
+    rounds : int
+    track : callable, optional
+        Wraps the single readings, to show progress.
 
     Returns
     -------
@@ -49,14 +58,13 @@ def time_readings(readings: dict[str, Reading], rounds: int) -> dict[str, Causal
     """
     outputs = {}
     with torch.inference_mode():
-        for _ in range(rounds):
-            for name, reading in readings.items():
-                outputs.pop(name, None)  # the cache of the last round goes before the next is made
-                start = time.perf_counter()
-                output = reading.prefill()
-                output.logits.argmax(-1)
-                reading.seconds.append(time.perf_counter() - start)
-                outputs[name] = output
+        for name in track([*readings] * rounds):
+            outputs.pop(name, None)  # the cache of the last round goes before the next is made
+            start = time.perf_counter()
+            output = readings[name].prefill()
+            output.logits.argmax(-1)
+            readings[name].seconds.append(time.perf_counter() - start)
+            outputs[name] = output
     return outputs
 
 

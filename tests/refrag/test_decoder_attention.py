@@ -83,17 +83,24 @@ def test_passages_do_not_see_each_other():
     assert not torch.allclose(before[11:], after[11:]), "the shared text must see both"
 
 
-def test_refuses_dropout_and_batches_with_plans():
+def test_refuses_batches_with_plans():
     model = tiny.refrag()
     prompt = tiny.prompt(tiny.MIXED)
-    layer = model.decoder.model.layers[0].self_attn
-    states = torch.zeros(1, 4, prompt.layout.total_rows, 16)
-    plans = model.plans(prompt)
-    with pytest.raises(ValueError, match="dropout: got 0.1"):
-        attention.refrag_attention(layer, states, states, states, None, dropout=0.1, refrag_plans=plans)
+    states = torch.zeros(2, 4, prompt.layout.total_rows, 16)
     with pytest.raises(ValueError, match="query: got a batch of 2"):
-        twice = states.repeat(2, 1, 1, 1)
-        attention.refrag_attention(layer, twice, twice, twice, None, refrag_plans=plans)
+        attention.refrag_attention(model.decoder, states, states, states, None, refrag_plans=model.plans(prompt))
+
+
+def test_says_that_attention_dropout_is_left_out(monkeypatch):
+    said = []
+    monkeypatch.setattr(attention._logger, "warning_once", said.append)
+    model = tiny.refrag()
+    prompt = tiny.prompt(tiny.MIXED)
+    model.encode_chunks(prompt.encoder_input)
+    assert not said
+    model.encoder.train()
+    model.encode_chunks(prompt.encoder_input)
+    assert "dropout: 0.1 on attention weights is left out" in said[0]
 
 
 def test_refuses_packed_rows_on_another_attention():

@@ -1,0 +1,29 @@
+"""The examples in the docstrings of refrag run and print what they say."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+import refrag
+import torch
+
+MODULES = [module.name for module in pkgutil.iter_modules(refrag.__path__) if module.name != "__main__"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    torch.manual_seed(0)
+    result = doctest.testmod(importlib.import_module(f"refrag.{name}"), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", ["RefragConfig", "RefragForCausalLM", "RefragProcessor"])
+def test_what_users_make_has_an_example(name):
+    assert ">>>" in getattr(refrag, name).__doc__
+
+
+def test_exports():
+    assert all(getattr(refrag, name).__name__ == name for name in refrag.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        refrag.nothing  # noqa: B018
