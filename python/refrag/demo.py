@@ -27,8 +27,8 @@ INSTRUCTION = "Answer the question with the help of this documentation.\n\n"
 # The ways to read a prompt, in the table's order.
 FULL, OWN_FULL, CACHED, ENCODED = "full", "own_full", "cached", "encoded"
 READINGS = {
-    FULL: "full text, Hugging Face SDPA",
-    OWN_FULL: "full text, mixed_attention",
+    FULL: "full text, HF SDPA",
+    OWN_FULL: "full text, our attention",
     CACHED: "compressed, cached",
     ENCODED: "compressed, with encoding",
 }
