@@ -14,6 +14,7 @@ import refrag_kernels as rk
 from refrag import attention
 from refrag.config import RefragConfig
 from refrag.encoder import encode_packed
+from refrag.feed_forward import fuse_feed_forward
 from refrag.generation import PackedPrefill, packed_prefill, padded_inputs
 from refrag.projector import ChunkProjector
 from refrag.prompt import MixedPrompt, PackedTexts
@@ -53,6 +54,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         self.encoder = AutoModel.from_config(
             config.encoder_config, attn_implementation=_attention_of(config.encoder_config)
         )
+        fuse_feed_forward(self.encoder)
         self.decoder = AutoModelForCausalLM.from_config(
             config.text_config, attn_implementation=_attention_of(config.text_config)
         )
@@ -66,7 +68,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         """Join a trained encoder and decoder by a new, untrained projector.
 
         Both models are taken, not copied: their attention becomes "refrag", which computes what "sdpa" computes where
-        no plan is given.
+        no plan is given, and the encoder's feed-forward layers run fused where they can.
 
         Parameters
         ----------
@@ -86,6 +88,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         model.encoder, model.decoder = encoder, decoder
         for part in (encoder, decoder):
             part.set_attn_implementation(attention.NAME)
+        fuse_feed_forward(encoder)
         model.projector = ChunkProjector(config).to(device=decoder.device, dtype=decoder.dtype)
         model.generation_config = copy.deepcopy(decoder.generation_config)
         return model.train(decoder.training)

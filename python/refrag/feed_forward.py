@@ -1,0 +1,81 @@
+"""The encoder's feed-forward layers as one fused op: they are the same two layers as a projection."""
+
+from __future__ import annotations
+
+import types
+
+import torch
+from torch import nn
+
+import refrag_kernels as rk
+
+# transformers' names of the activations that the op knows.
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def fuse_feed_forward(encoder: nn.Module) -> int:
+    """Let the layers of an encoder of BERT's kind compute their feed-forward part with ``project_chunks``.
+
+    A layer keeps its weights, its dropout and its normalisation; one whose linear layers have been replaced (adapters,
+    quantised weights) goes back to transformers' own code by itself. Encoders of other kinds are left alone.
+
+    Parameters
+    ----------
+    encoder : nn.Module
+        Changed in place.
+
+    Returns
+    -------
+    int
+        The number of layers that were changed.
+
+    Examples
+    --------
+    >>> from transformers import BertConfig, BertModel
+    >>> small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50)
+    >>> fuse_feed_forward(BertModel(BertConfig(**small)))
+    2
+    """
+    config = getattr(encoder, "config", None)
+    activation = _ACTIVATIONS.get(getattr(config, "hidden_act", None))
+    if activation is None:
+        return 0
+    changed = 0
+    for layer in encoder.modules():
+        if hasattr(layer, "feed_forward_chunk") and _is_fusible(layer):
+            layer.refrag_activation = activation
+            # A method, not a closure: copies of the layer then refer to their own weights.
+            layer.feed_forward_chunk = types.MethodType(_feed_forward, layer)
+            changed += 1
+    return changed
+
+
+def _is_fusible(layer: nn.Module) -> bool:
+    """Whether the layer is dense, activation, dense, dropout, normalisation of the sum."""
+    first = getattr(getattr(layer, "intermediate", None), "dense", None)
+    output = getattr(layer, "output", None)
+    parts = (
+        first,
+        getattr(output, "dense", None),
+        getattr(output, "dropout", None),
+        getattr(output, "LayerNorm", None),
+    )
+    return all(type(part) is kind for part, kind in zip(parts, (nn.Linear, nn.Linear, nn.Dropout, nn.LayerNorm)))
+
+
+def _feed_forward(self: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    if not _is_fusible(self):
+        return type(self).feed_forward_chunk(self, hidden)
+    first, second = self.intermediate.dense, self.output.dense
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    projected = rk.project_chunks(
+        rows, first.weight, first.bias, second.weight, second.bias, activation=self.refrag_activation
+    )
+    return self.output.LayerNorm(self.output.dropout(projected).view(hidden.shape) + hidden)
