@@ -273,6 +273,7 @@ q, kv = torch.randn(rows, 4, 16), torch.randn(rows, 2, 16)
         ((q, kv, torch.randn(rows, 16, 2).transpose(1, 2)), {}, ValueError, "v: got stride 2 in its last dimension"),
         ((q, kv, kv[:, :1]), {}, ValueError, r"v: got shape \[12, 1, 16\], needs \[12, 2, 16\]"),
         ((q[None], kv, kv), {}, ValueError, r"q: got shape \[1, 12, 4, 16\], needs \[T_q, H_q, D\]"),
+        ((torch.cat([q, q[:1]]), kv, kv), {}, ValueError, "needs one for the 13 rows passed"),
         ((q[:11], kv, kv), {}, ValueError, "plan: got a plan for 12 rows of q, needs one for the 11 rows passed"),
         ((q, kv[:10], kv[:10]), {}, ValueError, "plan: got a plan for 12 rows of k, needs one for the 10 rows passed"),
         ((q, kv, kv), {"sinks": torch.zeros(3)}, ValueError, r"sinks: got shape \[3\], needs \[4\]"),

@@ -147,9 +147,9 @@ class BlockTiles {
     }
   }
 
-  // Whether every row sees a whole tile: adjacent intervals of different runs can add up to that.
-  bool complete(const Edge& edge, int32_t rows) const {
-    if ((edge.tile + 1) * kTile > key_rows_) return false;
+  // Whether every row sees a whole tile: adjacent intervals of different runs can add up to that. The last tile of a
+  // sequence is never whole when it holds fewer keys: no row sees the absent ones.
+  static bool complete(const Edge& edge, int32_t rows) {
     for (int32_t row = 0; row < rows; ++row) {
       if ((edge.bits.words[row / 2] >> (kTile * (row % 2)) & 0xFFFF) != 0xFFFF) return false;
     }
