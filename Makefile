@@ -39,8 +39,8 @@ test-asan: $(VENV)/.test ## Run the tests of the ops and the planner with saniti
 	REFRAG_KERNELS_CUDA=0 REFRAG_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 \
-	$(BIN)/pytest -q -n $(WORKERS) -k "not compile" --ignore=tests/refrag --ignore=tests/test_build.py \
-	  --ignore=tests/test_report.py $(ARGS)
+	$(BIN)/pytest -q -n $(WORKERS) -o pythonpath="$(SANITIZED) . python" -k "not compile" --ignore=tests/refrag \
+	  --ignore=tests/test_build.py --ignore=tests/test_report.py $(ARGS)
 
 bench: $(VENV)/.model build ## Time the ops against their peers, in turns, each result checked against float64
 	$(BIN)/python -m bench run --output build/bench.json $(ARGS)
