@@ -14,6 +14,8 @@ constexpr int kBlockKeys = 256;                 // scored at a time: one maximum
 constexpr int kTiles = kBlockKeys / kTile;
 constexpr int kScoreStride = kBlockKeys + kTile;  // not a power of two: rows would share few cache sets
 
+constexpr int kDotKeys = 4;  // whose products with a row are summed over the lanes together
+
 // Rows and registers of a register tile: 24 sums of 32 registers with AVX-512, 12 of 16 with AVX2.
 constexpr int kRowTile = 6;
 #if defined(__AVX512F__)
@@ -50,44 +52,40 @@ REFRAG_INLINE void store_sums(float* to, const Vec a, const Vec b, const Vec c, 
 #endif
 }
 
-// scores[r][c] = q[r] . key c for the 16 keys of a tile.
+// scores[r][c] = q[r] . key c for kDotKeys keys.
 template <class T, int kRows>
 void dot_rows(const float* q, int q_stride, const char* k, const int64_t* at, int dim, float* scores) {
-  for (int c = 0; c < kTile; c += 4) {
-    const T* keys[4];
+  const T* keys[kDotKeys];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) keys[i] = reinterpret_cast<const T*>(k + at[c + i]);
-    Vec sum[kRows][4];
+  for (int i = 0; i < kDotKeys; ++i) keys[i] = reinterpret_cast<const T*>(k + at[i]);
+  Vec sum[kRows][kDotKeys];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sum[r][i] = zero_vec();
-    }
-    int d = 0;
-    for (; d + kLanes <= dim; d += kLanes) {
-      Vec key[4];
+    for (int i = 0; i < kDotKeys; ++i) sum[r][i] = zero_vec();
+  }
+  int d = 0;
+  for (; d + kLanes <= dim; d += kLanes) {
+    Vec key[kDotKeys];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) key[i] = load(keys[i] + d);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const Vec row = load(q + r * q_stride + d);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) sum[r][i] = fma(row, key[i], sum[r][i]);
-      }
-    }
-    if (d < dim) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const Vec key = load_partial(keys[i] + d, dim - d);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) sum[r][i] = fma(load(q + r * q_stride + d), key, sum[r][i]);
-      }
-    }
+    for (int i = 0; i < kDotKeys; ++i) key[i] = load(keys[i] + d);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      store_sums(scores + r * kScoreStride + c, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+      const Vec row = load(q + r * q_stride + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < kDotKeys; ++i) sum[r][i] = fma(row, key[i], sum[r][i]);
     }
   }
+  if (d < dim) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kDotKeys; ++i) {
+      const Vec key = load_partial(keys[i] + d, dim - d);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) sum[r][i] = fma(load(q + r * q_stride + d), key, sum[r][i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) store_sums(scores + r * kScoreStride, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
 }
 
 template <class T>
