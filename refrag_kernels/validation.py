@@ -53,18 +53,20 @@ def check_same_device(**tensors: torch.Tensor | None) -> None:
 
 def check_shape(name: str, tensor: torch.Tensor, *shape: int | str) -> None:
     """Raise ValueError unless ``tensor`` has this shape; a string stands for a free dimension and names it."""
-    fits = tensor.dim() == len(shape) and all(
-        isinstance(want, str) or got == want for got, want in zip(tensor.shape, shape)
-    )
+    # A loop, not all() over a generator: each decoding step runs a dozen of these checks.
+    sizes = tensor.shape
+    fits = len(sizes) == len(shape)
+    for got, want in zip(sizes, shape):
+        fits = fits and (isinstance(want, str) or got == want)
     if not fits:
         wanted = ", ".join(str(want) for want in shape)
-        raise ValueError(f"{name}: got shape {list(tensor.shape)}, needs [{wanted}]")
+        raise ValueError(f"{name}: got shape {list(sizes)}, needs [{wanted}]")
 
 
 def check_last_contiguous(**tensors: torch.Tensor) -> None:
     """Raise ValueError unless the last dimension of each tensor is contiguous."""
     for name, tensor in tensors.items():
-        if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        if tensor.dim() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise ValueError(f"{name}: got stride {tensor.stride(-1)} in its last dimension, needs 1 (contiguous)")
 
 
