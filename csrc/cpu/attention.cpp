@@ -21,6 +21,9 @@ using torch::headeronly::ScalarType;
 // Copies of keys and values, and partial gradients, up to this size are kept for the next call.
 constexpr int64_t kKeptBytes = int64_t{64} << 20;
 
+// Of a core's second-level cache, what keys and values may take: half of the common 1 MiB.
+constexpr int64_t kCacheBytes = int64_t{512} << 10;
+
 // Work that is worth a trip to another thread and back, in multiplications.
 constexpr int64_t kTaskWork = int64_t{1} << 19;
 
@@ -102,9 +105,12 @@ std::vector<int64_t> keys_of_blocks(const PlanView& plan) {
   return keys;
 }
 
-// Tasks to hand out at a time, if all of them are `work` multiplications.
+// Tasks to hand out at a time, if all of them are `work` multiplications: all of them where another thread would not
+// help, few enough that threads finish together, and not so few that the handing out counts.
 int64_t grain_of(int64_t tasks, int64_t work) {
-  return std::max<int64_t>(1, kTaskWork * tasks / std::max<int64_t>(work, 1));
+  if (work <= kTaskWork) return std::max<int64_t>(1, tasks);
+  const int64_t pieces = 8 * int64_t{torch::stable::get_num_threads()};
+  return std::max<int64_t>(1, std::min(8 * kTaskWork * tasks / work, tasks / pieces));
 }
 
 // Decides how kernels read a tensor, and makes the copy if that takes one. `memory` is where copies go.
@@ -297,11 +303,21 @@ struct Strips {
   }
 };
 
-// Blocks in the order in which to compute them: the costly ones first, and neighbours together.
-std::vector<int32_t> by_cost(const std::vector<int64_t>& cost) {
-  std::vector<int32_t> order(cost.size());
+// Parts in the order in which to hand them out, so that threads finish together: the costly ones first. Where there are
+// so many that only the very costly ones matter, the others stay in their order, as neighbours read the same keys: from
+// the end at which they cost more, which under a causal mask is the last.
+std::vector<int32_t> by_cost(const std::vector<int64_t>& cost, int64_t passes) {
+  const int64_t count = static_cast<int64_t>(cost.size());
+  std::vector<int32_t> order(count);
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return cost[a] > cost[b]; });
+  const auto half = cost.begin() + count / 2;
+  if (std::accumulate(cost.begin(), half, int64_t{0}) < std::accumulate(half, cost.end(), int64_t{0})) {
+    std::reverse(order.begin(), order.end());
+  }
+  const bool many = count * passes >= 64 * int64_t{torch::stable::get_num_threads()};
+  const int64_t high = many ? 2 * std::accumulate(cost.begin(), cost.end(), int64_t{0}) / count : 0;
+  const auto rank = [&](int32_t part) { return cost[part] > high ? cost[part] : 0; };
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return rank(a) > rank(b); });
   return order;
 }
 
@@ -329,18 +345,24 @@ std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, con
   copies.add(p.v_cols, p.v, forms.cols);
   copies.make(copies_memory);
 
-  const std::vector<int32_t> order = by_cost(keys);
+  const int64_t passes = int64_t{p.kv_heads} * groups;
+  const std::vector<int32_t> order = by_cost(keys, passes);
   const int64_t blocks = p.plan.num_blocks, scratch = REFRAG_KERNEL(attention_forward_scratch)(p);
   const auto kernel = REFRAG_KERNEL(attention_forward);
-  // One head's blocks follow each other where its keys are worth keeping in the cache, otherwise one block's heads.
-  const int64_t passes = int64_t{p.kv_heads} * groups, tasks = blocks * passes;
-  const bool head_first = blocks >= 8 * int64_t{torch::stable::get_num_threads()} && all_keys > 64 * blocks;
+  // One block's heads follow each other, as their rows lie side by side; unless the keys of all heads are too many for
+  // the cache, and one head's are better kept there for the next block.
+  const int64_t tasks = blocks * passes;
+  const int64_t key_bytes = 2 * int64_t{p.kv_heads} * p.width * element_bytes(p.element);
+  const bool head_first =
+      blocks >= 8 * int64_t{torch::stable::get_num_threads()} && all_keys * key_bytes > kCacheBytes * blocks;
   const int64_t work = 2 * (all_keys + kTile * blocks) * kTile * p.heads * p.width;
-  run_tasks(tasks, grain_of(tasks, work), [&](int64_t task) {
-    const int64_t block = head_first ? task % blocks : task / passes, pass = head_first ? task / blocks : task % passes;
-    kernel(p, order[block], static_cast<int32_t>(pass / groups), static_cast<int32_t>(pass % groups),
-           scratch_memory.at_least(scratch));
-  });
+  const auto task_at = [&](int64_t index) {
+    const int64_t block = head_first ? index % blocks : index / passes;
+    const int64_t pass = head_first ? index / blocks : index % passes;
+    return AttentionTask{order[block], static_cast<int32_t>(pass / groups), static_cast<int32_t>(pass % groups)};
+  };
+  run_tasks(tasks, grain_of(tasks, work),
+            [&](int64_t task) { kernel(p, task_at(task), scratch_memory.at_least(scratch)); });
   copies_memory.trim(kKeptBytes);
   return {out, lse};
 }
@@ -389,7 +411,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_attention_backward(const Tensor
   std::vector<float> sink_parts(sinks ? int64_t{p.plan.num_blocks} * p.heads : 0);
   b.dsinks = sinks ? sink_parts.data() : nullptr;
 
-  const std::vector<int32_t> order = by_cost(strips.cost);
+  const std::vector<int32_t> order = by_cost(strips.cost, p.kv_heads);
   const int64_t scratch = REFRAG_KERNEL(attention_backward_scratch)(b);
   const auto kernel = REFRAG_KERNEL(attention_backward);
   const int64_t work = 5 * (all_keys + kTile * p.plan.num_blocks) * kTile * p.heads * p.width;

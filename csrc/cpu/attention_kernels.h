@@ -83,8 +83,11 @@ REFRAG_DECLARE_KERNEL(void, attention_pack, const AttentionParams& params, const
 
 REFRAG_DECLARE_KERNEL(int64_t, attention_forward_scratch, const AttentionParams& params);
 
-REFRAG_DECLARE_KERNEL(void, attention_forward, const AttentionParams& params, int32_t block, int32_t kv_head,
-                      int32_t panel_group, char* scratch);
+struct AttentionTask {
+  int32_t block, kv_head, panel_group;
+};
+
+REFRAG_DECLARE_KERNEL(void, attention_forward, const AttentionParams& params, const AttentionTask& task, char* scratch);
 
 // The backward pass walks the plan once, strip by strip: consecutive query blocks of one sequence, chosen by the plan
 // alone. A strip sums the gradients of the keys and values that it sees in slots of its own, one a tile; a tile's slots

@@ -60,13 +60,14 @@ void prepare(const AttentionBackwardParams& b, const Pack& pack, const Scratch& 
     store(s.delta + kLanes * panel, sum);
   }
   gather<T, Math>(p.q, p.width, pack, s.q_rows, s.q_columns);
-  for (int lane = 0; lane < lanes; ++lane) {
-    const int64_t row = pack.first_row + pack.row_of(lane), head = pack.head_of(lane), entry = row * p.heads + head;
-    if (lane >= pack.pairs || b.lse[entry] == -kInfinity) {
-      // No row, or one that sees nothing: exp2(s - inf) makes its weights 0.
-      s.lse[lane] = kInfinity;
+  // A lane without a row, or of a row that sees nothing: exp2(s - inf) makes its weights 0.
+  for (int lane = 0; lane < lanes; ++lane) s.lse[lane] = kInfinity;
+  for (int lane = pack.pairs; lane < lanes; ++lane) s.delta[lane] = 0;
+  pack.each_pair([&](int32_t lane, int64_t row, int32_t head) {
+    const int64_t entry = row * p.heads + head;
+    if (b.lse[entry] == -kInfinity) {
       s.delta[lane] = 0;
-      continue;
+      return;
     }
     s.lse[lane] = b.lse[entry] * kLog2e;
     s.delta[lane] -= b.grad_lse[entry];
@@ -74,7 +75,7 @@ void prepare(const AttentionBackwardParams& b, const Pack& pack, const Scratch& 
       const Vec weight = exp2_bounded(broadcast(p.sinks[head] * kLog2e - s.lse[lane]));
       dsinks[head] -= lane_of(weight, 0) * s.delta[lane];
     }
-  }
+  });
 }
 
 struct Shape {
@@ -198,14 +199,13 @@ void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t
           segment.count, padded / kLanes);
     }
   }
-  for (int lane = 0; lane < pack.pairs; ++lane) {
-    const int64_t entry = int64_t{pack.first_row + pack.row_of(lane)} * p.heads + pack.head_of(lane);
-    T* row = reinterpret_cast<T*>(b.dq) + entry * p.width;
+  pack.each_pair([&](int32_t lane, int64_t row, int32_t head) {
+    T* to = reinterpret_cast<T*>(b.dq) + (row * p.heads + head) * p.width;
     const float* sums = s.dq + int64_t{lane} * padded;
     int d = 0;
-    for (; d + kLanes <= p.width; d += kLanes) store(row + d, load(sums + d));
-    if (d < p.width) store_partial(row + d, load(sums + d), p.width - d);
-  }
+    for (; d + kLanes <= p.width; d += kLanes) store(to + d, load(sums + d));
+    if (d < p.width) store_partial(to + d, load(sums + d), p.width - d);
+  });
 }
 
 template <class T, class Math>

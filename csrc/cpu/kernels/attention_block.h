@@ -152,8 +152,19 @@ struct Pack {
   int32_t head;  // first of the group
 
   int32_t lanes() const { return panels * kLanes; }
-  int32_t row_of(int32_t lane) const { return (first_pair + lane) % rows; }
-  int32_t head_of(int32_t lane) const { return head + (first_pair + lane) / rows; }
+
+  // Calls visit(lane, row among the packed query rows, head) for every lane that has a pair, in order.
+  template <class Visit>
+  REFRAG_INLINE void each_pair(Visit visit) const {
+    int32_t row = first_pair % rows, in_head = head + first_pair / rows;
+    for (int32_t lane = 0; lane < pairs; ++lane) {
+      visit(lane, int64_t{first_row} + row, in_head);
+      if (++row == rows) {
+        row = 0;
+        ++in_head;
+      }
+    }
+  }
 };
 
 inline Pack pack_of(const AttentionParams& p, int32_t block, int32_t kv_head, int32_t panel_group) {
@@ -174,20 +185,18 @@ inline Pack pack_of(const AttentionParams& p, int32_t block, int32_t kv_head, in
 template <class T, class Math>
 void gather(const HeadRows& tensor, int width, const Pack& pack, char* rows, char* columns) {
   const int words = words_of<Math>(width), stride = (words + 15) / 16 * 16;
-  for (int lane = 0; lane < pack.lanes(); ++lane) {
-    char* row = rows + int64_t{4} * lane * stride;
-    if (lane >= pack.pairs) {
-      std::memset(row, 0, 4 * stride);
-      continue;
-    }
-    const char* source =
-        tensor.data + (pack.first_row + pack.row_of(lane)) * tensor.row_bytes + pack.head_of(lane) * tensor.head_bytes;
+  pack.each_pair([&](int32_t lane, int64_t row, int32_t head) {
+    char* copy = rows + int64_t{4} * lane * stride;
+    const char* source = tensor.data + row * tensor.row_bytes + head * tensor.head_bytes;
     if constexpr (Math::kPairs) {
-      std::memcpy(row, source, 2 * width);
+      int word = 0;
+      for (; word + 16 <= words; word += 16) store_int(copy + 4 * word, load_int(source + 4 * word));
+      if (word < words) std::memcpy(copy + 4 * word, source + 4 * word, 4 * (words - word));
     } else {
-      copy_row<T>(source, width, reinterpret_cast<float*>(row));
+      copy_row<T>(source, width, reinterpret_cast<float*>(copy));
     }
-  }
+  });
+  std::memset(rows + int64_t{4} * pack.pairs * stride, 0, 4 * (pack.lanes() - pack.pairs) * stride);
   for (int panel = 0; panel < pack.panels; ++panel) {
     for (int word = 0; word < words; word += 16) {
       transpose_words(rows + int64_t{64} * panel * stride + 4 * word, stride,
@@ -279,14 +288,12 @@ REFRAG_INLINE void lane_masks(const uint32_t* bits, const Pack& pack, VecI* mask
     for (int panel = 0; panel < pack.panels; ++panel) masks[panel] = mask;
     return;
   }
-  for (int panel = 0; panel < pack.panels; ++panel) {
-    uint16_t lanes[kLanes] = {};
-    for (int lane = 0; lane < kLanes && 16 * panel + lane < pack.pairs; ++lane) {
-      const int row = pack.row_of(16 * panel + lane);
-      lanes[lane] = static_cast<uint16_t>(bits[row / 2] >> (16 * (row % 2)));
-    }
-    masks[panel] = load_u16(lanes);
-  }
+  uint16_t lanes[kMaxPanels * kLanes] = {};
+  pack.each_pair([&](int32_t lane, int64_t packed_row, int32_t) {
+    const int row = static_cast<int>(packed_row - pack.first_row);
+    lanes[lane] = static_cast<uint16_t>(bits[row / 2] >> (16 * (row % 2)));
+  });
+  for (int panel = 0; panel < pack.panels; ++panel) masks[panel] = load_u16(lanes + kLanes * panel);
 }
 
 // Scores [count, lanes] of keys that a row does not see become -inf.

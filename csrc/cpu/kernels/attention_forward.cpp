@@ -34,7 +34,7 @@ struct Scratch {
 };
 
 // One step of the online softmax for one panel: of the scores [keys, lanes] this panel's 16 become weights
-// 2^((score - maximum) * to_log2); the highest score's is 1 exactly. `keys` is even for pairs.
+// 2^((score - maximum) * to_log2), and the highest score's is 1. `keys` is even for pairs.
 template <class Math>
 void soften(const Scratch& s, int panel, int lanes, int keys, float to_log2) {
   float* scores = s.scores + kLanes * panel;
@@ -87,17 +87,13 @@ void soften(const Scratch& s, int panel, int lanes, int keys, float to_log2) {
 // Divides by the totals, and writes the rows' outputs and lse.
 template <class T>
 void finish(const AttentionParams& p, const Pack& pack, const Scratch& s, float to_natural) {
+  float sinks[kMaxPanels * kLanes];
+  for (float& sink : sinks) sink = -kInfinity;
+  if (p.sinks) pack.each_pair([&](int32_t lane, int64_t, int32_t head) { sinks[lane] = p.sinks[head]; });
   for (int panel = 0; panel < pack.panels; ++panel) {
     const Vec maximum = load(s.maxima + kLanes * panel) * broadcast(to_natural),
               total = load(s.totals + kLanes * panel);
-    Vec sink = broadcast(-kInfinity);
-    if (p.sinks) {
-      float sinks[kLanes] = {};
-      for (int lane = 0; lane < kLanes && 16 * panel + lane < pack.pairs; ++lane) {
-        sinks[lane] = p.sinks[pack.head_of(16 * panel + lane)];
-      }
-      sink = load(sinks);
-    }
+    const Vec sink = load(sinks + kLanes * panel);
     const Vec high = max(maximum, sink);
     const Vec base = select(equal(high, broadcast(-kInfinity)), zero_vec(), high);
     const Vec shrink = exp2_bounded((maximum - base) * broadcast(kLog2e));
@@ -107,8 +103,8 @@ void finish(const AttentionParams& p, const Pack& pack, const Scratch& s, float 
     store(s.maxima + kLanes * panel, fma(log2(whole), broadcast(kLn2), base));
   }
   const int padded = p.padded_width();
-  for (int lane = 0; lane < pack.pairs; ++lane) {
-    const int64_t row = pack.first_row + pack.row_of(lane), entry = row * p.heads + pack.head_of(lane);
+  pack.each_pair([&](int32_t lane, int64_t row, int32_t head) {
+    const int64_t entry = row * p.heads + head;
     T* out = reinterpret_cast<T*>(p.out) + entry * p.width;
     const float* sums = s.sums + int64_t{lane} * padded;
     const Vec factor = broadcast(s.factors[lane]);
@@ -116,12 +112,13 @@ void finish(const AttentionParams& p, const Pack& pack, const Scratch& s, float 
     int d = 0;
     for (; d + kLanes <= p.width; d += kLanes) store(out + d, load(sums + d) * factor);
     if (d < p.width) store_partial(out + d, load(sums + d) * factor, p.width - d);
-  }
+  });
 }
 
 template <class T, class Math>
-void forward(const AttentionParams& p, int32_t block, int32_t kv_head, int32_t panel_group, char* memory) {
-  const Pack pack = pack_of(p, block, kv_head, panel_group);
+void forward(const AttentionParams& p, const AttentionTask& task, char* memory) {
+  const int32_t block = task.block, kv_head = task.kv_head;
+  const Pack pack = pack_of(p, block, kv_head, task.panel_group);
   if (pack.panels == 0) return;
   Arena arena{memory};
   const Scratch s = Scratch::carve(arena, p);
@@ -179,11 +176,9 @@ int64_t attention_forward_scratch(const AttentionParams& params) {
   return arena.used;
 }
 
-void attention_forward(const AttentionParams& params, int32_t block, int32_t kv_head, int32_t panel_group,
-                       char* scratch) {
-  with_types(params.element, [&](auto number, auto math) {
-    forward<decltype(number), decltype(math)>(params, block, kv_head, panel_group, scratch);
-  });
+void attention_forward(const AttentionParams& params, const AttentionTask& task, char* scratch) {
+  with_types(params.element,
+             [&](auto number, auto math) { forward<decltype(number), decltype(math)>(params, task, scratch); });
 }
 
 }  // namespace refrag::cpu::REFRAG_ISA
