@@ -18,7 +18,7 @@ say = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-asan bench lint build clean distclean
+.PHONY: help demo test test-asan test-cuda-host bench lint build clean distclean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,12 @@ test-asan: $(VENV)/.test ## Run the tests of the ops and the planner with saniti
 
 bench: $(VENV)/.model build ## Time the ops against their peers, in turns, each result checked against float64
 	$(BIN)/python -m bench run --output build/bench.json $(ARGS)
+
+# The device code of csrc/cuda on the CPU under AddressSanitizer: accesses beyond shared memory and beyond tensors.
+test-cuda-host: $(VENV)/.test ## Run the CUDA kernels' source on the CPU with AddressSanitizer
+	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)" \
+	REFRAG_KERNELS_SANITIZE=address ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	$(BIN)/pytest -q tests/cuda_host --ignore=tests/cuda_host/test_host_faults.py $(ARGS)
 
 lint: $(VENV)/.lint ## Check style and types
 	$(BIN)/ruff check .

@@ -15,8 +15,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
-constexpr int kAccessBytes = 16;  // the widest load and store of one thread
 
 PoolMode parse_mode(const std::string& mode) {
   if (mode == "mean") return PoolMode::mean;

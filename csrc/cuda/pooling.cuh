@@ -1,10 +1,7 @@
 // pool_chunks on the device. Raw pointers and a params struct, no torch.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
+#include "cuda/device.cuh"
 
 namespace refrag::cuda {
 
@@ -19,24 +16,6 @@ struct PoolParams {
   int64_t hidden_stride;  // elements from one row to the next
   int64_t num_chunks;
   PoolMode mode;
-};
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <class T>
-__device__ inline T from_float(float x);
-template <>
-__device__ inline float from_float<float>(float x) { return x; }
-template <>
-__device__ inline __half from_float<__half>(float x) { return __float2half_rn(x); }
-template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
-
-template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
-  T values[N];
 };
 
 // The threads of a block: x along the width, N elements each; y one chunk each. Every thread walks the rows of its chunk

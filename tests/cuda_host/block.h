@@ -1,0 +1,234 @@
+// Runs the blocks of a launch one after another, each thread of a block on a fiber of its own.
+//
+// A thread runs until it waits: at a barrier of its block, or at an instruction that its whole warp takes part in. What a
+// kernel gets away with on a GPU by luck is made to show:
+// - a warp runs as far as it can before another one starts, in an order that the caller chooses;
+// - a warp's instruction is carried out by the last of its 32 lanes to come, and every lane must be at the same one;
+// - asynchronous copies happen as late as their wait allows, or at once, as the caller chooses;
+// - shared memory starts as NaN in every block, and is an allocation of exactly the size that was asked for;
+// - a barrier that some threads never reach ends the launch with a message, and so does a misaligned copy.
+#pragma once
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace cuda_host {
+
+enum class Order { forward, reversed, shuffled };
+
+struct Options {
+  Order order = Order::forward;
+  unsigned seed = 0;
+  bool early_copies = false;  // asynchronous copies happen when they are issued, not when they are waited for
+};
+inline Options options;
+
+enum class State { ready, warp, block, done, failed };
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool valid;
+};
+
+struct Thread {
+  Fiber fiber;
+  State state;
+  const char* instruction;  // where the lane waits for its warp
+  void* operands;
+  std::vector<Copy> open;               // copies of no group yet
+  std::deque<std::vector<Copy>> groups;  // copies whose wait is still to come
+};
+
+inline std::unique_ptr<Thread[]> threads;
+inline int num_threads = 0;
+inline int current = 0;
+inline char* shared = nullptr;
+inline size_t shared_bytes = 0;
+inline std::function<void()> body;
+inline std::string error;
+
+constexpr int kLanes = 32;
+constexpr int kPoison = 0xff;  // a NaN in every float format, -1 as an integer
+
+inline void wait(State state) {
+  threads[current].state = state;
+  threads[current].fiber.suspend();
+}
+
+// Ends the launch; called on a fiber, which never goes on.
+[[gnu::format(printf, 1, 2)]] inline void fail(const char* format, ...) {
+  char text[256];
+  va_list arguments;
+  va_start(arguments, format);
+  vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  if (error.empty()) error = "thread " + std::to_string(current) + ": " + text;
+  wait(State::failed);
+}
+
+// What a whole warp does at once. `all` gets the operands of the 32 lanes; the last lane to come calls it.
+template <class Operands, class All>
+void with_warp(const char* instruction, Operands& operands, All all) {
+  const int first = current / kLanes * kLanes;
+  Thread& me = threads[current];
+  me.instruction = instruction;
+  me.operands = &operands;
+  if (first + kLanes > num_threads) fail("%s in a warp of fewer than 32 threads", instruction);
+  int waiting = 0;
+  for (int lane = 0; lane < kLanes; ++lane) waiting += threads[first + lane].state == State::warp;
+  if (waiting < kLanes - 1) return wait(State::warp);
+  Operands* lanes[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    Thread& thread = threads[first + lane];
+    if (std::strcmp(thread.instruction, instruction) != 0) {
+      fail("the warp diverged: lane %d is at %s, another at %s", lane, thread.instruction, instruction);
+    }
+    lanes[lane] = static_cast<Operands*>(thread.operands);
+  }
+  all(lanes);
+  for (int lane = 0; lane < kLanes; ++lane) threads[first + lane].state = State::ready;
+}
+
+inline void check_shared(const void* pointer, const char* what) {
+  const auto* address = static_cast<const char*>(pointer);
+  const bool inside = address >= shared && address + 16 <= shared + shared_bytes;
+  if (!inside) fail("%s outside of the block's %zu bytes of shared memory", what, shared_bytes);
+  if (reinterpret_cast<uintptr_t>(pointer) % 16) fail("%s at a shared address that is no multiple of 16", what);
+}
+
+inline void carry_out(const Copy& copy) {
+  if (copy.valid) {
+    std::memcpy(copy.to, copy.from, 16);
+  } else {
+    std::memset(copy.to, 0, 16);
+  }
+}
+
+inline void entry() {
+  threads[current].fiber.arrive();
+  body();
+  wait(State::done);
+}
+
+// Runs the threads of a warp until none of them can go on alone. Returns whether one did.
+inline bool run_warp(const std::vector<int>& lanes) {
+  bool any = false;
+  for (bool again = true; again;) {
+    again = false;
+    for (const int thread : lanes) {
+      while (threads[thread].state == State::ready && error.empty()) {
+        current = thread;
+        const auto i = static_cast<unsigned>(thread);
+        threadIdx = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y));
+        threads[thread].fiber.resume();
+        again = any = true;
+      }
+    }
+  }
+  return any;
+}
+
+inline std::string describe_deadlock() {
+  int counts[5] = {};
+  const char* instruction = "";
+  for (int i = 0; i < num_threads; ++i) {
+    ++counts[static_cast<int>(threads[i].state)];
+    if (threads[i].state == State::warp) instruction = threads[i].instruction;
+  }
+  char text[256];
+  snprintf(text, sizeof text, "divergent threads: %d wait at a barrier of the block, %d for their warp%s%s, %d have ended",
+           counts[2], counts[1], counts[1] ? " at " : "", instruction, counts[3]);
+  return text;
+}
+
+inline void run_block(std::mt19937& random) {
+  std::memset(shared, kPoison, shared_bytes);
+  for (int i = 0; i < num_threads; ++i) {
+    threads[i].state = State::ready;
+    threads[i].open.clear();
+    threads[i].groups.clear();
+    threads[i].fiber.start(entry, static_cast<size_t>(i));
+  }
+  std::vector<std::vector<int>> warps;
+  for (int i = 0; i < num_threads; ++i) {
+    if (i % kLanes == 0) warps.emplace_back();
+    warps.back().push_back(i);
+  }
+  const auto arrange = [&](auto& list) {
+    if (options.order == Order::reversed) std::reverse(list.begin(), list.end());
+    if (options.order == Order::shuffled) std::shuffle(list.begin(), list.end(), random);
+  };
+  for (auto& warp : warps) arrange(warp);
+  arrange(warps);
+  for (;;) {
+    bool any = false;
+    for (const auto& warp : warps) any |= run_warp(warp);
+    if (!error.empty()) return;
+    int at_barrier = 0, ended = 0;
+    for (int i = 0; i < num_threads; ++i) {
+      at_barrier += threads[i].state == State::block;
+      ended += threads[i].state == State::done;
+    }
+    if (ended == num_threads) return;
+    if (at_barrier == num_threads) {
+      for (int i = 0; i < num_threads; ++i) threads[i].state = State::ready;
+      if (options.order == Order::shuffled) arrange(warps);
+    } else if (!any) {
+      error = describe_deadlock();
+      return;
+    }
+  }
+}
+
+// Stands in for kernel<<<grid, block, bytes>>>(params); returns what went wrong, or null.
+template <class Params>
+const char* launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t bytes, const Params& params) {
+  error.clear();
+  gridDim = grid;
+  blockDim = block;
+  num_threads = static_cast<int>(block.x * block.y * block.z);
+  threads = std::make_unique<Thread[]>(static_cast<size_t>(num_threads));
+  shared_bytes = bytes;
+  // In one piece of exactly this size, so that AddressSanitizer sees an access beyond it.
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 128, bytes ? bytes : 1)) return "out of memory";
+  shared = static_cast<char*>(memory);
+  body = [&] { kernel(params); };
+  std::mt19937 random(options.seed);
+  for (unsigned z = 0; z < grid.z && error.empty(); ++z) {
+    for (unsigned y = 0; y < grid.y && error.empty(); ++y) {
+      for (unsigned x = 0; x < grid.x && error.empty(); ++x) {
+        blockIdx = dim3(x, y, z);
+        run_block(random);
+      }
+    }
+  }
+  threads.reset();
+  std::free(memory);
+  if (error.empty()) return nullptr;
+  error += " (block " + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
+           std::to_string(blockIdx.z) + ")";
+  return error.c_str();
+}
+
+}  // namespace cuda_host
+
+inline void __syncthreads() { cuda_host::wait(cuda_host::State::block); }
