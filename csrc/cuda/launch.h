@@ -1,10 +1,14 @@
-// What every launcher of csrc/cuda needs from torch.
+// What every launcher of csrc/cuda needs from torch and from the CUDA runtime.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
 
 namespace refrag::cuda {
 
@@ -18,6 +22,71 @@ inline void check_launch(const char* op, const char* kernel) {
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "refrag_cuda::", op, ": launch of ", kernel,
                   " failed: ", cudaGetErrorString(error));
+}
+
+// Bytes of shared memory that a block of threads may ask for on the current device.
+inline int shared_limit(const char* op) {
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  STD_TORCH_CHECK(error == cudaSuccess, "refrag_cuda::", op, ": ", cudaGetErrorString(error));
+  return bytes;
+}
+
+// What a kernel may ask for without saying so first.
+constexpr int kSharedWithoutAsking = 48 << 10;
+
+// Launches a kernel of one params struct; the current device is that of `stream`.
+template <class Params>
+void launch(const char* op, const char* name, void (*kernel)(Params), dim3 grid, dim3 block, int shared_bytes,
+            cudaStream_t stream, const Params& params) {
+  if (shared_bytes > kSharedWithoutAsking) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    STD_TORCH_CHECK(error == cudaSuccess, "refrag_cuda::", op, ": ", name, " needs ", shared_bytes,
+                    " bytes of shared memory: ", cudaGetErrorString(error));
+  }
+  kernel<<<grid, block, shared_bytes, stream>>>(params);
+  check_launch(op, name);
+}
+
+inline void check_16_bit(const char* name, const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Half || tensor.scalar_type() == ScalarType::BFloat16, name,
+                  ": needs float16 or bfloat16");
+}
+
+// Checks what copies of 16 bytes along the last dimension ask for.
+inline void check_rows(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& like) {
+  STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, ": needs the dtype of the first argument");
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
+                  ": needs the device of the first argument");
+  if (tensor.numel() == 0) return;
+  const int64_t elements = 16 / static_cast<int64_t>(tensor.element_size());
+  const int64_t last = tensor.dim() - 1;
+  STD_TORCH_CHECK(tensor.stride(last) == 1, name, ": needs a contiguous last dimension");
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i < last; ++i) aligned = aligned && (tensor.size(i) == 1 || tensor.stride(i) % elements == 0);
+  STD_TORCH_CHECK(aligned, name, ": needs rows that start at multiples of 16 bytes");
+}
+
+// A contiguous int32 tensor on the device of `like`.
+inline const int32_t* indices(const char* name, const torch::stable::Tensor& tensor,
+                              const torch::stable::Tensor& like) {
+  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Int && tensor.is_contiguous(), name,
+                  ": needs a contiguous int32 tensor");
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
+                  ": needs the device of the first argument");
+  return static_cast<const int32_t*>(tensor.const_data_ptr());
+}
+
+// sinks [heads], or null.
+inline const float* sinks_of(const std::optional<torch::stable::Tensor>& sinks, const torch::stable::Tensor& q) {
+  if (!sinks) return nullptr;
+  STD_TORCH_CHECK(sinks->scalar_type() == torch::headeronly::ScalarType::Float && sinks->is_contiguous() &&
+                      sinks->numel() == q.size(1) && sinks->get_device_index() == q.get_device_index(),
+                  "sinks: needs a contiguous float32 tensor [H_q] on the device of q");
+  return static_cast<const float*>(sinks->const_data_ptr());
 }
 
 }  // namespace refrag::cuda

@@ -1,0 +1,30 @@
+"""mixed_attention by the CUDA kernels of csrc/cuda; other backends compute its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from refrag_kernels import backends
+from refrag_kernels.cuda_kernels.support import attention_unsupported
+
+
+def _unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object, **__: object) -> str | None:
+    return attention_unsupported(q, k=k, v=v)
+
+
+@backends.requires(_unsupported)
+def mixed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Sequence[torch.Tensor],
+    scale: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``refrag_kernels.mixed_attention``; returns (out, lse)."""
+    if sinks is not None:
+        sinks = sinks.contiguous()
+    return torch.ops.refrag_cuda.mixed_attention(q, k, v, list(plan), scale, softcap, sinks)

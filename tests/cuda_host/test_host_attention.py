@@ -1,0 +1,172 @@
+"""mixed_attention's CUDA kernel, run on the CPU thread by thread, against float64."""
+
+import dataclasses
+import random
+
+import host_library
+import pytest
+import torch
+from accuracy import LSE, OUTPUT, relative_error
+from factory import AttentionProblem, PlanProblem, random_mask, random_plan_problem
+
+import refrag_kernels as rk
+
+# Head width, and tiles of a stage: 2 where a block of threads may have 99 KB of shared memory only.
+VARIANTS = [
+    (torch.bfloat16, 64, 4),
+    (torch.float16, 64, 4),
+    (torch.bfloat16, 96, 4),
+    (torch.float16, 96, 4),
+    (torch.bfloat16, 128, 4),
+    (torch.bfloat16, 128, 2),
+]
+HEADS = [(1, 1), (2, 1), (1, 2), (2, 3), (1, 4), (1, 7), (1, 8), (1, 12)]  # key/value heads, query heads of each
+
+
+def make_problem(seed, plan_problem, dtype, width, heads, *, softcap=None, sinks=False) -> AttentionProblem:
+    generator = torch.Generator().manual_seed(seed)
+    kv_heads, q_heads = heads[0], heads[0] * heads[1]
+    pad = 8 * (seed % 2)  # every other problem has strides of its own
+
+    def rows(count: int, heads: int) -> torch.Tensor:
+        storage = torch.randn(count, heads + (pad > 0), width + pad, generator=generator).to(dtype)
+        return storage[:, :heads, :width]
+
+    tokens, keys = plan_problem.layout.total_rows, plan_problem.keys.total_rows
+    q, k, v = rows(tokens, q_heads), rows(keys, kv_heads), rows(keys, kv_heads)
+    options = {"scale": None, "softcap": softcap, "sinks": torch.randn(q_heads, generator=generator) if sinks else None}
+    return AttentionProblem(plan_problem, q, k, v, torch.zeros(q.shape), torch.zeros(tokens, q_heads), options)
+
+
+def run(problem: AttentionProblem, tiles: int, plan: rk.AttentionPlan | None = None, **options):
+    """Return out and lse of the kernel."""
+    library = host_library.load("attention")
+    plan = problem.plan_problem.plan() if plan is None else plan
+    q, k, v = problem.q, problem.k, problem.v
+    out = host_library.guarded(torch.full(q.shape, torch.nan, dtype=q.dtype))
+    lse = host_library.guarded(torch.full(q.shape[:2], torch.nan))
+    tensors = plan.tensors()
+    lists = [tensors[0], *tensors[3:9]]
+    width, softcap = q.shape[2], problem.options["softcap"] or 0.0
+    with host_library.options(library, **options):
+        host_library.call(
+            library,
+            "mixed_attention",
+            q.dtype,
+            width,
+            tiles,
+            host_library.pointers(q, k, v, out, lse, problem.options["sinks"], *lists),
+            host_library.int64s([stride for tensor in (q, k, v) for stride in tensor.stride()[:2]]),
+            host_library.ints([len(q), len(k), len(plan.q_blocks), q.shape[1], k.shape[1]]),
+            float(problem.options["scale"] or width**-0.5),
+            float(softcap),
+        )
+    host_library.check_guard(out)
+    host_library.check_guard(lse)
+    return out, lse
+
+
+def check(problem: AttentionProblem, out: torch.Tensor, lse: torch.Tensor) -> None:
+    expected = problem.expected()
+    assert relative_error(out, expected["out"]) <= OUTPUT[out.dtype]
+    assert relative_error(lse, expected["lse"]) <= LSE[out.dtype]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_problems(seed):
+    rng = random.Random(seed)
+    dtype, width, tiles = VARIANTS[seed % len(VARIANTS)]
+    plan_problem = random_plan_problem(rng, max_sequences=3, max_chunks=6)
+    softcap = rng.uniform(2.0, 30.0) if rng.random() < 0.3 else None
+    problem = make_problem(
+        seed, plan_problem, dtype, width, HEADS[seed // 3], softcap=softcap, sinks=rng.random() < 0.4
+    )
+    order = rng.choice(host_library.ORDERS)
+    out, lse = run(problem, tiles, order=order, seed=seed, early_copies=rng.random() < 0.5)
+    check(problem, out, lse)
+
+
+@pytest.mark.parametrize("lengths", [[[150]], [[16]], [[1]], [[64, 64]], [[3, 90], [], [40, 40]]], ids=str)
+def test_plain_causal(lengths):
+    problem = make_problem(
+        1, PlanProblem(rk.ChunkLayout.from_lengths(lengths), rk.ChunkMask.full(), True, None, None),
+        torch.bfloat16, 64, (1, 2),
+    )  # fmt: skip
+    check(problem, *run(problem, 4))
+
+
+def test_every_order_of_threads_gives_the_same_bits():
+    plan_problem = random_plan_problem(random.Random(5), max_sequences=2, max_chunks=6)
+    problem = make_problem(3, plan_problem, torch.float16, 64, (1, 3))
+    results = [
+        run(problem, 4, order=order, seed=seed, early_copies=early)
+        for order, seed, early in [
+            ("forward", 0, False),
+            ("reversed", 0, True),
+            ("shuffled", 1, False),
+            ("shuffled", 2, True),
+        ]
+    ]
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
+def test_rows_that_see_nothing():
+    lengths = [[20, 5, 17]]
+    mask = rk.ChunkMask.from_dense(torch.tensor([[True, False, False], [False] * 3, [False, False, True]]))
+    plan_problem = PlanProblem(rk.ChunkLayout.from_lengths(lengths), mask, False, None, None)
+    out, lse = run(make_problem(2, plan_problem, torch.bfloat16, 64, (1, 4)), 4)
+    assert (out[20:25] == 0).all() and lse[20:25].isneginf().all() and lse[:20].isfinite().all()
+    problem = make_problem(2, plan_problem, torch.bfloat16, 64, (1, 4), sinks=True)
+    out, lse = run(problem, 4)
+    assert (out[20:25] == 0).all() and torch.allclose(lse[20:25], problem.options["sinks"].expand(5, 4))
+    check(problem, out, lse)
+
+
+def test_a_sink_far_above_every_score():
+    problem = make_problem(
+        1, PlanProblem(rk.ChunkLayout.from_lengths([[30]]), rk.ChunkMask.full(), True, None, None),
+        torch.bfloat16, 64, (1, 2), sinks=True,
+    )  # fmt: skip
+    problem.options["sinks"] = torch.tensor([300.0, -300.0])
+    out, lse = run(problem, 4)
+    assert (out[:, 0] == 0).all() and (lse[:, 0] == 300).all()
+    expected = problem.expected()
+    assert relative_error(out[:, 1], expected["out"][:, 1]) <= OUTPUT[out.dtype]
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_capacity(sinks):
+    """Rows beyond the batch may hold anything; they come out as rows that see nothing."""
+    lengths, rng = [[30, 1, 1, 16], [7, 20]], random.Random(0)
+    layout = rk.ChunkLayout.from_lengths(lengths)
+    exact = make_problem(
+        4, PlanProblem(layout, random_mask(rng, "passages", lengths), True, None, None), torch.bfloat16, 64, (1, 4),
+        sinks=sinks,
+    )  # fmt: skip
+    rows = layout.total_rows
+    plan = exact.plan_problem.plan(capacity=rk.PlanCapacity.for_rows(128, sequences=4))
+    padded = dataclasses.replace(
+        exact,
+        **{name: torch.cat([getattr(exact, name), torch.full_like(getattr(exact, name), torch.nan)[: 128 - rows],
+                            torch.full_like(getattr(exact, name), torch.nan)])[:128] for name in "qkv"},
+    )  # fmt: skip
+    out, lse = run(padded, 4, plan)
+    expected = exact.expected()
+    assert relative_error(out[:rows], expected["out"]) <= OUTPUT[out.dtype]
+    assert relative_error(lse[:rows], expected["lse"]) <= LSE[out.dtype]
+    assert (out[rows:] == 0).all()
+    assert torch.equal(
+        lse[rows:], exact.options["sinks"].expand(128 - rows, 4) if sinks else torch.full((128 - rows, 4), -torch.inf)
+    )
+
+
+def test_scores_that_overflow_without_a_maximum():
+    problem = make_problem(
+        2, PlanProblem(rk.ChunkLayout.from_lengths([[70]]), rk.ChunkMask.full(), True, None, None),
+        torch.bfloat16, 64, (1, 1),
+    )  # fmt: skip
+    problem.q *= 60
+    problem.k *= 60
+    out, lse = run(problem, 4)
+    check(problem, out, lse)
