@@ -50,6 +50,13 @@ def test_against_float64(backend, dtype, mode, seed):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_offsets(backend, mode):
+    hidden, offsets = torch.randn(9, 3), torch.tensor([0, 7, 2, 7, 9, 7], dtype=torch.int32)[::2]
+    torch.testing.assert_close(rk.pool_chunks(hidden, offsets, mode, backend=backend), pooled(hidden, offsets, mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_gradcheck_and_second_derivative(mode):
     hidden, offsets = torch.randn(9, 3, dtype=torch.float64, requires_grad=True), torch.tensor([0, 2, 3, 9]).int()
     assert torch.autograd.gradcheck(lambda h: rk.pool_chunks(h, offsets, mode), hidden)

@@ -1,12 +1,17 @@
 """project_chunks and embed_mixed: every backend and dtype against float64, and the ops as torch sees them."""
 
 import dataclasses
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import DTYPES, GRADIENT, OUTPUT, relative_error
+from factory import random_lengths
 
 import refrag_kernels as rk
 from refrag_kernels import backends
@@ -21,6 +26,7 @@ ACTIVATIONS = {
     "none": lambda x: x,
 }
 SEEDS = range(18)
+ISAS = ("avx512", "avx2", "portable")  # below the best one, which all other tests run on
 
 
 @dataclasses.dataclass
@@ -60,12 +66,15 @@ def random_problem(seed: int, dtype: torch.dtype) -> Problem:
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     rows, chunks = rng.choice([0, 1, 5, 40, 90]), rng.choice([0, 1, 3, 17, 70])
-    d_enc, hidden, d_dec = rng.choice([8, 24, 96]), rng.choice([16, 40, 144]), rng.choice([8, 48, 136])
-    pad = rng.choice([0, 0, 8])
+    # Multiples of 8 are read from the tensors themselves; others, and odd ones most of all, from padded copies.
+    d_enc, hidden, d_dec = rng.choice([1, 8, 24, 33, 96]), rng.choice([16, 37, 40, 144]), rng.choice([24, 97, 136, 150])
+    pad = rng.choice([0, 0, 1, 8])
 
     def matrix(*shape, scale=1.0):
         *outer, last = shape
-        return (torch.randn(*outer, last + pad, generator=generator) * scale).to(dtype)[..., :last]
+        storage = torch.full((*outer, last + pad), float("nan"), dtype=dtype)  # what lies beyond a row is never used
+        storage[..., :last] = torch.randn(shape, generator=generator) * scale
+        return storage[..., :last]
 
     slots = torch.randint(-1, max(chunks, 1), (rows,), generator=generator, dtype=torch.int32)
     if chunks == 0 or rng.random() < 0.2:
@@ -110,6 +119,46 @@ def test_against_float64(backend, dtype, seed, call):
         expected = torch.zeros_like(wide[name]) if expected is None else expected
         error = relative_error(grad, expected, upstream)
         assert error <= GRADIENT[dtype], f"{name}: error {error:.2e}; {label}"
+
+
+def check_all():
+    """Run in a process of its own, as the instruction set is chosen once per process."""
+    for dtype in DTYPES:
+        for seed in range(40):
+            problem = random_problem(seed, dtype)
+            wide = {name: None if t is None else t.double() for name, t in problem.tensors.items()}
+            error = relative_error(problem.embed(problem.tensors, backend="cpu"), problem.expected_embed(wide))
+            assert error <= OUTPUT[dtype], f"error {error:.2e}; random_problem({seed}, {dtype})"
+            layout = rk.ChunkLayout.from_lengths(random_lengths(random.Random(seed)))
+            hidden = torch.randn(layout.total_rows, 33).to(dtype)
+            want = rk.pool_chunks(hidden.double(), layout.chunk_offsets, "mean")
+            got = rk.pool_chunks(hidden, layout.chunk_offsets, "mean", backend="cpu")
+            assert relative_error(got, want) <= OUTPUT[dtype], f"pool_chunks; seed {seed}, {dtype}"
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="built without the C++ kernels")
+@pytest.mark.parametrize("isa", ISAS)
+def test_instruction_sets(isa):
+    here = Path(__file__).parent
+    environment = os.environ | {"REFRAG_KERNELS_ISA": isa, "OMP_NUM_THREADS": "2"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(here), *filter(None, sys.path)])
+    command = [sys.executable, "-c", "import test_projection as t; t.check_all()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    if "can't run" in done.stderr:
+        pytest.skip(f"this machine can't run {isa}")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("widths", [(0, 5, 3), (4, 0, 3), (4, 5, 0)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_of_no_width_leave_the_bias(backend, dtype, widths):
+    d_enc, hidden, d_dec = widths
+    b2 = torch.randn(d_dec).to(dtype)
+    args = (torch.zeros(20, d_enc), torch.zeros(hidden, d_enc), None, torch.ones(d_dec, hidden))
+    assert torch.equal(
+        rk.project_chunks(*(t if t is None else t.to(dtype) for t in args), b2, backend=backend), b2.expand(20, d_dec)
+    )
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -220,6 +269,20 @@ def test_compiles_for_any_row_count_at_most_twice():
     assert counter.frame_count <= 2
 
 
+def test_exports():
+    class Layer(torch.nn.Module):
+        def forward(self, ids, table, chunks, slots, packed):
+            return rk.embed_mixed(ids, table, chunks, slots, packed)
+
+    problem = random_problem(4, torch.float32)
+    t = problem.tensors
+    packed = rk.PackedProjection.from_weights(t["w1"], t["b1"], t["w2"], t["b2"], problem.activation)
+    args = (problem.token_ids, t["token_table"], t["chunks"], problem.slot_of_row, packed)
+    program = torch.export.export(Layer(), args)
+    assert any(node.target == torch.ops.refrag.embed_mixed.default for node in program.graph.nodes)
+    assert torch.equal(program.module()(*args), Layer()(*args))
+
+
 def test_autocast():
     problem = random_problem(4, torch.float32)
     t = leaves(problem.tensors)
@@ -233,10 +296,11 @@ def test_autocast():
     assert t["w1"].grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_results_do_not_depend_on_the_thread_count(backend):
-    problem = random_problem(10, torch.float32)
-    problem.tensors["chunks"] = torch.randn(700, problem.tensors["w1"].shape[1])
+def test_results_do_not_depend_on_the_thread_count(backend, dtype):
+    problem = random_problem(10, dtype)
+    problem.tensors["chunks"] = torch.randn(700, problem.tensors["w1"].shape[1]).to(dtype)
     before = torch.get_num_threads()
     try:
         runs = []

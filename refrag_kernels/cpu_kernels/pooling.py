@@ -17,7 +17,7 @@ __all__ = ["pool_chunks", "pool_chunks_backward"]
 def pool_chunks(hidden: torch.Tensor, chunk_offsets: torch.Tensor, mode: str) -> torch.Tensor:
     """See ``refrag_kernels.pool_chunks``."""
     try:
-        return torch.ops.refrag_cpu.pool_chunks(hidden, chunk_offsets, mode)
+        return torch.ops.refrag_cpu.pool_chunks(hidden, chunk_offsets.contiguous(), mode)
     except RuntimeError:
         check_offsets(hidden, chunk_offsets)
         raise

@@ -12,9 +12,15 @@ namespace {
 constexpr int kSlab = 48;
 constexpr int kDepth = 128;
 
+// Words that hold a row of any width: of an odd one, the last word of a pair is half empty.
+template <class Math>
+REFRAG_INLINE int row_words(int width) {
+  return words_of<Math>(Math::kPairs ? width + width % 2 : width);
+}
+
 template <class Math>
 REFRAG_INLINE int padded_words(int width) {
-  return (words_of<Math>(width) + 15) / 16 * 16;
+  return (row_words<Math>(width) + 15) / 16 * 16;
 }
 
 // sums [rows, panels * 16] = weights [rows, words] * columns [words, panels * 16].
@@ -22,6 +28,7 @@ template <class Math>
 void multiply_slab(const Matrix& weights, int first_row, int rows, int words, const char* columns, int panels,
                    float* sums) {
   const int64_t lanes = int64_t{16} * panels;
+  if (words == 0) std::memset(sums, 0, sizeof(float) * rows * lanes);
   for (int depth = 0; depth < words; depth += kDepth) {
     const int length = words - depth < kDepth ? words - depth : kDepth;
     const Span span{columns + 4 * depth * lanes, length};
@@ -207,11 +214,11 @@ void project(const ProjectionParams& p, int32_t first, int32_t count, char* memo
     load_bias<T>(p.b2, p.d_dec, s.bias2);
     gather_chunks<T, Math>(p, first, count, panels, s);
     // The tail of the hidden layer's last words meets numbers of no weight, but 0 times NaN would be NaN.
-    const int hidden_words = words_of<Math>(p.hidden + (Math::kPairs ? p.hidden % 2 : 0));
+    const int hidden_words = row_words<Math>(p.hidden);
     std::memset(s.hidden + int64_t{4} * hidden_words * lanes, 0,
                 int64_t{4} * (padded_words<Math>(p.hidden) - hidden_words) * lanes);
     auto steps = [](int words) { return (words + 3) / 4 * 4; };
-    const int depth1 = steps(words_of<Math>(p.d_enc + (Math::kPairs ? p.d_enc % 2 : 0)));
+    const int depth1 = steps(row_words<Math>(p.d_enc));
     for (int row = 0; row < p.hidden; row += kSlab) {
       const int rows = p.hidden - row < kSlab ? p.hidden - row : kSlab;
       multiply_slab<Math>(p.w1, row, rows, depth1, s.columns, panels, s.sums);
