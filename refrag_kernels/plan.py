@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Sequence
 
 import torch
 
-from refrag_kernels import extension
+from refrag_kernels import extension, tile_lists
 from refrag_kernels.layout import ChunkLayout
 from refrag_kernels.mask import ChunkMask, MaskKind
 from refrag_kernels.validation import window_bounds
@@ -50,6 +51,8 @@ class AttentionPlan:
         The transpose, for the backward pass: query rows [start, end), whole blocks, that see every key of a tile.
     partial_t_offsets, partial_t_tiles : [NK + 1], [P, 2]
         Query block, and index into ``partial_keys`` and ``partial_bits``.
+    tiles : tuple of Tensor
+        The lists of ``refrag_kernels.tile_lists``, which GPU kernels walk; on the CPU there are none.
     """
 
     sizes: torch.Tensor = _field()
@@ -66,10 +69,11 @@ class AttentionPlan:
     full_t_ranges: torch.Tensor = _field(2)
     partial_t_offsets: torch.Tensor = _field()
     partial_t_tiles: torch.Tensor = _field(2)
+    tiles: tuple[torch.Tensor, ...] = ()
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the fields in the order in which ops take them."""
-        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return [*(getattr(self, name) for name in _FIELDS), *self.tiles]
 
     @property
     def device(self) -> torch.device:
@@ -78,10 +82,14 @@ class AttentionPlan:
 
     def to(self, device: torch.device | str) -> AttentionPlan:
         """Return this plan on ``device``; one copy moves all of it."""
-        if torch.device(device) == self.device:
+        device = torch.device(device)
+        if device == self.device:
             return self
-        shapes = [tensor.shape for tensor in self.tensors()]
-        return AttentionPlan(*_views(_buffer_of(self).to(device, non_blocking=True), shapes))
+        shapes = [tuple(tensor.shape) for tensor in self.tensors()]
+        buffer = _buffer_of(self)
+        if tile_lists.wanted(device) and not self.tiles and self.device.type == "cpu":
+            buffer, shapes = _with_tiles(buffer, shapes, None, device)
+        return _from_buffer(buffer.to(device, non_blocking=True), shapes)
 
     def stats(self) -> dict[str, int]:
         """Count the pairs and tiles of the plan. Waits for the device, so it is for inspection, not for hot paths.
@@ -120,7 +128,9 @@ class AttentionPlan:
 
 torch.utils._pytree.register_dataclass(AttentionPlan, serialized_type_name="refrag_kernels.AttentionPlan")
 
-_ROW_SHAPES = [field.metadata["row_shape"] for field in dataclasses.fields(AttentionPlan)]
+_FIELDS = {
+    field.name: field.metadata["row_shape"] for field in dataclasses.fields(AttentionPlan) if field.name != "tiles"
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,17 +274,18 @@ def plan_attention(
         right,
     )
     rows = _rows(built.sizes()) if capacity is None else _capacity_rows(built.sizes(), capacity)
-    shapes = [(count, *row_shape) for count, row_shape in zip(rows, _ROW_SHAPES)]
+    shapes = [(count, *row_shape) for count, row_shape in zip(rows, _FIELDS.values())]
     offsets, total = _offsets(shapes)
-    pinned = device.type == "cuda" and torch.cuda.is_available()
-    buffer = torch.empty(total, dtype=torch.int32, pin_memory=pinned)
+    buffer = _empty_buffer(total, device)
     built.write(buffer.data_ptr(), offsets, rows)
+    if tile_lists.wanted(device):
+        buffer, shapes = _with_tiles(buffer, shapes, capacity, device)
     if out is not None:
         if [tuple(tensor.shape) for tensor in out.tensors()] != shapes:
             raise ValueError("out: got a plan of another capacity, needs one made with this capacity")
         _buffer_of(out).copy_(buffer, non_blocking=True)
         return out
-    return AttentionPlan(*_views(buffer.to(device, non_blocking=True), shapes))
+    return _from_buffer(buffer.to(device, non_blocking=True), shapes)
 
 
 def _problem(keys: ChunkLayout, mask: ChunkMask) -> tuple[int, ...]:
@@ -340,6 +351,41 @@ def _offsets(shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], int]:
         offsets.append(total)
         total += -(-torch.Size(shape).numel() // _ALIGNMENT) * _ALIGNMENT
     return offsets, total
+
+
+def _empty_buffer(words: int, device: torch.device) -> torch.Tensor:
+    """Return a buffer on the CPU that can be copied to ``device`` without waiting for it."""
+    pinned = device.type == "cuda" and torch.cuda.is_available()
+    return torch.empty(words, dtype=torch.int32, pin_memory=pinned)
+
+
+def _with_tiles(
+    buffer: torch.Tensor, shapes: list[tuple[int, ...]], capacity: PlanCapacity | None, device: torch.device
+) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
+    """Return the buffer of a plan on the CPU, and its shapes, with tile lists appended."""
+    lists = tile_lists.derive(_views(buffer, shapes))
+    if capacity is None:
+        rows = tile_lists.sizes(lists)
+    else:
+        rows = tile_lists.capacity(
+            capacity.q_blocks,
+            capacity.kv_blocks,
+            capacity.full_ranges,
+            capacity.partial_tiles,
+            capacity.full_t_ranges,
+        )
+    shapes = [*shapes, *((count, *shape) for count, shape in zip(rows, tile_lists.ROW_SHAPES))]
+    offsets, total = _offsets(shapes)
+    whole = _empty_buffer(total, device)
+    # torch's copy would wake its threads, which costs more than the planning.
+    ctypes.memmove(whole.data_ptr(), buffer.data_ptr(), buffer.nbytes)
+    tile_lists.write(lists, whole.data_ptr(), offsets[len(_FIELDS) :], rows)
+    return whole, shapes
+
+
+def _from_buffer(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> AttentionPlan:
+    fields = _views(buffer, shapes)
+    return AttentionPlan(*fields[: len(_FIELDS)], tiles=tuple(fields[len(_FIELDS) :]))
 
 
 def _views(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:

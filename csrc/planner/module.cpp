@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "planner.h"
+#include "tile_lists.h"
 
 namespace py = pybind11;
 using namespace refrag::planner;
@@ -88,6 +89,44 @@ void write_plan(const Plan& plan, uintptr_t buffer, const std::array<int64_t, 14
   }
 }
 
+// Returns one side of the plan whose fields lie at `fields`, in the order of AttentionPlan.
+Side side_of(const std::array<uintptr_t, 14>& fields, bool keys) {
+  const int32_t* sizes = at(fields[0]);
+  const auto* q_blocks = reinterpret_cast<const Block*>(fields[3]);
+  if (!keys) {
+    Side side{q_blocks, sizes[2], at(fields[4]), reinterpret_cast<const Interval*>(fields[5]), at(fields[6]), {}};
+    side.partial_tiles.reserve(sizes[5]);
+    for (int32_t tile = 0; tile < sizes[5]; ++tile) side.partial_tiles.push_back({at(fields[7])[tile], tile});
+    return side;
+  }
+  Side side{reinterpret_cast<const Block*>(fields[9]), sizes[3], at(fields[10]),
+            reinterpret_cast<const Interval*>(fields[11]), at(fields[12]), {}};
+  const auto* tiles = reinterpret_cast<const TransposedTile*>(fields[13]);
+  side.partial_tiles.reserve(sizes[5]);
+  for (int32_t i = 0; i < sizes[5]; ++i) side.partial_tiles.push_back({q_blocks[tiles[i].block].start, tiles[i].tile});
+  return side;
+}
+
+std::array<int64_t, 3> rows_of(const TileLists& lists) {
+  return {static_cast<int64_t>(lists.offsets.size()), static_cast<int64_t>(lists.ranges.size()),
+          static_cast<int64_t>(lists.entries.size() / (2 + lists.group))};
+}
+
+// Writes offsets, ranges and entries to these words of the buffer, with room for `rows`; offsets repeat their last row.
+void write_lists(const TileLists& lists, uintptr_t buffer, const std::array<int64_t, 3>& offsets,
+                 const std::array<int64_t, 3>& rows) {
+  const auto used = rows_of(lists);
+  const std::array<int64_t, 3> widths{2, 2, 2 + lists.group};
+  const std::array<const void*, 3> data{lists.offsets.data(), lists.ranges.data(), lists.entries.data()};
+  for (size_t i = 0; i < 3; ++i) {
+    if (used[i] > rows[i]) throw std::invalid_argument("tile list buffer is too small");
+    int32_t* out = reinterpret_cast<int32_t*>(buffer) + offsets[i];
+    const int64_t words = used[i] * widths[i], room = rows[i] * widths[i];
+    if (words) std::memcpy(out, data[i], words * sizeof(int32_t));
+    for (int64_t word = words; word < room; ++word) out[word] = i == 0 ? out[word - 2] : 0;
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_planner, m) {
@@ -103,6 +142,11 @@ PYBIND11_MODULE(_planner, m) {
     problem.left = left;
     problem.right = right;
     return make_plan(problem);
+  });
+  py::class_<TileLists>(m, "TileLists").def("rows", &rows_of).def("write", &write_lists);
+  m.def("tile_lists", [](const std::array<uintptr_t, 14>& fields, bool keys, int32_t group) {
+    py::gil_scoped_release release;
+    return make_tile_lists(side_of(fields, keys), group);
   });
   py::class_<Visible>(m, "Visible")
       .def("num_ranges", [](const Visible& visible) { return visible.ranges.size(); })

@@ -1,0 +1,34 @@
+// Tile lists: a plan's 16-row blocks in groups that fill a GPU's tile, with the work that is common to a group apart.
+// Derived from the fields of a finished plan, so that a plan can be given to a GPU after it was made.
+#pragma once
+
+#include "planner.h"
+
+namespace refrag::planner {
+
+// A GPU kernel takes 64 rows of the other side per step: ranges are made of whole steps, entries fill a step by fours.
+inline constexpr int32_t kStep = 64;
+
+// What an entry says about one block of its group, where it is not an index into Plan::partial_bits.
+inline constexpr int32_t kSkipped = -1, kFull = -2;
+
+// One side of a plan: its blocks, and the rows of the other side that they see (or are seen by).
+struct Side {
+  const Block* blocks;
+  int32_t num_blocks;
+  const int32_t* full_offsets;
+  const Interval* full_ranges;
+  const int32_t* partial_offsets;
+  std::vector<TransposedTile> partial_tiles;  // first row on the other side, index into partial_bits
+};
+
+struct TileLists {
+  int32_t group;                     // blocks per group
+  std::vector<Interval> offsets;     // [groups + 1]: first range, first entry
+  std::vector<Interval> ranges;      // rows that every block of the group sees whole; multiples of kStep long
+  std::vector<int32_t> entries;      // [E, 2 + group]: first row, number of rows, one code per block
+};
+
+TileLists make_tile_lists(const Side& side, int32_t group);
+
+}  // namespace refrag::planner
