@@ -1,0 +1,164 @@
+"""mixed_attention on GPUs by Triton: forward and backward. Not yet measured on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from refrag_kernels import backends
+from refrag_kernels.tile_lists import TILE_LISTS, TileList
+from refrag_kernels.triton_kernels import configs, launch
+from refrag_kernels.triton_kernels.attention_backward import (
+    mixed_attention_bwd_dkv_kernel,
+    mixed_attention_bwd_dq_kernel,
+    mixed_attention_delta_kernel,
+)
+from refrag_kernels.triton_kernels.attention_forward import mixed_attention_fwd_kernel
+
+_PLAN_FIELDS = 14  # of AttentionPlan, before its tile lists
+_DELTA_ROWS = 32  # a warp's width, for the sum over rows of dsinks
+
+
+def _reason(tensor: torch.Tensor, plan: Sequence[torch.Tensor]) -> str | None:
+    if tensor.dtype == torch.float64:
+        return "dtype float64"
+    if len(plan) != _PLAN_FIELDS + 3 * len(TILE_LISTS):
+        return "a plan without tile lists; make it with device='cuda' or move it there with .to"
+    return None
+
+
+def _unsupported(q, k, v, plan, scale, softcap, sinks):
+    return _reason(q, plan)
+
+
+def _unsupported_backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, softcap, sinks):
+    return _reason(q, plan)
+
+
+def _list(plan: Sequence[torch.Tensor], which: TileList) -> Sequence[torch.Tensor]:
+    """Return offsets, ranges and entries of a tile list."""
+    first = _PLAN_FIELDS + 3 * TILE_LISTS.index(which)
+    return plan[first : first + 3]
+
+
+def tile_of(group: int, rows: int) -> tuple[int, int]:
+    """Return how many heads and blocks share a tile of up to ``rows`` rows, for ``group`` query heads per key head.
+
+    Four heads and more fill a tile with the rows of one block, whose keys are exactly those that the plan lists; fewer
+    take the rows of four blocks, which share most of their keys.
+    """
+    heads = min(8, launch.power_of_2(group))
+    if heads <= 2:
+        return max(1, min(heads, rows // 64)), 4
+    return min(heads, rows // 16), 1
+
+
+def _query_tiles(kernel: str, q: torch.Tensor, k: torch.Tensor, plan: Sequence[torch.Tensor]):
+    """Return grid, plan arguments, constants and options of a kernel that works by tiles of query rows."""
+    target = launch.architecture(q.device)
+    group, width = q.shape[1] // k.shape[1], launch.width(q.shape[2])
+    config = configs.attention(kernel, target, width, q.element_size())
+    heads, blocks = tile_of(group, config.rows)
+    offsets, ranges, entries = _list(plan, TileList(False, blocks))
+    grid = (offsets.shape[0] - 1, k.shape[1] * -(-group // heads))
+    constants = dict(
+        GROUP=group,
+        HEADS=heads,
+        BLOCKS=blocks,
+        STEP=config.step,
+        D=q.shape[2],
+        BD=width,
+        PRECISION=launch.precision(q.dtype, target),
+    )
+    # A tile that is smaller than the configuration allows needs fewer warps; four share a matrix unit's work evenly.
+    warps = min(config.warps, max(4, config.warps * heads * blocks * 16 // config.rows))
+    options = dict(num_warps=warps, num_stages=config.stages)
+    return grid, (plan[0], plan[3], plan[8], offsets, ranges, entries), constants, options
+
+
+@backends.requires(_unsupported)
+def mixed_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Sequence[torch.Tensor],
+    scale: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``refrag_kernels.mixed_attention``; returns (out, lse)."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if not out.numel():
+        return out, lse
+    grid, walk, constants, options = _query_tiles("forward", q, k, plan)
+    with launch.on(q.device):
+        mixed_attention_fwd_kernel[grid](
+            q, k, v, out, lse, lse if sinks is None else sinks.contiguous(), *walk, scale, softcap, q.shape[0],
+            plan[3].shape[0], *_strides(q, k, v, out), **constants, SINKS=sinks is not None, SOFTCAP=softcap > 0,
+            **options,
+        )  # fmt: skip
+    return out, lse
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:2]]
+
+
+@backends.requires(_unsupported_backward)
+def mixed_attention_backward(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: Sequence[torch.Tensor],
+    scale: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of q, k, v and the sinks."""
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    if not q.numel():
+        dsinks = lse.new_zeros(0) if sinks is None else torch.zeros_like(sinks)
+        return dq, dk.zero_(), dv.zero_(), dsinks
+    delta, dsinks = _delta(grad_out, grad_lse.contiguous(), out, lse.contiguous(), plan[0], sinks)
+    inputs = (q, k, v, grad_out, lse.contiguous(), delta)
+    with launch.on(q.device):
+        grid, walk, constants, options = _query_tiles("dq", q, k, plan)
+        mixed_attention_bwd_dq_kernel[grid](
+            *inputs, dq, *walk, scale, softcap, q.shape[0], plan[3].shape[0], *_strides(q, k, v, grad_out, dq),
+            **constants, SOFTCAP=softcap > 0, **options,
+        )  # fmt: skip
+        if k.shape[0]:
+            _key_gradients(inputs, dk, dv, plan, scale, softcap)
+    return dq, dk, dv, dsinks
+
+
+def _delta(grad_out, grad_lse, out, lse, sizes, sinks) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, heads, columns = out.shape
+    programs = -(-rows // _DELTA_ROWS)
+    delta = torch.empty_like(lse)
+    parts = lse.new_empty(programs if sinks is not None else 0, heads)
+    with launch.on(out.device):
+        mixed_attention_delta_kernel[(programs, heads)](
+            grad_out, grad_lse, out, lse, lse if sinks is None else sinks.contiguous(), sizes, delta, parts, rows,
+            *_strides(grad_out, out), ROWS=_DELTA_ROWS, D=columns, BD=launch.width(columns), SINKS=sinks is not None,
+        )  # fmt: skip
+    return delta, parts.new_empty(0) if sinks is None else parts.sum(0)
+
+
+def _key_gradients(inputs, dk, dv, plan, scale, softcap) -> None:
+    q, k, v, grad_out, *_ = inputs
+    target, width = launch.architecture(q.device), launch.width(q.shape[2])
+    config = configs.attention("dkv", target, width, q.element_size())
+    tiles = _list(plan, TileList(True, 4))
+    mixed_attention_bwd_dkv_kernel[(tiles[0].shape[0] - 1, k.shape[1])](
+        *inputs, dk, dv, plan[0], plan[9], plan[8], *tiles, scale, softcap, k.shape[0], plan[9].shape[0],
+        *_strides(q, k, v, grad_out, dk), GROUP=q.shape[1] // k.shape[1], STEP=config.step, D=q.shape[2], BD=width,
+        SOFTCAP=softcap > 0, PRECISION=launch.precision(q.dtype, target), num_warps=config.warps,
+        num_stages=config.stages,
+    )  # fmt: skip

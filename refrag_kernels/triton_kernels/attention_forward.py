@@ -1,0 +1,141 @@
+"""The forward kernel of mixed_attention."""
+
+import triton
+import triton.language as tl
+
+from refrag_kernels.triton_kernels.tiles import (
+    LN2,
+    LOG2E,
+    block_rows,
+    entry_rows,
+    fill_rows,
+    load_rows,
+    scores,
+    visible_keys,
+)
+
+
+@triton.jit
+def _step(
+    b_q, b_acc, b_max, b_sum, p_k, p_v, o_key, m_key, visible, o_d, stride_kt, stride_vt, scale, softcap,
+    D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add a step of keys to the output of a tile, with the running maximum and sum of its rows."""
+    EXACT: tl.constexpr = b_q.dtype == tl.float32
+    b_k = load_rows(p_k, o_key, m_key, o_d, stride_kt, D, MASKED)  # [STEP, BD]
+    b_v = load_rows(p_v, o_key, m_key, o_d, stride_vt, D, MASKED)
+    b_s, _ = scores(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale, softcap, SOFTCAP, EXACT)
+    if MASKED:
+        b_s = tl.where(visible, b_s, float("-inf"))
+    new_max = tl.maximum(b_max, tl.max(b_s, 1))
+    base = new_max
+    if MASKED:
+        # A row that has seen nothing yet: -inf - -inf would be NaN.
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    b_p = tl.exp2(b_s - base[:, None])
+    decay = tl.exp2(b_max - base)
+    b_sum = b_sum * decay + tl.sum(b_p, 1)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * decay[:, None], input_precision=PRECISION)
+    return b_acc, new_max, b_sum
+
+
+@triton.jit
+def mixed_attention_fwd_kernel(
+    p_q,  # [T_q, H_q, D]
+    p_k,  # [T_kv, H_kv, D]
+    p_v,  # [T_kv, H_kv, D]
+    p_out,  # [T_q, H_q, D]
+    p_lse,  # [T_q, H_q] float32
+    p_sinks,  # [H_q] float32
+    p_sizes,  # [8], the plan from here on
+    p_blocks,  # [NB, 4]
+    p_bits,  # [P, 8]
+    p_offsets,  # [tiles + 1, 2]
+    p_ranges,  # [R, 2]
+    p_entries,  # [E, 2 + BLOCKS]
+    scale,
+    softcap,
+    q_rows,
+    num_blocks,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_ot,
+    stride_oh,
+    GROUP: tl.constexpr,  # query heads of a key/value head
+    HEADS: tl.constexpr,  # of those, heads of a tile
+    BLOCKS: tl.constexpr,
+    STEP: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    SINKS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    WIDTH: tl.constexpr = 2 + BLOCKS
+    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    # Under a causal mask the last tiles have the most keys: they start first.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1) // PARTS
+    o_m = tl.arange(0, BLOCKS * 16 * HEADS)
+    o_n = tl.arange(0, STEP)
+    o_d = tl.arange(0, BD)
+    o_block = o_m // (16 * HEADS)
+    o_row = o_m // HEADS % 16
+    head_of_group = tl.program_id(1) % PARTS * HEADS + o_m % HEADS
+    m_head = head_of_group < GROUP
+    head = kv_head * GROUP + head_of_group
+
+    rows, m_rows = block_rows(p_blocks, tile * BLOCKS + o_block, o_row, num_blocks)
+    m_rows = m_rows & m_head
+    p_rows = rows.to(tl.int64)[:, None] * stride_qt + head.to(tl.int64)[:, None] * stride_qh + o_d[None, :]
+    b_q = tl.load(p_q + p_rows, mask=m_rows[:, None] & (o_d[None, :] < D), other=0.0)  # [BM, BD]
+    p_k += kv_head.to(tl.int64) * stride_kh
+    p_v += kv_head.to(tl.int64) * stride_vh
+
+    b_acc = tl.zeros([BLOCKS * 16 * HEADS, BD], tl.float32)
+    b_max = tl.full([BLOCKS * 16 * HEADS], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCKS * 16 * HEADS], tl.float32)
+    for index in range(tl.load(p_offsets + tile * 2), tl.load(p_offsets + tile * 2 + 2)):
+        for key in range(tl.load(p_ranges + index * 2), tl.load(p_ranges + index * 2 + 1), STEP):
+            b_acc, b_max, b_sum = _step(
+                b_q, b_acc, b_max, b_sum, p_k, p_v, key + o_n, None, None, o_d, stride_kt, stride_vt, scale, softcap,
+                D, SOFTCAP, PRECISION, False,
+            )  # fmt: skip
+    end = tl.load(p_offsets + tile * 2 + 3)
+    for entry in range(tl.load(p_offsets + tile * 2 + 1), end, STEP // 16):
+        o_key, m_key = entry_rows(p_entries, entry, end, o_n, WIDTH)
+        visible = visible_keys(p_bits, p_entries, entry, end, o_block, o_row, o_n, WIDTH, STEP)
+        b_acc, b_max, b_sum = _step(
+            b_q, b_acc, b_max, b_sum, p_k, p_v, o_key, m_key, visible & m_key[None, :], o_d, stride_kt, stride_vt,
+            scale, softcap, D, SOFTCAP, PRECISION, True,
+        )  # fmt: skip
+
+    if SINKS:
+        b_sink = tl.load(p_sinks + head, mask=m_head, other=float("-inf")) * LOG2E
+        new_max = tl.maximum(b_max, b_sink)
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        decay = tl.exp2(b_max - base)
+        b_sum = b_sum * decay + tl.exp2(b_sink - base)
+        b_acc *= decay[:, None]
+        b_max = new_max
+    seen = b_sum != 0
+    b_out = b_acc / tl.where(seen, b_sum, 1.0)[:, None]
+    b_lse = tl.where(seen, (b_max + tl.log2(tl.where(seen, b_sum, 1.0))) * LN2, float("-inf"))
+    p_rows = rows.to(tl.int64)[:, None] * stride_ot + head.to(tl.int64)[:, None] * stride_oh + o_d[None, :]
+    tl.store(p_out + p_rows, b_out.to(p_out.dtype.element_ty), mask=m_rows[:, None] & (o_d[None, :] < D))
+    heads = tl.num_programs(1) // PARTS * GROUP
+    tl.store(p_lse + rows.to(tl.int64) * heads + head, b_lse, mask=m_rows)
+
+    # Rows beyond the batch, under a capacity.
+    ROWS: tl.constexpr = BLOCKS * 16
+    first = tl.load(p_sizes) + tile * ROWS
+    stride = tl.num_programs(0) * ROWS
+    fill_rows(p_out, first, q_rows, stride, o_m, head.to(tl.int64), m_head, o_d, stride_ot, stride_oh, HEADS, D)
+    for start in range(first, q_rows, stride):
+        o_fill = start + o_m // HEADS
+        empty = tl.full([BLOCKS * 16 * HEADS], float("-inf"), tl.float32)
+        tl.store(p_lse + o_fill.to(tl.int64) * heads + head, empty, mask=(o_fill < q_rows) & m_head)

@@ -1,0 +1,108 @@
+"""Launch configurations: a table by kernel, architecture and element size, not yet measured on a GPU.
+
+Chosen so that kernels compile without spills and within the shared memory of the architecture; tests/triton checks both
+for each entry. Nothing is tuned when it runs: a call is the same on every machine.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """How a kernel is compiled for an architecture."""
+
+    step: int  # rows of the other side that are taken at a time
+    warps: int
+    stages: int
+    rows: int = 64  # rows of a tile, at most
+
+
+# By width of the head, up to which the entry holds. Longer steps and larger tiles than these spill on sm_80 and sm_120,
+# where the operands of matrix instructions come from registers.
+_ATTENTION_16_BIT = {
+    "forward": {64: Config(64, 8, 3, 128), 128: Config(64, 8, 2, 64), 256: Config(32, 8, 1)},
+    "dq": {64: Config(32, 8, 2, 128), 128: Config(32, 8, 2, 128), 256: Config(32, 8, 1)},
+    "dkv": {64: Config(32, 4, 2), 128: Config(32, 8, 2), 256: Config(32, 8, 1)},
+}
+_ATTENTION_32_BIT = {
+    "forward": {64: Config(32, 4, 2), 128: Config(32, 8, 2), 256: Config(32, 8, 1)},
+    "dq": {64: Config(32, 4, 1), 128: Config(32, 8, 1), 256: Config(32, 8, 1)},
+    "dkv": {64: Config(32, 4, 1), 128: Config(32, 8, 1), 256: Config(32, 8, 1)},
+}
+# By architecture and element size, where another choice is better than the tables above.
+_ATTENTION_OTHER: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
+    # Matrix instructions of sm_90 and sm_100 read shared memory: registers are left for longer steps.
+    ("sm_90", 2): {"forward": {128: Config(64, 8, 2, 128)}},
+    ("sm_100", 2): {"forward": {128: Config(64, 8, 2, 128)}, "dq": {128: Config(32, 8, 2)}},
+    ("sm_120", 2): {"forward": {128: Config(32, 8, 2, 128)}},
+    # A wave has 512 registers if the block has 4; shared memory is 64 KiB.
+    ("gfx942", 2): {
+        "forward": {64: Config(64, 4, 2, 128), 128: Config(32, 4, 1), 256: Config(32, 4, 1)},
+        "dq": {64: Config(32, 4, 2), 128: Config(32, 4, 1), 256: Config(32, 4, 1)},
+        "dkv": {64: Config(32, 4, 1), 128: Config(32, 4, 1), 256: Config(32, 4, 1)},
+    },
+    ("gfx942", 4): {
+        "forward": {128: Config(32, 4, 1), 256: Config(32, 4, 1)},
+        "dq": {128: Config(32, 4, 1), 256: Config(32, 4, 1)},
+        "dkv": {128: Config(32, 4, 1), 256: Config(32, 4, 1)},
+    },
+}
+
+
+def attention(kernel: str, architecture: str, width: int, element_size: int) -> Config:
+    """Return the configuration of an attention kernel for heads of ``width``, a power of 2 up to 256."""
+    bucket = max(64, width)
+    table = _ATTENTION_16_BIT if element_size == 2 else _ATTENTION_32_BIT
+    other = _ATTENTION_OTHER.get((architecture, element_size), {}).get(kernel, {})
+    return other.get(bucket, table[kernel][bucket])
+
+
+class LinearConfig(NamedTuple):
+    """How a product of matrices is compiled for an architecture."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+# By the number of rows, up to which the entry holds. Up to 64 rows the weights are all that is read: narrow tiles make
+# enough programs to read them with the whole device.
+_LINEAR_16_BIT = {
+    16: LinearConfig(16, 32, 128, 4, 4),
+    63: LinearConfig(32, 32, 128, 4, 4),
+    255: LinearConfig(64, 64, 64, 4, 3),
+    0: LinearConfig(128, 128, 64, 8, 3),
+}
+_LINEAR_32_BIT = {
+    16: LinearConfig(16, 32, 64, 4, 3),
+    63: LinearConfig(32, 32, 64, 4, 3),
+    0: LinearConfig(64, 64, 32, 4, 3),
+}
+_LINEAR_OTHER: dict[tuple[str, int], dict[int, LinearConfig]] = {}
+
+
+def linear(architecture: str, rows: int, element_size: int) -> LinearConfig:
+    """Return the configuration of a product with so many rows."""
+    table = _LINEAR_16_BIT if element_size == 2 else _LINEAR_32_BIT
+    table = _LINEAR_OTHER.get((architecture, element_size), table)
+    return next(config for limit, config in table.items() if rows <= limit or not limit)
+
+
+# Decoding reads each key once: a long step with many loads under way is all that counts.
+_PAGED = {
+    # (element size, decode): by width of the head
+    (2, True): {64: Config(64, 4, 3, 16), 128: Config(64, 4, 3, 16), 256: Config(64, 4, 2, 16)},
+    (2, False): {64: Config(64, 4, 2, 64), 128: Config(32, 4, 2, 64), 256: Config(32, 8, 1, 32)},
+    (4, True): {64: Config(32, 4, 2, 16), 128: Config(32, 4, 2, 16), 256: Config(32, 4, 1, 16)},
+    (4, False): {64: Config(32, 4, 2, 32), 128: Config(32, 8, 1, 32), 256: Config(32, 8, 1, 16)},
+}
+
+
+def paged(architecture: str, width: int, element_size: int, decode: bool) -> Config:
+    """Return the configuration of paged_attention; ``decode``: one row a sequence."""
+    config = _PAGED[element_size, decode][max(64, width)]
+    # 64 KiB of shared memory: AMD pipelines through registers.
+    return config._replace(stages=1) if architecture == "gfx942" else config

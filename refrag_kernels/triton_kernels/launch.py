@@ -1,0 +1,61 @@
+"""Where a kernel is launched: the device, its architecture, and the shapes that kernels are specialised for."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+
+# Architectures that the configurations are chosen and compiled for; others use the nearest older one.
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+
+# Bytes of shared memory that a block may have (CUDA programming guide, table of compute capabilities; CDNA 3 ISA).
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+
+@functools.cache
+def _architecture(index: int) -> str:
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major == 8 and minor != 0:
+        return "sm_86"
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120" if major > 10 else "sm_80")
+
+
+def architecture(device: torch.device) -> str:
+    """Return which of ``ARCHITECTURES`` the configurations for ``device`` are taken from."""
+    if device.type != "cuda":  # the interpreter runs kernels on tensors of the CPU
+        return ARCHITECTURES[0]
+    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which kernels are launched on ``device``."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def precision(dtype: torch.dtype, target: str) -> str:
+    """Return how products of ``dtype`` are made: float32 by three TF32 passes, or IEEE where that does not exist.
+
+    One pass of TF32 keeps 10 bits, which is not float32. AMD's matrix cores multiply float32 as it is.
+    """
+    return "tf32x3" if dtype == torch.float32 and target != "gfx942" else "ieee"
+
+
+def power_of_2(number: int) -> int:
+    """Return the smallest power of 2 that is at least ``number``."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def width(columns: int) -> int:
+    """Return the width of a tile that holds rows of ``columns``; matrix instructions need 16."""
+    return max(16, power_of_2(columns))

@@ -1,0 +1,114 @@
+"""What attention kernels share: rows of a tile, steps over a tile list, masks from its bits, scores.
+
+A tile holds BLOCKS consecutive blocks of 16 rows for HEADS query heads of one key/value head: row m belongs to block
+m // (16 * HEADS), to row m // HEADS % 16 of it, and to head m % HEADS, so that heads which lie side by side in memory
+do so in the tile. See ``refrag_kernels.tile_lists`` for the lists.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def block_rows(p_blocks, o_block, o_row, num_blocks):
+    """Return the packed rows of rows ``o_row`` of blocks ``o_block``, and which of them exist."""
+    m_block = o_block < num_blocks
+    first = tl.load(p_blocks + o_block * 4, mask=m_block, other=0)
+    count = tl.load(p_blocks + o_block * 4 + 1, mask=m_block, other=0)
+    return first + o_row, o_row < count
+
+
+@triton.jit
+def entry_rows(p_entries, entry, end, o_n, WIDTH: tl.constexpr):
+    """Return the rows of the other side that the entries from ``entry`` on list, 16 each, and which of them exist."""
+    o_entry = entry + o_n // 16
+    m_entry = o_entry < end
+    first = tl.load(p_entries + o_entry * WIDTH, mask=m_entry, other=0)
+    count = tl.load(p_entries + o_entry * WIDTH + 1, mask=m_entry, other=0)
+    return first + o_n % 16, o_n % 16 < count
+
+
+@triton.jit
+def entry_bits(p_bits, p_entries, o_entry, end, o_block, o_row, WIDTH: tl.constexpr):
+    """Return 16 bits: which keys of an entry's tile query row ``o_row`` sees, by the code of block ``o_block``."""
+    code = tl.load(p_entries + o_entry * WIDTH + 2 + o_block, mask=o_entry < end, other=-1)
+    word = tl.load(p_bits + code * 8 + o_row // 2, mask=code >= 0, other=0)
+    return tl.where(code == -2, 0xFFFF, (word >> (16 * (o_row % 2))) & 0xFFFF)
+
+
+@triton.jit
+def visible_keys(p_bits, p_entries, entry, end, o_block, o_row, o_n, WIDTH: tl.constexpr, STEP: tl.constexpr):
+    """Return which keys each row of a tile of query rows sees, [rows, STEP]."""
+    low = entry_bits(p_bits, p_entries, entry, end, o_block, o_row, WIDTH)
+    low |= entry_bits(p_bits, p_entries, entry + 1, end, o_block, o_row, WIDTH) << 16
+    word = low[:, None]
+    if STEP == 64:
+        high = entry_bits(p_bits, p_entries, entry + 2, end, o_block, o_row, WIDTH)
+        high |= entry_bits(p_bits, p_entries, entry + 3, end, o_block, o_row, WIDTH) << 16
+        word = tl.where(o_n[None, :] < 32, word, high[:, None])
+    return ((word >> (o_n % 32)[None, :]) & 1) != 0
+
+
+@triton.jit
+def seeing_rows(p_bits, p_entries, entry, end, o_key, o_n, WIDTH: tl.constexpr):
+    """Return which query rows see each key of a tile of four blocks of keys, [64, rows]."""
+    o_entry = entry + o_n // 16
+    low = entry_bits(p_bits, p_entries, o_entry, end, 0, o_n % 16, WIDTH)
+    low |= entry_bits(p_bits, p_entries, o_entry, end, 1, o_n % 16, WIDTH) << 16
+    high = entry_bits(p_bits, p_entries, o_entry, end, 2, o_n % 16, WIDTH)
+    high |= entry_bits(p_bits, p_entries, o_entry, end, 3, o_n % 16, WIDTH) << 16
+    word = tl.where(o_key[:, None] < 32, low[None, :], high[None, :])
+    return ((word >> (o_key % 32)[:, None]) & 1) != 0
+
+
+@triton.jit
+def load_rows(p, o_row, m_row, o_d, stride, D: tl.constexpr, MASKED: tl.constexpr):
+    """Return rows ``o_row`` of a matrix, [rows, columns]; columns from D on, and rows out of ``m_row``, are 0."""
+    p_rows = p + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
+    # A full step has no rows to leave out and, where D fills the tile, no test at all.
+    if MASKED:
+        return tl.load(p_rows, mask=m_row[:, None] & (o_d[None, :] < D), other=0.0)
+    elif o_d.shape[0] != D:
+        return tl.load(p_rows, mask=(o_d[None, :] < D), other=0.0)
+    else:
+        return tl.load(p_rows)
+
+
+@triton.jit
+def tanh(x, EXACT: tl.constexpr):
+    """Return tanh(x); ``EXACT`` keeps its relative error at that of float32 near 0 too."""
+    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - t) / (1.0 + t)
+    far = tl.where(x < 0, -far, far)
+    if EXACT:
+        # 1 - t cancels near 0. The series' next term, 1382 / 155925 x^10, is below 2^-26 for |x| < 0.25.
+        y = x * x
+        near = x * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0)))))
+        return tl.where(y < 0.0625, near, far)
+    else:
+        return far
+
+
+@triton.jit
+def scores(products, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
+    """Return the scores in units of log2, and their slope by scale * product (1 without a softcap)."""
+    if SOFTCAP:
+        ratio = tanh(products * (scale / softcap), EXACT)
+        return ratio * (softcap * LOG2E), 1.0 - ratio * ratio
+    else:
+        return products * (scale * LOG2E), 1.0
+
+
+@triton.jit
+def fill_rows(
+    p_out, first, end, step, o_m, head, m_head, o_d, stride_t, stride_h, HEADS: tl.constexpr, D: tl.constexpr
+):
+    """Write 0 to rows from ``first`` to ``end``, as many at a time as a tile has, every ``step`` rows."""
+    zeros = tl.zeros([o_m.shape[0], o_d.shape[0]], p_out.dtype.element_ty)
+    for start in range(first, end, step):
+        o_row = start + o_m // HEADS
+        p_rows = p_out + o_row.to(tl.int64)[:, None] * stride_t + head[:, None] * stride_h + o_d[None, :]
+        tl.store(p_rows, zeros, mask=((o_row < end) & m_head)[:, None] & (o_d[None, :] < D))

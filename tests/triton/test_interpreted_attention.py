@@ -1,0 +1,166 @@
+"""mixed_attention by Triton's kernels in the interpreter, against float64."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import GRADIENT, LSE, OUTPUT, relative_error
+from conftest import ALL
+from factory import random_attention_problem
+
+import refrag_kernels as rk
+
+# The interpreter takes a second for a few hundred rows.
+LIMITS = {"max_sequences": 2, "max_chunks": 5}
+SEEDS = range(60) if ALL else (1, 3, 4, 6, 7, 12)
+CASES = [
+    *((seed, torch.float32) for seed in SEEDS),
+    *((seed, torch.float16) for seed in (SEEDS if ALL else (6, 8))),
+    *((seed, torch.bfloat16) for seed in (SEEDS if ALL else (7, 9))),
+]
+
+
+def problem_of(seed, dtype, **options):
+    return random_attention_problem(seed, dtype, **LIMITS, **options)
+
+
+@functools.cache
+def expected(seed, dtype):
+    return problem_of(seed, dtype).expected()
+
+
+@pytest.mark.parametrize(("seed", "dtype"), CASES, ids=str)
+def test_against_float64(seed, dtype):
+    problem = problem_of(seed, dtype)
+    for name, actual in problem.run("triton").items():
+        bound = {"out": OUTPUT, "lse": LSE}.get(name, GRADIENT)[dtype]
+        upstream = problem.grad_out if name.startswith("d") else None
+        error = relative_error(actual, expected(seed, dtype)[name], upstream)
+        assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.0e}; problem_of({seed}, {dtype})"
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_no_worse_than_sdpa(dtype):
+    problem = problem_of(105, dtype, plain=True)
+    allowed = problem.plan_problem.allowed()
+    sees = allowed.any(1)
+    q, k, v = (t.transpose(0, 1)[None] for t in (problem.q, problem.k, problem.v))
+    theirs = F.scaled_dot_product_attention(q, k, v, allowed, enable_gqa=True)[0].transpose(0, 1)[sees]
+    want = problem.expected()["out"][sees]
+    assert sees.any()
+    assert relative_error(problem.run("triton")["out"][sees], want) <= 1.2 * relative_error(theirs, want)
+
+
+@pytest.mark.parametrize("group", (1, 2, 3, 8, 11))
+def test_heads_that_share_keys(group):
+    """Each way in which heads and blocks share a tile, and sequences that share a tile."""
+    layout = rk.ChunkLayout.from_lengths([[50, 1, 1, 30], [20], [], [33, 16]])
+    mask = rk.ChunkMask.passages(torch.tensor([-1, 0, 1, -1, -1, -1, 3]))
+    plan = rk.plan_attention(layout, mask)
+    rows = layout.total_rows
+    q, k, v = torch.randn(rows, 2 * group, 16), torch.randn(rows, 2, 16), torch.randn(rows, 2, 16)
+    got, want = [], []
+    for results, dtype, backend in ((got, torch.float32, "triton"), (want, torch.float64, "reference")):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        out = rk.mixed_attention(*leaves, plan, backend=backend)
+        results += [out.detach(), *torch.autograd.grad((out * out).sum(), leaves)]
+    for a, b in zip(got, want):
+        assert relative_error(a, b) < 2e-6
+
+
+@pytest.mark.parametrize("sinks", (False, True))
+def test_refilled_buffers_of_a_capacity(sinks):
+    """A launch replays on new plans in the same buffers; rows beyond a batch may hold anything, and get 0 and -inf."""
+    capacity = rk.PlanCapacity.for_rows(192, sequences=4, ranges_per_block=8)
+    logits = torch.tensor([0.3, -1.0]) if sinks else None
+    plan, address = None, None
+    for lengths in ([[40, 1, 1, 20], [70]], [[5]], [[16, 130], [3], [40]]):
+        layout = rk.ChunkLayout.from_lengths(lengths)
+        rows = layout.total_rows
+        plan = rk.plan_attention(layout, capacity=capacity, out=plan)
+        assert address in (None, plan.sizes.data_ptr())
+        address = plan.sizes.data_ptr()
+        q, k, v, grad = (torch.full((192, heads, 16), float("nan")) for heads in (2, 1, 1, 2))
+        for tensor in (q, k, v, grad):
+            tensor[:rows].normal_()
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        out, lse = rk.mixed_attention(*leaves, plan, sinks=logits, return_lse=True, backend="triton")
+        grads = torch.autograd.grad(out, leaves, grad)
+        exact = [t[:rows].detach().double().requires_grad_() for t in leaves]
+        wide = None if logits is None else logits.double()
+        want, want_lse = rk.mixed_attention(*exact, rk.plan_attention(layout), sinks=wide, return_lse=True)
+        assert relative_error(out[:rows].detach(), want.detach()) < 2e-6
+        assert relative_error(lse[:rows].detach(), want_lse.detach()) < 5e-6
+        assert not out[rows:].any() and lse[rows:].isneginf().all()
+        for a, b in zip(grads, torch.autograd.grad(want, exact, grad[:rows].double())):
+            assert relative_error(a[:rows], b) < 8e-6 and not a[rows:].any()
+
+
+def test_rows_that_see_nothing():
+    layout = rk.ChunkLayout.from_lengths([[3, 20]])
+    plan = rk.plan_attention(layout, rk.ChunkMask.from_dense(torch.tensor([[True, False], [False, False]])))
+    q, k, v = (torch.randn(23, heads, 16, requires_grad=True) for heads in (2, 1, 1))
+    out, lse = rk.mixed_attention(q, k, v, plan, return_lse=True, backend="triton")
+    assert not out[3:].any() and lse[3:].isneginf().all() and lse[:3].isfinite().all()
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(grad.isfinite().all() and not grad[3:].any() for grad in grads)
+    sinks = torch.tensor([0.5, -2.0])
+    out, lse = rk.mixed_attention(q, k, v, plan, sinks=sinks, return_lse=True, backend="triton")
+    assert not out[3:].any() and torch.allclose(lse[3:], sinks.expand(20, 2))
+
+
+@pytest.mark.parametrize("lengths", [[[]], [[1]], [[], [1], []]])
+def test_empty_and_single_rows(lengths):
+    layout = rk.ChunkLayout.from_lengths(lengths)
+    rows = layout.total_rows
+    q, k, v = (torch.randn(rows, 2, 8, requires_grad=True) for _ in range(3))
+    out = rk.mixed_attention(q, k, v, rk.plan_attention(layout), backend="triton")
+    torch.testing.assert_close(out, v)
+    out.sum().backward()
+    # dout . v and delta = dout . out are the same number, added in different orders.
+    assert torch.equal(v.grad, torch.ones(rows, 2, 8))
+    assert all(torch.allclose(grad, torch.zeros(()), atol=1e-5) for grad in (q.grad, k.grad))
+
+
+def test_extreme_scores_stay_finite():
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[40]]))
+    q, k, v = (torch.randn(40, 1, 16) for _ in range(3))
+    out, lse = rk.mixed_attention(q, k, v, plan, scale=1e4, return_lse=True, backend="triton")
+    _, want = rk.mixed_attention(q.double(), k.double(), v.double(), plan, scale=1e4, return_lse=True)
+    assert out.isfinite().all() and relative_error(lse, want) < 5e-6
+
+
+def test_keys_far_into_a_tensor():
+    """The rows of k and v lie 2^31 elements apart: addresses take 64 bits, where int32 would wrap."""
+    rows, stride = 2, 2**31 + 8
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would touch all of the 8 GiB
+    storage = torch.empty(rows * stride, dtype=torch.float16)
+    k = storage.as_strided((rows, 1, 16), (stride, 16, 1))
+    k.copy_(torch.randn(rows, 1, 16))
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[rows]]))
+    out = rk.mixed_attention(k, k, k, plan, backend="triton")
+    torch.testing.assert_close(out, rk.mixed_attention(*(k.clone(),) * 3, plan, backend="reference"))
+
+
+def test_results_are_the_same_in_every_run():
+    problem = problem_of(6, torch.float32)
+    first, second = problem.run("triton"), problem.run("triton")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_opcheck():
+    problem = problem_of(6, torch.float32)
+    leaves = [t.detach().clone().requires_grad_() for t in (problem.q, problem.k, problem.v)]
+    tensors = problem.plan_problem.plan().tensors()
+    torch.library.opcheck(
+        torch.ops.refrag.mixed_attention.default, (*leaves, tensors, 0.2, 0.0, None), {"backend": "triton"}
+    )
+
+
+def test_a_plan_without_tile_lists_is_refused():
+    layout = rk.ChunkLayout.from_lengths([[4]])
+    tensors = rk.plan_attention(layout).tensors()[:14]
+    q = torch.randn(4, 1, 8)
+    with pytest.raises(RuntimeError, match="a plan without tile lists"):
+        torch.ops.refrag.mixed_attention(q, q, q, tensors, 1.0, 0.0, None, backend="triton")
