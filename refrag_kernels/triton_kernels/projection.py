@@ -1,0 +1,137 @@
+"""project_chunks and embed_mixed on GPUs by Triton. Not yet measured on a GPU.
+
+The hidden layer is kept in the dtype of the weights, as torch.nn.Linear keeps it; sums are in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from refrag_kernels import backends
+from refrag_kernels.triton_kernels import configs, launch
+from refrag_kernels.triton_kernels.linear import (
+    embed_text_kernel,
+    linear_kernel,
+    list_slots_kernel,
+    sum_rows_kernel,
+)
+
+_COLUMNS = 1024  # of a program that moves rows: 2 KiB of 16-bit values, 16 bytes for each thread of 4 warps
+
+
+def _unsupported(*args):
+    wide = any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in args)
+    return "dtype float64" if wide else None
+
+
+def _linear(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    expected_rows: int | None = None,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    before: torch.Tensor | None = None,
+    slope: bool = False,
+    listed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Write epilogue(a b) to ``out`` and return it; a [M, K], b [K, N] of any strides, out contiguous.
+
+    ``listed``: rows, count and slots of ``linear_kernel``; M is then the length of rows.
+    """
+    rows = a.shape[0] if listed is None else listed[0].shape[0]
+    columns, inner = b.shape[1], b.shape[0]
+    if not rows or not columns:
+        return out
+    target = launch.architecture(a.device)
+    config = configs.linear(target, expected_rows or rows, a.element_size())
+    p_rows, p_count, p_slots = (None, None, None) if listed is None else listed
+    with launch.on(a.device):
+        linear_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns),)](
+            a, b, bias, before, out, p_rows, p_count, p_slots, rows, columns, inner, *a.stride(), *b.stride(),
+            BIAS=bias is not None, ACTIVATION=activation, KEEP=before is not None and not slope, SLOPE=slope,
+            LISTED=listed is not None, BM=config.rows, BN=config.columns, BK=config.inner,
+            PRECISION=launch.precision(a.dtype, target), num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+    return out
+
+
+@backends.requires(_unsupported)
+def project_chunks(chunks, w1, b1, w2, b2, activation, packed) -> torch.Tensor:
+    """See ``refrag_kernels.project_chunks``. ``packed`` is the CPU's."""
+    hidden = _linear(chunks, w1.T, chunks.new_empty(chunks.shape[0], w1.shape[0]), bias=b1, activation=activation)
+    return _linear(hidden, w2.T, chunks.new_empty(chunks.shape[0], w2.shape[0]), bias=b2)
+
+
+@backends.requires(_unsupported)
+def project_chunks_backward(grad, chunks, w1, b1, w2, b2, activation) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of chunks, w1, b1, w2, b2; an absent bias has an empty one."""
+    shape = (chunks.shape[0], w1.shape[0])
+    before = torch.empty(shape, dtype=torch.float32, device=chunks.device)
+    hidden = _linear(chunks, w1.T, chunks.new_empty(shape), bias=b1, activation=activation, before=before)
+    dbefore = _linear(grad, w2, chunks.new_empty(shape), activation=activation, before=before, slope=True)
+    return (
+        _linear(dbefore, w1, torch.empty(chunks.shape, dtype=chunks.dtype, device=chunks.device)),
+        _linear(dbefore.T, chunks, torch.empty(w1.shape, dtype=w1.dtype, device=w1.device)),
+        _column_sums(dbefore, b1),
+        _linear(grad.T, hidden, torch.empty(w2.shape, dtype=w2.dtype, device=w2.device)),
+        _column_sums(grad, b2),
+    )
+
+
+def _column_sums(grad: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if bias is None:
+        return grad.new_empty(0)
+    return grad.sum(0, dtype=torch.float32).to(grad.dtype)
+
+
+@backends.requires(_unsupported)
+def embed_mixed(
+    token_ids, token_table, chunks, slot_of_row, w1, b1, w2, b2, activation, token_scale, packed
+) -> torch.Tensor:
+    """See ``refrag_kernels.embed_mixed``. The second layer reads the chunks of slots and writes the rows of slots."""
+    rows, columns, count = token_ids.shape[0], token_table.shape[1], chunks.shape[0]
+    out = torch.empty(rows, columns, dtype=token_table.dtype, device=token_table.device)
+    if not out.numel():
+        return out
+    with launch.on(out.device):
+        embed_text_kernel[(rows, triton.cdiv(columns, _COLUMNS))](
+            token_ids, token_table, slot_of_row, out, token_scale, token_table.shape[0], count, token_table.stride(0),
+            D=columns, COLUMNS=_COLUMNS,
+        )  # fmt: skip
+        if not count:
+            return out
+        slots = torch.empty(rows, dtype=torch.int32, device=out.device)
+        number = torch.empty(1, dtype=torch.int32, device=out.device)
+        list_slots_kernel[(1,)](slot_of_row, slots, number, rows, count, BLOCK=1024, num_warps=8)
+    hidden = _linear(chunks, w1.T, chunks.new_empty(count, w1.shape[0]), bias=b1, activation=activation)
+    # How many slots there are is known to the device alone; about as many as chunks is what a mixed sequence has.
+    return _linear(hidden, w2.T, out, expected_rows=count, bias=b2, listed=(slots, number, slot_of_row))
+
+
+def _sum_rows(grad: torch.Tensor, keys: torch.Tensor, out: torch.Tensor, scale: float) -> torch.Tensor:
+    """Add each row of ``grad``, times ``scale``, to the row of ``out`` (zeros) that its key names, if it names one."""
+    if not grad.numel() or not out.numel():
+        return out
+    ordered, order = torch.sort(keys, stable=True)
+    with launch.on(grad.device):
+        sum_rows_kernel[(grad.shape[0], triton.cdiv(grad.shape[1], _COLUMNS))](
+            grad, ordered, order, out, grad.shape[0], out.shape[0], scale, D=grad.shape[1], COLUMNS=_COLUMNS
+        )
+    return out
+
+
+@backends.requires(_unsupported)
+def embed_mixed_backward(
+    grad, token_ids, token_table, chunks, slot_of_row, w1, b1, w2, b2, activation, token_scale
+) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of token_table, chunks, w1, b1, w2, b2."""
+    text = torch.where(slot_of_row < 0, token_ids, -1)
+    dtable = torch.zeros(token_table.shape, dtype=grad.dtype, device=grad.device)
+    dprojected = torch.zeros(chunks.shape[0], grad.shape[1], dtype=grad.dtype, device=grad.device)
+    grad = grad.contiguous()
+    _sum_rows(grad, text, dtable, token_scale)
+    _sum_rows(grad, slot_of_row, dprojected, 1.0)
+    return dtable, *project_chunks_backward(dprojected, chunks, w1, b1, w2, b2, activation)
