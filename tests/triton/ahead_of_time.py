@@ -1,0 +1,132 @@
+"""Compile what the backend launches for architectures that are not at hand, and read the resources of the result.
+
+A call of an op is recorded instead of run: the launches it makes, with their real arguments, are then compiled for an
+architecture. ``python tests/triton/ahead_of_time.py`` prints the table of docs/gpu-resources.md.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from refrag_kernels.triton_kernels import launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# The matrix instruction of each architecture for tiles of 64 rows and more; those that wait for 128 rows fall back.
+MATRIX = {
+    "sm_80": ("HMMA",),
+    "sm_86": ("HMMA",),
+    "sm_90": ("HGMMA",),
+    "sm_100": ("UTCHMMA",),
+    "sm_120": ("HMMA",),
+    "gfx942": ("MFMA",),
+}
+_NAMES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
+    torch.bool: "i1", torch.uint8: "u8",
+}  # fmt: skip
+_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+
+
+class Launch(NamedTuple):
+    """A kernel and what it was launched with."""
+
+    kernel: JITFunction
+    arguments: dict[str, object]
+    options: dict[str, int]
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel takes. Registers are per thread; on AMD vector and accumulation registers together."""
+
+    registers: int
+    spilled: int  # bytes of stack, or registers on AMD
+    shared: int  # bytes
+    warps: int
+    matrix: dict[str, int]  # matrix instructions
+    ttir: str
+
+
+@contextlib.contextmanager
+def _architecture(name: str) -> Iterator[None]:
+    with mock.patch.object(launch, "architecture", lambda device: name):
+        yield
+
+
+def record(call: Callable[[], object], architecture: str) -> list[Launch]:
+    """Return the launches that ``call`` makes where it believes to be on ``architecture``; none of them runs."""
+    launches = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        names = self.arg_names
+        options = {name: value for name, value in kwargs.items() if name not in names}
+        arguments = dict(zip(names, args)) | {name: value for name, value in kwargs.items() if name in names}
+        launches.append(Launch(self, arguments, options))
+
+    with mock.patch.object(JITFunction, "run", run), _architecture(architecture):
+        call()
+    return launches
+
+
+def build(recorded: Launch, architecture: str) -> Resources:
+    """Compile a launch and read its resources; Triton's cache keeps what it has compiled before."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(recorded.kernel.params):
+        value = recorded.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            # Triton makes constants of these by itself.
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + _NAMES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    source = ASTSource(recorded.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=TARGETS[architecture], options=recorded.options)
+    read = _read_amd if architecture.startswith("gfx") else _read_nvidia
+    registers, spilled, matrix = read(compiled)
+    return Resources(
+        registers, spilled, compiled.metadata.shared, compiled.metadata.num_warps, matrix, compiled.asm["ttir"]
+    )
+
+
+def _read_nvidia(compiled) -> tuple[int, int, dict[str, int]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([f"{_TOOLS}/cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
+        code = subprocess.run([f"{_TOOLS}/nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups())
+    words = collections.Counter(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|LDL|STL)\b", code))
+    return registers, stack + words.pop("LDL", 0) + words.pop("STL", 0), dict(words)
+
+
+def _read_amd(compiled) -> tuple[int, int, dict[str, int]]:
+    code = compiled.asm["amdgcn"]
+    field = {name: int(value) for name, value in re.findall(r"\.(\w+):\s*(\d+)$", code, re.M)}
+    return field["vgpr_count"], field["vgpr_spill_count"], {"MFMA": len(re.findall(r"v_mfma", code))}

@@ -1,0 +1,80 @@
+"""Calls of the backend whose launches are compiled for every architecture."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+import refrag_kernels as rk
+from refrag_kernels.triton_kernels import attention, pooling, projection
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclasses.dataclass
+class Case:
+    """A call, and what is asked of the kernels that it launches."""
+
+    name: str
+    dtype: torch.dtype
+    call: Callable[[], object]
+    always: bool = False  # part of `make test`
+    spills_reported: bool = False  # rather than refused
+    matrix: bool = True  # tiles of 64 rows and more: the architecture's own matrix instruction is asked for
+
+    def __str__(self):
+        return self.name
+
+
+def _attention(width: int, group: int, dtype: torch.dtype, **options) -> Case:
+    # Softcap and sinks are the longest variant in their kernels, but the rarer one: it has a case of its own.
+    softcap, sinks = (30.0, torch.zeros(2 * group)) if options.pop("softcap", False) else (0.0, None)
+
+    def call():
+        plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[64, 64]])).tensors()
+        q, kv = torch.empty(128, 2 * group, width, dtype=dtype), torch.empty(128, 2, width, dtype=dtype)
+        out, lse = attention.mixed_attention(q, kv, kv, plan, 0.1, softcap, sinks)
+        attention.mixed_attention_backward(q, lse, q, kv, kv, out, lse, plan, 0.1, softcap, sinks)
+
+    name = f"attention-{str(dtype)[6:]}-D{width}-group{group}{'-softcap' if softcap else ''}"
+    return Case(name, dtype, call, spills_reported=width == 256 or dtype == _FP32 or softcap > 0, **options)
+
+
+def _projection(rows: int, dtype: torch.dtype, **options) -> Case:
+    def call():
+        chunks, table = torch.empty(rows, 768, dtype=dtype), torch.empty(32000, 4096, dtype=dtype)
+        w1, w2 = torch.empty(4096, 768, dtype=dtype), torch.empty(4096, 4096, dtype=dtype)
+        b1, b2 = torch.empty(4096, dtype=dtype), torch.empty(4096, dtype=dtype)
+        ids, slots = torch.zeros(2 * rows, dtype=torch.int64), torch.zeros(2 * rows, dtype=torch.int32)
+        projection.embed_mixed(ids, table, chunks, slots, w1, b1, w2, b2, "gelu", 1.0, None)
+        if rows > 64:
+            projection.project_chunks_backward(torch.empty(rows, 4096, dtype=dtype), chunks, w1, b1, w2, b2, "gelu")
+
+    return Case(f"projection-{str(dtype)[6:]}-N{rows}", dtype, call, matrix=rows >= 64, **options)
+
+
+def _pooling(dtype: torch.dtype, **options) -> Case:
+    def call():
+        hidden, offsets = torch.empty(64, 768, dtype=dtype), torch.arange(0, 65, 16, dtype=torch.int32)
+        pooling.pool_chunks_backward(pooling.pool_chunks(hidden, offsets, "mean"), offsets, "mean", 64)
+
+    return Case(f"pooling-{str(dtype)[6:]}", dtype, call, **options)
+
+
+CASES = [
+    *(
+        _attention(width, group, dtype, always=dtype == _BF16 and width == 128 and group == 4)
+        for width in (64, 96, 128, 256)
+        for group in (1, 2, 4, 8)
+        for dtype in (_BF16, _FP16, _FP32)
+    ),
+    _attention(128, 4, _BF16, softcap=True),
+    *(
+        _projection(rows, dtype, always=rows == 512 and dtype == _BF16)
+        for rows in (8, 48, 200, 512)
+        for dtype in (_BF16, _FP16, _FP32)
+    ),
+    *(_pooling(dtype, always=dtype == _BF16) for dtype in (_BF16, _FP32)),
+]
