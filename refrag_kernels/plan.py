@@ -385,7 +385,7 @@ def _with_tiles(
 
 def _from_buffer(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> AttentionPlan:
     fields = _views(buffer, shapes)
-    return AttentionPlan(*fields[: len(_FIELDS)], tiles=tuple(fields[len(_FIELDS) :]))
+    return AttentionPlan(*fields[: len(_FIELDS)], tiles=tuple(fields[len(_FIELDS) :]))  # type: ignore[arg-type, misc]
 
 
 def _views(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
