@@ -18,7 +18,7 @@ say = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-asan test-cuda-host bench lint build clean distclean
+.PHONY: help demo test test-triton test-asan test-cuda-host bench lint build clean distclean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ demo: $(VENV)/.model $(VENV)/.weights build ## Answer a question over retrieved 
 # Two processes of one thread each: a test that needs more threads asks for them.
 test: $(VENV)/.test $(VENV)/.weights build ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --durations=10 --durations-min=5 $(ARGS)
+
+test-triton: $(VENV)/.test build ## Run the Triton kernels in the interpreter and compile all of them for each GPU
+	REFRAG_TRITON_TESTS=all OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) tests/triton $(ARGS)
 
 # The C++ of csrc/cpu and csrc/planner under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
 # The sanitizer's runtime has to be there before Python allocates anything; what Python leaks at exit is not ours. Inductor's

@@ -12,14 +12,12 @@ import sys
 import numpy as np
 import pytest
 import triton.language as tl
+from modes import INTERPRETED
 from triton.runtime import interpreter
 
 from refrag_kernels import backends, tile_lists
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))  # tests/: factory, accuracy
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ALL = os.environ.get("REFRAG_TRITON_TESTS") == "all"
 
 collect_ignore_glob = ["test_[!i]*.py", "test_interpreter.py"] if INTERPRETED else ["test_interpreted_*.py"]
 

@@ -6,7 +6,7 @@ import ahead_of_time
 import pytest
 import torch
 from cases import CASES
-from conftest import ALL
+from modes import ALL
 
 from refrag_kernels.triton_kernels.launch import SHARED_MEMORY
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import GRADIENT, LSE, OUTPUT, relative_error
-from conftest import ALL
 from factory import random_attention_problem
+from modes import ALL
 
 import refrag_kernels as rk
 

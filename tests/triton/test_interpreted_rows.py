@@ -5,7 +5,7 @@ import test_pooling
 import test_projection
 import torch
 from accuracy import DTYPES, OUTPUT, relative_error
-from conftest import ALL
+from modes import ALL
 
 import refrag_kernels as rk
 
