@@ -118,9 +118,9 @@ def test_empty_and_single_rows(lengths):
     out = rk.mixed_attention(q, k, v, rk.plan_attention(layout), backend="triton")
     torch.testing.assert_close(out, v)
     out.sum().backward()
-    # dout . v and delta = dout . out are the same number, added in different orders.
-    assert torch.equal(v.grad, torch.ones(rows, 2, 8))
-    assert all(torch.allclose(grad, torch.zeros(()), atol=1e-5) for grad in (q.grad, k.grad))
+    # The weight of the only key is 2 to the power of a difference of roundings, not of 0.
+    for grad, want in ((v.grad, 1.0), (q.grad, 0.0), (k.grad, 0.0)):
+        assert torch.allclose(grad, torch.tensor(want), atol=1e-5)
 
 
 def test_extreme_scores_stay_finite():
