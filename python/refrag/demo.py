@@ -20,7 +20,7 @@ from refrag.model import RefragForCausalLM
 from refrag.processor import Part, RefragProcessor
 from refrag.prompt import MixedPrompt, Passage
 from refrag.retrieval import Retriever
-from refrag.timing import Continuation, Reading, Track, continue_greedily, time_readings
+from refrag.timing import Continuation, CpuPressure, Reading, Track, continue_greedily, time_readings
 
 INSTRUCTION = "Answer the question with the help of this documentation.\n\n"
 
@@ -107,6 +107,7 @@ class Answered:
     readings: dict[str, Reading]
     continuations: dict[str, Continuation]
     compressed: MixedPrompt
+    cpu_pressure: float | None
 
 
 class Demo:
@@ -138,6 +139,7 @@ class Demo:
             settings.context_tokens, settings.max_new_tokens, "--context-tokens", settings.passages
         )
         readings = self._readings(full, compressed)
+        pressure = CpuPressure()
         outputs = time_readings(readings, settings.rounds, track)
         end = self._end_tokens()
         continuations = {
@@ -150,7 +152,7 @@ class Demo:
             for name, output in outputs.items()
         }
         ids = [part.id or "" for part in parts if isinstance(part, Passage)]
-        return Answered(ids, readings, continuations, compressed)
+        return Answered(ids, readings, continuations, compressed, pressure.share())
 
     def check_plot(self) -> None:
         """Raise the error of a plot's context that doesn't fit, before minutes have gone by."""
@@ -277,6 +279,7 @@ def figures(settings: DemoSettings, answered: Answered, plotted: dict[int, dict[
         },
         "attention": attention.NAME,
         "passages": answered.passages,
+        "cpu_pressure": answered.cpu_pressure,
         "chunks": len(answered.compressed.chunks),
         "chunks_expanded": len(answered.compressed.expanded),
         "table": table,

@@ -45,7 +45,8 @@ def print_table(console: Console, settings: DemoSettings, answered: Answered) ->
         f"median of {rounds} round{'s' if rounds > 1 else ''}",
         title_justify="left",
         box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
+        padding=(0, 1, 0, 0),  # with this the table fits into 80 columns
+        show_edge=False,
     )
     table.add_column("", no_wrap=True)
     for heading in ("rows", "first token", "speed-up", "per token", "KV cache"):
@@ -63,3 +64,9 @@ def print_table(console: Console, settings: DemoSettings, answered: Answered) ->
         )
     console.print()
     console.print(table)
+    if (answered.cpu_pressure or 0) > 0.25:
+        console.print(
+            f"[yellow]Other programs kept this machine's CPUs busy ({answered.cpu_pressure:.0%} of the time somebody "
+            "waited for one): don't trust these times.[/yellow]",
+            highlight=False,
+        )

@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +67,30 @@ def time_readings(readings: dict[str, Reading], rounds: int, track: Track = iter
             readings[name].seconds.append(time.perf_counter() - start)
             outputs[name] = output
     return outputs
+
+
+class CpuPressure:
+    """How much of a stretch of time some program of this machine waited for a CPU (Linux's pressure stall information).
+
+    Our own threads hardly wait for each other, so a high share means that other programs disturbed the measurement.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), _stalled()
+
+    def share(self) -> float | None:
+        """Return the share since this was made, 0 to 1; None where the system doesn't tell."""
+        began, stalled = self._start
+        now = _stalled()
+        return None if now is None or stalled is None else (now - stalled) / (time.perf_counter() - began)
+
+
+def _stalled() -> float | None:
+    try:
+        first = Path("/proc/pressure/cpu").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
+    return int(first.rsplit("total=", 1)[1]) / 1e6
 
 
 @dataclasses.dataclass

@@ -1,0 +1,16 @@
+"""What the demo measures with."""
+
+from pathlib import Path
+
+import pytest
+from refrag.timing import CpuPressure
+
+
+@pytest.mark.skipif(not Path("/proc/pressure/cpu").exists(), reason="this system has no pressure stall information")
+def test_cpu_pressure_is_a_share():
+    assert 0 <= CpuPressure().share() < 1.5  # the two clocks are read one after the other
+
+
+def test_cpu_pressure_is_unknown_elsewhere(monkeypatch):
+    monkeypatch.setattr("refrag.timing._stalled", lambda: None)
+    assert CpuPressure().share() is None
