@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 import refrag_kernels as rk
-from refrag_kernels.triton_kernels import attention, pooling, projection
+from refrag_kernels.triton_kernels import attention, paged, pooling, projection
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -42,17 +42,18 @@ def _attention(width: int, group: int, dtype: torch.dtype, **options) -> Case:
     return Case(name, dtype, call, spills_reported=width == 256 or dtype == _FP32 or softcap > 0, **options)
 
 
-def _projection(rows: int, dtype: torch.dtype, **options) -> Case:
+def _projection(rows: int, dtype: torch.dtype, backward: bool = False, **options) -> Case:
     def call():
         chunks, table = torch.empty(rows, 768, dtype=dtype), torch.empty(32000, 4096, dtype=dtype)
         w1, w2 = torch.empty(4096, 768, dtype=dtype), torch.empty(4096, 4096, dtype=dtype)
         b1, b2 = torch.empty(4096, dtype=dtype), torch.empty(4096, dtype=dtype)
         ids, slots = torch.zeros(2 * rows, dtype=torch.int64), torch.zeros(2 * rows, dtype=torch.int32)
         projection.embed_mixed(ids, table, chunks, slots, w1, b1, w2, b2, "gelu", 1.0, None)
-        if rows > 64:
+        if backward:
             projection.project_chunks_backward(torch.empty(rows, 4096, dtype=dtype), chunks, w1, b1, w2, b2, "gelu")
 
-    return Case(f"projection-{str(dtype)[6:]}-N{rows}", dtype, call, matrix=rows >= 64, **options)
+    name = f"projection-{str(dtype)[6:]}-N{rows}{'-backward' if backward else ''}"
+    return Case(name, dtype, call, matrix=rows >= 64, **options)
 
 
 def _pooling(dtype: torch.dtype, **options) -> Case:
@@ -61,6 +62,27 @@ def _pooling(dtype: torch.dtype, **options) -> Case:
         pooling.pool_chunks_backward(pooling.pool_chunks(hidden, offsets, "mean"), offsets, "mean", 64)
 
     return Case(f"pooling-{str(dtype)[6:]}", dtype, call, **options)
+
+
+def _paged(width: int, group: int, dtype: torch.dtype, rows: int, visible: bool = False, **options) -> Case:
+    def call():
+        q = torch.empty(4 * rows, 2 * group, width, dtype=dtype)
+        pages = torch.empty(64, 16, 2, width, dtype=dtype)
+        table, lengths = torch.zeros(4, 512, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+        offsets = torch.zeros(5, dtype=torch.int32)
+        ranges = (torch.zeros(4 * rows + 1, dtype=torch.int32), torch.zeros(9, 2, dtype=torch.int32))
+        seen = ranges if visible else (None, None)
+        q_offsets = None if rows == 1 else offsets
+        out, lse = paged.paged_attention(
+            q, pages, pages, table, lengths, q_offsets, *seen, 0.1, 0.0, -1, -1, None
+        )  # fmt: skip
+        new = torch.empty(4 * rows, 2, width, dtype=dtype)
+        paged.append_kv(new, new, pages, pages, table, lengths, offsets)
+        paged.merge_states_backward(out, lse, out, lse, *paged.merge_states(out, lse, out, lse))
+
+    name = f"paged-{str(dtype)[6:]}-D{width}-group{group}-rows{rows}{'-visible' if visible else ''}"
+    # sm_90 and sm_100 leave tiles of fewer than 64 or 128 rows to the instructions of sm_80.
+    return Case(name, dtype, call, matrix=False, spills_reported=width == 256 or dtype == _FP32, **options)
 
 
 CASES = [
@@ -76,5 +98,14 @@ CASES = [
         for rows in (8, 48, 200, 512)
         for dtype in (_BF16, _FP16, _FP32)
     ),
+    *(_projection(512, dtype, backward=True) for dtype in (_BF16, _FP32)),
+    *(
+        _paged(width, 8, dtype, rows, always=dtype == _BF16 and width == 128 and rows == 1)
+        for width in (64, 96, 128, 256)
+        for rows in (1, 32)
+        for dtype in (_BF16, _FP16, _FP32)
+    ),
+    _paged(128, 1, _BF16, 1, visible=True),
+    _paged(128, 4, _BF16, 32, visible=True),
     *(_pooling(dtype, always=dtype == _BF16) for dtype in (_BF16, _FP32)),
 ]

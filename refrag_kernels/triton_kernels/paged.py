@@ -1,0 +1,138 @@
+"""paged_attention, append_kv and merge_states on GPUs by Triton. Not yet measured on a GPU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from refrag_kernels import backends
+from refrag_kernels.triton_kernels import configs, launch
+from refrag_kernels.triton_kernels.merge import merge_states_bwd_kernel, merge_states_fwd_kernel
+from refrag_kernels.triton_kernels.paged_attention import (
+    append_kv_kernel,
+    paged_attention_kernel,
+    paged_attention_merge_kernel,
+)
+
+# Programs that fill a device of 132 multiprocessors (H100) twice: keys are split until there are as many. A constant,
+# not the device's own number, so that a result does not depend on where it was computed.
+_PROGRAMS = 264
+# A part shorter than this costs more to merge than it saves; more parts than that don't fit one merge.
+_PART_KEYS, _MAX_PARTS = 256, 32
+_STATES = 4  # of a program of merge_states: rows of a few hundred bytes
+
+
+def _unsupported(first, *_):
+    return "dtype float64" if first.dtype == torch.float64 else None
+
+
+def parts_of(programs: int, max_keys: int, step: int) -> tuple[int, int]:
+    """Return into how many parts keys are split, and the keys of a part, from shapes alone."""
+    parts = min(_MAX_PARTS, -(-_PROGRAMS // programs), -(-max_keys // _PART_KEYS))
+    keys = -(-max_keys // (max(1, parts) * step)) * step
+    return max(1, -(-max_keys // max(1, keys))), max(step, keys)
+
+
+@backends.requires(_unsupported)
+def paged_attention(
+    q, k_pages, v_pages, page_table, kv_lengths, q_offsets, visible_indptr, visible_ranges,
+    scale, softcap, window_left, window_right, sinks,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """See ``refrag_kernels.paged_attention``; a bound to the right adds nothing to causality."""
+    q_rows, q_heads, columns = q.shape
+    num_pages, page, kv_heads, _ = k_pages.shape
+    sequences, max_pages = page_table.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if not out.numel():
+        return out, lse
+    target, width, group = launch.architecture(q.device), launch.width(columns), q_heads // kv_heads
+    config = configs.paged(target, width, q.element_size(), q_offsets is None)
+    heads = min(16, launch.power_of_2(group))
+    rows = 1 if q_offsets is None else config.rows // heads
+    heads = max(heads, 16 // rows)  # matrix instructions take 16 rows
+    tiles = sequences if q_offsets is None else q_rows // rows + sequences
+    splits = kv_heads * -(-group // heads)
+    parts, part_keys = parts_of(tiles * splits, max_pages * page, config.step)
+    out_parts, lse_parts = out, lse
+    if parts > 1:
+        # A row that belongs to no sequence (rows beyond q_offsets) keeps what is here: nothing seen.
+        out_parts = torch.empty((parts, *q.shape), dtype=torch.float32, device=q.device)
+        lse_parts = torch.empty((parts, *lse.shape), dtype=torch.float32, device=q.device)
+    if q_offsets is not None:
+        out_parts.zero_()
+        lse_parts.fill_(float("-inf"))
+    if visible_ranges is not None and not visible_ranges.shape[0]:
+        visible_ranges = visible_ranges.new_zeros(1, 2)
+    with launch.on(q.device):
+        paged_attention_kernel[(tiles, splits, parts)](
+            q, k_pages, v_pages, page_table, kv_lengths, q_offsets, visible_indptr,
+            None if visible_ranges is None else visible_ranges.contiguous(), sinks, out_parts, lse_parts, scale,
+            softcap, window_left, sequences, q_rows, num_pages,
+            0 if visible_ranges is None else visible_ranges.shape[0],
+            max_pages * page, part_keys, *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
+            page_table.stride(0), GROUP=group, HEADS=heads, ROWS=rows, STEP=config.step, PAGE=page, D=columns, BD=width,
+            SOFTCAP=softcap > 0, PRECISION=launch.precision(q.dtype, target), num_warps=config.warps,
+            num_stages=config.stages,
+        )  # fmt: skip
+        if parts > 1:
+            paged_attention_merge_kernel[(q_rows * q_heads,)](
+                out_parts, lse_parts, out, lse, q_rows * q_heads, parts, BP=launch.power_of_2(parts), D=columns,
+                BD=width,
+            )  # fmt: skip
+    return out, lse
+
+
+@backends.requires(_unsupported)
+def append_kv(k, v, k_pages, v_pages, page_table, kv_lengths, q_offsets) -> None:
+    """See ``refrag_kernels.append_kv``. A row whose page is not in the cache is dropped."""
+    rows, heads, columns = k.shape
+    if not k.numel() or not page_table.numel():
+        return
+    num_pages, page, _, _ = k_pages.shape
+    width = launch.width(columns)
+    block = min(launch.power_of_2(heads), max(1, 2048 // width))
+    with launch.on(k.device):
+        append_kv_kernel[(rows, triton.cdiv(heads, block))](
+            k, v, k_pages, v_pages, page_table, kv_lengths, q_offsets, page_table.shape[0], num_pages,
+            page_table.shape[1] * page, *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
+            page_table.stride(0), PAGE=page, HEADS=heads, BH=block, D=columns, BD=width,
+        )  # fmt: skip
+
+
+@backends.requires(_unsupported)
+def merge_states(out_a, lse_a, out_b, lse_b) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``refrag_kernels.merge_states``."""
+    out = torch.empty(out_a.shape, dtype=out_a.dtype, device=out_a.device)
+    lse = torch.empty(lse_a.shape, dtype=lse_a.dtype, device=lse_a.device)
+    if out.numel():
+        with launch.on(out.device):
+            merge_states_fwd_kernel[_merge_grid(out)](
+                out_a, lse_a, out_b, lse_b, out, lse, *_merge_shape(out_a, lse_a, out_b, lse_b), STATES=_STATES,
+                D=out.shape[2], BD=launch.width(out.shape[2]),
+            )  # fmt: skip
+    return out, lse
+
+
+@backends.requires(_unsupported)
+def merge_states_backward(grad_out, grad_lse, out_a, lse_a, out_b, lse_b) -> tuple[torch.Tensor, ...]:
+    """Return the gradients of the four arguments."""
+    gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (out_a, lse_a, out_b, lse_b)]
+    if out_a.numel():
+        with launch.on(out_a.device):
+            merge_states_bwd_kernel[_merge_grid(out_a)](
+                grad_out.contiguous(), grad_lse.contiguous(), out_a, lse_a, out_b, lse_b, *gradients,
+                *_merge_shape(out_a, lse_a, out_b, lse_b), STATES=_STATES, D=out_a.shape[2],
+                BD=launch.width(out_a.shape[2]),
+            )  # fmt: skip
+    return tuple(gradients)
+
+
+def _merge_grid(out: torch.Tensor) -> tuple[int]:
+    return (triton.cdiv(out.shape[0] * out.shape[1], _STATES),)
+
+
+def _merge_shape(out_a, lse_a, out_b, lse_b) -> list[int]:
+    """Return the number of states and of heads, and the strides of both states."""
+    strides = [stride for t in (out_a, lse_a, out_b, lse_b) for stride in t.stride()[:2]]
+    return [out_a.shape[0] * out_a.shape[1], out_a.shape[1], *strides]

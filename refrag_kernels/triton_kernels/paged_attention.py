@@ -1,0 +1,298 @@
+"""The kernels of paged_attention: one part of the keys per program, and the merge of the parts."""
+
+import triton
+import triton.language as tl
+
+from refrag_kernels.triton_kernels.tiles import LN2, LOG2E, scores
+
+
+@triton.jit
+def sequence_of_tile(p_offsets, tile, sequences, ROWS: tl.constexpr):
+    """Return the sequence that owns a tile.
+
+    Sequence b owns the tiles from ``offsets[b] // ROWS + b`` up to the next one's: at least as many as its rows fill,
+    so that tiles are numbered without a sum over the sequences, which is on the device alone.
+    """
+    low = tl.zeros([], tl.int32)
+    high = low + sequences
+    while low + 1 < high:
+        middle = (low + high) // 2
+        owns = tl.load(p_offsets + middle) // ROWS + middle <= tile
+        low = tl.where(owns, middle, low)
+        high = tl.where(owns, high, middle)
+    return low
+
+
+@triton.jit
+def first_range(p_ranges, cursor, end, key):
+    """Return the first of each row's sorted ranges, from ``cursor`` to ``end``, that ends after ``key``."""
+    low = cursor
+    high = end
+    while tl.max(high - low) > 0:
+        middle = (low + high) // 2
+        open = low < high
+        before = open & (tl.load(p_ranges + middle.to(tl.int64) * 2 + 1, mask=open, other=0) <= key)
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(open & ~before, middle, high)
+    return low
+
+
+@triton.jit
+def in_ranges(p_ranges, cursor, end, o_key, STEP: tl.constexpr):
+    """Return which of STEP keys lie in each row's ranges, [rows, STEP], and the ranges to go on from."""
+    last = tl.max(o_key) + 1
+    seen = tl.zeros([cursor.shape[0], STEP], tl.int32)
+    moved = 1
+    while moved > 0:
+        m_range = cursor < end
+        b_start = tl.load(p_ranges + cursor.to(tl.int64) * 2, mask=m_range, other=0x7FFFFFFF)
+        b_end = tl.load(p_ranges + cursor.to(tl.int64) * 2 + 1, mask=m_range, other=0)
+        inside = (o_key[None, :] >= b_start[:, None]) & (o_key[None, :] < b_end[:, None])
+        seen |= inside.to(tl.int32)
+        # A range that goes beyond this step stays for the next one.
+        done = (m_range & (b_end <= last)).to(tl.int32)
+        cursor += done
+        moved = tl.max(done)
+    return seen != 0, cursor
+
+
+@triton.jit
+def _step(
+    b_q, b_acc, b_max, b_sum, p_k, p_v, p_pages, o_key, m_key, visible, o_d, pages, stride_kp, stride_ks, stride_vp,
+    stride_vs, scale, softcap, PAGE: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    EXACT: tl.constexpr = b_q.dtype == tl.float32
+    page = tl.load(p_pages + o_key // PAGE, mask=m_key, other=-1)
+    # A page that is not in the cache is not seen.
+    m_key &= (page >= 0) & (page < pages)
+    m_load = m_key[:, None] & (o_d < D)[None, :]
+    at = page.to(tl.int64)[:, None] * stride_kp + (o_key % PAGE)[:, None] * stride_ks + o_d[None, :]
+    b_k = tl.load(p_k + at, mask=m_load, other=0.0)  # [STEP, BD]
+    at = page.to(tl.int64)[:, None] * stride_vp + (o_key % PAGE)[:, None] * stride_vs + o_d[None, :]
+    b_v = tl.load(p_v + at, mask=m_load, other=0.0)
+    b_s, _ = scores(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale, softcap, SOFTCAP, EXACT)
+    b_s = tl.where(visible & m_key[None, :], b_s, float("-inf"))
+    new_max = tl.maximum(b_max, tl.max(b_s, 1))
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    b_p = tl.exp2(b_s - base[:, None])
+    decay = tl.exp2(b_max - base)
+    b_sum = b_sum * decay + tl.sum(b_p, 1)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * decay[:, None], input_precision=PRECISION)
+    return b_acc, new_max, b_sum
+
+
+@triton.jit
+def paged_attention_kernel(
+    p_q,  # [T_q, H_q, D]
+    p_k,  # [P, page, H_kv, D]
+    p_v,  # [P, page, H_kv, D]
+    p_table,  # [B, max_pages]
+    p_lengths,  # [B]
+    p_offsets,  # [B + 1], or None: one row a sequence
+    p_indptr,  # [T_q + 1], or None: every key
+    p_ranges,  # [R, 2]
+    p_sinks,  # [H_q] float32, or None
+    p_out,  # [parts, T_q, H_q, D]: float32 where there are several parts
+    p_lse,  # [parts, T_q, H_q] float32
+    scale,
+    softcap,
+    window_left,
+    sequences,
+    q_rows,
+    pages,
+    num_ranges,
+    max_keys,  # that the table has room for
+    part_keys,  # keys of a part, a multiple of STEP
+    stride_qt,
+    stride_qh,
+    stride_kp,
+    stride_ks,
+    stride_kh,
+    stride_vp,
+    stride_vs,
+    stride_vh,
+    stride_table,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    SPLITS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    kv_head = (tl.program_id(1) // SPLITS).to(tl.int64)
+    part = tl.program_id(2)
+    o_m = tl.arange(0, ROWS * HEADS)
+    o_d = tl.arange(0, BD)
+    head_of_group = tl.program_id(1) % SPLITS * HEADS + o_m % HEADS
+    head = kv_head * GROUP + head_of_group
+    heads = tl.num_programs(1) // SPLITS * GROUP
+
+    if p_offsets is None:
+        sequence = tl.program_id(0)
+        first_row = sequence
+        end_row = sequence + 1
+        first_tile_row = sequence
+    else:
+        sequence = sequence_of_tile(p_offsets, tl.program_id(0), sequences, ROWS)
+        first_row = tl.load(p_offsets + sequence)
+        end_row = tl.load(p_offsets + sequence + 1)
+        first_tile_row = first_row + (tl.program_id(0) - first_row // ROWS - sequence) * ROWS
+        if first_tile_row >= end_row:
+            return
+    o_row = first_tile_row + o_m // HEADS
+    m_row = (o_row < tl.minimum(end_row, q_rows)) & (head_of_group < GROUP)
+    length = tl.minimum(tl.load(p_lengths + sequence), max_keys)
+    position = length - end_row + o_row
+
+    # The keys that some row of the tile may see, in this part.
+    last_position = length - end_row + tl.minimum(first_tile_row + ROWS, end_row) - 1
+    end = tl.minimum(last_position + 1, (part + 1) * part_keys)
+    start = part * part_keys
+    begin = start
+    if window_left >= 0:
+        begin = tl.maximum(start, length - end_row + first_tile_row - window_left)
+        start = begin // STEP * STEP
+
+    p_rows = o_row.to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qh + o_d[None, :]
+    b_q = tl.load(p_q + p_rows, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, BD]
+    p_k += kv_head * stride_kh
+    p_v += kv_head * stride_vh
+    p_pages = p_table + sequence.to(tl.int64) * stride_table
+
+    b_acc = tl.zeros([ROWS * HEADS, BD], tl.float32)
+    b_max = tl.full([ROWS * HEADS], float("-inf"), tl.float32)
+    b_sum = tl.zeros([ROWS * HEADS], tl.float32)
+    if p_indptr is not None:
+        cursor = tl.load(p_indptr + o_row, mask=m_row, other=0)
+        range_end = tl.minimum(tl.load(p_indptr + o_row + 1, mask=m_row, other=0), num_ranges)
+        cursor = first_range(p_ranges, cursor, range_end, start)
+    for key in range(start, end, STEP):
+        o_key = key + tl.arange(0, STEP)
+        # What no row sees may hold anything, NaN too, and is not read.
+        m_key = (o_key >= begin) & (o_key < end)
+        visible = (o_key[None, :] <= position[:, None]) & m_row[:, None]
+        if window_left >= 0:
+            visible &= o_key[None, :] >= position[:, None] - window_left
+        if p_indptr is None:
+            b_acc, b_max, b_sum = _step(
+                b_q, b_acc, b_max, b_sum, p_k, p_v, p_pages, o_key, m_key, visible, o_d, pages, stride_kp, stride_ks,
+                stride_vp, stride_vs, scale, softcap, PAGE, D, SOFTCAP, PRECISION,
+            )  # fmt: skip
+        else:
+            seen, cursor = in_ranges(p_ranges, cursor, range_end, o_key, STEP)
+            visible &= seen
+            # Most steps hold nothing that a chunk mask lets these rows see: they cost a test, not a read of keys.
+            m_key &= tl.max(visible.to(tl.int32), 0) > 0
+            if tl.max(m_key.to(tl.int32)) > 0:
+                b_acc, b_max, b_sum = _step(
+                    b_q, b_acc, b_max, b_sum, p_k, p_v, p_pages, o_key, m_key, visible, o_d, pages, stride_kp,
+                    stride_ks, stride_vp, stride_vs, scale, softcap, PAGE, D, SOFTCAP, PRECISION,
+                )  # fmt: skip
+
+    if p_sinks is not None:
+        # Of several parts, the first carries the sinks.
+        b_sink = tl.load(p_sinks + head, mask=m_row & (part == 0), other=float("-inf")) * LOG2E
+        new_max = tl.maximum(b_max, b_sink)
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        decay = tl.exp2(b_max - base)
+        b_sum = b_sum * decay + tl.exp2(b_sink - base)
+        b_acc *= decay[:, None]
+        b_max = new_max
+    seen_any = b_sum != 0
+    b_sum = tl.where(seen_any, b_sum, 1.0)
+    b_lse = tl.where(seen_any, (b_max + tl.log2(b_sum)) * LN2, float("-inf"))
+    at = (part.to(tl.int64) * q_rows + o_row) * heads + head
+    tl.store(p_lse + at, b_lse, mask=m_row)
+    b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)
+    tl.store(p_out + at[:, None] * D + o_d[None, :], b_out, mask=m_row[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def paged_attention_merge_kernel(
+    p_parts,  # [parts, T_q, H_q, D] float32
+    p_part_lse,  # [parts, T_q, H_q] float32
+    p_out,  # [T_q, H_q, D]
+    p_lse,  # [T_q, H_q] float32
+    states,  # T_q * H_q
+    parts,
+    BP: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Merge the parts of a row and head, always in the same order."""
+    state = tl.program_id(0).to(tl.int64)
+    o_p = tl.arange(0, BP)
+    o_d = tl.arange(0, BD)
+    at = o_p.to(tl.int64) * states + state
+    b_lse = tl.load(p_part_lse + at, mask=o_p < parts, other=float("-inf"))
+    highest = tl.max(b_lse, 0)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    b_weight = tl.exp2((b_lse - base) * LOG2E)
+    total = tl.sum(b_weight, 0)
+    seen = total != 0
+    total = tl.where(seen, total, 1.0)
+    m_part = (b_lse != float("-inf"))[:, None] & (o_d < D)[None, :]
+    b_part = tl.load(p_parts + at[:, None] * D + o_d[None, :], mask=m_part, other=0.0)
+    b_out = tl.sum(b_part * b_weight[:, None], 0) / total
+    tl.store(p_out + state * D + o_d, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
+    tl.store(p_lse + state, tl.where(seen, base + tl.log2(total) * LN2, float("-inf")))
+
+
+@triton.jit
+def append_kv_kernel(
+    p_new_k,  # [T, H_kv, D]
+    p_new_v,  # [T, H_kv, D]
+    p_k,  # [P, page, H_kv, D]
+    p_v,  # [P, page, H_kv, D]
+    p_table,  # [B, max_pages]
+    p_lengths,  # [B]
+    p_offsets,  # [B + 1]
+    sequences,
+    pages,
+    max_keys,
+    stride_nkt,
+    stride_nkh,
+    stride_nvt,
+    stride_nvh,
+    stride_kp,
+    stride_ks,
+    stride_kh,
+    stride_vp,
+    stride_vs,
+    stride_vh,
+    stride_table,
+    PAGE: tl.constexpr,
+    HEADS: tl.constexpr,
+    BH: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+):
+    row = tl.program_id(0)
+    # The last sequence that starts at or before the row: the ones before it with the same start are empty.
+    low = tl.zeros([], tl.int32)
+    high = low + sequences
+    while low + 1 < high:
+        middle = (low + high) // 2
+        starts = tl.load(p_offsets + middle) <= row
+        low = tl.where(starts, middle, low)
+        high = tl.where(starts, high, middle)
+    end = tl.load(p_offsets + low + 1)
+    position = tl.load(p_lengths + low) - end + row
+    if (row >= end) | (position < 0) | (position >= max_keys):
+        return
+    page = tl.load(p_table + low.to(tl.int64) * stride_table + position // PAGE).to(tl.int64)
+    if (page < 0) | (page >= pages):
+        return
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    o_d = tl.arange(0, BD)
+    mask = (o_h < HEADS)[:, None] & (o_d < D)[None, :]
+    o_h = o_h.to(tl.int64)[:, None]
+    b_k = tl.load(p_new_k + row.to(tl.int64) * stride_nkt + o_h * stride_nkh + o_d[None, :], mask=mask)
+    b_v = tl.load(p_new_v + row.to(tl.int64) * stride_nvt + o_h * stride_nvh + o_d[None, :], mask=mask)
+    slot = position % PAGE
+    tl.store(p_k + page * stride_kp + slot * stride_ks + o_h * stride_kh + o_d[None, :], b_k, mask=mask)
+    tl.store(p_v + page * stride_vp + slot * stride_vs + o_h * stride_vh + o_d[None, :], b_v, mask=mask)
