@@ -13,11 +13,11 @@ import refrag_kernels as rk
 
 # The interpreter takes a second for a few hundred rows.
 LIMITS = {"max_sequences": 2, "max_chunks": 5}
-SEEDS = range(60) if ALL else (1, 3, 4, 6, 7, 12)
+SEEDS = range(60) if ALL else (1, 3, 6)
 CASES = [
     *((seed, torch.float32) for seed in SEEDS),
-    *((seed, torch.float16) for seed in (SEEDS if ALL else (6, 8))),
-    *((seed, torch.bfloat16) for seed in (SEEDS if ALL else (7, 9))),
+    *((seed, torch.float16) for seed in (SEEDS if ALL else (6,))),
+    *((seed, torch.bfloat16) for seed in (SEEDS if ALL else (6,))),
 ]
 
 
@@ -40,7 +40,7 @@ def test_against_float64(seed, dtype):
         assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.0e}; problem_of({seed}, {dtype})"
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16) if ALL else (torch.bfloat16,), ids=str)
 def test_no_worse_than_sdpa(dtype):
     problem = problem_of(105, dtype, plain=True)
     allowed = problem.plan_problem.allowed()
@@ -52,7 +52,7 @@ def test_no_worse_than_sdpa(dtype):
     assert relative_error(problem.run("triton")["out"][sees], want) <= 1.2 * relative_error(theirs, want)
 
 
-@pytest.mark.parametrize("group", (1, 2, 3, 8, 11))
+@pytest.mark.parametrize("group", (1, 2, 3, 4, 8, 11) if ALL else (1, 2, 11))
 def test_heads_that_share_keys(group):
     """Each way in which heads and blocks share a tile, and sequences that share a tile."""
     layout = rk.ChunkLayout.from_lengths([[50, 1, 1, 30], [20], [], [33, 16]])
