@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
+import mmap
+import os
 import random
 
 import torch
@@ -31,6 +34,22 @@ def assert_rows_close(got: torch.Tensor, expected: torch.Tensor, bounds: dict[to
     for row in range(len(got)):
         error = relative_error(got[row], expected[row], upstream=torch.full((10,), 10.0))
         assert error <= 8 * bound, f"{what}, row {row}: error {error:.2e} over {8 * bound:.0e}"
+
+
+def at_the_edge(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy whose last byte is followed by memory that can't be read."""
+    size = tensor.numel() * tensor.element_size()
+    readable = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, readable + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    assert protect(ctypes.c_void_p(start + readable), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0, os.strerror(
+        ctypes.get_errno()
+    )
+    if size == 0:
+        return tensor.clone()
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=readable - size)
+    return copy.view(tensor.shape).copy_(tensor)
 
 
 @dataclasses.dataclass
