@@ -52,6 +52,28 @@ REFRAG_INLINE void store_sums(float* to, const Vec a, const Vec b, const Vec c, 
 #endif
 }
 
+// sums[i] = q[i] . key[i], for four rows of q that lie `q_stride` apart; kSame: all four meet key[0].
+template <class T, bool kSame>
+REFRAG_INLINE void dot_four(const float* q, int q_stride, const T* const (&key)[4], int dim, float* sums) {
+  Vec sum[4] = {zero_vec(), zero_vec(), zero_vec(), zero_vec()};
+  int d = 0;
+  for (; d + kLanes <= dim; d += kLanes) {
+    Vec numbers = load(key[0] + d);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      if (!kSame && i > 0) numbers = load(key[i] + d);
+      sum[i] = fma(numbers, load(q + i * q_stride + d), sum[i]);
+    }
+  }
+  if (d < dim) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      sum[i] = fma(load_partial(key[kSame ? 0 : i] + d, dim - d), load(q + i * q_stride + d), sum[i]);
+    }
+  }
+  store_sums(sums, sum[0], sum[1], sum[2], sum[3]);
+}
+
 // scores[r][c] = q[r] . key c for kDotKeys keys.
 template <class T, int kRows>
 void dot_rows(const float* q, int q_stride, const char* k, const int64_t* at, int dim, float* scores) {
