@@ -40,3 +40,8 @@ def attention_unsupported(q: torch.Tensor, **keys: torch.Tensor) -> str | None:
     if q.shape[2] not in HEAD_WIDTHS:
         return f"head width {q.shape[2]}"
     return no_tensor_cores(q) or unaligned(q=q, **keys)
+
+
+def no_float64(first: torch.Tensor, *_: object, **__: object) -> str | None:
+    """Refuse float64."""
+    return "dtype float64" if first.dtype == torch.float64 else None

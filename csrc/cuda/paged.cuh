@@ -1,0 +1,372 @@
+// paged_attention on the device, sm_80 and newer. Raw pointers and a params struct, no torch.
+//
+// A block of threads takes up to 16 pairs of a query row and a query head that share a key/value head, and one split of the
+// sequence's keys. Keys pass through shared memory 64 at a time, gathered from their pages; each of the four warps takes 16
+// of them against all 16 rows. What the mask leaves out is found before anything is copied: keys that no row sees are not
+// read, and 64 keys that no row sees cost no copy at all. The splits' results are merged by a second kernel in the order
+// of the splits, so that the result depends on shapes only.
+#pragma once
+
+#include "cuda/attention_tile.cuh"
+
+namespace refrag::cuda {
+
+struct PagedParams {
+  const void* q;        // [q_rows, q_heads, D]
+  const void* k_pages;  // [num_pages, page_size, kv_heads, D]
+  const void* v_pages;
+  const int32_t* page_table;  // [num_sequences, max_pages]
+  const int32_t* kv_lengths;  // [num_sequences]
+  const int32_t* q_offsets;   // [num_sequences + 1], or null: one row a sequence
+  const int32_t* indptr;      // [q_rows + 1], or null: no ranges
+  const int2* ranges;         // [num_ranges]
+  const float* sinks;         // [q_heads] or null
+  void* out;                  // [q_rows, q_heads, D]
+  float* lse;                 // [q_rows, q_heads]
+  float* split_out;           // [splits, q_rows, q_heads, D] and
+  float* split_lse;           // [splits, q_rows, q_heads]; both null with one split
+  // Elements from one to the next.
+  int64_t q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row;
+  int32_t q_rows, q_heads, num_sequences, num_pages, page_size, max_pages, num_ranges;
+  int32_t group;           // query heads of a key/value head
+  int32_t heads_per_tile;  // of these, in one tile of 16 rows
+  int32_t head_tiles;
+  int32_t rows_per_tile;  // query rows of a tile
+  int32_t splits, split_keys;
+  int32_t window_left;  // -1: no bound
+  float scale, softcap;
+};
+
+constexpr int kPagedThreads = 128;
+constexpr int kPagedWarps = kPagedThreads / kWarp;
+constexpr int kPagedKeys = kPagedWarps * kTile;  // of a stage
+constexpr int kPagedStages = 2;
+constexpr int kKeyLists = 3;  // of the stage that is computed, the one that is copied, the one that is listed
+
+// The keys of a stage: first key and the 63 after it.
+struct KeyList {
+  int found;                                 // 0: there are no more keys
+  int page[kPagedKeys];                      // -1 where no row sees the key
+  int slot[kPagedKeys];                      // row within the page
+  uint32_t seen[kTile][kPagedKeys / kWarp];  // by each query row: bit k % 32 of word k / 32
+  uint32_t any[kPagedKeys / kWarp];          // by any of them
+};
+
+template <int D>
+struct PagedShared {
+  static constexpr int kStageBytes = 2 * kPagedWarps * Tile<D>::kBytes;
+  static constexpr int kBytes = kPagedStages * kStageBytes + kKeyLists * static_cast<int>(sizeof(KeyList));
+  // In the end the warps' sums [4, 16, D], largest scores [4, 16] and weights [4, 16] take the place of the stages.
+  static_assert(kPagedWarps * kTile * (D + 2) * 4 <= kPagedStages * kStageBytes, "the stages hold the warps' sums");
+
+  unsigned char* memory;
+
+  __device__ unsigned char* keys(int stage, int tile) const { return memory + stage * kStageBytes + tile * Tile<D>::kBytes; }
+  __device__ unsigned char* values(int stage, int tile) const { return keys(stage, kPagedWarps + tile); }
+  __device__ KeyList& list(int index) const {
+    return reinterpret_cast<KeyList*>(memory + kPagedStages * kStageBytes)[index];
+  }
+  __device__ float* sum(int warp, int row) const { return reinterpret_cast<float*>(memory) + (warp * kTile + row) * D; }
+  __device__ float* largest(int warp) const { return sum(kPagedWarps, 0) + warp * kTile; }
+  __device__ float* weight(int warp) const { return largest(kPagedWarps + warp); }
+};
+
+// The query rows of a tile, all of one sequence.
+struct QueryTile {
+  int sequence;  // num_sequences for rows of no sequence, which see nothing
+  int first, rows;
+  int position;  // of the first row in its sequence
+  int length;    // keys of the sequence
+};
+
+__device__ inline int clamp_to(int value, int low, int high) { return max(low, min(value, high)); }
+
+// A sequence that starts at row o has the tiles from o / rows_per_tile + sequence on: enough for its rows, wherever they
+// start, and found without a list. The rows after the last sequence count as one more.
+__device__ inline QueryTile find_tile(const PagedParams& params, int index) {
+  QueryTile tile = {index, index, 1, 0, 0};
+  if (params.q_offsets) {
+    int low = 0, high = params.num_sequences;  // the last sequence whose tiles start at `index` or before
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (params.q_offsets[middle] / params.rows_per_tile + middle <= index) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    const int start = clamp_to(params.q_offsets[low], 0, params.q_rows);
+    const int end = low < params.num_sequences ? clamp_to(params.q_offsets[low + 1], start, params.q_rows) : params.q_rows;
+    tile.sequence = low;
+    tile.first = start + (index - (start / params.rows_per_tile + low)) * params.rows_per_tile;
+    tile.rows = min(params.rows_per_tile, end - tile.first);
+    tile.position = tile.first - end;
+  } else {
+    tile.position = -1;
+  }
+  if (tile.sequence < params.num_sequences) {
+    tile.length = clamp_to(params.kv_lengths[tile.sequence], 0, params.max_pages * params.page_size);
+    tile.position += tile.length;
+  }
+  return tile;
+}
+
+// Whether a key lies in one of a query row's ranges, which are sorted and disjoint.
+__device__ inline bool in_ranges(const PagedParams& params, int row, int key) {
+  int low = clamp_to(params.indptr[row], 0, params.num_ranges);
+  int high = clamp_to(params.indptr[row + 1], low, params.num_ranges);
+  const int first = low;
+  while (low < high) {  // the number of ranges that start at the key or before
+    const int middle = (low + high) / 2;
+    if (params.ranges[middle].x <= key) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low > first && key < params.ranges[low - 1].y;
+}
+
+// One warp lists the next keys that any row sees, from `key` on; returns where to go on.
+__device__ inline int list_keys(KeyList& list, const PagedParams& params, const QueryTile& tile, int key, int end, int lane) {
+  for (; key < end; key += kPagedKeys) {
+    uint32_t all = 0;
+#pragma unroll
+    for (int word = 0; word < kPagedKeys / kWarp; ++word) {
+      const int mine = key + word * kWarp + lane;
+      int page = -1, slot = 0;
+      if (mine < end) {
+        const int index = mine / params.page_size;
+        slot = mine - index * params.page_size;
+        page = params.page_table[tile.sequence * params.table_row + index];
+        if (page < 0 || page >= params.num_pages) page = -1;
+      }
+      uint32_t any = 0;
+      for (int row = 0; row < tile.rows; ++row) {
+        const int position = tile.position + row;
+        bool sees = page >= 0 && mine <= position && (params.window_left < 0 || mine >= position - params.window_left);
+        if (sees && params.indptr) sees = in_ranges(params, tile.first + row, mine);
+        const uint32_t seen = __ballot_sync(kAllLanes, sees);
+        if (lane == 0) list.seen[row][word] = seen;
+        any |= seen;
+      }
+      list.page[word * kWarp + lane] = any >> lane & 1 ? page : -1;
+      list.slot[word * kWarp + lane] = slot;
+      if (lane == 0) list.any[word] = any;
+      all |= any;
+    }
+    if (all) {
+      if (lane == 0) list.found = 1;
+      return key + kPagedKeys;
+    }
+  }
+  if (lane == 0) list.found = 0;
+  return key;
+}
+
+template <class T, int D>
+__device__ inline void copy_keys(const PagedShared<D>& shared, int stage, const KeyList& list, const PagedParams& params,
+                                 int kv_head) {
+  if (list.found) {
+    constexpr int kChunks = Tile<D>::kChunks;
+    const T* keys = static_cast<const T*>(params.k_pages) + kv_head * params.k_head;
+    const T* values = static_cast<const T*>(params.v_pages) + kv_head * params.v_head;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kPagedKeys * kChunks; i += kPagedThreads) {
+      const int key = i / kChunks, chunk = i % kChunks;
+      const int offset = Tile<D>::offset(key % kTile, chunk);
+      const bool valid = list.page[key] >= 0;
+      const int64_t page = valid ? list.page[key] : 0, slot = valid ? list.slot[key] : 0;
+      // Unseen keys are zeros: their weight is 0, but 0 times a NaN would not be.
+      copy_async(shared.keys(stage, key / kTile) + offset,
+                 keys + page * params.k_page + slot * params.k_slot + chunk * kChunk, valid);
+      copy_async(shared.values(stage, key / kTile) + offset,
+                 values + page * params.v_page + slot * params.v_slot + chunk * kChunk, valid);
+    }
+  }
+  commit_copies();
+}
+
+// One warp's 16 keys of a stage.
+template <class T, int D>
+__device__ inline void attend_keys(WarpAttention<T, D>& state, const PagedShared<D>& shared, int stage, const KeyList& list,
+                                   const PagedParams& params, const QueryTile& tile, ScoreScale scale, int warp, int lane) {
+  const int word = warp / 2, shift = warp % 2 * kTile;
+  if ((list.any[word] >> shift & 0xffff) == 0) return;
+  float scores[1][2][4];
+  state.score(scores[0], shared.keys(stage, warp), lane);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = (lane / 4 + 8 * half) / params.heads_per_tile;
+    const uint32_t seen = row < tile.rows ? list.seen[row][word] >> (shift + lane % 4 * 2) : 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float& score = scores[0][i][2 * half + j];
+        score = seen >> (8 * i + j) & 1 ? scale(score) : minus_infinity();
+      }
+    }
+  }
+  state.soften(scores);
+  state.accumulate(scores[0], shared.values(stage, warp), lane);
+}
+
+// Grid: x tiles of query rows, y tiles of heads, z splits.
+template <class T, int D>
+__global__ __launch_bounds__(kPagedThreads) void paged_attention_kernel(const PagedParams params) {
+  const PagedShared<D> shared = {shared_memory()};
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const QueryTile tile = find_tile(params, blockIdx.x);
+  if (tile.rows <= 0) return;
+  const int kv_head = blockIdx.y / params.head_tiles;
+  const int head_of_group = blockIdx.y % params.head_tiles * params.heads_per_tile;
+  const int heads = min(params.heads_per_tile, params.group - head_of_group);
+  const int first_head = kv_head * params.group + head_of_group;
+
+  WarpAttention<T, D> state;
+  state.start(lane, [&](int row) {
+    const int query = row / params.heads_per_tile, head = row % params.heads_per_tile;
+    const T* q = static_cast<const T*>(params.q);
+    return query < tile.rows && head < heads ? q + (tile.first + query) * params.q_row + (first_head + head) * params.q_head
+                                             : nullptr;
+  });
+
+  // The keys of this split that any row may see.
+  const int split_start = blockIdx.z * params.split_keys;
+  const int lowest = params.window_left < 0 ? 0 : max(0, tile.position - params.window_left);
+  const int end = min(min(tile.length, tile.position + tile.rows), split_start + params.split_keys);
+  int key = max(split_start, lowest);
+  if (warp == 0) {
+    key = list_keys(shared.list(0), params, tile, key, end, lane);
+    key = list_keys(shared.list(1), params, tile, key, end, lane);
+  }
+  __syncthreads();
+  copy_keys<T>(shared, 0, shared.list(0), params, kv_head);
+  const ScoreScale scale = ScoreScale::make(params.scale, params.softcap);
+  int stage = 0, list = 0;
+  for (;;) {
+    wait_copies<0>();
+    // Now all copies of this stage are seen by all, nobody reads the other stage any more, and its next keys are listed.
+    __syncthreads();
+    if (!shared.list(list).found) break;
+    const int next = list == kKeyLists - 1 ? 0 : list + 1;
+    const int after = next == kKeyLists - 1 ? 0 : next + 1;
+    copy_keys<T>(shared, 1 - stage, shared.list(next), params, kv_head);
+    if (warp == 0) key = list_keys(shared.list(after), params, tile, key, end, lane);
+    attend_keys(state, shared, stage, shared.list(list), params, tile, scale, warp, lane);
+    stage = 1 - stage;
+    list = next;
+  }
+
+  // Merge the warps.
+  state.finish();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + 8 * half;
+    float* sum = shared.sum(warp, row) + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) {
+      sum[i * 8] = state.sum[i][2 * half];
+      sum[i * 8 + 1] = state.sum[i][2 * half + 1];
+    }
+    if (lane % 4 == 0) {
+      shared.largest(warp)[row] = state.largest[half];
+      shared.weight(warp)[row] = state.weight[half];
+    }
+  }
+  __syncthreads();
+  constexpr int kPacks = D / 4;  // of four columns
+  for (int i = threadIdx.x; i < kTile * kPacks; i += kPagedThreads) {
+    const int row = i / kPacks, column = i % kPacks * 4;
+    const int query = row / params.heads_per_tile, head = row % params.heads_per_tile;
+    if (query >= tile.rows || head >= heads) continue;
+    const float sink = params.sinks && !params.split_out ? params.sinks[first_head + head] * kLog2E : minus_infinity();
+    float top = sink;
+    for (int w = 0; w < kPagedWarps; ++w) top = fmaxf(top, shared.largest(w)[row]);
+    const float base = top == minus_infinity() ? 0.0f : top;
+    float total = exp2_fast(sink - base), result[4] = {};
+    for (int w = 0; w < kPagedWarps; ++w) {
+      const float share = exp2_fast(shared.largest(w)[row] - base);
+      total += share * shared.weight(w)[row];
+      for (int j = 0; j < 4; ++j) result[j] += share * shared.sum(w, row)[column + j];
+    }
+    const float factor = total > 0 ? 1.0f / total : 0.0f;
+    const int64_t place = (tile.first + query) * static_cast<int64_t>(params.q_heads) + first_head + head;
+    const float lse = total > 0 ? (base + log2f(total)) * kLn2 : minus_infinity();
+    if (params.split_out) {
+      const int64_t split_place = static_cast<int64_t>(blockIdx.z) * params.q_rows * params.q_heads + place;
+      Pack<float, 4> pack;
+      for (int j = 0; j < 4; ++j) pack.values[j] = result[j] * factor;
+      *reinterpret_cast<Pack<float, 4>*>(params.split_out + split_place * D + column) = pack;
+      if (column == 0) params.split_lse[split_place] = lse;
+    } else {
+      Pack<T, 4> pack;
+      for (int j = 0; j < 4; ++j) pack.values[j] = from_float<T>(result[j] * factor);
+      *reinterpret_cast<Pack<T, 4>*>(static_cast<T*>(params.out) + place * D + column) = pack;
+      if (column == 0) params.lse[place] = lse;
+    }
+  }
+}
+
+// Merges the splits of one row and head in one warp, in their order. Grid: x groups of kMergeWarps of them.
+constexpr int kMergeWarps = 4;
+
+template <class T, int D>
+__global__ __launch_bounds__(kMergeWarps * kWarp) void merge_splits_kernel(const PagedParams params) {
+  const int lane = threadIdx.x % kWarp;
+  const int64_t places = static_cast<int64_t>(params.q_rows) * params.q_heads;
+  const int64_t place = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.x / kWarp;
+  if (place >= places) return;
+  const float sink = params.sinks ? params.sinks[place % params.q_heads] : minus_infinity();
+  float top = sink;
+  for (int split = 0; split < params.splits; ++split) top = fmaxf(top, params.split_lse[split * places + place]);
+  const float base = top == minus_infinity() ? 0.0f : top;
+  float total = exp2_fast((sink - base) * kLog2E), result[4] = {};
+  const bool writes = lane * 4 < D;
+  for (int split = 0; split < params.splits; ++split) {
+    const float share = exp2_fast((params.split_lse[split * places + place] - base) * kLog2E);
+    if (share == 0) continue;
+    total += share;
+    if (!writes) continue;
+    const auto pack =
+        *reinterpret_cast<const Pack<float, 4>*>(params.split_out + (split * places + place) * D + lane * 4);
+    for (int j = 0; j < 4; ++j) result[j] += share * pack.values[j];
+  }
+  if (writes) {
+    Pack<T, 4> pack;
+    for (int j = 0; j < 4; ++j) pack.values[j] = from_float<T>(total > 0 ? result[j] / total : 0.0f);
+    *reinterpret_cast<Pack<T, 4>*>(static_cast<T*>(params.out) + place * D + lane * 4) = pack;
+  }
+  if (lane == 0) params.lse[place] = total > 0 ? base + log2f(total) * kLn2 : minus_infinity();
+}
+
+struct PagedGrid {
+  int x, y, z;
+};
+
+// Blocks of threads to aim for: a few for each multiprocessor of the largest devices. Not taken from the device, so that
+// results don't depend on it.
+constexpr int kPagedBlocks = 512;
+constexpr int kLeastSplitKeys = 256;
+
+// Packs rows and heads into tiles, and splits the keys where the tiles alone are too few.
+inline PagedGrid divide_paged(PagedParams& params, int kv_heads) {
+  params.heads_per_tile = params.group < kTile ? params.group : kTile;
+  params.head_tiles = (params.group + params.heads_per_tile - 1) / params.heads_per_tile;
+  params.rows_per_tile = params.q_offsets ? kTile / params.heads_per_tile : 1;
+  // One sequence more than there are, for rows of none.
+  const int x = params.q_offsets ? params.q_rows / params.rows_per_tile + params.num_sequences + 1 : params.q_rows;
+  const int y = kv_heads * params.head_tiles;
+  const int64_t capacity = static_cast<int64_t>(params.max_pages) * params.page_size;
+  int64_t splits = kPagedBlocks / (static_cast<int64_t>(x) * y);
+  if (splits > capacity / kLeastSplitKeys) splits = capacity / kLeastSplitKeys;
+  if (splits < 1) splits = 1;
+  const int64_t keys = (capacity + splits * kPagedKeys - 1) / (splits * kPagedKeys) * kPagedKeys;
+  params.split_keys = static_cast<int32_t>(keys > 0 ? keys : kPagedKeys);
+  params.splits = static_cast<int32_t>((capacity + params.split_keys - 1) / params.split_keys);
+  if (params.splits < 1) params.splits = 1;
+  return {x, y, params.splits};
+}
+
+}  // namespace refrag::cuda
