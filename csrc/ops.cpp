@@ -51,6 +51,9 @@ STABLE_TORCH_LIBRARY(refrag_cpu, m) {
 
 STABLE_TORCH_LIBRARY(refrag_cuda, m) {
   m.def("architectures() -> str");
+  m.def(
+      "assemble_mixed(Tensor token_ids, Tensor token_table, Tensor projected, Tensor slot_of_row, float token_scale) "
+      "-> Tensor");
   for (const char* schema : kSchemas) m.def(schema);
 }
 
