@@ -130,7 +130,9 @@ class NinjaFile:
         if cuda:
             ccbin = ["-ccbin", cxx[-1]] if "CXX" in os.environ else []
             nvcc = [cuda.nvcc, *ccbin, "-MD", "-MF", "$out.d"]
-            self.rule("nvcc", nvcc, "$flags -c $in -o $out", "CUDA", depfile=True)
+            # The assembler's report of registers and spills goes to a file, which tests/test_gpu_resources.py reads.
+            keep = "> $out.log 2>&1; status=$$?; grep -ve '^ptxas info' -e 'bytes stack frame' $out.log; exit $$status"
+            self.rule("nvcc", [*nvcc, "-Xptxas", "-v"], f"$flags -c $in -o $out {keep}", "CUDA", depfile=True)
             flags = [*self.nvcc_flags, *cuda.flags()]
             objects += [self.compile("nvcc", source, flags) for source in self.sources("cuda/*.cu")]
             libraries += [str(cuda.cudart), "-ldl", "-lpthread", "-lrt"]
