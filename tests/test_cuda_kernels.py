@@ -1,0 +1,114 @@
+"""The CUDA backend: what it is registered for and what it leaves to others; its values where there is a GPU."""
+
+import pytest
+import torch
+from accuracy import LSE, OUTPUT, relative_error
+from factory import random_attention_problem
+from paged_problems import make_problem
+
+import refrag_kernels as rk
+from refrag_kernels import extension
+from refrag_kernels.cuda_kernels import attention, paged, projection
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+HALF = [torch.bfloat16, torch.float16]
+OPS = (
+    "append_kv",
+    "assemble_mixed",
+    "merge_states",
+    "mixed_attention",
+    "paged_attention",
+    "pool_chunks",
+    "project_chunks",
+)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_is_registered_for_cuda(op):
+    if extension.load_error() or not torch.ops.refrag_cuda.architectures():
+        pytest.skip("built without CUDA kernels")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"refrag_cuda::{op}", "CUDA")
+
+
+@pytest.mark.parametrize(
+    ("width", "first", "dtype", "message"),
+    [
+        (80, 0, torch.bfloat16, "head width 80"),
+        (64, 0, torch.float32, "dtype float32"),
+        (64, 4, torch.float16, "q has rows that don't start at multiples of 16 bytes"),
+    ],
+)
+def test_what_attention_leaves_to_other_backends(width, first, dtype, message):
+    q = torch.zeros(4, 2, width + first, dtype=dtype)[..., first:]
+    pages = torch.zeros(2, 16, 2, width, dtype=dtype)
+    assert attention.mixed_attention.unsupported(q, pages[0], pages[0]) == message
+    assert paged.paged_attention.unsupported(q, pages, pages) == message
+
+
+def test_what_attention_takes():
+    for width in (64, 96, 128):
+        q, k, v = (torch.zeros(4, 2, width + 8, dtype=torch.bfloat16)[..., :width] for _ in range(3))
+        assert attention.mixed_attention.unsupported(q, k, v) is None
+
+
+def test_what_the_projection_leaves_to_other_backends():
+    w1, w2 = torch.zeros(64, 32).half(), torch.zeros(16, 64).half()
+    unsupported = projection.project_chunks.unsupported
+    assert unsupported(torch.zeros(64, 32).half(), w1, None, w2, None, "gelu", None) is None
+    assert unsupported(torch.zeros(65, 32).half(), w1, None, w2, None, "gelu", None) == "65 chunks"
+    assert unsupported(torch.zeros(2, 32), w1.float(), None, w2.float(), None, "gelu", None) == "dtype float32"
+    assert "width 12" in unsupported(torch.zeros(2, 12).half(), w1[:, :12], None, w2, None, "gelu", None)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("seed", range(40))
+def test_attention(seed, dtype):
+    problem = random_attention_problem(seed, dtype)
+    if problem.q.shape[2] not in (64, 96, 128):
+        pytest.skip("a head width that is left to other backends")
+    q, k, v = (getattr(problem, name).cuda() for name in "qkv")
+    options = {name: value.cuda() if torch.is_tensor(value) else value for name, value in problem.options.items()}
+    plan = problem.plan_problem.plan(device="cuda")
+    out, lse = rk.mixed_attention(q, k, v, plan, return_lse=True, backend="cuda", **options)
+    expected = problem.expected()
+    assert relative_error(out.cpu(), expected["out"]) <= OUTPUT[dtype]
+    assert relative_error(lse.cpu(), expected["lse"]) <= LSE[dtype]
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("width", [64, 96, 128])
+@pytest.mark.parametrize("rows", [None, [3, 1, 0, 70]])
+def test_paged_attention(rows, width, dtype):
+    problem = make_problem(
+        width, [300, 4000, 0, 70], rows, heads=(8, 2), dim=width, page=16, dtype=dtype, sinks=True, visible=True
+    )
+    args = (argument.cuda() for argument in problem.args)
+    options = {
+        name: tuple(t.cuda() for t in value) if name == "visible" else value.cuda() if torch.is_tensor(value) else value
+        for name, value in problem.options.items()
+    }
+    out, lse = rk.paged_attention(*args, return_lse=True, backend="cuda", **options)
+    assert relative_error(out.cpu(), problem.out) <= OUTPUT[dtype]
+    assert relative_error(lse.cpu(), problem.lse) <= LSE[dtype]
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("chunks", [1, 9, 64, 200])
+def test_projection_and_assembly(chunks, dtype):
+    torch.manual_seed(chunks)
+    weights = [torch.randn(512, 384) / 20, torch.randn(512), torch.randn(1024, 512) / 20, torch.randn(1024)]
+    rows, table = torch.randn(chunks, 384), torch.randn(100, 1024)
+    slots = torch.full((chunks + 50,), -1, dtype=torch.int32)
+    slots[20 : 20 + chunks] = torch.arange(chunks, dtype=torch.int32)
+    ids = torch.randint(0, 100, slots.shape)
+    args = [t.to(dtype).cuda() for t in (table, rows)], [t.to(dtype).cuda() for t in weights]
+    (table, rows), weights = args
+    mixed = rk.embed_mixed(ids.cuda(), table, rows, slots.cuda(), *weights, token_scale=2.0, backend="cuda")
+    expected = rk.embed_mixed(
+        ids.cuda(), table.double(), rows.double(), slots.cuda(), *(w.double() for w in weights), token_scale=2.0,
+        backend="reference",
+    )  # fmt: skip
+    assert relative_error(mixed, expected) <= OUTPUT[dtype]
