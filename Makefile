@@ -46,7 +46,7 @@ test-asan: $(VENV)/.test ## Run the tests of the ops and the planner with saniti
 	  --ignore=tests/test_build.py --ignore=tests/test_report.py $(ARGS)
 
 bench: $(VENV)/.model build ## Time the ops against their peers, in turns, each result checked against float64
-	$(BIN)/python -m bench run --output build/bench.json $(ARGS)
+	$(BIN)/python -m bench run --json build/bench.json --csv build/bench.csv --markdown build/bench.md $(ARGS)
 
 # The device code of csrc/cuda on the CPU under AddressSanitizer: accesses beyond shared memory and beyond tensors.
 test-cuda-host: $(VENV)/.test ## Run the CUDA kernels' source on the CPU with AddressSanitizer

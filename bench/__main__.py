@@ -1,112 +1,184 @@
-"""The command line of the benchmarks."""
+"""The command line of the benchmarks: ``python -m bench run | compare | plot | report``."""
 
 from __future__ import annotations
 
-import json
-import platform
-from collections.abc import Iterator
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
-from rich.console import Console
 
-from bench import attention, rows
-from bench.case import Case
-from bench.run import OURS, Outcome, measure
+from bench import results, table
+from bench.case import Entry, Sweep
+from bench.compare import compare, percentage
+from bench.presets import PRESETS
+from bench.run import OURS, Outcome, measure, threads
 from refrag_kernels import backends
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.command(options)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
 
 
-@app.callback()
-def bench() -> None:
-    """Benchmarks of refrag_kernels against its peers."""
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m bench", description="Benchmarks of refrag_kernels against its peers.")
+    commands = parser.add_subparsers(required=True)
+
+    run = commands.add_parser(
+        "run",
+        help="check every contender against float64 and time them in turns",
+        description="Check every contender against float64 and time them in turns. Without an option of the sweep "
+        "(--preset to --expand) it measures the published set. Exit code 1 if a result of ours is wrong.",
+    )
+    run.set_defaults(command=_run)
+    run.add_argument("--op", nargs="+", choices=table.OPS, metavar="OP", help=f"of {', '.join(table.OPS)}")
+    run.add_argument("--case", nargs="+", help="such as prompt, passages, encoder, backward, decode")
+    run.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds this text")
+    run.add_argument("--backend", nargs="+", default=[], choices=list(backends.missing()), help="time ours on each")
+    run.add_argument("--preset", nargs="+", choices=list(PRESETS), help=f"of {', '.join(PRESETS)}", metavar="PRESET")
+    run.add_argument("--k", nargs="+", type=int, help="tokens of a chunk")
+    run.add_argument("--context", nargs="+", type=int, help="tokens of the context")
+    run.add_argument("--density", nargs="+", type=float, help="shares of the pairs of rows that are allowed, up to 1")
+    run.add_argument("--expand", nargs="+", type=float, help="shares of the chunks that stand as text, 0 to 1")
+    run.add_argument("--dtype", nargs="+", choices=list(table.DTYPES), help="default float32 and bfloat16")
+    run.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the tensors are")
+    run.add_argument("--rounds", type=int, default=11, help="rounds that count, after two that don't")
+    run.add_argument("--threads", type=int, default=2, help="0 leaves torch's choice")
+    run.add_argument("--refcheck", action=argparse.BooleanOptionalAction, default=True, help="compare with float64")
+    run.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="count peak memory")
+    run.add_argument("--flex", action=argparse.BooleanOptionalAction, default=True, help="compile flex_attention too")
+    run.add_argument("--json", "--output", type=Path, dest="json", metavar="FILE", help="write the figures as JSON")
+    run.add_argument("--csv", type=Path, metavar="FILE", help="write the figures as CSV")
+    run.add_argument("--markdown", type=Path, metavar="FILE", help="write the figures as Markdown tables")
+    run.add_argument("--repro", action="store_true", help="print the command of each row")
+    run.add_argument("--list", action="store_true", help="name the rows and measure nothing")
+
+    two = commands.add_parser("compare", help="compare two runs")
+    two.set_defaults(command=_compare)
+    two.add_argument("old", type=Path)
+    two.add_argument("new", type=Path)
+    two.add_argument("--fail-over", metavar="10%", help="exit with 1 if a median of ours grew by more")
+
+    draw = commands.add_parser("plot", help="draw a run as PNG files")
+    draw.set_defaults(command=_plot)
+    draw.add_argument("run", type=Path)
+    draw.add_argument("--output", type=Path, default=Path("bench-plots"), help="folder; default bench-plots")
+
+    report = commands.add_parser("report", help="print a run as Markdown tables")
+    report.set_defaults(command=_report)
+    report.add_argument("run", type=Path)
+    report.add_argument("--output", type=Path, help="write them here instead")
+    return parser
 
 
-def cases(flex: bool) -> Iterator[Case]:
-    yield from attention.passage_cases(flex)
-    yield from attention.causal_cases()
-    yield from attention.encoder_cases()
-    yield from attention.backward_cases()
-    yield from rows.paged_cases()
-    yield from rows.projection_cases()
-    yield from attention.plan_cases()
+def _selected(options: argparse.Namespace) -> list[Entry]:
+    """Return the rows that the options ask for."""
+    for name, least, most in (("k", 1, None), ("context", 1, None), ("density", 0, 1), ("expand", 0, 1)):
+        for value in getattr(options, name) or []:
+            if value < least or (most is not None and value > most) or (name == "density" and value == 0):
+                raise ValueError(f"--{name}: got {value:g}, needs {f'{least} to {most}' if most else 'at least 1'}")
+    for name, least in (("rounds", 1), ("threads", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name}: got {getattr(options, name)}, needs {least} or more")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: got cuda, but torch finds no CUDA or ROCm device")
+    swept = {"presets": options.preset, "k": options.k, "context": options.context, "density": options.density}
+    swept["expand"] = options.expand
+    swept = {name: tuple(values) for name, values in swept.items() if values}
+    dtypes = tuple(table.DTYPES[name] for name in options.dtype or ())
+    if swept or options.device != "cpu" or "float16" in (options.dtype or ()):
+        sweep = Sweep(**swept, **({"dtypes": dtypes} if dtypes else {}), device=options.device)
+        entries = list(table.entries(sweep, options.flex))
+    else:
+        entries = table.published(options.flex)
+    chosen = [
+        entry
+        for entry in entries
+        if (not options.op or entry.op in options.op)
+        and (not options.case or entry.case in options.case)
+        and (not dtypes or entry.dtype in (*dtypes, torch.int32))
+        and options.only in entry.name
+    ]
+    if not chosen:
+        raise ValueError("no row fits these options; `python -m bench run --list` names those of the published set")
+    return chosen
 
 
-def figures(outcome: Outcome) -> dict:
-    case = outcome.case
-    return {
-        "op": case.op,
-        "case": case.name,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "seconds": {
-            name: {"median": t.median, "p20": t.quantile(0.2), "p80": t.quantile(0.8), "min": t.least}
-            for name, t in outcome.times.items()
-        },
-        "wrong": outcome.wrong,
-        "speed_up": outcome.speed_up(),
-        "share_of_limit": outcome.share(),
-        "useful_gflops": case.flops / outcome.times[OURS].median / 1e9
-        if case.flops and OURS in outcome.times
-        else None,
-        "matmul_gflops": outcome.matmul / 1e9 if outcome.matmul else None,
-        "read_gbytes": outcome.bandwidth / 1e9 if outcome.bandwidth else None,
-        "cpu_pressure": outcome.pressure,
-        "misses": outcome.misses(),
-    }
+def _run(options: argparse.Namespace) -> int:
+    entries = _selected(options)
+    if options.list:
+        print("\n".join(entry.name for entry in entries))
+        return 0
+    command = "python -m bench " + shlex.join(sys.argv[1:])
+    about = results.environment(options.threads, options.rounds, command)
+    rows: list[dict] = []
+    failed = False
+    with threads(options.threads):
+        print(backends.report(), flush=True)
+        for entry in entries:
+            outcome = measure(
+                entry,
+                options.rounds,
+                backends=options.backend,
+                refcheck=options.refcheck,
+                memory=options.memory,
+                device=options.device,
+                goal=table.goal_of(entry),
+            )
+            rows += results.records(outcome)
+            failed |= _is_wrong(outcome)
+            print(results.text(outcome), flush=True)
+            if options.repro:
+                print("  " + entry.command + "".join(f" --backend {name}" for name in options.backend), flush=True)
+            # After each row, so that a run that is stopped leaves what it has measured.
+            if options.json:
+                results.write_json(options.json, about, rows)
+    run = {"schema": results.SCHEMA, "environment": about, "rows": rows}
+    if options.csv:
+        results.write_csv(options.csv, rows)
+    if options.markdown:
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
+        options.markdown.write_text(results.markdown(run))
+    return 1 if failed else 0
 
 
-def line(outcome: Outcome) -> str:
-    case, times = outcome.case, outcome.times
-    parts = [f"{case.op}, {case.name}, {str(case.dtype).removeprefix('torch.')}"]
-    if OURS in times:
-        parts.append(f"{times[OURS].median * 1e3:.2f} ms (min {times[OURS].least * 1e3:.2f})")
-    if outcome.best_peer:
-        peer = times[outcome.best_peer]
-        parts.append(f"best peer {outcome.best_peer} {peer.median * 1e3:.2f} ms (min {peer.least * 1e3:.2f})")
-    if outcome.speed_up():
-        parts.append(f"{outcome.speed_up():.2f} x")
-    if outcome.share():
-        parts.append(f"{100 * outcome.share():.0f} % of the {'read' if case.bytes else 'matmul'} rate")
-    parts += [f"WRONG: {name}, error {error:.1e}" for name, error in outcome.wrong.items()]
-    parts += [f"missed {miss}" for miss in outcome.misses()]
-    return parts[0] + ": " + "; ".join(parts[1:])
+def _is_wrong(outcome: Outcome) -> bool:
+    return any(name.startswith(OURS) for name in outcome.wrong)
 
 
-@app.command()
-def run(
-    only: Annotated[str, typer.Option(help="Run cases whose op, name or dtype holds this text.")] = "",
-    rounds: Annotated[int, typer.Option(help="Rounds that count, after two that don't.")] = 11,
-    threads: Annotated[int, typer.Option(help="Threads; 0 leaves torch's choice.")] = 2,
-    flex: Annotated[bool, typer.Option(help="Compile flex_attention as a peer: half a minute a shape.")] = True,
-    output: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
-) -> None:
-    """Check every contender against float64 and time them in turns; exit code 1 if a result of ours is wrong."""
-    console = Console()
-    if threads:
-        torch.set_num_threads(threads)
-    console.print(str(backends.report()), highlight=False, soft_wrap=True)
-    done = []
-    for case in cases(flex):
-        if only and only not in f"{case.op} {case.name} {case.dtype}":
-            continue
-        with console.status(f"{case.op}, {case.name}"):
-            outcome = measure(case, rounds)
-        done.append(figures(outcome))
-        console.print(line(outcome), highlight=False, soft_wrap=True)
-        if output is not None:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            machine = {
-                "processor": platform.processor(),
-                "torch": torch.__version__,
-                "threads": torch.get_num_threads(),
-            }
-            output.write_text(json.dumps({"machine": machine, "rounds": rounds, "cases": done}, indent=2) + "\n")
-    if any(OURS in figures["wrong"] for figures in done):
-        raise typer.Exit(1)
+def _compare(options: argparse.Namespace) -> int:
+    fail_over = None if options.fail_over is None else percentage(options.fail_over)
+    lines, failed = compare(results.read(options.old), results.read(options.new), fail_over)
+    print("\n".join(lines))
+    return 1 if failed and fail_over is not None else 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    run = results.read(options.run)
+    from bench.plot import plot  # matplotlib takes a second to load
+
+    for path in plot(run, options.output):
+        print(path)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    text = results.markdown(results.read(options.run))
+    if options.output:
+        options.output.write_text(text)
+    else:
+        print(text, end="")
+    return 0
 
 
 if __name__ == "__main__":
-    app()
+    raise SystemExit(main())

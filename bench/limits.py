@@ -6,17 +6,18 @@ import torch
 
 from bench.timing import interleave
 
-_SIDE = 2048  # a product that is large enough to run at the library's best rate
-_READ = 1 << 28  # bytes, more than the caches hold
+_SIDE = {"cpu": 2048, "cuda": 8192}  # a product that is large enough to run at the library's best rate
+_READ = {"cpu": 1 << 28, "cuda": 1 << 31}  # bytes, more than the caches hold
 
 
-def matmul_flops(dtype: torch.dtype, rounds: int = 7) -> float:
+def matmul_flops(dtype: torch.dtype, rounds: int = 7, device: str = "cpu") -> float:
     """Return torch's rate for a large product, in FLOP/s."""
-    a, b = (torch.randn(_SIDE, _SIDE).to(dtype) for _ in range(2))
-    return 2.0 * _SIDE**3 / interleave({"matmul": lambda: a @ b}, rounds)["matmul"].median
+    side = _SIDE[device]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2.0 * side**3 / interleave({"matmul": lambda: a @ b}, rounds)["matmul"].median
 
 
-def read_bytes(rounds: int = 7) -> float:
+def read_bytes(rounds: int = 7, device: str = "cpu") -> float:
     """Return the rate of reading memory, in bytes/s."""
-    words = torch.ones(_READ // 8, dtype=torch.int64)
-    return _READ / interleave({"sum": lambda: words.sum()}, rounds)["sum"].median
+    words = torch.ones(_READ[device] // 8, dtype=torch.int64, device=device)
+    return _READ[device] / interleave({"sum": lambda: words.sum()}, rounds)["sum"].median

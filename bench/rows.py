@@ -1,99 +1,130 @@
-"""Cases of embed_mixed and paged_attention."""
+"""Cases of pool_chunks, project_chunks and embed_mixed: from the encoder's rows to the decoder's."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
 import refrag_kernels as rk
-from bench.case import Case, Goal, bound_of
+from bench.case import Case, Entry, Skip, Sweep, bound_of
+from bench.presets import PRESETS, Preset
+
+_WEIGHT_SCALE = 0.05  # keeps the projection's outputs near 1
 
 
-def projection_cases() -> Iterator[Case]:
-    """Projection 384 -> 576 of N chunks into a mixed sequence with half as many rows of text."""
-    goals = {torch.float32: {256: 1.15, 4096: 1.1}, torch.bfloat16: {256: 1.6, 4096: 1.35}}
-    d_enc, d_dec = 384, 576
-    for dtype in (torch.float32, torch.bfloat16):
-        first, second = torch.nn.Linear(d_enc, d_dec).to(dtype), torch.nn.Linear(d_dec, d_dec).to(dtype)
-        table = torch.randn(32000, d_dec).to(dtype)
-        weights = [t.detach() for t in (first.weight, first.bias, second.weight, second.bias)]
-        packed = rk.PackedProjection.from_weights(*weights)
-        for count in (256, 4096):
-            text = count // 2 + 64
-            chunks = torch.randn(count, d_enc).to(dtype)
-            order = torch.randperm(count + text)
-            slots, texts = order[:count].sort().values, order[count:].sort().values
-            ids = torch.zeros(count + text, dtype=torch.int64)
-            ids[texts] = torch.randint(0, 32000, (text,))
-            slot_of_row = torch.full((count + text,), -1, dtype=torch.int32)
-            slot_of_row[slots] = torch.arange(count, dtype=torch.int32)
-
-            def eager(a=(chunks, table, ids[texts], slots, texts, *weights)):
-                chunks, table, text_ids, slots, texts, w1, b1, w2, b2 = a
-                out = torch.empty(len(slots) + len(texts), table.shape[1], dtype=table.dtype)
-                out.index_copy_(0, slots, F.linear(F.gelu(F.linear(chunks, w1, b1)), w2, b2))
-                return out.index_copy_(0, texts, table[text_ids])
-
-            def expected(a=(chunks, table, ids[texts], slots, texts, *weights), eager=eager):
-                return eager([t.double() if t.is_floating_point() else t for t in a])
-
-            yield Case(
-                op="embed_mixed",
-                name=f"{d_enc} -> {d_dec}, {count:,} chunks, {text:,} rows of text",
-                dtype=dtype,
-                ours=lambda a=(ids, table, chunks, slot_of_row, packed): rk.embed_mixed(*a),
-                peers={"Linear, GELU, Linear, gather, scatter": eager},
-                expected=expected,
-                bound=bound_of(dtype),
-                flops=2.0 * count * (d_enc * d_dec + d_dec * d_dec),
-                goal=Goal(goals[dtype][count]),
-            )
+def _random(*shape: int, dtype: torch.dtype, device: str, seed: int, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
 
 
-def paged_cases() -> Iterator[Case]:
-    """Decoding: one row, 4,096 keys in pages of 16, 32/8 heads of 128."""
-    keys, page, heads, kv_heads, width = 4096, 16, 32, 8, 128
-    for dtype in (torch.float32, torch.bfloat16):
-        # More sequences than the caches hold, read in turns: keys and values come from memory, as in a real decoder.
-        sequences = 12
-        pages = sequences * keys // page
-        k_pages, v_pages = (torch.randn(pages, page, kv_heads, width).to(dtype) for _ in range(2))
-        tables = torch.randperm(pages).to(torch.int32).view(sequences, 1, keys // page)
-        lengths = torch.tensor([keys], dtype=torch.int32)
-        q = torch.randn(1, heads, width).to(dtype)
-        turns = {"ours": 0, "SDPA": 0}
+def _weights(shape: Preset, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    sizes = [(shape.hidden, shape.encoder_hidden), (shape.hidden,), (shape.hidden, shape.hidden), (shape.hidden,)]
+    return [_random(*size, dtype=dtype, device=device, seed=i, scale=_WEIGHT_SCALE) for i, size in enumerate(sizes)]
 
-        def turn(name, turns=turns, sequences=sequences):
-            turns[name] = (turns[name] + 1) % sequences
-            return turns[name]
 
-        def ours(a=(q, k_pages, v_pages), tables=tables, lengths=lengths, turn=turn):
-            return rk.paged_attention(*a, tables[turn("ours")], lengths)
+def _count(context: int, k: int) -> int:
+    if context < k:
+        raise Skip(f"a context of {context} holds no chunk of {k}")
+    return context // k
 
-        # SDPA has no pages: it is given each sequence's keys in one piece, [1, H_kv, T, D].
-        k_whole, v_whole = (
-            t[tables.long()].reshape(sequences, 1, keys, kv_heads, width).transpose(2, 3) for t in (k_pages, v_pages)
-        )
 
-        def sdpa(q=q[:, :, None], k=k_whole, v=v_whole, turn=turn):
-            at = turn("SDPA")
-            return F.scaled_dot_product_attention(q, k[at], v[at], enable_gqa=True)[:, :, 0]
+def _eager(chunks: torch.Tensor, w1, b1, w2, b2) -> torch.Tensor:
+    return F.linear(F.gelu(F.linear(chunks, w1, b1)), w2, b2)
 
-        def expected(q=q, k=k_whole, v=v_whole):
-            args = (q[:, :, None].double(), k[1].double(), v[1].double())
-            return F.scaled_dot_product_attention(*args, enable_gqa=True)[:, :, 0]
 
-        yield Case(
-            op="paged_attention",
-            name=f"one row, {keys:,} keys, {heads}/{kv_heads} x {width}",
-            dtype=dtype,
-            ours=ours,
-            peers={"SDPA, contiguous keys": sdpa},
-            expected=expected,
-            bound=bound_of(dtype),
-            flops=4.0 * heads * width * keys,
-            bytes=2.0 * keys * kv_heads * width * dtype.itemsize,
-            goal=Goal(share_of_bandwidth=0.75),
-        )
+def _flops(shape: Preset, count: int) -> float:
+    return 2.0 * count * shape.hidden * (shape.encoder_hidden + shape.hidden)
+
+
+def _project(preset: str, context: int, k: int, dtype: torch.dtype, device: str) -> Case:
+    shape, count = PRESETS[preset], _count(context, k)
+    weights = _weights(shape, dtype, device)
+    chunks = _random(count, shape.encoder_hidden, dtype=dtype, device=device, seed=9)
+    packed = rk.PackedProjection.from_weights(*weights)
+    return Case(
+        ours=lambda: rk.project_chunks(chunks, packed),
+        peers={"Linear, GELU, Linear": lambda: _eager(chunks, *weights)},
+        expected=lambda: _eager(chunks.double(), *(w.double() for w in weights)),
+        bound=bound_of(dtype),
+        flops=_flops(shape, count),
+        limit="matmul",
+    )
+
+
+def _embed(preset: str, context: int, k: int, dtype: torch.dtype, device: str) -> Case:
+    """Chunks projected into a mixed sequence with half as many rows of text, and 64 more."""
+    shape, count = PRESETS[preset], _count(context, k)
+    text = count // 2 + 64
+    weights = _weights(shape, dtype, device)
+    packed = rk.PackedProjection.from_weights(*weights)
+    chunks = _random(count, shape.encoder_hidden, dtype=dtype, device=device, seed=9)
+    table = _random(32000, shape.hidden, dtype=dtype, device=device, seed=10)
+    generator = torch.Generator().manual_seed(11)
+    order = torch.randperm(count + text, generator=generator)
+    slots, texts = order[:count].sort().values, order[count:].sort().values
+    ids = torch.zeros(count + text, dtype=torch.int64)
+    ids[texts] = torch.randint(0, len(table), (text,), generator=generator)
+    slot_of_row = torch.full((count + text,), -1, dtype=torch.int32)
+    slot_of_row[slots] = torch.arange(count, dtype=torch.int32)
+    is_slot = (slot_of_row >= 0).to(device)
+    text_ids, ids, slot_of_row, slots, texts = (t.to(device) for t in (ids[texts], ids, slot_of_row, slots, texts))
+
+    def scattered(chunks: torch.Tensor, table: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(count + text, table.shape[1], dtype=table.dtype, device=table.device)
+        out.index_copy_(0, slots, _eager(chunks, *weights))
+        return out.index_copy_(0, texts, table[text_ids])
+
+    def masked() -> torch.Tensor:
+        out = table[ids]
+        out[is_slot] = _eager(chunks, *weights)
+        return out
+
+    return Case(
+        ours=lambda: rk.embed_mixed(ids, table, chunks, slot_of_row, packed),
+        peers={
+            "Linear, GELU, Linear, gather, scatter": lambda: scattered(chunks, table, *weights),
+            "Linear, GELU, Linear, bool index": masked,
+        },
+        expected=lambda: scattered(chunks.double(), table.double(), *(w.double() for w in weights)),
+        bound=bound_of(dtype),
+        flops=_flops(shape, count),
+        limit="matmul",
+    )
+
+
+def _pool(preset: str, context: int, k: int, dtype: torch.dtype, device: str) -> Case:
+    shape, count = PRESETS[preset], _count(context, k)
+    width = shape.encoder_hidden
+    hidden = _random(count * k, width, dtype=dtype, device=device, seed=0)
+    offsets = (torch.arange(count + 1, dtype=torch.int32) * k).to(device)
+    chunk_of_row = torch.arange(count).repeat_interleave(k).to(device)
+
+    def scattered() -> torch.Tensor:
+        sums = torch.zeros(count, width, dtype=torch.float32, device=device)
+        return (sums.index_add_(0, chunk_of_row, hidden.float()) / k).to(dtype)
+
+    return Case(
+        ours=lambda: rk.pool_chunks(hidden, offsets, "mean"),
+        peers={
+            "mean of a padded batch": lambda: hidden.view(count, k, width).mean(1),
+            "index_add": scattered,
+        },
+        expected=lambda: hidden.double().view(count, k, width).mean(1),
+        bound=bound_of(dtype),
+        bytes=float((count * k + count) * width * dtype.itemsize),
+        limit="read",
+    )
+
+
+def entries(sweep: Sweep) -> Iterator[Entry]:
+    """Yield the rows of pooling, projection and assembly."""
+    makers = {"pool_chunks": ("mean", _pool), "project_chunks": ("chunks", _project), "embed_mixed": ("mixed", _embed)}
+    common = itertools.product(sweep.presets, sweep.context, sweep.k, sweep.dtypes)
+    for preset, context, k, dtype in common:
+        for op, (case, make) in makers.items():
+            build = functools.partial(make, preset, context, k, dtype, sweep.device)
+            yield Entry(op, case, preset, dtype, {"context": context, "k": k}, build)

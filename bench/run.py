@@ -1,74 +1,177 @@
-"""Run cases: check each contender against float64, then time all of them in turns."""
+"""Measure a row: check each contender against float64, then time all of them in turns."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
+from collections.abc import Callable, Sequence
 
 import torch
 
-from bench.case import Case, error_of
+import refrag_kernels as rk
+from bench.case import Call, Case, Entry, Goal, Skip, error_of
 from bench.limits import matmul_flops, read_bytes
-from bench.timing import Times, cpu_pressure, interleave
+from bench.timing import Times, cpu_pressure, interleave, peak_bytes
 
 OURS = "refrag_kernels"
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A case, measured. ``times`` lacks contenders whose result was wrong: ``wrong`` has their errors."""
+    """A row, measured. ``times`` lacks contenders whose result was wrong and those that can't run here."""
 
-    case: Case
+    entry: Entry
+    case: Case | None
+    ours: tuple[str, ...]
     times: dict[str, Times]
+    errors: dict[str, float]
     wrong: dict[str, float]
-    matmul: float | None
-    bandwidth: float | None
-    pressure: float | None
+    skipped: dict[str, str]
+    peaks: dict[str, int]
+    matmul: float | None = None
+    bandwidth: float | None = None
+    pressure: float | None = None
+    goal: Goal = Goal()
+
+    @property
+    def contenders(self) -> list[str]:
+        """Ours first, then the peers."""
+        names = dict.fromkeys([*self.ours, *self.times, *self.wrong, *self.skipped])
+        return list(names)
 
     @property
     def best_peer(self) -> str | None:
-        peers = [name for name in self.times if name != OURS]
+        peers = [name for name in self.times if name not in self.ours]
         return min(peers, key=lambda name: self.times[name].median, default=None)
 
-    def speed_up(self) -> float | None:
+    def speed_up(self, name: str = OURS) -> float | None:
         """Return how many times faster than the best peer, by medians."""
-        if OURS not in self.times or self.best_peer is None:
+        if name not in self.times or self.best_peer is None:
             return None
-        return self.times[self.best_peer].median / self.times[OURS].median
+        return self.times[self.best_peer].median / self.times[name].median
 
-    def share(self) -> float | None:
-        """Return the useful work or traffic as a share of the machine's limit, measured in the same run."""
-        if OURS not in self.times:
-            return None
-        seconds = self.times[OURS].median
-        if self.case.bytes and self.bandwidth:
-            return self.case.bytes / seconds / self.bandwidth
-        return self.case.flops / seconds / self.matmul if self.case.flops and self.matmul else None
+    def flops(self, name: str = OURS) -> float | None:
+        """Return the rate of useful work, in FLOP/s."""
+        known = name in self.times and self.case is not None and self.case.flops
+        return self.case.flops / self.times[name].median if known else None  # type: ignore[union-attr]
+
+    def bytes(self, name: str = OURS) -> float | None:
+        """Return the rate of necessary traffic, in bytes/s."""
+        known = name in self.times and self.case is not None and self.case.bytes
+        return self.case.bytes / self.times[name].median if known else None  # type: ignore[union-attr]
+
+    def share(self, name: str = OURS) -> float | None:
+        """Return the useful work or traffic as a share of the limit that binds, measured in the same run."""
+        flops, traffic = self.flops(name), self.bytes(name)
+        if traffic and self.bandwidth:
+            return traffic / self.bandwidth
+        return flops / self.matmul if flops and self.matmul else None
 
     def misses(self) -> list[str]:
-        """Return which of the case's goals are not reached."""
-        goal, missed = self.case.goal, []
+        """Return which of the row's goals are not reached."""
+        missed = []
         for what, wanted, got in (
-            ("against the best peer", goal.against_peers, self.speed_up()),
-            ("share of the matmul rate", goal.share_of_matmul, self.share()),
-            ("share of the read rate", goal.share_of_bandwidth, self.share()),
+            ("against the best peer", self.goal.against_peers, self.speed_up()),
+            ("share of the matmul rate", self.goal.share_of_matmul, self.share()),
+            ("share of the read rate", self.goal.share_of_bandwidth, self.share()),
         ):
             if wanted is not None and (got is None or got < wanted):
                 missed.append(f"{what}: {'none' if got is None else f'{got:.2f}'}, goal {wanted:.2f}")
         return missed
 
 
-def measure(case: Case, rounds: int) -> Outcome:
-    """Check and time one case."""
-    calls = {OURS: case.ours, **case.peers}
-    wrong = {}
-    with torch.no_grad() if "backward" not in case.name else torch.enable_grad():
-        if case.expected is not None:
-            expected = case.expected()
+def measure(
+    entry: Entry,
+    rounds: int,
+    *,
+    backends: Sequence[str] = (),
+    refcheck: bool = True,
+    memory: bool = True,
+    device: str = "cpu",
+    goal: Goal | None = None,
+) -> Outcome:
+    """Check and time one row.
+
+    Parameters
+    ----------
+    entry : Entry
+    rounds : int
+        Rounds that count.
+    backends : sequence of str
+        Time ours once on each of these, instead of on the one that is chosen by default.
+    refcheck : bool
+        Whether to compare with float64 first.
+    memory : bool
+        Whether to call each contender once more and count what it allocates.
+    device : {"cpu", "cuda"}
+        Where the row's tensors are, for the limits.
+    goal : Goal, optional
+    """
+    goal = goal or Goal()
+    names = tuple(f"{OURS}, {backend}" for backend in backends) or (OURS,)
+    try:
+        case = entry.build()
+    except Skip as reason:
+        return Outcome(entry, None, names, {}, {}, {}, dict.fromkeys(names, str(reason)), {}, goal=goal)
+    calls: dict[str, Call] = {}
+    for name, backend in zip(names, backends or [None]):
+        calls[name] = _on_backend(case.ours, backend)
+        for variant, call in case.variants.items():
+            calls[f"{name}, {variant}"] = _on_backend(call, backend)
+    ours = tuple(calls)
+    calls |= case.peers
+    errors: dict[str, float] = {}
+    wrong: dict[str, float] = {}
+    skipped: dict[str, str] = {}
+    with torch.enable_grad() if case.grad else torch.no_grad():
+        expected = case.expected() if refcheck and case.expected else None
+        theirs = case.peer_expected() if refcheck and case.peer_expected else expected
+        for name, call in list(calls.items()):
             # A peer is only excluded for being wrong, not for being less accurate than our own bound.
-            bounds = {name: case.bound if name == OURS else 10 * case.bound for name in calls}
-            errors = {name: error_of(call(), expected) for name, call in calls.items()}
-            wrong = {name: error for name, error in errors.items() if error > bounds[name]}
-        times = interleave({name: call for name, call in calls.items() if name not in wrong}, rounds)
-        matmul = matmul_flops(case.dtype) if case.flops and not case.bytes else None
-        bandwidth = read_bytes() if case.bytes else None
-    return Outcome(case, times, wrong, matmul, bandwidth, cpu_pressure())
+            wanted, bound = (expected, case.bound) if name in ours else (theirs, 10 * case.bound)
+            try:
+                result = call()
+                if wanted is not None:
+                    errors[name] = error_of(result, wanted)
+                    if errors[name] > bound:
+                        wrong[name] = errors[name]
+            except Skip as reason:
+                skipped[name] = str(reason)
+            except RuntimeError as error:
+                if name not in ours or "no allowed backend" not in str(error):
+                    raise
+                skipped[name] = str(error)
+            if name in wrong or name in skipped:
+                del calls[name]
+        del expected, theirs
+        gc.collect()
+        few = case.most_rounds < rounds
+        times = interleave(calls, min(rounds, case.most_rounds), warm_up=1 if few else 2)
+        peaks = {name: peak_bytes(call) for name, call in calls.items()} if memory else {}
+        matmul = matmul_flops(entry.dtype, device=device) if case.limit == "matmul" else None
+        bandwidth = read_bytes(device=device) if case.limit == "read" else None
+    return Outcome(entry, case, ours, times, errors, wrong, skipped, peaks, matmul, bandwidth, cpu_pressure(), goal)
+
+
+def _on_backend(call: Call, backend: str | None) -> Callable[[], object]:
+    if backend is None:
+        return call
+
+    def restricted() -> object:
+        with rk.use_backend(backend):
+            return call()
+
+    return restricted
+
+
+@contextlib.contextmanager
+def threads(count: int):
+    """Use so many threads of torch; 0 leaves them as they are."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

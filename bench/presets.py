@@ -1,0 +1,45 @@
+"""The models whose shapes the benchmarks take; the figures are those of their config.json on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A decoder, and the encoder that goes with it.
+
+    ``width`` is the width of a head, ``hidden`` of the decoder, ``encoder_hidden`` of the encoder.
+    """
+
+    heads: int
+    kv_heads: int
+    width: int
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+    family: str  # of transformers: "llama" or "qwen3"
+    encoder_hidden: int
+    encoder_heads: int
+    encoder_layers: int
+    encoder_intermediate: int
+    tied: bool = True
+
+    def parameters(self) -> int:
+        """Return how many weights the decoder has, norms left out."""
+        attention = self.hidden * self.width * 2 * (self.heads + self.kv_heads)
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate) + embeddings
+
+
+_MINILM = (384, 12, 6, 1536)  # all-MiniLM-L6-v2
+_ROBERTA_LARGE = (1024, 16, 24, 4096)  # the paper's encoder for LLaMA-2-7B
+
+PRESETS = {
+    "smollm2-135m": Preset(9, 3, 64, 576, 1536, 30, 49152, "llama", *_MINILM),
+    "llama3.2-1b": Preset(32, 8, 64, 2048, 8192, 16, 128256, "llama", *_ROBERTA_LARGE),
+    "llama2-7b": Preset(32, 32, 128, 4096, 11008, 32, 32000, "llama", *_ROBERTA_LARGE, tied=False),
+    "llama3-8b": Preset(32, 8, 128, 4096, 14336, 32, 128256, "llama", *_ROBERTA_LARGE, tied=False),
+    "qwen3-4b": Preset(32, 8, 128, 2560, 9728, 36, 151936, "qwen3", *_ROBERTA_LARGE),
+}
