@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from refrag.choosers import Chooser, CosineChooser, RandomChooser
     from refrag.config import RefragConfig
     from refrag.model import RefragForCausalLM
+    from refrag.policy import ExpansionPolicy
     from refrag.processor import PromptTooLongError, RefragProcessor
     from refrag.prompt import Chunk, MixedPrompt, PackedTexts, Passage
 
@@ -17,6 +18,7 @@ _MODULE_OF = {
     "Chooser": "choosers",
     "Chunk": "prompt",
     "CosineChooser": "choosers",
+    "ExpansionPolicy": "policy",
     "MixedPrompt": "prompt",
     "PackedTexts": "prompt",
     "Passage": "prompt",
@@ -31,6 +33,7 @@ __all__ = [
     "Chooser",
     "Chunk",
     "CosineChooser",
+    "ExpansionPolicy",
     "MixedPrompt",
     "PackedTexts",
     "Passage",
