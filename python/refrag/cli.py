@@ -80,6 +80,35 @@ def demo(
         console.print("Wrote " + " and ".join(map(str, files)), highlight=False)
 
 
+@app.command()
+def report(
+    layout: Annotated[
+        str, typer.Option(help="Rows of each chunk; 8x1 stands for eight slots. Sequences are separated by ';'.")
+    ] = "64,24x1,16,16,24x1,40",
+    passages: Annotated[
+        str, typer.Option(help="Passage of each chunk, -1 for shared text, such as -1,26x0,24x1,-1.")
+    ] = "",
+    causal: Annotated[bool, typer.Option(help="Whether a row sees no later row.")] = True,
+    figures: Annotated[Path | None, typer.Option(help="The figures.json of `refrag demo`, for the curves.")] = None,
+    output: Annotated[Path, typer.Option(help="The HTML file.")] = Path("refrag-report.html"),
+) -> None:
+    """Draw a layout, its masks and its plans, and the demo's curves, into one HTML file."""
+    console = Console()
+    with _clear_errors(console):
+        from refrag import html_report
+        from refrag_kernels import ChunkLayout, ChunkMask
+
+        lengths = [html_report.numbers(part, "--layout") for part in layout.split(";")]
+        drawn = ChunkLayout.from_lengths(lengths)
+        masks = {"every chunk sees every chunk": ChunkMask.full()}
+        if passages:
+            ids = html_report.numbers(passages, "--passages")
+            masks["passages see shared text and themselves"] = ChunkMask.passages(ids)
+        measured = None if figures is None else html_report.read_figures(figures)
+        output.write_text(html_report.report(drawn, masks, causal, measured))
+        console.print(f"Wrote {output}", highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     """Entry point of the ``refrag`` script."""
     app()
