@@ -18,7 +18,7 @@ say = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-triton test-asan test-cuda-host bench lint build clean distclean
+.PHONY: help demo test test-triton test-asan test-cuda-host bench docs lint build clean distclean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,11 @@ test-cuda-host: $(VENV)/.test ## Run the CUDA kernels' source on the CPU with Ad
 	REFRAG_KERNELS_SANITIZE=address ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 	$(BIN)/pytest -q tests/cuda_host --ignore=tests/cuda_host/test_host_faults.py $(ARGS)
 
+docs: $(VENV)/.docs build ## Build the documentation into build/docs; a warning is an error
+	$(BIN)/python docs/pictures.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/docs
+	$(call say,wrote build/docs/index.html)
+
 lint: $(VENV)/.lint ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -85,6 +90,11 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml setup.py
 	$(call say,installing the package and what the tests need; compiling)
 	@$(PIP) --no-build-isolation -e '.[test]'
 	@touch $@ $(VENV)/.model
+
+$(VENV)/.docs: $(VENV)/.model pyproject.toml
+	$(call say,installing mkdocs)
+	@$(PIP) 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.30'
+	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	$(call say,installing ruff and mypy)

@@ -1,0 +1,46 @@
+"""The documentation: every code block runs, the pictures are those that the code draws, nothing public lacks a page."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import refrag_kernels as rk
+
+ROOT = Path(__file__).parents[2]
+PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
+BLOCKS = [
+    pytest.param(block, id=f"{name}-{number}")
+    for name, text in PAGES.items()
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_block(block):
+    torch.manual_seed(0)
+    assert "assert" in block, "a block that shows something has to check it"
+    with torch.enable_grad():
+        exec(compile(block, "block", "exec"), {})
+
+
+def test_each_page_is_in_the_navigation():
+    listed = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert listed <= set(PAGES) and {name for name in PAGES if "/" in name} <= listed
+
+
+def test_what_is_public_has_a_page():
+    text = "\n".join(PAGES.values())
+    missing = [name for name in rk.__all__ if f"::: refrag_kernels.{name}\n" not in text]
+    assert missing == ["use_backend"]  # on the page about backends, by use
+
+
+def test_the_pictures_are_up_to_date():
+    spec = importlib.util.spec_from_file_location("docs_pictures", ROOT / "docs" / "pictures.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, svg in module.pictures().items():
+        assert (module.FOLDER / name).read_text() == svg, f"{name} is old: run python docs/pictures.py"
+        assert any(f"images/{name}" in page for page in PAGES.values()), f"{name} is on no page"
