@@ -12,6 +12,7 @@
 
 #include "cpu/ops.h"
 #include "cpu/tasks.h"
+#include "cpu/tensors.h"
 
 namespace refrag::cpu {
 namespace {
@@ -27,21 +28,10 @@ constexpr int64_t kCacheBytes = int64_t{512} << 10;
 // Work that is worth a trip to another thread and back, in multiplications.
 constexpr int64_t kTaskWork = int64_t{1} << 19;
 
-int64_t element_bytes(Element element) { return element == Element::float32 ? 4 : 2; }
-
-Element element_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Element::float32;
-    case ScalarType::BFloat16: return Element::bfloat16;
-    case ScalarType::Half: return Element::float16;
-    default: STD_TORCH_CHECK(false, "q: needs float32, bfloat16 or float16");
-  }
-}
-
 HeadRows head_rows(const char* name, const Tensor& tensor, Element element) {
   STD_TORCH_CHECK(tensor.dim() == 3 && element_of(tensor) == element, name, ": needs three dimensions and q's dtype");
   STD_TORCH_CHECK(tensor.stride(2) == 1 || tensor.numel() == 0, name, ": needs a contiguous last dimension");
-  const int64_t bytes = element_bytes(element);
+  const int64_t bytes = bytes_of(element);
   return {static_cast<const char*>(tensor.const_data_ptr()), tensor.stride(0) * bytes, tensor.stride(1) * bytes};
 }
 
@@ -352,7 +342,7 @@ std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, con
   // One block's heads follow each other, as their rows lie side by side; unless the keys of all heads are too many for
   // the cache, and one head's are better kept there for the next block.
   const int64_t tasks = blocks * passes;
-  const int64_t key_bytes = 2 * int64_t{p.kv_heads} * p.width * element_bytes(p.element);
+  const int64_t key_bytes = 2 * int64_t{p.kv_heads} * p.width * bytes_of(p.element);
   const bool head_first =
       blocks >= 8 * int64_t{torch::stable::get_num_threads()} && all_keys * key_bytes > kCacheBytes * blocks;
   const int64_t work = 2 * (all_keys + kTile * blocks) * kTile * p.heads * p.width;

@@ -9,11 +9,10 @@
 
 #include <cstdint>
 
+#include "cpu/element.h"
 #include "cpu/isa.h"
 
 namespace refrag::cpu {
-
-enum class Element : int32_t { float32, bfloat16, float16 };
 
 inline constexpr int kTile = 16;  // query rows of a block, keys of a tile; the planner's
 // Panels that one pass over the keys serves: their rows, scores and sums fit in the first-level cache together.

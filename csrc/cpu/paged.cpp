@@ -17,6 +17,7 @@
 
 #include "cpu/ops.h"
 #include "cpu/tasks.h"
+#include "cpu/tensors.h"
 
 namespace refrag::cpu {
 namespace {
@@ -32,17 +33,6 @@ constexpr int64_t kTaskWork = int64_t{1} << 17;
 // Tasks for each thread, so that the last ones to finish are short.
 constexpr int64_t kTasksPerThread = 4;
 
-PagedElement element_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return PagedElement::float32;
-    case ScalarType::BFloat16: return PagedElement::bfloat16;
-    case ScalarType::Half: return PagedElement::float16;
-    default: STD_TORCH_CHECK(false, "needs float32, bfloat16 or float16");
-  }
-}
-
-int64_t element_bytes(PagedElement element) { return element == PagedElement::float32 ? 4 : 2; }
-
 const int32_t* indices(const char* name, const Tensor& tensor, int64_t dim) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.dim() == dim, name, ": needs ", dim,
                   "-dimensional int32");
@@ -51,7 +41,7 @@ const int32_t* indices(const char* name, const Tensor& tensor, int64_t dim) {
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
-void check_rows(const char* name, const Tensor& tensor, int64_t dim, PagedElement element) {
+void check_rows(const char* name, const Tensor& tensor, int64_t dim, Element element) {
   STD_TORCH_CHECK(tensor.dim() == dim && element_of(tensor) == element, name, ": needs ", dim,
                   " dimensions and the others' dtype");
   STD_TORCH_CHECK(tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1, name,
@@ -60,7 +50,7 @@ void check_rows(const char* name, const Tensor& tensor, int64_t dim, PagedElemen
 
 // The cache and its tables, as both ops take them.
 struct Cache {
-  PagedElement element;
+  Element element;
   PagedPages k, v;
   int64_t num_pages, page, heads, dim, sequences, max_pages;
   const int32_t *table, *lengths, *offsets;  // offsets: null for one row a sequence
@@ -112,7 +102,7 @@ struct Cache {
 
  private:
   PagedPages pages(const Tensor& tensor) const {
-    const int64_t bytes = element_bytes(element);
+    const int64_t bytes = bytes_of(element);
     return {static_cast<const char*>(tensor.const_data_ptr()), tensor.stride(0) * bytes, tensor.stride(1) * bytes,
             tensor.stride(2) * bytes};
   }
@@ -293,7 +283,7 @@ StatesRows states_of(const Tensor& out, const Tensor& lse, const Tensor& like) {
   STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.dim() == 2, "lse: needs float32 [T, H]");
   for (int i = 0; i < 3; ++i) STD_TORCH_CHECK(out.size(i) == like.size(i), "out: needs the shape of out_a");
   for (int i = 0; i < 2; ++i) STD_TORCH_CHECK(lse.size(i) == like.size(i), "lse: needs the shape of lse_a");
-  const int64_t bytes = element_bytes(element_of(like));
+  const int64_t bytes = bytes_of(element_of(like));
   return {static_cast<const char*>(out.const_data_ptr()), out.stride(0) * bytes, out.stride(1) * bytes,
           static_cast<const char*>(lse.const_data_ptr()), lse.stride(0) * 4, lse.stride(1) * 4};
 }
@@ -325,7 +315,7 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_page
                                            std::optional<Tensor> sinks) {
   const Cache cache(k_pages, v_pages, page_table, kv_lengths, q_offsets);
   check_rows("q", q, 3, cache.element);
-  const int64_t rows = q.size(0), heads = q.size(1), bytes = element_bytes(cache.element);
+  const int64_t rows = q.size(0), heads = q.size(1), bytes = bytes_of(cache.element);
   STD_TORCH_CHECK(q.size(2) == cache.dim && heads % cache.heads == 0, "q: doesn't fit k_pages");
   cache.check_values(rows, false);
   PagedParams p{};
@@ -376,7 +366,7 @@ void append_kv(const Tensor& k, const Tensor& v, Tensor k_pages, Tensor v_pages,
   cache.check_values(k.size(0), true);
   const PagedPages* targets[] = {&cache.k, &cache.v};
   char* to_data[] = {static_cast<char*>(k_pages.mutable_data_ptr()), static_cast<char*>(v_pages.mutable_data_ptr())};
-  const int64_t bytes = element_bytes(cache.element), head_bytes = cache.dim * bytes;
+  const int64_t bytes = bytes_of(cache.element), head_bytes = cache.dim * bytes;
   // A sequence at a time where there are many, else its rows in pieces: new rows go to different places, except where
   // sequences share a page, which the caller must not write to.
   constexpr int64_t kRows = 64;

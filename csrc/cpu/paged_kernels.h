@@ -4,11 +4,10 @@
 
 #include <cstdint>
 
+#include "cpu/element.h"
 #include "cpu/isa.h"
 
 namespace refrag::cpu {
-
-enum class PagedElement : int { float32, bfloat16, float16 };
 
 // Keys are taken in splits, counted from the start of the sequence: a split's state (its softmax's maximum, denominator
 // and weighted sum) depends on nothing but its own keys, and states are merged in ascending order. So results don't
@@ -29,7 +28,7 @@ struct PagedPages {
 };
 
 struct PagedParams {
-  PagedElement element;
+  Element element;
   const char* q;
   int64_t q_row_bytes, q_head_bytes;
   PagedPages k, v;
@@ -75,7 +74,7 @@ struct StatesRows {
 };
 
 struct StatesParams {
-  PagedElement element;
+  Element element;
   StatesRows a, b;
   int heads, dim;
   char* out;   // [T, H, D]
@@ -83,7 +82,7 @@ struct StatesParams {
 };
 
 struct StatesBackwardParams {
-  PagedElement element;
+  Element element;
   const char* grad_out;   // [T, H, D]
   const float* grad_lse;  // [T, H]
   StatesRows a, b;

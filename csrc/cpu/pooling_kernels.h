@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "cpu/attention_kernels.h"
+#include "cpu/element.h"
+#include "cpu/isa.h"
 
 namespace refrag::cpu {
 

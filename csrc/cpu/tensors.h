@@ -5,7 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "cpu/attention_kernels.h"
+#include "cpu/element.h"
 
 namespace refrag::cpu {
 

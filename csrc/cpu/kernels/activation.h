@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/projection_kernels.h"
-#include "cpu/simd.h"
+#include "cpu/simd_math.h"
 
 namespace refrag::cpu::REFRAG_ISA {
 namespace {

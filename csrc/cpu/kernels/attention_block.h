@@ -2,148 +2,16 @@
 #pragma once
 
 #include "cpu/attention_kernels.h"
-#include "cpu/kernels/attention_product.h"
+#include "cpu/kernels/arena.h"
+#include "cpu/kernels/product.h"
+#include "cpu/kernels/rows.h"
+#include "cpu/kernels/types.h"
+#include "cpu/simd_math.h"
 
 namespace refrag::cpu::REFRAG_ISA {
 namespace {
 
 inline constexpr float kInfinity = __builtin_inff();
-
-// Splits one piece of memory into arrays; without memory, adds up what they need.
-struct Arena {
-  char* next;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    // Whole cache lines, so that no array's vectors straddle two.
-    const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    T* result = reinterpret_cast<T*>(next);
-    if (next) next += bytes;
-    used += bytes;
-    return result;
-  }
-};
-
-template <class T>
-REFRAG_INLINE int64_t offset_of(int64_t elements) {
-  return elements * static_cast<int64_t>(sizeof(T));
-}
-
-// Words of a row that is the first factor of a product, or the inner length of that product.
-template <class Math>
-REFRAG_INLINE int words_of(int width) {
-  return Math::kPairs ? width / 2 : width;
-}
-
-// Calls f with a value of the type that the tensors' elements have, and with the arithmetic to use for it.
-template <class F>
-REFRAG_INLINE void with_types(Element element, F f) {
-  switch (element) {
-    case Element::float32: f(float{}, Floats{}); break;
-#if defined(__AVX512BF16__)
-    case Element::bfloat16: f(BFloat16{}, Pairs{}); break;
-#else
-    case Element::bfloat16: f(BFloat16{}, Floats{}); break;
-#endif
-    case Element::float16: f(Half{}, Floats{}); break;
-  }
-}
-
-// One row as float32, zeros from `width` to the next multiple of 16.
-template <class T>
-REFRAG_INLINE void copy_row(const char* source, int width, float* row) {
-  const T* from = reinterpret_cast<const T*>(source);
-  int d = 0;
-  for (; d + kLanes <= width; d += kLanes) store(row + d, load(from + d));
-  if (d < width) store(row + d, load_partial(from + d, width - d));
-}
-
-template <class T>
-void pack_rows(const char* source, int64_t row_bytes, int count, int width, char* copy) {
-  const int64_t stride = (width + 15) / 16 * 64;
-  for (int i = 0; i < count; ++i) {
-    copy_row<T>(source + i * row_bytes, width, reinterpret_cast<float*>(copy + i * stride));
-  }
-}
-
-REFRAG_INLINE VecI load_u16_partial(const char* p, int count) {
-  uint16_t numbers[kLanes] = {};
-  std::memcpy(numbers, p, count * sizeof(uint16_t));
-  return load_u16(numbers);
-}
-
-// Rows of 16-bit numbers, two and two: word d of pair i is number d of row 2i, and above it number d of row 2i + 1.
-inline void pack_pairs(const char* source, int64_t row_bytes, int count, int width, char* copy) {
-  const int64_t stride = (width + 15) / 16 * 64;
-  for (int i = 0; i < count; i += 2) {
-    const char* even = source + i * row_bytes;
-    const char* odd = even + row_bytes;
-    char* words = copy + i / 2 * stride;
-    for (int d = 0; d < width; d += kLanes) {
-      const int numbers = width - d < kLanes ? width - d : kLanes;
-      VecI low, high = broadcast_int(0);
-      if (numbers == kLanes) {
-        low = load_u16(reinterpret_cast<const uint16_t*>(even + 2 * d));
-        if (i + 1 < count) high = load_u16(reinterpret_cast<const uint16_t*>(odd + 2 * d));
-      } else {
-        low = load_u16_partial(even + 2 * d, numbers);
-        if (i + 1 < count) high = load_u16_partial(odd + 2 * d, numbers);
-      }
-      store_int(words + 4 * d, low | shift_left<16>(high));
-    }
-  }
-}
-
-// to[c * to_stride + r] = from[r * from_stride + c] for 16 x 16 words; strides in words.
-REFRAG_INLINE void transpose_words(const char* from, int64_t from_stride, char* to, int64_t to_stride) {
-#if defined(__AVX512F__)
-  __m512 a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = load_words(from + 4 * i * from_stride).part[0];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-  }
-  // Now a[4i + j]: column j of each 4 x 4 square of rows 4i to 4i + 3.
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
-    a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
-    a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-    a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512 low01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x44),
-                 high01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xee);
-    const __m512 low23 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x44);
-    const __m512 high23 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xee);
-    b[j] = _mm512_shuffle_f32x4(low01, low23, 0x88);
-    b[4 + j] = _mm512_shuffle_f32x4(low01, low23, 0xdd);
-    b[8 + j] = _mm512_shuffle_f32x4(high01, high23, 0x88);
-    b[12 + j] = _mm512_shuffle_f32x4(high01, high23, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) store_int(to + 4 * i * to_stride, {{reinterpret_cast<PartI>(b[i])}});
-#else
-  for (int c = 0; c < 16; ++c) {
-    for (int r = 0; r < 16; ++r) std::memcpy(to + 4 * (c * to_stride + r), from + 4 * (r * from_stride + c), 4);
-  }
-#endif
-}
-
-#if defined(__AVX512BF16__)
-// Words of one pair of keys: the lanes of `even` in the low halves, of `odd` in the high ones.
-REFRAG_INLINE void store_pairs(char* words, const Vec even, const Vec odd) {
-  // 0, 16, 1, 17, ...
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.part[0], even.part[0]));
-  store_int(words, {{reinterpret_cast<PartI>(_mm512_permutexvar_epi16(order, both))}});
-}
-#endif
 
 // The pairs (row of the block, head of the group) that one pass serves: lanes [0, pairs) of `panels` panels.
 struct Pack {

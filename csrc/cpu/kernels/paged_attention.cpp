@@ -408,9 +408,9 @@ void paged_empty(const PagedParams& p, const PagedBlock& block, float* memory) {
 void paged_split(const PagedParams& p, const PagedBlock& block, int begin, int end, float* state, char* scratch) {
   paged_empty(p, block, state);
   switch (p.element) {
-    case PagedElement::float32: return split<float>(p, block, begin, end, state, scratch);
-    case PagedElement::bfloat16: return split<BFloat16>(p, block, begin, end, state, scratch);
-    case PagedElement::float16: return split<Half>(p, block, begin, end, state, scratch);
+    case Element::float32: return split<float>(p, block, begin, end, state, scratch);
+    case Element::bfloat16: return split<BFloat16>(p, block, begin, end, state, scratch);
+    case Element::float16: return split<Half>(p, block, begin, end, state, scratch);
   }
 }
 
@@ -438,9 +438,9 @@ void paged_finish(const PagedParams& p, const PagedBlock& block, const float* me
   const Shape shape(p, block);
   const StateOf<const float> state(memory, block, shape);
   switch (p.element) {
-    case PagedElement::float32: return finish<float>(p, block, state, shape);
-    case PagedElement::bfloat16: return finish<BFloat16>(p, block, state, shape);
-    case PagedElement::float16: return finish<Half>(p, block, state, shape);
+    case Element::float32: return finish<float>(p, block, state, shape);
+    case Element::bfloat16: return finish<BFloat16>(p, block, state, shape);
+    case Element::float16: return finish<Half>(p, block, state, shape);
   }
 }
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cpu/paged_kernels.h"
-#include "cpu/simd.h"
+#include "cpu/simd_math.h"
 
 namespace refrag::cpu::REFRAG_ISA {
 namespace {

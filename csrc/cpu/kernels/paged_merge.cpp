@@ -101,17 +101,17 @@ void merge_backward(const StatesBackwardParams& p, int64_t first_row, int64_t la
 
 void merge_states_rows(const StatesParams& p, int64_t first_row, int64_t last_row) {
   switch (p.element) {
-    case PagedElement::float32: return merge<float>(p, first_row, last_row);
-    case PagedElement::bfloat16: return merge<BFloat16>(p, first_row, last_row);
-    case PagedElement::float16: return merge<Half>(p, first_row, last_row);
+    case Element::float32: return merge<float>(p, first_row, last_row);
+    case Element::bfloat16: return merge<BFloat16>(p, first_row, last_row);
+    case Element::float16: return merge<Half>(p, first_row, last_row);
   }
 }
 
 void merge_states_backward_rows(const StatesBackwardParams& p, int64_t first_row, int64_t last_row) {
   switch (p.element) {
-    case PagedElement::float32: return merge_backward<float>(p, first_row, last_row);
-    case PagedElement::bfloat16: return merge_backward<BFloat16>(p, first_row, last_row);
-    case PagedElement::float16: return merge_backward<Half>(p, first_row, last_row);
+    case Element::float32: return merge_backward<float>(p, first_row, last_row);
+    case Element::bfloat16: return merge_backward<BFloat16>(p, first_row, last_row);
+    case Element::float16: return merge_backward<Half>(p, first_row, last_row);
   }
 }
 

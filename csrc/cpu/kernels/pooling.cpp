@@ -1,7 +1,7 @@
 // The mean of each chunk's rows, summed in float32 in row order.
 #include "cpu/pooling_kernels.h"
 
-#include "cpu/kernels/attention_block.h"
+#include "cpu/kernels/types.h"
 
 namespace refrag::cpu::REFRAG_ISA {
 

@@ -2,7 +2,10 @@
 #include "cpu/projection_kernels.h"
 
 #include "cpu/kernels/activation.h"
-#include "cpu/kernels/attention_block.h"
+#include "cpu/kernels/arena.h"
+#include "cpu/kernels/product.h"
+#include "cpu/kernels/rows.h"
+#include "cpu/kernels/types.h"
 
 namespace refrag::cpu::REFRAG_ISA {
 namespace {

@@ -24,6 +24,12 @@ struct Pairs {
 };
 #endif
 
+// Words of a row that is the first factor of a product, or the inner length of that product.
+template <class Math>
+REFRAG_INLINE int words_of(int width) {
+  return Math::kPairs ? width / 2 : width;
+}
+
 // 32-bit numbers of either kind, of any alignment.
 REFRAG_INLINE Vec load_words(const char* p) { return as_float(load_int(p)); }
 

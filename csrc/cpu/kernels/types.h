@@ -1,0 +1,30 @@
+// From the element type that a task names to the types that a kernel is compiled for.
+#pragma once
+
+#include "cpu/element.h"
+#include "cpu/kernels/product.h"
+
+namespace refrag::cpu::REFRAG_ISA {
+namespace {
+
+// Calls f with a value of the type that the tensors' elements have, and with the arithmetic to use for it.
+template <class F>
+REFRAG_INLINE void with_types(Element element, F f) {
+  switch (element) {
+    case Element::float32: f(float{}, Floats{}); break;
+#if defined(__AVX512BF16__)
+    case Element::bfloat16: f(BFloat16{}, Pairs{}); break;
+#else
+    case Element::bfloat16: f(BFloat16{}, Floats{}); break;
+#endif
+    case Element::float16: f(Half{}, Floats{}); break;
+  }
+}
+
+template <class T>
+REFRAG_INLINE int64_t offset_of(int64_t elements) {
+  return elements * static_cast<int64_t>(sizeof(T));
+}
+
+}  // namespace
+}  // namespace refrag::cpu::REFRAG_ISA
