@@ -90,16 +90,18 @@ REFRAG_INLINE void transpose_words(const char* from, int64_t from_stride, char* 
 #endif
 }
 
-#if defined(__AVX512BF16__)
-// Words of one pair of keys: the lanes of `even` in the low halves, of `odd` in the high ones.
+// Words that hold two rows as bfloat16: the lanes of `even` in the low halves, of `odd` in the high ones.
 REFRAG_INLINE void store_pairs(char* words, const Vec even, const Vec odd) {
+#if defined(__AVX512BF16__)
   // 0, 16, 1, 17, ...
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd.part[0], even.part[0]));
   store_int(words, {{reinterpret_cast<PartI>(_mm512_permutexvar_epi16(order, both))}});
-}
+#else
+  store_int(words, bits_of_bf16(even) | shift_left<16>(bits_of_bf16(odd)));
 #endif
+}
 
 }  // namespace
 }  // namespace refrag::cpu::REFRAG_ISA
