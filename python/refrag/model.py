@@ -174,6 +174,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        labels: torch.Tensor | None = None,
         prompt: MixedPrompt | None = None,
         chunk_embeds: torch.Tensor | None = None,
         prefill: PackedPrefill | None = None,
@@ -189,13 +190,23 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             Of the prompt's chunks; encoded here when they aren't given.
         logits_to_keep : int
             With a prompt: logits of so many last rows of every sequence only; 0 for all rows.
+        labels : Tensor, int64 [T] or [1, T], optional
+            With a prompt: the token of each row, as in ``prompt.token_ids``, -100 where it doesn't count. Each is
+            predicted by the row before it in its sequence, so that a sequence's first counts for nothing; nor do slots.
+            The loss is their mean cross-entropy, or their sum over ``num_items_in_batch``.
         prefill : PackedPrefill, optional
             What ``generate`` hands to its first step.
 
         Returns
         -------
         CausalLMOutputWithPast
-            With a prompt: logits [1, T, V], or [1, B * logits_to_keep, V].
+            With a prompt: logits [1, T, V], or [1, B * logits_to_keep, V]; the loss with ``labels``.
+
+        Raises
+        ------
+        ValueError
+            If something is given beside a prompt that the prompt holds already, ``labels`` are not of its T rows, or
+            come with ``logits_to_keep``.
         """
         if prefill is not None:
             copies = inputs_embeds.shape[0] // prefill.rows.shape[0]
@@ -204,7 +215,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             return self.decoder(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
-                logits_to_keep=logits_to_keep, **kwargs,
+                logits_to_keep=logits_to_keep, labels=labels, **kwargs,
             )  # fmt: skip
         taken = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
                  "inputs_embeds": inputs_embeds}  # fmt: skip
@@ -213,7 +224,9 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{name}: got a value beside a prompt, needs None: the prompt holds it")
         _require_refrag_attention("decoder", self.decoder)
         prompt = prompt.to(self.device)
-        return self.decoder(
+        targets = None if labels is None else _next_tokens(prompt, labels, logits_to_keep)
+        items = kwargs.pop("num_items_in_batch", None)
+        output = self.decoder(
             inputs_embeds=self.embed(prompt, chunk_embeds)[None],
             attention_mask=attention.no_mask(self.device),
             position_ids=prompt.position_ids[None],
@@ -223,6 +236,11 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             refrag_plans=self.plans(prompt),
             **kwargs,
         )
+        if targets is not None:
+            output.loss = self.loss_function(
+                output.logits, None, output.logits.shape[-1], num_items_in_batch=items, shift_labels=targets
+            )
+        return output
 
     def generate(
         self,
@@ -287,6 +305,20 @@ def _require_refrag_attention(name: str, part: PreTrainedModel) -> None:
             f"{name}: got attention {part.config._attn_implementation!r}, needs {attention.NAME!r} for packed rows; "
             f'call {name}.set_attn_implementation("{attention.NAME}")'
         )
+
+
+def _next_tokens(prompt: MixedPrompt, labels: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
+    """Return what each row is to predict, int64 [1, T]: the next row's label, -100 for none."""
+    rows = prompt.layout.total_rows
+    if logits_to_keep:
+        raise ValueError(f"logits_to_keep: got {logits_to_keep} beside labels, needs 0: the loss takes all rows")
+    if labels.dtype != torch.int64 or tuple(labels.shape) not in ((rows,), (1, rows)):
+        raise ValueError(f"labels: got {labels.dtype} {list(labels.shape)}, needs int64 [{rows}], one for each row")
+    targets = labels.to(prompt.device).reshape(rows).masked_fill(prompt.slot_of_row >= 0, -100)
+    # What follows a sequence's last row is another sequence.
+    targets = torch.nn.functional.pad(targets[1:], (0, 1), value=-100)
+    ends = prompt.layout.sequence_offsets[1:].long() - 1
+    return targets.index_fill(0, ends[ends >= 0], -100)[None]
 
 
 def _kept_rows(prompt: MixedPrompt, count: int) -> int | torch.Tensor:
