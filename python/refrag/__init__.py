@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from refrag.choosers import Chooser, CosineChooser, RandomChooser
+    from refrag.chunking import Chunker, FixedChunks, SentenceChunks
     from refrag.config import RefragConfig
     from refrag.model import RefragForCausalLM
     from refrag.policy import ExpansionPolicy
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "Chooser": "choosers",
     "Chunk": "prompt",
+    "Chunker": "chunking",
     "CosineChooser": "choosers",
     "ExpansionPolicy": "policy",
+    "FixedChunks": "chunking",
     "MixedPrompt": "prompt",
     "PackedTexts": "prompt",
     "Passage": "prompt",
@@ -27,13 +30,16 @@ _MODULE_OF = {
     "RefragConfig": "config",
     "RefragForCausalLM": "model",
     "RefragProcessor": "processor",
+    "SentenceChunks": "chunking",
 }
 
 __all__ = [
     "Chooser",
     "Chunk",
+    "Chunker",
     "CosineChooser",
     "ExpansionPolicy",
+    "FixedChunks",
     "MixedPrompt",
     "PackedTexts",
     "Passage",
@@ -42,6 +48,7 @@ __all__ = [
     "RefragConfig",
     "RefragForCausalLM",
     "RefragProcessor",
+    "SentenceChunks",
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import re
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -38,37 +40,180 @@ class FixedChunks:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, k: int) -> None:
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise ValueError(f"k: got {k!r}, needs an integer of 1 or more")
-        if not tokenizer.is_fast:
-            raise ValueError(f"tokenizer: got {type(tokenizer).__name__}, needs a fast tokenizer, which gives offsets")
+        _require_offsets(tokenizer)
         self.tokenizer = tokenizer
         self.k = k
 
     def __call__(self, text: str) -> list[Chunk]:
+        tokens = _Tokens(self.tokenizer, text)
+        chunks, first = [], 0
+        while first < len(tokens):
+            chunks.append(tokens.chunk(first, end := tokens.end(first, self.k)))
+            first = end
+        return chunks
+
+
+# Words, or what counts as one: Chinese, Japanese and Korean are written without spaces.
+_WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\\s\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+_SENTENCE_END = re.compile(r"""[.!?\u2026]+["')\]\u2019\u201d\u00bb]*$|[\u3002\uff01\uff1f]$""")
+_CLAUSE_END = re.compile(r"""[,;:\u2013\u2014\u3001\uff0c\uff1b]["')\]\u2019\u201d\u00bb]*$|\)$""")
+# A full stop after these, or after a single letter, ends no sentence.
+_ABBREVIATIONS = frozenset(
+    "al. cf. ch. dr. e.g. ed. eq. etc. fig. i.e. mr. mrs. ms. no. p. pp. prof. sec. st. vol. vs.".split()
+)
+
+
+class SentenceChunks:
+    """Chunks of whole sentences, packed to 16 to 32 words: the size that the paper's authors wish for chunks of text.
+
+    Sentences join a chunk until it has ``min_words``; one that fits into ``max_words`` is never split. A longer one is
+    cut at the last end of a clause or line that leaves a piece of ``min_words`` to ``max_words``, else after
+    ``max_words``. A chunk is shorter where the next sentence would make it too long, and at the end. The tokens are
+    those of the whole passage: a cut that would fall into a token, or into a character of several, moves behind it.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        The decoder's; a fast one, because offsets are needed.
+    min_words, max_words : int
+    max_tokens : int
+        No chunk has more decoder tokens, whatever its words are: a line of base64 is one word.
+
+    Raises
+    ------
+    ValueError
+        If a number is below 1, ``min_words`` is above ``max_words``, or the tokenizer gives no offsets.
+
+    Examples
+    --------
+    >>> from transformers import AutoTokenizer
+    >>> from refrag import weights
+    >>> cut = SentenceChunks(AutoTokenizer.from_pretrained(weights.decoder_folder()), 4, 8)
+    >>> [chunk.text for chunk in cut("It rained. Dr. Orla stayed in. She read all day.")]
+    ['It rained. Dr. Orla stayed in.', ' She read all day.']
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, min_words: int = 16, max_words: int = 32, *, max_tokens: int = 128
+    ) -> None:
+        if not 1 <= min_words <= max_words:
+            raise ValueError(f"min_words, max_words: got {min_words}, {max_words}, needs 1 <= min_words <= max_words")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens: got {max_tokens}, needs 1 or more")
+        _require_offsets(tokenizer)
+        self.tokenizer = tokenizer
+        self.min_words = min_words
+        self.max_words = max_words
+        self.max_tokens = max_tokens
+
+    def __call__(self, text: str) -> list[Chunk]:
+        tokens = _Tokens(self.tokenizer, text)
+        chunks, first = [], 0
+        for end in [*self._ends(text), len(text)]:
+            last = tokens.end_of_text(end)
+            while first < last:
+                stop = min(tokens.end(first, self.max_tokens), last)
+                chunks.append(tokens.chunk(first, stop))
+                first = stop
+        return chunks
+
+    def _ends(self, text: str) -> list[int]:
+        """Return where chunks end in the text, all but the last."""
+        words = list(_WORD.finditer(text))
+        sentences, clauses = _boundaries(text, words)
+        ends, first, last = [], 0, 0  # words [first, last) are whole sentences of the chunk that is being filled
+        for end in sentences:
+            if last > first and end - first > self.max_words:
+                ends.append(last)
+                first = last
+            while end - first > self.max_words:
+                fit = [c for c in clauses if first + self.min_words <= c <= first + self.max_words]
+                first = fit[-1] if fit else first + self.max_words
+                ends.append(first)
+            last = end
+            if last - first >= self.min_words:
+                ends.append(last)
+                first = last
+        # The last chunk goes on to the end of the text.
+        return [words[end - 1].end() for end in ends if end < len(words)]
+
+
+def _boundaries(text: str, words: list[re.Match[str]]) -> tuple[list[int], list[int]]:
+    """Return after how many words sentences end, and clauses or lines."""
+    sentences, clauses = [], []
+    for index, word in enumerate(words, 1):
+        if index == len(words):
+            sentences.append(index)
+            break
+        between = text[word.end() : words[index].start()]
+        if between.count("\n") > 1:
+            sentences.append(index)
+        elif _ends_sentence(word[0], between, words[index][0]):
+            sentences.append(index)
+        elif "\n" in between or _CLAUSE_END.search(word[0]):
+            clauses.append(index)
+    return sentences, clauses
+
+
+def _ends_sentence(word: str, between: str, following: str) -> bool:
+    if not _SENTENCE_END.search(word):
+        return False
+    if word[-1] in "\u3002\uff01\uff1f":
+        return True
+    bare = word.lstrip("(\"'\u201c\u2018").lower()
+    if bare in _ABBREVIATIONS or re.fullmatch(r"\w\.", bare):
+        return False
+    return bool(between) and not following[0].islower()
+
+
+class _Tokens:
+    """A text's tokens, and where they may be parted."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
         # A passage that spells out "<|im_end|>" must not end the message it stands in.
-        encoding = self.tokenizer(
+        encoding = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
         )
-        token_ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        if not token_ids:
-            return []
+        self.text = text
+        self.ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
         # reached[i]: where the text of tokens 0..i ends. Between i and i + 1 the text may be cut unless token i + 1
         # starts inside a character that has already begun.
-        reached, end = [], 0
+        self.reached: list[int] = []
+        end = 0
         for _, token_end in offsets:
             end = max(end, token_end)
-            reached.append(end)
-        cuttable = [later[0] >= end for end, later in zip(reached, offsets[1:])] + [True]
-        chunks, first, text_start = [], 0, 0
-        while first < len(token_ids):
-            last = min(first + self.k, len(token_ids)) - 1
+            self.reached.append(end)
+        self.cuttable = [later[0] >= end for end, later in zip(self.reached, offsets[1:])] + [True]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def end(self, first: int, count: int) -> int:
+        """Return where a chunk that starts at ``first`` ends: ``count`` tokens on, or as near as it can be cut."""
+        last = min(first + count, len(self)) - 1
+        within = last
+        while within >= first and not self.cuttable[within]:
+            within -= 1
+        if within < first:
             within = last
-            while within >= first and not cuttable[within]:
-                within -= 1
-            if within < first:
-                within = last
-                while not cuttable[within]:
-                    within += 1
-            text_end = len(text) if within + 1 == len(token_ids) else reached[within]
-            chunks.append(Chunk(text[text_start:text_end], tuple(token_ids[first : within + 1])))
-            first, text_start = within + 1, text_end
-        return chunks
+            while not self.cuttable[within]:
+                within += 1
+        return within + 1
+
+    def end_of_text(self, end: int) -> int:
+        """Return the first place to cut at which the text up to ``end`` is complete."""
+        last = bisect.bisect_left(self.reached, end)
+        while last < len(self) and not self.cuttable[last]:
+            last += 1
+        return min(last + 1, len(self))
+
+    def chunk(self, first: int, end: int) -> Chunk:
+        """Return tokens [first, end) with their text; what no token stands for goes to the last."""
+        text_start = self.reached[first - 1] if first else 0
+        text_end = len(self.text) if end == len(self) else self.reached[end - 1]
+        return Chunk(self.text[text_start:text_end], tuple(self.ids[first:end]))
+
+
+def _require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer: got {type(tokenizer).__name__}, needs a fast tokenizer, which gives offsets")

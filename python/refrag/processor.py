@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from refrag.choosers import Chooser
-from refrag.chunking import Chunker, FixedChunks
+from refrag.chunking import Chunker, FixedChunks, SentenceChunks
 from refrag.config import RefragConfig
 from refrag.encoder import pack_texts
 from refrag.prompt import Chunk, MixedPrompt, Passage
@@ -42,13 +42,13 @@ class RefragProcessor:
         As in RefragConfig.
     encoder_special_tokens : bool
         As in RefragConfig.
-    chunker : Chunker, optional
-        Cuts passages; FixedChunks(tokenizer, k) when it isn't given.
+    chunker : {"fixed", "sentence"} or Chunker
+        Cuts passages: FixedChunks(tokenizer, k), SentenceChunks(tokenizer), or one of your own.
 
     Raises
     ------
     ValueError
-        If k is below 1, or position_ids is unknown.
+        If k is below 1, or position_ids or chunker is unknown.
 
     Examples
     --------
@@ -74,7 +74,7 @@ class RefragProcessor:
         window: int | None = None,
         position_ids: str = "contiguous",
         encoder_special_tokens: bool = True,
-        chunker: Chunker | None = None,
+        chunker: str | Chunker = "fixed",
     ) -> None:
         if position_ids not in ("contiguous", "original"):
             raise ValueError(f"position_ids: got {position_ids!r}, needs contiguous or original")
@@ -84,7 +84,13 @@ class RefragProcessor:
         self.window = window
         self.position_ids = position_ids
         self.encoder_special_tokens = encoder_special_tokens
-        self.chunker = FixedChunks(tokenizer, k) if chunker is None else chunker
+        self.chunker_name = chunker if isinstance(chunker, str) else None
+        self.chunker = self._chunker(chunker) if isinstance(chunker, str) else chunker
+
+    def _chunker(self, name: str) -> Chunker:
+        if name not in ("fixed", "sentence"):
+            raise ValueError(f"chunker: got {name!r}, needs fixed, sentence or a Chunker")
+        return FixedChunks(self.tokenizer, self.k) if name == "fixed" else SentenceChunks(self.tokenizer)
 
     @classmethod
     def from_config(
@@ -93,7 +99,7 @@ class RefragProcessor:
         tokenizer: PreTrainedTokenizerBase,
         encoder_tokenizer: PreTrainedTokenizerBase,
         *,
-        chunker: Chunker | None = None,
+        chunker: str | Chunker = "fixed",
     ) -> RefragProcessor:
         """Make the processor that goes with a model: its k, its choices, and its decoder's window."""
         return cls(
@@ -107,11 +113,20 @@ class RefragProcessor:
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write both tokenizers and the settings below ``folder``; a chunker of one's own is not written."""
+        """Write both tokenizers and the settings below ``folder``.
+
+        Raises
+        ------
+        ValueError
+            If the chunker is one of your own, which can't be written.
+        """
+        if self.chunker_name is None:
+            raise ValueError(f"chunker: got {type(self.chunker).__name__}, needs fixed or sentence to be written")
         root = Path(folder)
         self.tokenizer.save_pretrained(root / "decoder_tokenizer")
         self.encoder_tokenizer.save_pretrained(root / "encoder_tokenizer")
         settings = {name: getattr(self, name) for name in ("k", "window", "position_ids", "encoder_special_tokens")}
+        settings["chunker"] = self.chunker_name
         (root / "refrag_processor.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     @classmethod
