@@ -87,6 +87,9 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, passages: Passages, 
     from torch.nn.attention.flex_attention import flex_attention
 
     mask = block_mask(passages, block, q.device.type)
+    # Beyond its limit, 8 kernels of one function, dynamo runs flex_attention uncompiled: that would not be this peer.
+    torch._dynamo.config.recompile_limit = 1024
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     compiled = torch.compile(flex_attention, dynamic=False)
     a = [batched(t) for t in (q, k, v)]
     return lambda: compiled(*a, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
