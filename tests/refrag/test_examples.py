@@ -8,7 +8,11 @@ import pytest
 import refrag
 import torch
 
-MODULES = [module.name for module in pkgutil.iter_modules(refrag.__path__) if module.name != "__main__"]
+MODULES = [
+    module.name.removeprefix("refrag.")
+    for module in pkgutil.walk_packages(refrag.__path__, "refrag.")
+    if not module.name.endswith("__main__")
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
