@@ -32,12 +32,36 @@ class PackedPrefill:
     rows: torch.Tensor
 
 
+def require_empty(cache: Any) -> None:
+    """Refuse a cache that holds rows: a prompt's plans are made for its own rows only.
+
+    Raises
+    ------
+    ValueError
+        If it holds any.
+    """
+    held = 0 if cache is None else int(cache.get_seq_length())
+    if held:
+        raise ValueError(
+            f"past_key_values: got a cache that holds {held} rows, needs an empty one: a packed prompt can't be "
+            "appended; give the whole conversation as one prompt"
+        )
+
+
 def padded_inputs(prompt: MixedPrompt, embeds: torch.Tensor, plans: AttentionPlans) -> dict[str, Any]:
     """Return the arguments of ``generate`` for a packed prompt.
 
     Only the first step's shapes and the growing attention mask are taken from the padded tensors; what is computed is
     the packed ``prefill``.
+
+    Raises
+    ------
+    ValueError
+        If a sequence has no rows.
     """
+    empty = [index for index, lengths in enumerate(prompt.layout.lengths()) if not lengths]
+    if empty:
+        raise ValueError(f"prompt: sequence {empty[0]} is empty, needs a row to go on from")
     starts, ends = prompt.layout.sequence_offsets[:-1].long(), prompt.layout.sequence_offsets[1:].long()
     longest = max(sum(lengths) for lengths in prompt.layout.lengths())
     rows = ends[:, None] + torch.arange(-longest, 0, device=prompt.device)
@@ -68,7 +92,13 @@ def packed_prefill(decoder: PreTrainedModel, prefill: PackedPrefill, cache: Any,
     -------
     CausalLMOutputWithPast
         Logits [B * copies, 1, V] of each sequence's last row.
+
+    Raises
+    ------
+    ValueError
+        If the cache holds rows already.
     """
+    require_empty(cache)
     alone = prefill.rows.shape[0] * copies == 1
     packed_cache = cache if alone else DynamicCache()
     output = decoder(

@@ -15,7 +15,7 @@ from refrag import attention
 from refrag.config import RefragConfig
 from refrag.encoder import encode_packed
 from refrag.feed_forward import fuse_feed_forward
-from refrag.generation import PackedPrefill, packed_prefill, padded_inputs
+from refrag.generation import PackedPrefill, packed_prefill, padded_inputs, require_empty
 from refrag.projector import ChunkProjector
 from refrag.prompt import MixedPrompt, PackedTexts
 from refrag_kernels import ChunkMask
@@ -205,8 +205,8 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         Raises
         ------
         ValueError
-            If something is given beside a prompt that the prompt holds already, ``labels`` are not of its T rows, or
-            come with ``logits_to_keep``.
+            If something is given beside a prompt that the prompt holds already, the cache holds rows, or ``labels`` are
+            not of its T rows or come with ``logits_to_keep``.
         """
         if prefill is not None:
             copies = inputs_embeds.shape[0] // prefill.rows.shape[0]
@@ -223,6 +223,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             if value is not None:
                 raise ValueError(f"{name}: got a value beside a prompt, needs None: the prompt holds it")
         _require_refrag_attention("decoder", self.decoder)
+        require_empty(past_key_values)
         prompt = prompt.to(self.device)
         targets = None if labels is None else _next_tokens(prompt, labels, logits_to_keep)
         items = kwargs.pop("num_items_in_batch", None)
