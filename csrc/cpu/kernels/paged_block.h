@@ -3,6 +3,7 @@
 // Keys and values are given as one offset a key, in bytes, so that pages need no copy.
 #pragma once
 
+#include "cpu/kernels/transpose.h"
 #include "cpu/paged_kernels.h"
 #include "cpu/simd_math.h"
 
@@ -127,43 +128,6 @@ void score_few_rows(const float* q, int q_stride, int rows, const char* k, const
   }
 }
 
-// to[16 * c + r] = from[r][c].
-REFRAG_INLINE void transpose_tile(const Vec (&from)[kTile], float* to) {
-#if defined(__AVX512F__)
-  __m512 a[16], b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_ps(from[i].part[0], from[i + 1].part[0]);
-    b[i + 1] = _mm512_unpackhi_ps(from[i].part[0], from[i + 1].part[0]);
-  }
-  // Of rows i to i + 3, a[i + j] holds column j of each 4 x 4 square.
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
-    a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
-    a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-    a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512 left_top = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x44);
-    const __m512 right_top = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xee);
-    const __m512 left_low = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x44);
-    const __m512 right_low = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xee);
-    store(to + 16 * j, {{_mm512_shuffle_f32x4(left_top, left_low, 0x88)}});
-    store(to + 16 * (4 + j), {{_mm512_shuffle_f32x4(left_top, left_low, 0xdd)}});
-    store(to + 16 * (8 + j), {{_mm512_shuffle_f32x4(right_top, right_low, 0x88)}});
-    store(to + 16 * (12 + j), {{_mm512_shuffle_f32x4(right_top, right_low, 0xdd)}});
-  }
-#else
-  for (int r = 0; r < kTile; ++r) {
-    float row[kLanes];
-    store(row, from[r]);
-    for (int c = 0; c < kLanes; ++c) to[16 * c + r] = row[c];
-  }
-#endif
-}
-
 // Transposes tiles of keys to [tiles, stride, 16] float32.
 template <class T>
 void pack_keys(const char* k, const int64_t* at, int tiles, int dim, int stride, float* packed) {
@@ -175,7 +139,9 @@ void pack_keys(const char* k, const int64_t* at, int tiles, int dim, int stride,
         const T* key = reinterpret_cast<const T*>(k + at[i]) + d;
         rows[i] = d + kLanes <= dim ? load(key) : load_partial(key, dim - d);
       }
-      transpose_tile(rows, packed + kTile * d);
+      transpose_tile(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTile; ++i) store(packed + kTile * (d + i), rows[i]);
     }
   }
 }

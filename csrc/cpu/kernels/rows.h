@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/product.h"
+#include "cpu/kernels/transpose.h"
 
 namespace refrag::cpu::REFRAG_ISA {
 namespace {
@@ -53,41 +54,12 @@ inline void pack_pairs(const char* source, int64_t row_bytes, int count, int wid
 
 // to[c * to_stride + r] = from[r * from_stride + c] for 16 x 16 words; strides in words.
 REFRAG_INLINE void transpose_words(const char* from, int64_t from_stride, char* to, int64_t to_stride) {
-#if defined(__AVX512F__)
-  __m512 a[16], b[16];
+  Vec rows[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = load_words(from + 4 * i * from_stride).part[0];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
-  }
-  // Now a[4i + j]: column j of each 4 x 4 square of rows 4i to 4i + 3.
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
-    a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
-    a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-    a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-  }
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512 low01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x44),
-                 high01 = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xee);
-    const __m512 low23 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x44);
-    const __m512 high23 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xee);
-    b[j] = _mm512_shuffle_f32x4(low01, low23, 0x88);
-    b[4 + j] = _mm512_shuffle_f32x4(low01, low23, 0xdd);
-    b[8 + j] = _mm512_shuffle_f32x4(high01, high23, 0x88);
-    b[12 + j] = _mm512_shuffle_f32x4(high01, high23, 0xdd);
-  }
+  for (int i = 0; i < 16; ++i) rows[i] = load_words(from + 4 * i * from_stride);
+  transpose_tile(rows);
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) store_int(to + 4 * i * to_stride, {{reinterpret_cast<PartI>(b[i])}});
-#else
-  for (int c = 0; c < 16; ++c) {
-    for (int r = 0; r < 16; ++r) std::memcpy(to + 4 * (c * to_stride + r), from + 4 * (r * from_stride + c), 4);
-  }
-#endif
+  for (int i = 0; i < 16; ++i) store_int(to + 4 * i * to_stride, as_int(rows[i]));
 }
 
 // Words that hold two rows as bfloat16: the lanes of `even` in the low halves, of `odd` in the high ones.
