@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
-import math
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from refrag.pictures import ALLOWED, FULL, SLOT, TEXT, WASTE, layout_svg, plan_svg
 from refrag_kernels import ChunkLayout, ChunkMask, plan_attention
 
-_CURVES = {
-    "full": ("full text, HF SDPA", "#4a4a4a"),
-    "encoded": ("compressed, with encoding", "#d9730d"),
-    "cached": ("compressed, cached", "#1f6fb4"),
-}
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-svg { max-width: 100%; height: auto; border: 1px solid #ddd; } svg.plain { border: 0; }
+svg, img { max-width: 100%; height: auto; } svg { border: 1px solid #ddd; }
 table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0; text-align: right; }
 td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px solid #bbb; font-weight: 600; }
 .key span { display: inline-block; width: .9em; height: .9em; margin: 0 .35em 0 1em; vertical-align: -1px; }
@@ -102,67 +100,42 @@ def report(layout: ChunkLayout, masks: dict[str, ChunkMask], causal: bool, figur
 
 
 def _measured(figures: dict[str, Any]) -> list[str]:
+    # With matplotlib and the demo's models behind them: a report of a layout alone doesn't wait for these.
+    from refrag.demo import CACHED, ENCODED, FULL, READINGS
+    from refrag.plot import plot_curves
+
     machine, k = figures["machine"], figures["settings"]["k"]
-    contexts = sorted(int(tokens) for tokens in figures["plot"])
-    per_row = figures["table"]["full"]["kv_cache_bytes"] / figures["table"]["full"]["rows"]
-    seconds, mebibytes, rows = {}, {}, []
-    for name in _CURVES:
-        points = [(tokens, figures["plot"][str(tokens)][name]) for tokens in contexts]
-        times = [(tokens, sorted(p["seconds_to_first_token"])) for tokens, p in points]
-        seconds[name] = [(tokens, values[len(values) // 2]) for tokens, values in times]
-        mebibytes[name] = [(tokens, p["rows"] * per_row / 2**20) for tokens, p in points]
-    for place, tokens in enumerate(contexts):
-        cells = [f"{seconds[name][place][1]:.3f}" for name in _CURVES]
-        rows.append((f"{tokens:,}", *cells, *(f"{mebibytes[name][place][1]:.1f}" for name in ("full", "cached"))))
+    contexts = sorted(map(int, figures["plot"]))
+    per_row = figures["table"][FULL]["kv_cache_bytes"] / figures["table"][FULL]["rows"]
+
+    def curve(name: str, cost: Callable[[dict[str, Any]], float]) -> list[tuple[int, float]]:
+        return [(tokens, cost(figures["plot"][str(tokens)][name])) for tokens in contexts]
+
+    seconds = {name: curve(name, lambda p: median(p["seconds_to_first_token"])) for name in (FULL, ENCODED, CACHED)}
+    mebibytes = {name: curve(name, lambda p: p["rows"] * per_row / 2**20) for name in (FULL, CACHED)}
+
+    def image(curves: dict[str, list[tuple[int, float]]], title: str, y_label: str, better: str) -> str:
+        png = io.BytesIO()
+        plot_curves(curves, title, y_label, better, png)
+        return f'<img alt="{title}" src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+
+    rows = [
+        (
+            f"{tokens:,}",
+            *(f"{points[place][1]:.3f}" for points in seconds.values()),
+            *(f"{points[place][1]:.1f}" for points in mebibytes.values()),
+        )
+        for place, tokens in enumerate(contexts)
+    ]
+    heads = ["context, tokens", *(f"{READINGS[name]}, s" for name in seconds), "KV cache full, MiB", "compressed"]
     source = f"{machine['processor']}, {machine['threads']} threads, {machine['dtype']}, k = {k}"
-    heads = ["context, tokens", *(f"{label}, s" for label, _ in _CURVES.values()), "KV cache full, MiB", "compressed"]
-    del mebibytes["encoded"]  # the same rows as cached
     return [
-        "<h2>Time to first token, seconds</h2>",
+        "<h2>Time to first token, and keys and values in the cache</h2>",
         f"<p>{html.escape(source)}; written by <code>refrag demo</code>.</p>",
-        _curves(seconds),
-        "<h2>Keys and values in the cache, MiB</h2>",
-        _curves(mebibytes),
+        image(seconds, f"Time to first token, k = {k}", "time to first token, seconds", "faster"),
+        image(mebibytes, f"Keys and values in the cache, k = {k}", "MiB", "less"),
         _table(heads, rows),
     ]
-
-
-def _curves(curves: dict[str, list[tuple[int, float]]]) -> str:
-    """Return curves over the context's tokens, both axes logarithmic."""
-    width, height, left, bottom = 720, 360, 70, 40
-    xs = [x for points in curves.values() for x, _ in points]
-    ys = [y for points in curves.values() for _, y in points]
-    low, high = math.floor(math.log10(min(ys))), math.ceil(math.log10(max(ys)))
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = math.log(x / min(xs)) / (math.log(max(xs) / min(xs)) or 1)
-        up = (math.log10(y) - low) / ((high - low) or 1)
-        return left + across * (width - left - 190), height - bottom - up * (height - bottom - 20)
-
-    shapes = []
-    for power in range(low, high + 1):
-        _, y = place(min(xs), 10.0**power)
-        shapes.append(f'<line x1="{left}" x2="{width - 190}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        shapes.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
-    for x in sorted(set(xs)):
-        across, _ = place(x, 10.0**low)
-        shapes.append(f'<text x="{across:.1f}" y="{height - bottom + 20}" text-anchor="middle">{x:,}</text>')
-    ends = []
-    for name, points in curves.items():
-        label, colour = _CURVES[name]
-        places = [place(*point) for point in points]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        shapes.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        shapes += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
-        ends.append((places[-1], label, colour))
-    below = 0.0
-    for (x, y), label, colour in sorted(ends, key=lambda end: end[0][1]):
-        below = max(y + 4, below + 15)  # labels of curves that end together stand one below the other
-        shapes.append(f'<text x="{x + 10:.1f}" y="{below:.1f}" fill="{colour}">{label}</text>')
-    return (
-        f'<svg class="plain" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" font-size="12" font-family="system-ui, sans-serif">{"".join(shapes)}</svg>'
-    )
 
 
 def _key(*entries: tuple[str, str]) -> str:

@@ -1,8 +1,9 @@
-"""The demo's plot: time to first token against context length."""
+"""Plots of what readings cost against the context's length: the demo's, and the report's."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib
 
@@ -30,16 +31,36 @@ def plot_first_token(points: dict[int, dict[str, Reading]], k: int, path: Path) 
     path : Path
         A PNG file.
     """
-    tokens = sorted(points)
+    curves = {name: [(count, points[count][name].first_token) for count in sorted(points)] for name in _COLOURS}
+    title = f"Time to first token, k = {k}, float32, CPU"
+    plot_curves(curves, title, "time to first token, seconds", "faster", path)
+
+
+def plot_curves(
+    curves: dict[str, list[tuple[int, float]]], title: str, y_label: str, better: str, to: Path | BinaryIO
+) -> None:
+    """Draw what readings cost against the context's tokens, both axes logarithmic.
+
+    Parameters
+    ----------
+    curves : dict
+        Reading, of ``refrag.demo.READINGS`` -> (tokens, cost), ascending; ``FULL`` is what others are compared with.
+    title, y_label : str
+    better : str
+        What a smaller cost is called.
+    to : Path or binary file
+        Takes a PNG.
+    """
+    tokens = [count for count, _ in curves[FULL]]
     figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
-    for name in _COLOURS:
-        seconds = [points[count][name].first_token for count in tokens]
-        axes.plot(tokens, seconds, color=_COLOURS[name], marker=_MARKERS[name], linewidth=2, markersize=5)
+    for name, points in curves.items():
+        costs = [cost for _, cost in points]
+        axes.plot(tokens, costs, color=_COLOURS[name], marker=_MARKERS[name], linewidth=2, markersize=5)
         label = READINGS[name]
         if name != FULL:
-            label += f"\n{points[tokens[-1]][FULL].first_token / seconds[-1]:.1f} x faster at {tokens[-1]:,} tokens"
+            label += f"\n{curves[FULL][-1][1] / costs[-1]:.1f} x {better} at {tokens[-1]:,} tokens"
         axes.annotate(
-            label, (tokens[-1], seconds[-1]), xytext=(10, 0), textcoords="offset points",
+            label, (tokens[-1], costs[-1]), xytext=(10, 0), textcoords="offset points",
             color=_COLOURS[name], va="center", fontsize=9,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
@@ -50,10 +71,10 @@ def plot_first_token(points: dict[int, dict[str, Reading]], k: int, path: Path) 
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("context, tokens (question included)")
-    axes.set_ylabel("time to first token, seconds")
-    axes.set_title(f"Time to first token, k = {k}, float32, CPU", loc="left", fontsize=11)
+    axes.set_ylabel(y_label)
+    axes.set_title(title, loc="left", fontsize=11)
     axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, bbox_inches="tight")
+    figure.savefig(to, bbox_inches="tight", format="png")
     plt.close(figure)
