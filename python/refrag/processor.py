@@ -301,6 +301,8 @@ class RefragProcessor:
     def _what_fits(self, spans: list[Span], first: int, expanded: frozenset[int], room: int) -> str:
         if self.position_ids == "original":
             return 'original position ids run on through compressed chunks, so no k fits; position_ids="contiguous" may'
+        if self.chunker_name != "fixed":
+            return "shorten it, leave out passages or expand less"
         text, compressed, chunk = 0, {}, first
         for passage, span in spans:
             if isinstance(span, Chunk):

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from refrag import Passage, RefragForCausalLM, RefragProcessor, SentenceChunks
+from refrag import Passage, PromptTooLongError, RefragForCausalLM, RefragProcessor, SentenceChunks
 
 PROSE = (
     "The bridge of Orla was built in 1871. It was destroyed in the flood of 1903, and Dr. Smith rebuilt it. He had "
@@ -96,6 +96,13 @@ def test_the_model_reads_chunks_of_any_length(demo_model, tokenizer, encoder_tok
     assert len({len(chunk.token_ids) for chunk in prompt.chunks}) > 1
     logits = demo_model(prompt=prompt).logits
     assert logits.shape[1] == prompt.layout.total_rows and torch.isfinite(logits).all()
+
+
+def test_too_long_a_prompt_is_not_told_a_k(tokenizer, encoder_tokenizer):
+    processor = RefragProcessor(tokenizer, encoder_tokenizer, window=20, chunker="sentence")
+    with pytest.raises(PromptTooLongError, match="over the decoder's window of 20; shorten it") as error:
+        processor([Passage(PROSE * 20), "Why?"])
+    assert "k =" not in str(error.value)
 
 
 def test_the_choice_is_saved(tokenizer, encoder_tokenizer, tmp_path):
