@@ -6,6 +6,7 @@ The weights are random: times don't depend on them. What is compared with float6
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 import refrag_kernels as rk
 from bench.case import Case, Entry, Skip, Sweep
 from bench.presets import PRESETS, Preset
-from bench.prompts import Prompt
+from bench.prompts import SHARED, Prompt
 
 _FULL = "full text, HF SDPA"
 _OWN_FULL = "full text, our attention"
@@ -71,28 +72,28 @@ def _mixed_prompts(prompt: Prompt, vocabulary: int):
     from refrag import Chunk, MixedPrompt, PackedTexts
 
     generator = torch.Generator().manual_seed(1)
-    expanded = prompt.expanded()
     texts = torch.randint(1000, 30000, (prompt.chunks, prompt.k), generator=generator)
-    frame = torch.randint(0, vocabulary, (2, 64), generator=generator)
+    frame = torch.randint(0, vocabulary, (2, SHARED), generator=generator)
 
-    def mixed(as_text: list[bool]) -> MixedPrompt:
-        tokens, slots = [frame[0]], [torch.full((64,), -1)]
+    def mixed(prompt: Prompt) -> MixedPrompt:
+        as_text = prompt.expanded()
+        tokens, slots = [frame[0]], [torch.full((SHARED,), -1)]
         for number, text in enumerate(as_text):
             tokens.append(texts[number] if text else torch.zeros(1, dtype=torch.int64))
             slots.append(torch.full((len(tokens[-1]),), -1 if text else number))
         token_ids = torch.cat([*tokens, frame[1]])
         return MixedPrompt(
             token_ids=token_ids,
-            slot_of_row=torch.cat([*slots, torch.full((64,), -1)]).to(torch.int32),
+            slot_of_row=torch.cat([*slots, torch.full((SHARED,), -1)]).to(torch.int32),
             position_ids=torch.arange(len(token_ids)),
-            layout=rk.ChunkLayout.from_lengths([[64, *(prompt.k if text else 1 for text in as_text), 64]]),
+            layout=prompt.layout(),
             passage_of_span=torch.tensor([-1, *[0] * prompt.chunks, -1], dtype=torch.int32),
             chunks=tuple(Chunk("", tuple(row.tolist())) for row in texts),
             expanded=frozenset(number for number, text in enumerate(as_text) if text),
             encoder_input=PackedTexts(texts.flatten(), rk.ChunkLayout.from_lengths([[prompt.k] * prompt.chunks])),
         )
 
-    return mixed(expanded), mixed([True] * prompt.chunks)
+    return mixed(prompt), mixed(dataclasses.replace(prompt, expand=1.0))
 
 
 def _first_token(preset: str, context: int, k: int, expand: float, dtype: torch.dtype, device: str) -> Case:

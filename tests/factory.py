@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from collections.abc import Sequence
 
 import torch
 
@@ -11,6 +12,7 @@ from refrag_kernels.reference.mask import allowed_pairs
 # Around the tile of 16 rows, and the chunk sizes of the paper.
 CHUNK_LENGTHS = (1, 1, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40)
 MASKS = ("full", "passages", "diagonal", "dense")
+WIDTHS = (8, 16, 24, 32, 64, 64, 80, 96, 128, 256)
 
 
 def random_lengths(rng: random.Random, *, max_sequences: int = 4, max_chunks: int = 10) -> list[list[int]]:
@@ -131,12 +133,14 @@ class AttentionProblem:
         return self.grad_out
 
 
-def random_attention_problem(seed: int, dtype: torch.dtype, *, plain: bool = False, **limits) -> AttentionProblem:
+def random_attention_problem(
+    seed: int, dtype: torch.dtype, *, plain: bool = False, widths: Sequence[int] = WIDTHS, **limits
+) -> AttentionProblem:
     """Return a random problem; ``plain`` leaves out what torch's SDPA does not have."""
     rng = random.Random(seed)
     plan_problem = random_plan_problem(rng, **limits)
     kv_heads, group = rng.choice([(1, 1), (2, 1), (1, 3), (3, 3), (2, 4), (1, 8)])
-    width = rng.choice([8, 16, 24, 32, 64, 64, 80, 96, 128, 256])
+    width = rng.choice(widths)
     generator = torch.Generator().manual_seed(seed)
     # Rows, heads and padding of a bigger tensor: strides are not those of a contiguous one in half of the problems.
     pad = rng.choice([0, 0, 8])

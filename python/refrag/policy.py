@@ -218,8 +218,8 @@ class ExpansionPolicy(nn.Module):
         hidden = self.input(self.norm(chunk_embeds.masked_fill(absent[..., None], 0.0).to(self.input.weight.dtype)))
         hidden = hidden + _sinusoids(length, hidden.shape[2], hidden)
         # A sequence without chunks would leave a row of attention with nothing to see.
-        seen = absent & (counts > 0)[:, None]
-        return self.score(self.layers(hidden, src_key_padding_mask=seen))[..., 0].masked_fill(absent, -_INF)
+        padding = absent & (counts > 0)[:, None]
+        return self.score(self.layers(hidden, src_key_padding_mask=padding))[..., 0].masked_fill(absent, -_INF)
 
 
 def _sinusoids(length: int, width: int, like: torch.Tensor) -> torch.Tensor:
