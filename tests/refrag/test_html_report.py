@@ -42,8 +42,11 @@ def test_the_picture_has_the_areas_of_the_plan(mask, causal, scale):
     svg = pictures.plan_svg(plan, size=rows)  # a pixel a pair
     full, allowed, waste = (area(svg, colour) for colour in (pictures.FULL, pictures.ALLOWED, pictures.WASTE))
     assert full + allowed == pytest.approx(stats["pairs_allowed"], rel=1e-3)
+    assert allowed <= waste <= stats["pairs_computed"] - full
     # Tiles at the end of the sequence are cut there.
-    assert full + waste <= stats["pairs_computed"] and full + waste >= full + allowed
+    boxes = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', svg)
+    assert len(boxes) > 2
+    assert all(float(x) + float(w) <= rows + 0.01 and float(y) + float(h) <= rows + 0.01 for x, y, w, h in boxes)
 
 
 def test_the_layout_is_drawn_chunk_by_chunk():
