@@ -99,10 +99,10 @@ def mixed_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    r"""Attention over the packed rows of a batch, restricted to the pairs of rows that a plan allows.
+    """Attention over the packed rows of a batch, restricted to the pairs of rows that a plan allows.
 
-    With :math:`s_{ij} = \mathrm{scale} \cdot q_i \cdot k_j` over the allowed pairs,
-    :math:`\mathrm{out}_i = \sum_j \mathrm{softmax}_j(s_{ij}) v_j`. A row that sees nothing gives 0.
+    With ``s[i, j] = scale * q[i] . k[j]`` over the allowed pairs, ``out[i]`` is the sum over j of
+    ``softmax_j(s[i, j]) * v[j]``. A row that sees nothing gives 0.
 
     Parameters
     ----------

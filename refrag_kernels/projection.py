@@ -232,9 +232,9 @@ def project_chunks(
     activation: str = "gelu",
     backend: str | None = None,
 ) -> torch.Tensor:
-    r"""Project chunk embeddings into the decoder's embedding space: REFRAG's two-layer :math:`\phi` (section 2).
+    """Project chunk embeddings into the decoder's embedding space: REFRAG's two-layer phi (section 2).
 
-    .. math:: \phi(c) = W_2\,\mathrm{act}(W_1 c + b_1) + b_2
+    ``phi(c) = w2 act(w1 c + b1) + b2``
 
     Parameters
     ----------
