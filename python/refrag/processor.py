@@ -13,12 +13,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from refrag.choosers import Chooser
 from refrag.chunking import Chunker, FixedChunks, SentenceChunks
 from refrag.config import RefragConfig
-from refrag.encoder import pack_texts
+from refrag.packing import Span, pack_spans
 from refrag.prompt import Chunk, MixedPrompt, Passage
-from refrag_kernels import ChunkLayout
 
 Part = str | Passage
-Span = tuple[int, list[int] | Chunk]  # the passage's number in its prompt, -1 for text; and the tokens or the chunk
 
 
 class PromptTooLongError(ValueError):
@@ -217,7 +215,13 @@ class RefragProcessor:
             raise ValueError(f"expand: got {expand}, needs a share from 0 to 1")
         sequences = [self._spans(index, prompt) for index, prompt in enumerate(batch)]
         expanded = self._expanded(batch, sequences, expand, chooser, question)
-        packed = self._pack(sequences, expanded)
+        packed = pack_spans(
+            sequences,
+            expanded,
+            self.encoder_tokenizer,
+            position_ids=self.position_ids,
+            encoder_special_tokens=self.encoder_special_tokens,
+        )
         self._check_window(sequences, expanded, packed, max_new_tokens)
         return packed
 
@@ -319,41 +323,3 @@ class RefragProcessor:
         while text + sum(-(-tokens // k) for tokens in compressed.values()) > room:
             k += 1
         return f"k = {k} would fit"
-
-    def _pack(self, sequences: list[list[Span]], expanded: frozenset[int]) -> MixedPrompt:
-        token_ids: list[int] = []
-        slots: list[int] = []
-        positions: list[int] = []
-        lengths: list[list[int]] = []
-        passage_of_span: list[int] = []
-        chunks: list[Chunk] = []
-        for spans in sequences:
-            lengths.append([])
-            position = 0
-            for passage, span in spans:
-                own_tokens = span.token_ids if isinstance(span, Chunk) else span
-                slot = -1
-                if isinstance(span, Chunk):
-                    slot = -1 if len(chunks) in expanded else len(chunks)
-                    chunks.append(span)
-                rows = 1 if slot >= 0 else len(own_tokens)
-                token_ids += [0] if slot >= 0 else own_tokens
-                slots += [slot] * rows
-                if slot >= 0 and self.position_ids == "original":
-                    position += len(own_tokens) - 1
-                positions += range(position, position + rows)
-                position += rows
-                lengths[-1].append(rows)
-                passage_of_span.append(passage)
-        return MixedPrompt(
-            token_ids=torch.tensor(token_ids, dtype=torch.int64),
-            slot_of_row=torch.tensor(slots, dtype=torch.int32),
-            position_ids=torch.tensor(positions, dtype=torch.int64),
-            layout=ChunkLayout.from_lengths(lengths),
-            passage_of_span=torch.tensor(passage_of_span, dtype=torch.int32),
-            chunks=tuple(chunks),
-            expanded=expanded,
-            encoder_input=pack_texts(
-                self.encoder_tokenizer, [chunk.text for chunk in chunks], special_tokens=self.encoder_special_tokens
-            ),
-        )

@@ -1,0 +1,87 @@
+"""From spans, the text and the chunks of each sequence, to the packed rows of a MixedPrompt."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from refrag.encoder import pack_texts
+from refrag.prompt import Chunk, MixedPrompt
+from refrag_kernels import ChunkLayout
+
+# The passage's number in its sequence, -1 for text; and the text's tokens, or the chunk.
+Span = tuple[int, list[int] | Chunk]
+
+
+def pack_spans(
+    sequences: Sequence[Sequence[Span]],
+    expanded: Collection[int],
+    encoder_tokenizer: PreTrainedTokenizerBase,
+    *,
+    position_ids: str = "contiguous",
+    encoder_special_tokens: bool = True,
+) -> MixedPrompt:
+    """Pack a batch.
+
+    Parameters
+    ----------
+    sequences : sequence of sequences of Span
+    expanded : collection of int
+        Chunks, numbered through the batch, that stand as text; each of the others becomes one slot.
+    encoder_tokenizer : PreTrainedTokenizerBase
+    position_ids : {"contiguous", "original"}
+    encoder_special_tokens : bool
+        Both as in RefragConfig.
+
+    Returns
+    -------
+    MixedPrompt
+
+    Examples
+    --------
+    >>> from transformers import AutoTokenizer
+    >>> from refrag import weights
+    >>> tokenizer = AutoTokenizer.from_pretrained(weights.encoder_folder())
+    >>> spans = [(-1, [11, 12]), (0, Chunk("built in", (21, 22))), (0, Chunk(" 1871", (23, 24, 25)))]
+    >>> prompt = pack_spans([spans], {1}, tokenizer)
+    >>> prompt.token_ids.tolist(), prompt.slot_of_row.tolist()
+    ([11, 12, 0, 23, 24, 25], [-1, -1, 0, -1, -1, -1])
+    """
+    token_ids: list[int] = []
+    slots: list[int] = []
+    positions: list[int] = []
+    lengths: list[list[int]] = []
+    passage_of_span: list[int] = []
+    chunks: list[Chunk] = []
+    for spans in sequences:
+        lengths.append([])
+        position = 0
+        for passage, span in spans:
+            own_tokens = span.token_ids if isinstance(span, Chunk) else span
+            slot = -1
+            if isinstance(span, Chunk):
+                slot = -1 if len(chunks) in expanded else len(chunks)
+                chunks.append(span)
+            rows = 1 if slot >= 0 else len(own_tokens)
+            token_ids += [0] if slot >= 0 else own_tokens
+            slots += [slot] * rows
+            if slot >= 0 and position_ids == "original":
+                position += len(own_tokens) - 1
+            positions += range(position, position + rows)
+            position += rows
+            lengths[-1].append(rows)
+            passage_of_span.append(passage)
+    return MixedPrompt(
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        slot_of_row=torch.tensor(slots, dtype=torch.int32),
+        position_ids=torch.tensor(positions, dtype=torch.int64),
+        layout=ChunkLayout.from_lengths(lengths),
+        passage_of_span=torch.tensor(passage_of_span, dtype=torch.int32),
+        chunks=tuple(chunks),
+        expanded=frozenset(expanded),
+        encoder_input=pack_texts(
+            encoder_tokenizer, [chunk.text for chunk in chunks], special_tokens=encoder_special_tokens
+        ),
+    )
