@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from bench import results, table
 from bench.case import Entry, Sweep
 from bench.compare import compare, percentage
 from bench.presets import PRESETS
-from bench.run import OURS, Outcome, measure, threads
+from bench.run import OURS, Outcome, measure, threads, unmeasured
 from refrag_kernels import backends
 
 
@@ -51,11 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--expand", nargs="+", type=float, help="shares of the chunks that stand as text, 0 to 1")
     run.add_argument("--dtype", nargs="+", choices=list(table.DTYPES), help="default float32 and bfloat16")
     run.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the tensors are")
+    run.add_argument("--copies", type=int, help="sets of tensors that calls take in turns; default 1, on a GPU 3")
+    run.add_argument("--budget", type=float, metavar="SECONDS", help="leave out rows that would begin later than this")
     run.add_argument("--rounds", type=int, default=11, help="rounds that count, after two that don't")
     run.add_argument("--threads", type=int, default=2, help="0 leaves torch's choice")
     run.add_argument("--refcheck", action=argparse.BooleanOptionalAction, default=True, help="compare with float64")
     run.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="count peak memory")
     run.add_argument("--flex", action=argparse.BooleanOptionalAction, default=True, help="compile flex_attention too")
+    run.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time others too")
     run.add_argument("--json", "--output", type=Path, dest="json", metavar="FILE", help="write the figures as JSON")
     run.add_argument("--csv", type=Path, metavar="FILE", help="write the figures as CSV")
     run.add_argument("--markdown", type=Path, metavar="FILE", help="write the figures as Markdown tables")
@@ -86,8 +91,8 @@ def _selected(options: argparse.Namespace) -> list[Entry]:
         for value in getattr(options, name) or []:
             if value < least or (most is not None and value > most) or (name == "density" and value == 0):
                 raise ValueError(f"--{name}: got {value:g}, needs {f'{least} to {most}' if most else 'at least 1'}")
-    for name, least in (("rounds", 1), ("threads", 0)):
-        if getattr(options, name) < least:
+    for name, least in (("rounds", 1), ("threads", 0), ("copies", 1), ("budget", 0)):
+        if getattr(options, name) is not None and getattr(options, name) < least:
             raise ValueError(f"--{name}: got {getattr(options, name)}, needs {least} or more")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: got cuda, but torch finds no CUDA or ROCm device")
@@ -119,21 +124,14 @@ def _run(options: argparse.Namespace) -> int:
         print("\n".join(entry.name for entry in entries))
         return 0
     command = "python -m bench " + shlex.join(sys.argv[1:])
-    about = results.environment(options.threads, options.rounds, command)
+    about = results.environment(options.threads, options.rounds, command, options.device)
+    start = time.monotonic()
     rows: list[dict] = []
     failed = False
     with threads(options.threads):
         print(backends.report(), flush=True)
         for entry in entries:
-            outcome = measure(
-                entry,
-                options.rounds,
-                backends=options.backend,
-                refcheck=options.refcheck,
-                memory=options.memory,
-                device=options.device,
-                goal=table.goal_of(entry),
-            )
+            outcome = _outcome(entry, options, time.monotonic() - start)
             rows += results.records(outcome)
             failed |= _is_wrong(outcome)
             print(results.text(outcome), flush=True)
@@ -151,8 +149,29 @@ def _run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _outcome(entry: Entry, options: argparse.Namespace, elapsed: float) -> Outcome:
+    """Measure a row; what goes wrong in it is told, and the next one is measured."""
+    if options.budget is not None and elapsed > options.budget:
+        return unmeasured(entry, skipped=f"the {options.budget:g} s of --budget were over")
+    try:
+        return measure(
+            entry,
+            options.rounds,
+            backends=options.backend,
+            refcheck=options.refcheck,
+            memory=options.memory,
+            device=options.device,
+            goal=table.goal_of(entry),
+            with_peers=options.peers,
+            copies=options.copies or (1 if options.device == "cpu" else 3),
+        )
+    except Exception as error:
+        traceback.print_exc()
+        return unmeasured(entry, failed=error)
+
+
 def _is_wrong(outcome: Outcome) -> bool:
-    return any(name.startswith(OURS) for name in outcome.wrong)
+    return bool(outcome.failed) or any(name.startswith(OURS) for name in outcome.wrong)
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -52,6 +52,10 @@ class Case:
         Whether autograd is on.
     most_rounds : int
         Rounds that are enough for calls that take seconds.
+    most_copies : int
+        How many times the tensors can be there at once, to be taken in turns.
+    on_host : bool
+        Whether the work is the CPU's, wherever the tensors of other rows are.
     notes : str
         What the times leave out.
     """
@@ -67,6 +71,8 @@ class Case:
     peer_expected: Call | None = None
     grad: bool = False
     most_rounds: int = 1000
+    most_copies: int = 1000
+    on_host: bool = False
     notes: str = ""
 
 

@@ -19,14 +19,20 @@ from bench.case import Case, Entry, Skip, Sweep
 from bench.presets import PRESETS, Preset
 from bench.prompts import SHARED, Prompt
 
+_POSITIONS = 1 << 17  # more than a context has; the weights don't depend on it
 _FULL = "full text, HF SDPA"
 _OWN_FULL = "full text, our attention"
 # 30 layers add up to more than one op's bound: a wrong mask or a wrong slot moves the logits by tens of per cent.
 _BOUND = {torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 
 
-def _require_memory(shape: Preset, dtype: torch.dtype) -> None:
+def _require_memory(shape: Preset, dtype: torch.dtype, device: str) -> None:
     needed = shape.parameters() * (dtype.itemsize + 8)  # the model, and its copy in float64
+    if device != "cpu":  # the copy is not made where results are not compared
+        needed, available = shape.parameters() * (dtype.itemsize + 4), torch.cuda.mem_get_info()[0]
+        if needed > available:
+            raise Skip(f"needs {needed / 2**30:.0f} GiB for the weights, the GPU has {available / 2**30:.0f} free")
+        return
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -36,10 +42,10 @@ def _require_memory(shape: Preset, dtype: torch.dtype) -> None:
         raise Skip(f"needs {needed / 2**30:.0f} GiB of memory for the weights, {available / 2**30:.0f} GiB are free")
 
 
-def _models(preset: str, k: int, context: int, dtype: torch.dtype, device: str):
+@functools.lru_cache(maxsize=1)  # rows of a sweep differ in their prompts
+def _models(shape: Preset, dtype: torch.dtype, device: str):
     """Return REFRAG and Hugging Face's decoder, on the same random weights."""
-    shape = PRESETS[preset]
-    _require_memory(shape, dtype)
+    _require_memory(shape, dtype, device)
     try:
         from refrag import RefragConfig, RefragForCausalLM
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -49,15 +55,16 @@ def _models(preset: str, k: int, context: int, dtype: torch.dtype, device: str):
         shape.family, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
         head_dim=shape.width, vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
-        max_position_embeddings=context + 1024,
+        max_position_embeddings=_POSITIONS,
     )  # fmt: skip
     encoder = AutoConfig.for_model(
         "bert", hidden_size=shape.encoder_hidden, intermediate_size=shape.encoder_intermediate,
         num_hidden_layers=shape.encoder_layers, num_attention_heads=shape.encoder_heads,
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
+    # Random numbers of 7 billion weights take a GPU seconds and a CPU minutes.
+    with torch.random.fork_rng(devices=[] if device == "cpu" else None), torch.device(device):
         torch.manual_seed(0)
-        model = RefragForCausalLM(RefragConfig.from_preset("lclm", decoder, encoder, chunk_size=k))
+        model = RefragForCausalLM(RefragConfig.from_preset("lclm", decoder, encoder))
     model = model.to(device, dtype).eval()
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(copy.deepcopy(decoder), attn_implementation="sdpa")
@@ -97,7 +104,7 @@ def _mixed_prompts(prompt: Prompt, vocabulary: int):
 
 
 def _first_token(preset: str, context: int, k: int, expand: float, dtype: torch.dtype, device: str) -> Case:
-    model, plain = _models(preset, k, context, dtype, device)
+    model, plain = _models(PRESETS[preset], dtype, device)
     from refrag import PackedTexts
 
     compressed, full = _mixed_prompts(Prompt(context, k, expand), PRESETS[preset].vocabulary)
@@ -130,12 +137,13 @@ def _first_token(preset: str, context: int, k: int, expand: float, dtype: torch.
         peer_expected=_inference(own_full),
         bound=_BOUND[dtype],
         most_rounds=3,
+        most_copies=1,
         notes="random weights; chunk embeddings cached, unless the row says otherwise",
     )
 
 
 def _decode(preset: str, context: int, k: int, expand: float, dtype: torch.dtype, device: str) -> Case:
-    model, plain = _models(preset, k, context, dtype, device)
+    model, plain = _models(PRESETS[preset], dtype, device)
     compressed, full = _mixed_prompts(Prompt(context, k, expand), PRESETS[preset].vocabulary)
     token = torch.tensor([[7]], device=device)
 
@@ -155,7 +163,7 @@ def _decode(preset: str, context: int, k: int, expand: float, dtype: torch.dtype
         with rk.use_backend("reference"), torch.inference_mode():
             wide = copy.deepcopy(model).double()
             # The chunk embeddings are ours: what is checked here is the decoder's step.
-            embeds = model.encode_chunks(compressed.encoder_input).double()
+            embeds = model.encode_chunks(compressed.encoder_input.to(device)).double()
             cache = wide(prompt=compressed, chunk_embeds=embeds, use_cache=True, logits_to_keep=1).past_key_values
             return step(wide.decoder, cache)
 
@@ -165,6 +173,7 @@ def _decode(preset: str, context: int, k: int, expand: float, dtype: torch.dtype
         expected=expected,
         peer_expected=_inference(lambda: step(model.decoder, own_full)),
         bound=_BOUND[dtype],
+        most_copies=1,
         notes="one token after the prompt, transformers' decoding loop for both; random weights",
     )
 

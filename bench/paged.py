@@ -72,6 +72,7 @@ def _decode(preset: str, context: int, dtype: torch.dtype, device: str) -> Case:
         flops=4.0 * shape.heads * shape.width * context,
         bytes=float(size),
         limit="read",
+        most_copies=1,  # it takes turns among its sequences
     )
 
 

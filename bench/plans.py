@@ -20,6 +20,7 @@ def _passages(context: int, k: int, density: float) -> Case:
     return Case(
         ours=lambda: rk.plan_attention(layout, mask, causal=False),
         peers={"create_block_mask, block 128": lambda: peers.block_mask(passages, 128, "cpu")},
+        on_host=True,
     )
 
 
@@ -32,7 +33,8 @@ def _prompt(context: int, k: int, expand: float) -> Case:
 
         return create_block_mask(lambda b, h, i, j: i >= j, None, None, rows, rows, device="cpu")
 
-    return Case(ours=lambda: rk.plan_attention(layout), peers={"create_block_mask, block 128": block_mask})
+    plan = {"create_block_mask, block 128": block_mask}
+    return Case(ours=lambda: rk.plan_attention(layout), peers=plan, on_host=True)
 
 
 def _ranges(context: int, k: int) -> Case:
@@ -46,7 +48,8 @@ def _ranges(context: int, k: int) -> Case:
         mine = of_row[last]
         return (mine == -1) | (of_row == -1) | (of_row == mine)
 
-    return Case(ours=lambda: rk.visible_ranges(layout, mask, last), peers={"a row of a bool mask": row_of_mask})
+    peer = {"a row of a bool mask": row_of_mask}
+    return Case(ours=lambda: rk.visible_ranges(layout, mask, last), peers=peer, on_host=True)
 
 
 def entries(sweep: Sweep) -> Iterator[Entry]:

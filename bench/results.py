@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bench.limits import BANDWIDTH
 from bench.run import Outcome
 from refrag_kernels import backends
 
@@ -19,7 +20,7 @@ SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def environment(threads: int, rounds: int, command: str) -> dict[str, Any]:
+def environment(threads: int, rounds: int, command: str, device: str = "cpu") -> dict[str, Any]:
     """Return what a figure has to be read with: versions, machine, commit, date, command."""
     report = backends.report()
     return {
@@ -29,6 +30,7 @@ def environment(threads: int, rounds: int, command: str) -> dict[str, Any]:
         "versions": report.versions,
         "machine": report.machine,
         "devices": report.devices,
+        "device": device,
         "build": report.build,
         "threads": threads or torch.get_num_threads(),
         "rounds": rounds,
@@ -52,7 +54,8 @@ def records(outcome: Outcome) -> list[dict[str, Any]]:
     found = []
     for name in outcome.contenders:
         times, ours = outcome.times.get(name), name in outcome.ours
-        status = "wrong" if name in outcome.wrong else "skipped" if name in outcome.skipped else "ok"
+        states = {"wrong": outcome.wrong, "skipped": outcome.skipped, "failed": outcome.failed}
+        status = next((state for state, names in states.items() if name in names), "ok")
         found.append(
             {
                 "row": entry.name,
@@ -64,7 +67,7 @@ def records(outcome: Outcome) -> list[dict[str, Any]]:
                 "contender": name,
                 "ours": ours,
                 "status": status,
-                "reason": outcome.skipped.get(name),
+                "reason": outcome.skipped.get(name) or outcome.failed.get(name),
                 "error": outcome.errors.get(name),
                 "median_s": times and times.median,
                 "p20_s": times and times.quantile(0.2),
@@ -74,7 +77,7 @@ def records(outcome: Outcome) -> list[dict[str, Any]]:
                 "gflops": _scaled(outcome.flops(name)),
                 "gbytes": _scaled(outcome.bytes(name)),
                 "share_of_limit": outcome.share(name),
-                "limit": outcome.case.limit if outcome.case else None,
+                "limit": outcome.limit,
                 "limit_per_s": outcome.bandwidth or outcome.matmul,
                 "speed_up": outcome.speed_up(name) if ours else None,
                 "best_peer": outcome.best_peer,
@@ -141,9 +144,12 @@ def markdown(run: dict[str, Any]) -> str:
     """Return a run as Markdown tables, one per op."""
     about, rows = run["environment"], run["rows"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    machine = f"{about['machine'].get('cpu', 'an unknown CPU')}, {about['threads']} threads"
+    if about.get("device", "cpu") != "cpu":
+        gpus = [name for name in about["devices"] if name.startswith(about["device"])]
+        machine = f"{', '.join(gpus)}; host {machine}"
     lines = [
-        f"Measured {about['date']} on {about['machine'].get('cpu', 'an unknown CPU')}, {about['threads']} threads, "
-        f"commit {about['commit'] or 'unknown'}; {versions}.",
+        f"Measured {about['date']} on {machine}, commit {about['commit'] or 'unknown'}; {versions}.",
         "",
         f"Command: `{about['command']}`. Medians of interleaved rounds, with the 20th and 80th percentile; results "
         "that differ from float64 have no time.",
@@ -166,8 +172,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     who = f"**{row['contender']}**" if row["ours"] else row["contender"]
     if row["status"] == "wrong":
         return [name, who, f"wrong: error {row['error']:.1e}", *[""] * 5]
-    if row["status"] == "skipped":
-        return [name, who, f"skipped: {row['reason']}".replace("|", "\\|"), *[""] * 5]
+    if row["status"] != "ok":
+        return [name, who, f"{row['status']}: {row['reason']}".replace("|", "\\|"), *[""] * 5]
     p20, median, p80 = (1e3 * row[key] for key in ("p20_s", "median_s", "p80_s"))
     return [
         name,
@@ -175,7 +181,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{median:.3g} ({p20:.3g} - {p80:.3g})",
         f"{row['speed_up']:.2f} x" if row["speed_up"] else "",
         f"{row['gflops']:.0f}" if row["gflops"] and row["limit"] == "matmul" else "",
-        f"{row['gbytes']:.1f}" if row["gbytes"] and row["limit"] == "read" else "",
+        f"{row['gbytes']:.1f}" if row["gbytes"] and row["limit"] in BANDWIDTH.values() else "",
         f"{row['share_of_limit']:.0%} of {row['limit']}" if row["share_of_limit"] else "",
         f"{row['peak_bytes'] / 2**20:.1f}" if row["peak_bytes"] is not None else "",
     ]
@@ -190,14 +196,14 @@ def text(outcome: Outcome) -> str:
         lead = f"  {row['contender']:<{width}}  "
         if row["status"] == "wrong":
             lines.append(f"{lead}WRONG: error {row['error']:.1e} against float64")
-        elif row["status"] == "skipped":
-            lines.append(f"{lead}skipped ({row['reason']})")
+        elif row["status"] != "ok":
+            lines.append(f"{lead}{row['status']} ({row['reason']})")
         else:
             p20, median, p80 = (1e3 * row[key] for key in ("p20_s", "median_s", "p80_s"))
             parts = [f"{median:9.3f} ms ({p20:.3f} - {p80:.3f})"]
             parts += [f"{row['speed_up']:.2f} x"] if row["speed_up"] else []
             parts += [f"{row['gflops']:.0f} GF/s"] if row["gflops"] and row["limit"] == "matmul" else []
-            parts += [f"{row['gbytes']:.1f} GB/s"] if row["gbytes"] and row["limit"] == "read" else []
+            parts += [f"{row['gbytes']:.1f} GB/s"] if row["gbytes"] and row["limit"] in BANDWIDTH.values() else []
             parts += [f"{row['share_of_limit']:.0%} of {row['limit']}"] if row["share_of_limit"] else []
             parts += [f"{row['peak_bytes'] / 2**20:.1f} MiB"] if row["peak_bytes"] is not None else []
             lines.append(lead + ", ".join(parts))

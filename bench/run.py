@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 import refrag_kernels as rk
+from bench import limits
 from bench.case import Call, Case, Entry, Goal, Skip, error_of
-from bench.limits import matmul_flops, read_bytes
-from bench.timing import Times, cpu_pressure, interleave, peak_bytes
+from bench.timing import Times, cpu_pressure, interleave, peak_bytes, rotated
 
 OURS = "refrag_kernels"
 
@@ -33,11 +33,19 @@ class Outcome:
     bandwidth: float | None = None
     pressure: float | None = None
     goal: Goal = Goal()
+    device: str = "cpu"
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def limit(self) -> str | None:
+        """Which of the machine's limits binds."""
+        binds = self.case.limit if self.case else None
+        return limits.BANDWIDTH[self.device] if binds == "read" else binds
 
     @property
     def contenders(self) -> list[str]:
         """Ours first, then the peers."""
-        names = dict.fromkeys([*self.ours, *self.times, *self.wrong, *self.skipped])
+        names = dict.fromkeys([*self.ours, *self.times, *self.wrong, *self.skipped, *self.failed])
         return list(names)
 
     @property
@@ -90,8 +98,12 @@ def measure(
     memory: bool = True,
     device: str = "cpu",
     goal: Goal | None = None,
+    with_peers: bool = True,
+    copies: int = 1,
 ) -> Outcome:
     """Check and time one row.
+
+    An error of a peer is what that peer is skipped for; one of ours is raised.
 
     Parameters
     ----------
@@ -105,8 +117,12 @@ def measure(
     memory : bool
         Whether to call each contender once more and count what it allocates.
     device : {"cpu", "cuda"}
-        Where the row's tensors are, for the limits.
+        Where the row's tensors are, for the clock and the limits.
     goal : Goal, optional
+    with_peers : bool
+        Whether others are timed too.
+    copies : int
+        How many times the row's tensors are made; calls take turns among them.
     """
     goal = goal or Goal()
     names = tuple(f"{OURS}, {backend}" for backend in backends) or (OURS,)
@@ -114,19 +130,16 @@ def measure(
         case = entry.build()
     except Skip as reason:
         return Outcome(entry, None, names, {}, {}, {}, dict.fromkeys(names, str(reason)), {}, goal=goal)
-    calls: dict[str, Call] = {}
-    for name, backend in zip(names, backends or [None]):
-        calls[name] = _on_backend(case.ours, backend)
-        for variant, call in case.variants.items():
-            calls[f"{name}, {variant}"] = _on_backend(call, backend)
+    device = "cpu" if case.on_host else device
+    calls = _ours(case, names, backends)
     ours = tuple(calls)
-    calls |= case.peers
+    calls |= case.peers if with_peers else {}
     errors: dict[str, float] = {}
     wrong: dict[str, float] = {}
     skipped: dict[str, str] = {}
     with torch.enable_grad() if case.grad else torch.no_grad():
         expected = case.expected() if refcheck and case.expected else None
-        theirs = case.peer_expected() if refcheck and case.peer_expected else expected
+        theirs = case.peer_expected() if refcheck and with_peers and case.peer_expected else expected
         for name, call in list(calls.items()):
             # A peer is only excluded for being wrong, not for being less accurate than our own bound.
             wanted, bound = (expected, case.bound) if name in ours else (theirs, 10 * case.bound)
@@ -138,20 +151,60 @@ def measure(
                         wrong[name] = errors[name]
             except Skip as reason:
                 skipped[name] = str(reason)
-            except RuntimeError as error:
-                if name not in ours or "no allowed backend" not in str(error):
+            except Exception as error:
+                if name in ours and "no allowed backend" not in str(error):
                     raise
-                skipped[name] = str(error)
+                skipped[name] = str(error) if name in ours else f"{type(error).__name__}: {_first_line(error)}"
             if name in wrong or name in skipped:
                 del calls[name]
         del expected, theirs
         gc.collect()
+        turns = [calls]
+        for _ in range(1, min(copies, case.most_copies)):
+            copy = entry.build()
+            turns.append(_ours(copy, names, backends) | copy.peers)
+        calls = {name: rotated([turn[name] for turn in turns]) for name in calls}
         few = case.most_rounds < rounds
-        times = interleave(calls, min(rounds, case.most_rounds), warm_up=1 if few else 2)
+        # A copy's first call may compile.
+        warm_up = max(1 if few else 2, len(turns))
+        times = interleave(calls, min(rounds, case.most_rounds), warm_up, device)
         peaks = {name: peak_bytes(call) for name, call in calls.items()} if memory else {}
-        matmul = matmul_flops(entry.dtype, device=device) if case.limit == "matmul" else None
-        bandwidth = read_bytes(device=device) if case.limit == "read" else None
-    return Outcome(entry, case, ours, times, errors, wrong, skipped, peaks, matmul, bandwidth, cpu_pressure(), goal)
+        matmul, bandwidth = _limits(case.limit, entry.dtype, device)
+    return Outcome(
+        entry, case, ours, times, errors, wrong, skipped, peaks, matmul, bandwidth, cpu_pressure(), goal, device
+    )
+
+
+def unmeasured(entry: Entry, *, skipped: str | None = None, failed: BaseException | None = None) -> Outcome:
+    """Return the outcome of a row that was left out, or that could not be measured for an error of ours."""
+    left_out = {OURS: skipped} if skipped else {}
+    errors = {OURS: f"{type(failed).__name__}: {_first_line(failed)}"} if failed else {}
+    return Outcome(entry, None, (OURS,), {}, {}, {}, left_out, {}, failed=errors)
+
+
+def _ours(case: Case, names: Sequence[str], backends: Sequence[str]) -> dict[str, Call]:
+    calls: dict[str, Call] = {}
+    for name, backend in zip(names, backends or [None]):
+        calls[name] = _on_backend(case.ours, backend)
+        for variant, call in case.variants.items():
+            calls[f"{name}, {variant}"] = _on_backend(call, backend)
+    return calls
+
+
+def _limits(binds: str | None, dtype: torch.dtype, device: str) -> tuple[float | None, float | None]:
+    """Return the rates of products and of memory, of which the one that binds is measured."""
+    if binds is None:
+        return None, None
+    wanted = dtype if binds == "matmul" else None
+    if device == "cuda":
+        rate = limits.of_gpu(wanted)
+    else:
+        rate = limits.bandwidth() if wanted is None else limits.matmul_flops(wanted)
+    return (rate, None) if binds == "matmul" else (None, rate)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200]
 
 
 def _on_backend(call: Call, backend: str | None) -> Callable[[], object]:

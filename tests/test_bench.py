@@ -18,7 +18,7 @@ from bench.compare import compare, percentage
 from bench.presets import PRESETS, Preset
 from bench.prompts import Passages, Prompt
 from bench.run import OURS, measure
-from bench.timing import interleave, peak_bytes
+from bench.timing import interleave, peak_bytes, rotated
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,6 +46,85 @@ def test_calls_are_timed_in_turns():
     times = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warm_up=1)
     assert order == ["a", "b"] * 4
     assert len(times["a"].rounds) == 3 and times["a"].least <= times["a"].median <= times["a"].quantile(1.0)
+
+
+def test_a_gpu_is_timed_between_events_with_cold_caches(monkeypatch):
+    """On a GPU: overwrite the caches, event, call, event, and wait for the last one before the next call."""
+    order, now = [], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("event")
+            self.at = now[0]
+
+        def synchronize(self):
+            order.append("wait")
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def call():
+        order.append("call")
+        now[0] += 5.0  # milliseconds, as events count
+
+    caches = type("Caches", (), {"zero_": lambda self: order.append("caches")})()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: caches if device == "cuda" and size > 1e8 else None)
+    times = interleave({"a": call}, rounds=2, warm_up=1, device="cuda")
+    assert order == ["caches", "event", "call", "event", "wait"] * 3
+    assert times["a"].rounds == (0.005, 0.005)
+
+
+def test_calls_take_turns_among_copies_of_their_tensors(monkeypatch):
+    order = []
+    turns = rotated([lambda: order.append(1), lambda: order.append(2), lambda: order.append(3)])
+    for _ in range(4):
+        turns()
+    assert order == [1, 2, 3, 1]
+
+    built, called = [], []
+
+    def build():
+        copy = len(built)
+        built.append(copy)
+        peers = {"peer": lambda: called.append(("peer", copy))}
+        return Case(ours=lambda: called.append((OURS, copy)), peers=peers, most_copies=2)
+
+    measure(dataclasses.replace(entry(), build=build), rounds=4, copies=3, memory=False)
+    assert built == [0, 1]
+    # Each contender's first call, to look at its result; two rounds to warm up, one for each copy; four that count.
+    assert called == [(OURS, 0), ("peer", 0)] + [(who, copy) for copy in (0, 1) * 3 for who in (OURS, "peer")]
+
+
+def test_errors_end_a_row_and_not_the_run(monkeypatch, capsys, tmp_path):
+    def broken():
+        raise RuntimeError("a fault\nwith details")
+
+    outcome = measure(entry(dataclasses.replace(right, peers={"broken": broken})), rounds=1)
+    assert outcome.skipped == {"broken": "RuntimeError: a fault"} and OURS in outcome.times
+    rows = [entry(dataclasses.replace(right, ours=broken)), entry()]
+    monkeypatch.setattr(table, "published", lambda flex: rows)
+    file = tmp_path / "run.json"
+    assert command.main(["run", "--rounds", "1", "--json", str(file)]) == 1
+    first, *others = results.read(file)["rows"]
+    assert (first["status"], first["reason"], first["median_s"]) == ("failed", "RuntimeError: a fault", None)
+    assert [row["status"] for row in others] == ["ok", "ok"]
+    shown = capsys.readouterr()
+    assert "failed (RuntimeError: a fault)" in shown.out and "Traceback" in shown.err
+    assert "failed: RuntimeError: a fault" in results.markdown(results.read(file))
+
+
+def test_what_a_budget_leaves_out_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(table, "published", lambda flex: [entry(), entry()])
+    assert command.main(["run", "--rounds", "1", "--budget", "0", "--no-peers"]) == 0
+    assert capsys.readouterr().out.count("skipped (the 0 s of --budget were over)") == 2
+
+
+def test_without_peers_ours_is_timed_alone():
+    assert set(measure(entry(), rounds=1, with_peers=False).times) == {OURS}
 
 
 def test_a_wrong_result_has_an_error_and_no_time():
