@@ -6,9 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from refrag.choosers import Chooser, CosineChooser, RandomChooser
+    from refrag.choosers import (
+        AllChunks,
+        Chooser,
+        CosineChooser,
+        NoChunks,
+        PerplexityChooser,
+        PolicyChooser,
+        RandomChooser,
+        ThresholdChooser,
+    )
     from refrag.chunking import Chunker, FixedChunks, SentenceChunks
     from refrag.config import RefragConfig
+    from refrag.encoder import TextEmbedder
     from refrag.model import RefragForCausalLM
     from refrag.policy import ExpansionPolicy
     from refrag.processor import PromptTooLongError, RefragProcessor
@@ -16,6 +26,7 @@ if TYPE_CHECKING:
 
 # Loaded when first asked for: torch and transformers take seconds, which "refrag --help" needn't wait for.
 _MODULE_OF = {
+    "AllChunks": "choosers",
     "Chooser": "choosers",
     "Chunk": "prompt",
     "Chunker": "chunking",
@@ -23,17 +34,23 @@ _MODULE_OF = {
     "ExpansionPolicy": "policy",
     "FixedChunks": "chunking",
     "MixedPrompt": "prompt",
+    "NoChunks": "choosers",
     "PackedTexts": "prompt",
     "Passage": "prompt",
+    "PerplexityChooser": "choosers",
+    "PolicyChooser": "choosers",
     "PromptTooLongError": "processor",
     "RandomChooser": "choosers",
     "RefragConfig": "config",
     "RefragForCausalLM": "model",
     "RefragProcessor": "processor",
     "SentenceChunks": "chunking",
+    "TextEmbedder": "encoder",
+    "ThresholdChooser": "choosers",
 }
 
 __all__ = [
+    "AllChunks",
     "Chooser",
     "Chunk",
     "Chunker",
@@ -41,14 +58,19 @@ __all__ = [
     "ExpansionPolicy",
     "FixedChunks",
     "MixedPrompt",
+    "NoChunks",
     "PackedTexts",
     "Passage",
+    "PerplexityChooser",
+    "PolicyChooser",
     "PromptTooLongError",
     "RandomChooser",
     "RefragConfig",
     "RefragForCausalLM",
     "RefragProcessor",
     "SentenceChunks",
+    "TextEmbedder",
+    "ThresholdChooser",
 ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
@@ -66,6 +66,21 @@ def no_mask(device: torch.device) -> torch.Tensor:
     transformers hands a 4-dimensional mask on as it is, so that no [T, T] mask is built; a plan needs none.
     """
     return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
+
+
+def require_refrag(name: str, part: PreTrainedModel) -> None:
+    """Refuse a model on another attention: it would ignore the plan and let every row see every other.
+
+    Raises
+    ------
+    ValueError
+        Names the part, "encoder" or "decoder".
+    """
+    if part.config._attn_implementation != NAME:
+        raise ValueError(
+            f"{name}: got attention {part.config._attn_implementation!r}, needs {NAME!r} for packed rows; "
+            f'call {name}.set_attn_implementation("{NAME}")'
+        )
 
 
 def refrag_attention(

@@ -55,6 +55,41 @@ def pack_texts(
     return PackedTexts(flat, ChunkLayout.from_lengths([lengths]))
 
 
+class TextEmbedder:
+    """Embeds texts as the model embeds chunks: what choosers compare and policies read.
+
+    The last results are kept, so that chunks that a chooser has embedded needn't be encoded again for the model: hand
+    ``embedder([chunk.text for chunk in prompt.chunks])`` on as ``chunk_embeds``.
+
+    Parameters
+    ----------
+    model : RefragForCausalLM
+    tokenizer : PreTrainedTokenizerBase
+        The encoder's.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._kept: dict[tuple[str, ...], torch.Tensor] = {}
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return embeddings [N, d_enc]; a question longer than the encoder's positions is cut."""
+        wanted = tuple(texts)
+        if wanted not in self._kept:
+            packed = pack_texts(
+                self.tokenizer,
+                texts,
+                special_tokens=self.model.config.encoder_special_tokens,
+                truncate_to=self.tokenizer.model_max_length,
+            )
+            with torch.no_grad():
+                embeds = self.model.encode_chunks(packed)
+            # A question's and a prompt's at least.
+            self._kept = {**dict(list(self._kept.items())[-3:]), wanted: embeds}
+        return self._kept[wanted]
+
+
 def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str) -> torch.Tensor:
     """Encode packed texts, each alone (REFRAG, section 2: c_i = Enc(C_i)).
 

@@ -116,7 +116,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         -------
         Tensor [N, d_enc]
         """
-        _require_refrag_attention("encoder", self.encoder)
+        attention.require_refrag("encoder", self.encoder)
         return encode_packed(self.encoder, texts, self.config.pooling)
 
     def embed(self, prompt: MixedPrompt, chunk_embeds: torch.Tensor | None = None) -> torch.Tensor:
@@ -222,7 +222,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         for name, value in taken.items():
             if value is not None:
                 raise ValueError(f"{name}: got a value beside a prompt, needs None: the prompt holds it")
-        _require_refrag_attention("decoder", self.decoder)
+        attention.require_refrag("decoder", self.decoder)
         require_empty(past_key_values)
         prompt = prompt.to(self.device)
         targets = None if labels is None else _next_tokens(prompt, labels, logits_to_keep)
@@ -271,7 +271,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if not isinstance(prompt, MixedPrompt):
             return super().generate(prompt, **kwargs)
-        _require_refrag_attention("decoder", self.decoder)
+        attention.require_refrag("decoder", self.decoder)
         with torch.no_grad():
             prompt = prompt.to(self.device)
             embeds = self.embed(prompt, chunk_embeds)
@@ -297,15 +297,6 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
 def _attention_of(config: Any) -> str:
     """Return the attention that a part's config asks for: "refrag" unless the user chose another."""
     return config._attn_implementation or attention.NAME
-
-
-def _require_refrag_attention(name: str, part: PreTrainedModel) -> None:
-    # Any other attention would ignore the plan and let every row see every other.
-    if part.config._attn_implementation != attention.NAME:
-        raise ValueError(
-            f"{name}: got attention {part.config._attn_implementation!r}, needs {attention.NAME!r} for packed rows; "
-            f'call {name}.set_attn_implementation("{attention.NAME}")'
-        )
 
 
 def _next_tokens(prompt: MixedPrompt, labels: torch.Tensor, logits_to_keep: int) -> torch.Tensor:

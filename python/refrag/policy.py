@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 _INF = float("inf")
@@ -137,12 +138,12 @@ def _check_picks(picks: torch.Tensor, chunks: int) -> None:
         raise ValueError("picks: got a chunk twice in a row, needs each once")
 
 
-class ExpansionPolicy(nn.Module):
+class ExpansionPolicy(nn.Module, PyTorchModelHubMixin):
     """Scores each chunk by its worth as text: a transformer over the chunks' embeddings (REFRAG, A.1).
 
     The paper gives two layers and leaves width, heads and positions open. Here the embeddings are normed and mapped to
     ``width``, sinusoids mark the order of a sequence's chunks, and any number of chunks is taken. The last layer starts
-    at zero: an untrained policy picks at random.
+    at zero: an untrained policy picks at random. ``save_pretrained`` and ``from_pretrained`` write and read a folder.
 
     Parameters
     ----------

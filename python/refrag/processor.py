@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from refrag.choosers import Chooser
 from refrag.chunking import Chunker, FixedChunks, SentenceChunks
 from refrag.config import RefragConfig
+from refrag.expansion import expanded_chunks
 from refrag.packing import Span, pack_spans
 from refrag.prompt import Chunk, MixedPrompt, Passage
 
@@ -177,9 +179,10 @@ class RefragProcessor:
         self,
         prompts: Sequence[Part] | Sequence[Sequence[Part]],
         *,
-        expand: float | Collection[int] = 0.0,
+        expand: float | Collection[int | str] | None = None,
+        expand_count: int | Sequence[int] | None = None,
         chooser: Chooser | None = None,
-        question: str | None = None,
+        question: str | Sequence[str] | None = None,
         max_new_tokens: int = 0,
     ) -> MixedPrompt:
         """Pack one prompt or a batch of them.
@@ -187,13 +190,16 @@ class RefragProcessor:
         Parameters
         ----------
         prompts : list of str and Passage, or a list of such lists
-        expand : float or collection of int
-            Share of each prompt's chunks that ``chooser`` picks to stand as text, 0 to 1; or the chunks themselves,
-            numbered through the batch.
+        expand : float or collection of int and str, optional
+            Share of each prompt's chunks that ``chooser`` picks to stand as text, 0 to 1; or what is to stand as text
+            itself: chunks, numbered through the batch, and whole passages by their id.
+        expand_count : int or sequence of int, optional
+            Instead of a share: how many chunks, of every prompt or of each.
         chooser : Chooser, optional
-            Needed when ``expand`` is a share other than 0 and 1.
-        question : str, optional
-            What the chooser compares with; the last text of each prompt when it isn't given.
+            Needed unless nothing, everything or named chunks are expanded. Without a share and a count it decides how
+            many.
+        question : str or sequence of str, optional
+            What the chooser compares with, for all prompts or for each; the last text of each when it isn't given.
         max_new_tokens : int
             Room to leave in the decoder's window.
 
@@ -204,17 +210,18 @@ class RefragProcessor:
         Raises
         ------
         ValueError
-            If a prompt is empty, a passage has no text, or ``expand`` is outside 0 to 1 or names no chunk.
+            If a prompt is empty, a passage has no text, ``expand`` is outside 0 to 1 or names a chunk or passage that
+            isn't there, ``expand_count`` is more than a prompt's chunks, or there are not as many counts or questions
+            as prompts.
         PromptTooLongError
-            If a prompt doesn't fit; says by how many tokens, and what k would fit.
+            If a prompt doesn't fit; says by how many tokens, and what k or how many expanded chunks would fit.
         """
         if not prompts:
             raise ValueError("prompts: is empty, needs a prompt")
         batch = [prompts] if any(isinstance(part, (str, Passage)) for part in prompts) else prompts
-        if not isinstance(expand, Collection) and not 0 <= expand <= 1:
-            raise ValueError(f"expand: got {expand}, needs a share from 0 to 1")
         sequences = [self._spans(index, prompt) for index, prompt in enumerate(batch)]
-        expanded = self._expanded(batch, sequences, expand, chooser, question)
+        chunks = [[span for _, span in spans if isinstance(span, Chunk)] for spans in sequences]
+        expanded = expanded_chunks(chunks, self._questions(batch, question), expand, expand_count, chooser)
         packed = pack_spans(
             sequences,
             expanded,
@@ -234,7 +241,7 @@ class RefragProcessor:
             if isinstance(part, Passage):
                 if not part.text.strip():
                     raise ValueError(f"passage {part.id or position!r} of prompt {index}: has no text")
-                spans += [(passages, chunk) for chunk in self.chunker(part.text)]
+                spans += [(passages, dataclasses.replace(chunk, passage=part.id)) for chunk in self.chunker(part.text)]
                 passages += 1
             elif isinstance(part, str):
                 token_ids = self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
@@ -250,32 +257,14 @@ class RefragProcessor:
             spans.insert(0, (-1, prefix))
         return spans
 
-    def _expanded(
-        self,
-        batch: Sequence[Sequence[Part]],
-        sequences: list[list[Span]],
-        expand: float | Collection[int],
-        chooser: Chooser | None,
-        question: str | None,
-    ) -> frozenset[int]:
-        chunks = [[span for _, span in spans if isinstance(span, Chunk)] for spans in sequences]
-        total = sum(map(len, chunks))
-        if isinstance(expand, Collection):
-            for chunk in expand:
-                if not 0 <= chunk < total:
-                    raise ValueError(f"expand: got chunk {chunk}, needs 0 to {total - 1}")
-            return frozenset(expand)
-        if expand in (0, 1):
-            return frozenset(range(total) if expand else ())
-        if chooser is None:
-            raise ValueError(f"chooser: got None, needs a Chooser to expand {expand} of the chunks")
-        expanded: set[int] = set()
-        first = 0
-        for prompt, own in zip(batch, chunks):
-            asked = question if question is not None else next((p for p in reversed(prompt) if isinstance(p, str)), "")
-            expanded.update(first + chunk for chunk in chooser(asked, own, round(expand * len(own))))
-            first += len(own)
-        return frozenset(expanded)
+    def _questions(self, batch: Sequence[Sequence[Part]], question: str | Sequence[str] | None) -> list[str]:
+        """Return what choosers compare with, for each prompt."""
+        if question is None:
+            return [next((part for part in reversed(prompt) if isinstance(part, str)), "") for prompt in batch]
+        questions = [question] * len(batch) if isinstance(question, str) else list(question)
+        if len(questions) != len(batch):
+            raise ValueError(f"question: got {len(questions)} questions, needs {len(batch)}, one for each prompt")
+        return questions
 
     def _check_window(
         self,
@@ -305,21 +294,30 @@ class RefragProcessor:
     def _what_fits(self, spans: list[Span], first: int, expanded: frozenset[int], room: int) -> str:
         if self.position_ids == "original":
             return 'original position ids run on through compressed chunks, so no k fits; position_ids="contiguous" may'
-        if self.chunker_name != "fixed":
-            return "shorten it, leave out passages or expand less"
-        text, compressed, chunk = 0, {}, first
+        plain, as_text, compressed, chunk = 0, [], {}, first
         for passage, span in spans:
-            if isinstance(span, Chunk):
-                if chunk in expanded:
-                    text += len(span.token_ids)
-                else:
-                    compressed[passage] = compressed.get(passage, 0) + len(span.token_ids)
-                chunk += 1
+            if not isinstance(span, Chunk):
+                plain += len(span)
+                continue
+            if chunk in expanded:
+                as_text.append(len(span.token_ids))
             else:
-                text += len(span)
-        if text + len(compressed) > room:
+                compressed.setdefault(passage, []).append(len(span.token_ids))
+            chunk += 1
+        fits = []
+        text = plain + sum(as_text)
+        if self.chunker_name == "fixed" and compressed and text + len(compressed) <= room:
+            k = self.k + 1
+            while text + sum(-(-sum(lengths) // k) for lengths in compressed.values()) > room:
+                k += 1
+            fits.append(f"k = {k}")
+        # Whichever of the expanded chunks stay so: the longest are counted.
+        left = room - plain - len(as_text) - sum(map(len, compressed.values()))
+        if as_text and left >= 0:
+            longest = itertools.accumulate(length - 1 for length in sorted(as_text, reverse=True))
+            fits.append(f"{sum(more <= left for more in longest)} of its {len(as_text)} expanded chunks")
+        if fits:
+            return " or ".join(fits) + " would fit"
+        if self.chunker_name == "fixed":
             return f"no k fits: {text} tokens are text, shorten it or expand less"
-        k = self.k + 1
-        while text + sum(-(-tokens // k) for tokens in compressed.values()) > room:
-            k += 1
-        return f"k = {k} would fit"
+        return "shorten it, leave out passages or expand less"

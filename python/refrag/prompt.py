@@ -35,10 +35,13 @@ class Chunk:
         Exactly the text that the tokens stand for.
     token_ids : tuple of int
         Its tokens for the decoder.
+    passage : str or None
+        The id of its passage.
     """
 
     text: str
     token_ids: tuple[int, ...]
+    passage: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
