@@ -1,0 +1,1 @@
+"""REFRAG in other stacks: each module needs its stack only when it is used."""

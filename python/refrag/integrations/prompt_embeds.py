@@ -1,0 +1,253 @@
+"""Mixed prompts as the prompt embeddings that vLLM and SGLang take, and a key that names their content.
+
+The server runs the decoder alone (``model.decoder.save_pretrained(folder)``); encoder and projector run here. Written
+from the sources of vLLM 0.32 and SGLang 0.5.23.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from refrag.config import RefragConfig
+from refrag.model import RefragForCausalLM
+from refrag.prompt import MixedPrompt
+
+# SGLang multiplies whatever it is given by the square root of the width in these two (models/gemma.py, gemma2.py).
+_SCALED_BY_SGLANG = ("gemma", "gemma2")
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptEmbeds:
+    """One prompt as rows of a decoder's input; from ``build``.
+
+    Attributes
+    ----------
+    embeds : Tensor [T, d_dec]
+        Every row, text too; contiguous, on the CPU, finite.
+    token_ids : list of int
+        Token of each row; 0 in a slot.
+    is_token : list of bool
+        Which rows are text.
+    key : str
+        As from ``mixed_cache_key``.
+    model_type : str
+        The decoder's, as in its config.
+    """
+
+    embeds: torch.Tensor
+    token_ids: list[int]
+    is_token: list[bool]
+    key: str
+    model_type: str
+
+    def for_vllm(self) -> dict[str, Any]:
+        """Return the prompt for ``LLM(..., enable_prompt_embeds=True).generate``.
+
+        vLLM's prefix cache hashes token ids (0 in slots) and the blocks' rows of ``prompt_embeds``, but not the mask
+        ``prompt_is_token_ids`` (its issue 56655). Here the rows of text hold their tokens' embeddings too, so equal
+        hashes mean equal input, whatever the mask.
+        """
+        return {
+            "prompt_embeds": self.embeds,
+            "prompt_token_ids": list(self.token_ids),
+            "prompt_is_token_ids": list(self.is_token),
+        }
+
+    def for_vllm_server(self) -> str:
+        """Return what the field ``prompt_embeds`` of vLLM's ``/v1/completions`` takes: base64 of ``torch.save``.
+
+        The server has to run with ``--enable-prompt-embeds``. With the openai client:
+        ``client.completions.create(model=..., prompt="", extra_body={"prompt_embeds": built.for_vllm_server()})``.
+        """
+        buffer = io.BytesIO()
+        torch.save(self.embeds, buffer)
+        return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+    def for_sglang(self) -> dict[str, Any]:
+        """Return the fields of SGLang's ``GenerateReqInput``, or of the JSON that its ``/generate`` takes.
+
+        SGLang rounds ``input_embeds`` to bfloat16 and takes them only with ``--disable-radix-cache``;
+        ``refrag.integrations.sglang`` needs neither. Not run on SGLang: it needs a GPU.
+
+        Raises
+        ------
+        ValueError
+            For a Gemma 1 or 2 decoder, whose embeddings SGLang scales once more.
+        """
+        if self.model_type in _SCALED_BY_SGLANG:
+            raise ValueError(
+                f"model_type: got {self.model_type!r}, needs another decoder: SGLang multiplies this one's prompt "
+                "embeddings by the square root of the width"
+            )
+        return {"input_embeds": self.embeds.tolist()}
+
+
+@torch.no_grad()
+def build(
+    model: RefragForCausalLM,
+    prompt: MixedPrompt,
+    chunk_embeds: torch.Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    name: str = "",
+) -> list[PromptEmbeds]:
+    """Make prompt embeddings of each prompt of a batch.
+
+    Parameters
+    ----------
+    model : RefragForCausalLM
+        With decoder_mask "full" and position_ids "contiguous": all that a server of plain decoders computes.
+    prompt : MixedPrompt
+        B prompts.
+    chunk_embeds : Tensor [N, d_enc], optional
+        Of the prompts' chunks; encoded here when they aren't given.
+    dtype : torch.dtype, optional
+        Of the embeddings; the model's when it isn't given. vLLM's server converts what it gets to its own.
+    name : str
+        Which weights these are, for the keys; see ``mixed_cache_key``.
+
+    Returns
+    -------
+    list of B PromptEmbeds
+
+    Raises
+    ------
+    ValueError
+        If the model has another mask or other positions, ``dtype`` is no floating-point type, or a prompt is empty.
+
+    Examples
+    --------
+    With ``model`` and ``processor`` as in the example of RefragForCausalLM:
+
+    >>> prompt = processor([Passage("..."), "When was the bridge built?"])  # doctest: +SKIP
+    >>> (built,) = build(model, prompt, name="refrag-smollm2, 3rd run")  # doctest: +SKIP
+    >>> llm.generate(built.for_vllm(), SamplingParams(temperature=0))  # doctest: +SKIP
+    """
+    require_plain_decoder(model.config)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: got {dtype}, needs a floating-point type")
+    keys = mixed_cache_key(prompt, name=name, chunk_embeds=chunk_embeds)
+    rows = prompt.layout.sequence_offsets.tolist()
+    for index, (start, end) in enumerate(zip(rows, rows[1:])):
+        if start == end:
+            raise ValueError(f"prompt: sequence {index} is empty, needs a row to go on from")
+    prompt = prompt.to(model.device)
+    embeds = model.embed(prompt, chunk_embeds).to("cpu", dtype)
+    token_ids, is_token = prompt.token_ids.tolist(), (prompt.slot_of_row < 0).tolist()
+    return [
+        # A clone: torch.save and vLLM's messages carry the whole storage of a view, here the whole batch.
+        PromptEmbeds(
+            embeds[start:end].clone(),
+            token_ids[start:end],
+            is_token[start:end],
+            key,
+            model.config.text_config.model_type,
+        )
+        for start, end, key in zip(rows, rows[1:], keys)
+    ]
+
+
+def require_plain_decoder(config: RefragConfig) -> None:
+    """Refuse a model whose decoder is not what a server computes: the causal mask, and positions that count rows.
+
+    Raises
+    ------
+    ValueError
+        Names the field.
+    """
+    for field, needed in (("decoder_mask", "full"), ("position_ids", "contiguous")):
+        if getattr(config, field) != needed:
+            raise ValueError(
+                f"{field}: got {getattr(config, field)!r}, needs {needed!r}: the server's decoder knows no other"
+            )
+
+
+def mixed_cache_key(prompt: MixedPrompt, *, name: str = "", chunk_embeds: torch.Tensor | None = None) -> list[str]:
+    """Return a key of each prompt's content: prompts of one model that have equal keys are read alike.
+
+    The key covers which rows are text and their tokens; in each slot what the encoder reads, or its embedding where
+    ``chunk_embeds`` are given; each row's position and passage. Nothing is encoded for it, and it is the same in every
+    process.
+
+    Parameters
+    ----------
+    prompt : MixedPrompt
+        B prompts.
+    name : str
+        What the prompt can't show: the model, its revision, the dtype.
+    chunk_embeds : Tensor [N, d_enc], optional
+        Embeddings that did not come from the model's own encoder and so aren't named by the chunks' text.
+
+    Returns
+    -------
+    list of B str
+        32 hexadecimal digits each (blake2b).
+
+    Raises
+    ------
+    ValueError
+        If ``chunk_embeds`` has not one row per chunk.
+
+    Examples
+    --------
+    >>> from transformers import AutoTokenizer
+    >>> from refrag import Passage, RefragProcessor, weights
+    >>> folders = weights.decoder_folder(), weights.encoder_folder()
+    >>> processor = RefragProcessor(*map(AutoTokenizer.from_pretrained, folders), k=4)
+    >>> parts = [Passage("The bridge of Orla was built in 1871."), "When was it built?"]
+    >>> compressed, again, other = (mixed_cache_key(processor(parts, expand=expand)) for expand in ((), (), (1,)))
+    >>> compressed == again, compressed == other
+    (True, False)
+    """
+    if chunk_embeds is not None and (chunk_embeds.dim() != 2 or len(chunk_embeds) != len(prompt.chunks)):
+        raise ValueError(
+            f"chunk_embeds: got shape {list(chunk_embeds.shape)}, needs [{len(prompt.chunks)}, d_enc], "
+            "one row per chunk"
+        )
+    token_ids, slots = prompt.token_ids.tolist(), prompt.slot_of_row.tolist()
+    lengths = prompt.layout.chunk_offsets.diff().long()
+    passages = prompt.passage_of_span.repeat_interleave(lengths).tolist()
+    contents = _slot_contents(prompt, {slot for slot in slots if slot >= 0}, chunk_embeds)
+    # Every entry is as long as it says, so that no two lists of entries run together to the same bytes.
+    entries = [
+        b"text" + _numbers([token]) if slot < 0 else b"slot" + contents[slot] for token, slot in zip(token_ids, slots)
+    ]
+    keys = []
+    bounds = prompt.layout.sequence_offsets.tolist()
+    for start, end in zip(bounds, bounds[1:]):
+        digest = hashlib.blake2b(b"refrag mixed prompt 1", digest_size=16)
+        named = name.encode()
+        digest.update(_numbers([len(named)]) + named)
+        digest.update(_numbers([end - start, *prompt.position_ids[start:end].tolist(), *passages[start:end]]))
+        for entry in entries[start:end]:
+            digest.update(entry)
+        keys.append(digest.hexdigest())
+    return keys
+
+
+def _slot_contents(prompt: MixedPrompt, slots: set[int], chunk_embeds: torch.Tensor | None) -> dict[int, bytes]:
+    """Return a digest of 16 bytes for each chunk that stands in a slot."""
+    if chunk_embeds is not None:
+        rows = chunk_embeds.detach().cpu().contiguous()
+        kind = f"{rows.dtype} {list(rows.shape[1:])}".encode()
+        as_bytes = rows.view(torch.uint8).numpy()
+        return {slot: _digest(b"row", kind, as_bytes[slot].tobytes()) for slot in slots}
+    offsets = prompt.encoder_input.layout.chunk_offsets.tolist()
+    ids = prompt.encoder_input.token_ids.tolist()
+    return {slot: _digest(b"ids", b"", _numbers(ids[offsets[slot] : offsets[slot + 1]])) for slot in slots}
+
+
+def _digest(kind: bytes, details: bytes, content: bytes) -> bytes:
+    header = _numbers([len(kind), len(details)]) + kind + details
+    return hashlib.blake2b(header + content, digest_size=16).digest()
+
+
+def _numbers(values: Sequence[int]) -> bytes:
+    return b"".join(value.to_bytes(8, "little", signed=True) for value in values)
