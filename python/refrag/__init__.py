@@ -20,15 +20,21 @@ if TYPE_CHECKING:
     from refrag.config import RefragConfig
     from refrag.encoder import TextEmbedder
     from refrag.model import RefragForCausalLM
+    from refrag.passage_encoder import PassageEncoder
     from refrag.policy import ExpansionPolicy
     from refrag.processor import PromptTooLongError, RefragProcessor
     from refrag.prompt import Chunk, MixedPrompt, PackedTexts, Passage
+    from refrag.recipe import ChunkRecipe
+    from refrag.shard import StoreError
+    from refrag.store import ChunkStore, UnknownPassageError
 
 # Loaded when first asked for: torch and transformers take seconds, which "refrag --help" needn't wait for.
 _MODULE_OF = {
     "AllChunks": "choosers",
     "Chooser": "choosers",
     "Chunk": "prompt",
+    "ChunkRecipe": "recipe",
+    "ChunkStore": "store",
     "Chunker": "chunking",
     "CosineChooser": "choosers",
     "ExpansionPolicy": "policy",
@@ -37,6 +43,7 @@ _MODULE_OF = {
     "NoChunks": "choosers",
     "PackedTexts": "prompt",
     "Passage": "prompt",
+    "PassageEncoder": "passage_encoder",
     "PerplexityChooser": "choosers",
     "PolicyChooser": "choosers",
     "PromptTooLongError": "processor",
@@ -45,14 +52,18 @@ _MODULE_OF = {
     "RefragForCausalLM": "model",
     "RefragProcessor": "processor",
     "SentenceChunks": "chunking",
+    "StoreError": "shard",
     "TextEmbedder": "encoder",
     "ThresholdChooser": "choosers",
+    "UnknownPassageError": "store",
 }
 
 __all__ = [
     "AllChunks",
     "Chooser",
     "Chunk",
+    "ChunkRecipe",
+    "ChunkStore",
     "Chunker",
     "CosineChooser",
     "ExpansionPolicy",
@@ -61,6 +72,7 @@ __all__ = [
     "NoChunks",
     "PackedTexts",
     "Passage",
+    "PassageEncoder",
     "PerplexityChooser",
     "PolicyChooser",
     "PromptTooLongError",
@@ -69,8 +81,10 @@ __all__ = [
     "RefragForCausalLM",
     "RefragProcessor",
     "SentenceChunks",
+    "StoreError",
     "TextEmbedder",
     "ThresholdChooser",
+    "UnknownPassageError",
 ]
 
 

@@ -12,7 +12,10 @@ from refrag.prompt import Chunk
 
 
 class Chunker(Protocol):
-    """Cuts a text into chunks; every character of the text is in exactly one of them, in order."""
+    """Cuts a text into chunks; every character of the text is in exactly one of them, in order.
+
+    For a ``ChunkStore`` it also needs ``description``, a string that holds its rule and settings.
+    """
 
     def __call__(self, text: str) -> list[Chunk]: ...
 
@@ -43,6 +46,11 @@ class FixedChunks:
         _require_offsets(tokenizer)
         self.tokenizer = tokenizer
         self.k = k
+
+    @property
+    def description(self) -> str:
+        """The rule in words: what chunks depend on besides the text and the tokenizer."""
+        return f"fixed, k = {self.k}"
 
     def __call__(self, text: str) -> list[Chunk]:
         tokens = _Tokens(self.tokenizer, text)
@@ -105,6 +113,11 @@ class SentenceChunks:
         self.min_words = min_words
         self.max_words = max_words
         self.max_tokens = max_tokens
+
+    @property
+    def description(self) -> str:
+        """The rule in words: what chunks depend on besides the text and the tokenizer."""
+        return f"sentence, {self.min_words} to {self.max_words} words, at most {self.max_tokens} tokens"
 
     def __call__(self, text: str) -> list[Chunk]:
         tokens = _Tokens(self.tokenizer, text)

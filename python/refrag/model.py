@@ -126,7 +126,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         ----------
         prompt : MixedPrompt
         chunk_embeds : Tensor [N, d_enc], optional
-            From ``encode_chunks``; made here when it isn't given.
+            From ``encode_chunks``; the prompt's own, or made here, when it isn't given.
 
         Returns
         -------
@@ -138,6 +138,8 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             If ``chunk_embeds`` is not of the prompt's N chunks.
         """
         needed = [len(prompt.chunks), self.config.encoder_config.hidden_size]
+        if chunk_embeds is None:
+            chunk_embeds = prompt.chunk_embeds
         if chunk_embeds is None:
             if len(prompt.expanded) == len(prompt.chunks):
                 chunk_embeds = torch.zeros(needed, dtype=self.projector.up.weight.dtype, device=self.device)

@@ -22,6 +22,7 @@ def pack_spans(
     *,
     position_ids: str = "contiguous",
     encoder_special_tokens: bool = True,
+    chunk_embeds: torch.Tensor | None = None,
 ) -> MixedPrompt:
     """Pack a batch.
 
@@ -34,6 +35,8 @@ def pack_spans(
     position_ids : {"contiguous", "original"}
     encoder_special_tokens : bool
         Both as in RefragConfig.
+    chunk_embeds : Tensor [N, d_enc], optional
+        The chunks' embeddings where they are known: then nothing is tokenized for the encoder.
 
     Returns
     -------
@@ -82,6 +85,9 @@ def pack_spans(
         chunks=tuple(chunks),
         expanded=frozenset(expanded),
         encoder_input=pack_texts(
-            encoder_tokenizer, [chunk.text for chunk in chunks], special_tokens=encoder_special_tokens
+            encoder_tokenizer,
+            [chunk.text for chunk in chunks] if chunk_embeds is None else [],
+            special_tokens=encoder_special_tokens,
         ),
+        chunk_embeds=chunk_embeds,
     )

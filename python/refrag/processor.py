@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -17,6 +17,8 @@ from refrag.config import RefragConfig
 from refrag.expansion import expanded_chunks
 from refrag.packing import Span, pack_spans
 from refrag.prompt import Chunk, MixedPrompt, Passage
+from refrag.recipe import describe_chunker
+from refrag.store import ChunkStore, StoreError
 
 Part = str | Passage
 
@@ -184,6 +186,7 @@ class RefragProcessor:
         chooser: Chooser | None = None,
         question: str | Sequence[str] | None = None,
         max_new_tokens: int = 0,
+        store: ChunkStore | None = None,
     ) -> MixedPrompt:
         """Pack one prompt or a batch of them.
 
@@ -202,6 +205,9 @@ class RefragProcessor:
             What the chooser compares with, for all prompts or for each; the last text of each when it isn't given.
         max_new_tokens : int
             Room to leave in the decoder's window.
+        store : ChunkStore, optional
+            Where all passages are found, by their text, or by their id where they have none; their chunks and
+            embeddings are taken from it, so that the model has nothing to encode.
 
         Returns
         -------
@@ -213,13 +219,20 @@ class RefragProcessor:
             If a prompt is empty, a passage has no text, ``expand`` is outside 0 to 1 or names a chunk or passage that
             isn't there, ``expand_count`` is more than a prompt's chunks, or there are not as many counts or questions
             as prompts.
+        StoreError
+            If a passage isn't in the store, or the store's chunks were cut by another rule.
         PromptTooLongError
             If a prompt doesn't fit; says by how many tokens, and what k or how many expanded chunks would fit.
         """
         if not prompts:
             raise ValueError("prompts: is empty, needs a prompt")
         batch = [prompts] if any(isinstance(part, (str, Passage)) for part in prompts) else prompts
-        sequences = [self._spans(index, prompt) for index, prompt in enumerate(batch)]
+        stored, chunk_embeds = None, None
+        if store is not None:
+            self._check_store(store)
+            passages = [part for prompt in batch for part in prompt if isinstance(part, Passage)]
+            stored, chunk_embeds = iter(store.chunks(passages)), store.get_many(passages).rows
+        sequences = [self._spans(index, prompt, stored) for index, prompt in enumerate(batch)]
         chunks = [[span for _, span in spans if isinstance(span, Chunk)] for spans in sequences]
         expanded = expanded_chunks(chunks, self._questions(batch, question), expand, expand_count, chooser)
         packed = pack_spans(
@@ -228,20 +241,30 @@ class RefragProcessor:
             self.encoder_tokenizer,
             position_ids=self.position_ids,
             encoder_special_tokens=self.encoder_special_tokens,
+            chunk_embeds=chunk_embeds,
         )
         self._check_window(sequences, expanded, packed, max_new_tokens)
         return packed
 
-    def _spans(self, index: int, prompt: Sequence[Part]) -> list[Span]:
+    def _check_store(self, store: ChunkStore) -> None:
+        own = describe_chunker(self.chunker)
+        if own != store.recipe.chunker:
+            raise StoreError(f"store {store.folder}: chunker: holds {store.recipe.chunker}, got a processor of {own}")
+
+    def _spans(self, index: int, prompt: Sequence[Part], stored: Iterator[list[Chunk]] | None = None) -> list[Span]:
         """Return the spans of a prompt."""
         spans: list[Span] = []
         passages = 0
         prefix = self.tokenizer("", add_special_tokens=True)["input_ids"]  # Llama's <s>, say; empty for many
         for position, part in enumerate(prompt):
             if isinstance(part, Passage):
-                if not part.text.strip():
-                    raise ValueError(f"passage {part.id or position!r} of prompt {index}: has no text")
-                spans += [(passages, dataclasses.replace(chunk, passage=part.id)) for chunk in self.chunker(part.text)]
+                if stored is None and not part.text.strip():
+                    raise ValueError(
+                        f"passage {part.id or position!r} of prompt {index}: has no text"
+                        + (", and no store is given to find its id in" if part.id and not part.text else "")
+                    )
+                chunks = next(stored) if stored else self.chunker(part.text)
+                spans += [(passages, dataclasses.replace(chunk, passage=part.id)) for chunk in chunks]
                 passages += 1
             elif isinstance(part, str):
                 token_ids = self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]

@@ -16,12 +16,12 @@ class Passage:
     Attributes
     ----------
     text : str
-        The text; not empty.
+        The text. Only a passage that a ``ChunkStore`` is to find by its id may have none.
     id : str or None
         Where it comes from.
     """
 
-    text: str
+    text: str = ""
     id: str | None = None
 
 
@@ -83,7 +83,9 @@ class MixedPrompt:
     expanded : frozenset of int
         Which of them stand as text.
     encoder_input : PackedTexts
-        The N chunks' texts for the encoder.
+        The N chunks' texts for the encoder; none of them where ``chunk_embeds`` is given.
+    chunk_embeds : Tensor [N, d_enc], optional
+        The chunks' embeddings, from a ``ChunkStore``.
     """
 
     token_ids: torch.Tensor
@@ -94,6 +96,7 @@ class MixedPrompt:
     chunks: tuple[Chunk, ...]
     expanded: frozenset[int]
     encoder_input: PackedTexts
+    chunk_embeds: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -105,6 +108,6 @@ class MixedPrompt:
         tensors = {
             field.name: getattr(self, field.name).to(device)
             for field in dataclasses.fields(self)
-            if field.name not in ("chunks", "expanded")
+            if field.name not in ("chunks", "expanded") and getattr(self, field.name) is not None
         }
         return dataclasses.replace(self, **tensors)

@@ -1,0 +1,177 @@
+"""PassageEncoder: from passages to the chunk embeddings that a store keeps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from refrag.attention import NAME
+from refrag.encoder import encode_packed, pack_texts
+from refrag.model import RefragForCausalLM
+from refrag.processor import RefragProcessor
+from refrag.prompt import Chunk, PackedTexts, Passage
+from refrag.recipe import ChunkRecipe
+from refrag.store import ChunkStore, PutCounts
+from refrag_kernels import ChunkLayout
+
+_BATCH_TOKENS = 8192  # 455 chunks of 16 tokens and the two special ones: past it, packing more no longer pays on a CPU
+
+
+class PassageEncoder:
+    """Cuts passages as a processor does, and encodes the chunks as its model does; no decoder is needed.
+
+    Parameters
+    ----------
+    encoder : PreTrainedModel
+        With attention "refrag", in evaluation mode.
+    processor : RefragProcessor
+    pooling : {"first", "mean", "last"}
+        As in RefragConfig.
+    batch_tokens : int
+        Encoder tokens that are read at once; a chunk is never split.
+
+    Attributes
+    ----------
+    recipe : ChunkRecipe
+        Of the encoder as it was when this was made.
+
+    Raises
+    ------
+    ValueError
+        If the encoder has another attention or is in training mode, ``batch_tokens`` is below 1, or the processor's
+        chunker has no description.
+
+    Examples
+    --------
+    >>> encoder = PassageEncoder.from_model(model, processor)  # doctest: +SKIP
+    >>> store = ChunkStore.create("store", encoder.recipe)  # doctest: +SKIP
+    >>> encoder.fill(store, [Passage("The bridge of Orla was built in 1871.", "orla")])  # doctest: +SKIP
+    PutCounts(new=1, known=0, moved_ids=0)
+    >>> prompt = processor([Passage(id="orla"), "When was it built?"], store=store)  # doctest: +SKIP
+    >>> model.generate(prompt, max_new_tokens=32)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        encoder: PreTrainedModel,
+        processor: RefragProcessor,
+        pooling: str = "first",
+        *,
+        batch_tokens: int = _BATCH_TOKENS,
+    ) -> None:
+        if encoder.config._attn_implementation != NAME:
+            raise ValueError(f"encoder: got attention {encoder.config._attn_implementation!r}, needs {NAME!r}")
+        if encoder.training:
+            raise ValueError("encoder: is in training mode, needs encoder.eval(): dropout would be stored")
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens: got {batch_tokens}, needs 1 or more")
+        self.encoder = encoder
+        self.processor = processor
+        self.pooling = pooling
+        self.batch_tokens = batch_tokens
+        self.recipe = ChunkRecipe.of(encoder, processor, pooling)
+
+    @classmethod
+    def from_model(
+        cls, model: RefragForCausalLM, processor: RefragProcessor, *, batch_tokens: int = _BATCH_TOKENS
+    ) -> PassageEncoder:
+        """Take the encoder and the pooling of a model."""
+        return cls(model.encoder, processor, model.config.pooling, batch_tokens=batch_tokens)
+
+    def encode(self, passages: Sequence[Passage]) -> tuple[list[list[Chunk]], torch.Tensor]:
+        """Cut passages and encode their chunks.
+
+        Returns
+        -------
+        list of lists of Chunk
+            Each passage's.
+        Tensor [N, d_enc]
+            All their embeddings, in order.
+
+        Raises
+        ------
+        ValueError
+            If a passage has no text, or a chunk is too long for the encoder.
+        """
+        for index, passage in enumerate(passages):
+            if not passage.text.strip():
+                raise ValueError(f"passage {passage.id or index!r}: has no text")
+        chunks = [self.processor.chunker(passage.text) for passage in passages]
+        texts = pack_texts(
+            self.processor.encoder_tokenizer,
+            [chunk.text for own in chunks for chunk in own],
+            special_tokens=self.processor.encoder_special_tokens,
+        )
+        lengths = texts.layout.chunk_offsets.diff()
+        rows = torch.empty(len(lengths), self.recipe.width, dtype=self.encoder.dtype)
+        tokens = texts.token_ids.split(lengths.tolist())
+        with torch.inference_mode():
+            for picked in _batches(lengths, self.batch_tokens):
+                batch = PackedTexts(
+                    torch.cat([tokens[index] for index in picked]),
+                    ChunkLayout.from_lengths([[len(tokens[index]) for index in picked]]),
+                )
+                rows[picked] = encode_packed(self.encoder, batch, self.pooling).to("cpu")
+        return chunks, rows
+
+    def fill(self, store: ChunkStore, passages: Iterable[Passage], *, shard_passages: int = 4096) -> PutCounts:
+        """Encode the passages that a store lacks, and put them into it, a shard at a time.
+
+        What one call has finished no later call does again, so one that was broken off is simply repeated.
+
+        Parameters
+        ----------
+        store : ChunkStore
+        passages : iterable of Passage
+            Read as they are needed.
+        shard_passages : int
+            Passages of a shard.
+
+        Returns
+        -------
+        PutCounts
+
+        Raises
+        ------
+        StoreError
+            If the store was made by another recipe.
+        ValueError
+            As ``encode``.
+        """
+        return PutCounts(*map(sum, zip((0, 0, 0), *self.fill_steps(store, passages, shard_passages=shard_passages))))
+
+    def fill_steps(
+        self, store: ChunkStore, passages: Iterable[Passage], *, shard_passages: int = 4096
+    ) -> Iterator[PutCounts]:
+        """Do what ``fill`` does, and yield the counts of each shard when it is on the disk."""
+        if shard_passages < 1:
+            raise ValueError(f"shard_passages: got {shard_passages}, needs 1 or more")
+        store.require(self.recipe)
+        passages = iter(passages)
+        while read := list(itertools.islice(passages, shard_passages)):
+            missing = [read[index] for index in store.missing(read)]
+            held = store.holds([Passage(passage.text) for passage in missing])
+            new = list({passage.text: passage for passage, known in zip(missing, held) if not known}.values())
+            counts = store.put(new, *self.encode(new), aliases=missing) if missing else PutCounts(0, 0, 0)
+            yield counts._replace(known=len(read) - counts.new)
+
+
+def _batches(lengths: torch.Tensor, most: int) -> Iterator[list[int]]:
+    """Yield the numbers of chunks that are encoded together: chunks of one length beside each other, the longest first.
+
+    So the largest batch comes first, and runs out of memory at once if at all.
+    """
+    batch: list[int] = []
+    tokens = 0
+    order = lengths.argsort(descending=True, stable=True)
+    for index, length in zip(order.tolist(), lengths[order].tolist()):
+        if batch and tokens + length > most:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(index)
+        tokens += length
+    if batch:
+        yield batch

@@ -1,0 +1,74 @@
+"""A store's writer for processes that tests start and kill; imports no more than the store needs."""
+
+import os
+import signal
+
+import refrag.shard
+import torch
+from refrag.prompt import Chunk, Passage
+from refrag.recipe import ChunkRecipe
+from refrag.store import ChunkStore
+
+WIDTH, CHUNKS, BATCH = 64, 12, 50
+RECIPE = ChunkRecipe("tiny", "r1", "t1", "t2", "fixed, k = 4", "first", True, WIDTH)
+
+
+def passage(number):
+    return Passage("".join(f"passage {number} chunk {chunk}\n" for chunk in range(1 + number % CHUNKS)), f"id {number}")
+
+
+def chunks(number):
+    """Return a passage's chunks, of no, one or more tokens."""
+    lines = passage(number).text.splitlines(keepends=True)
+    return [Chunk(line, tuple(range(number, number + index % 5))) for index, line in enumerate(lines)]
+
+
+def rows(number):
+    """Return a passage's embeddings: no two rows of any passages are alike, and each is exact in every dtype."""
+    count = 1 + number % CHUNKS
+    row = torch.arange(count)[:, None].expand(count, WIDTH // 2)
+    return torch.cat([torch.full_like(row, number % 256), torch.full_like(row, number // 256) + 16 * row], 1).float()
+
+
+def put(store, numbers, **options):
+    numbers = list(numbers)
+    embeds = torch.cat([torch.empty(0, WIDTH), *map(rows, numbers)])
+    return store.put([passage(number) for number in numbers], [chunks(number) for number in numbers], embeds, **options)
+
+
+def write_forever(folder, connection):
+    """Put one shard after another, and tell the number of each one that is done."""
+    store = ChunkStore.open(folder, RECIPE)
+    for shard in range(100_000):
+        put(store, range(shard * BATCH, (shard + 1) * BATCH))
+        connection.send(shard)
+
+
+def write_and_die(folder, moment):
+    """Put a shard and be killed at a chosen moment of it."""
+
+    def die(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    store = ChunkStore.open(folder, RECIPE)
+    real = refrag.shard.save_file
+
+    def die_half_written(tensors, path, **options):
+        real(tensors, path, **options)
+        os.truncate(path, os.path.getsize(path) // 2)
+        die()
+
+    if moment == "half written":
+        refrag.shard.save_file = die_half_written
+    else:
+        setattr(
+            os, {"before the sync": "fsync", "before the rename": "replace", "after the rename": "open"}[moment], die
+        )
+    put(store, range(BATCH, 2 * BATCH))
+
+
+def write_range(folder, start, end, step):
+    """Put passages in small shards."""
+    store = ChunkStore.open(folder, RECIPE)
+    for first in range(start, end, step):
+        put(store, range(first, min(first + step, end)))
