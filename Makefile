@@ -18,10 +18,10 @@ say = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-triton test-asan test-cuda-host bench docs lint build clean distclean
+.PHONY: help demo test test-triton test-asan test-cuda-asan test-cuda-tsan bench docs lint build clean distclean
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 demo: $(VENV)/.model $(VENV)/.weights build ## Answer a question over retrieved passages, in full and compressed
 	$(BIN)/refrag demo $(ARGS)
@@ -48,11 +48,16 @@ test-asan: $(VENV)/.test ## Run the tests of the ops and the planner with saniti
 bench: $(VENV)/.model build ## Time the ops against their peers, in turns, each result checked against float64
 	$(BIN)/python -m bench run --json build/bench.json --csv build/bench.csv --markdown build/bench.md $(ARGS)
 
-# The device code of csrc/cuda on the CPU under AddressSanitizer: accesses beyond shared memory and beyond tensors.
-test-cuda-host: $(VENV)/.test ## Run the CUDA kernels' source on the CPU with AddressSanitizer
-	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)" \
-	REFRAG_KERNELS_SANITIZE=address ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
-	$(BIN)/pytest -q tests/cuda_host --ignore=tests/cuda_host/test_host_faults.py $(ARGS)
+# The device code of csrc/cuda on the CPU under a sanitizer, which ends the run with a report at the first error.
+# AddressSanitizer finds accesses beyond shared memory and beyond tensors; ThreadSanitizer finds what no barrier orders.
+CUDA_HOST := $(BIN)/pytest -q --capture=sys tests/cuda_host --deselect tests/cuda_host/test_host_faults.py
+sanitizer = LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=lib$(1).so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)"
+test-cuda-asan: $(VENV)/.test ## Run the CUDA kernels' source on the CPU with AddressSanitizer
+	$(call sanitizer,asan) REFRAG_KERNELS_SANITIZE=address ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(CUDA_HOST) $(ARGS)
+
+test-cuda-tsan: $(VENV)/.test ## Run the CUDA kernels' source on the CPU with ThreadSanitizer, and without each barrier
+	$(call sanitizer,tsan) REFRAG_KERNELS_SANITIZE=thread TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 $(CUDA_HOST) $(ARGS)
+	REFRAG_CUDA_HOST_TESTS=all $(BIN)/pytest -q tests/cuda_host/test_host_faults.py
 
 docs: $(VENV)/.docs build ## Build the documentation into build/docs; a warning is an error
 	$(BIN)/python docs/pictures.py

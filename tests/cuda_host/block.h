@@ -3,15 +3,17 @@
 // A thread runs until it waits: at a barrier of its block, or at an instruction that its whole warp takes part in. What a
 // kernel gets away with on a GPU by luck is made to show:
 // - a warp runs as far as it can before another one starts, in an order that the caller chooses;
-// - a warp's instruction is carried out by the last of its 32 lanes to come, and every lane must be at the same one;
+// - a warp's instruction is carried out by the last lane of its mask to come, and all of these must be at the same one;
 // - asynchronous copies happen as late as their wait allows, or at once, as the caller chooses;
 // - shared memory starts as NaN in every block, and is an allocation of exactly the size that was asked for;
-// - a barrier that some threads never reach ends the launch with a message, and so does a misaligned copy.
+// - a barrier that some threads never reach ends the launch with a message, and so does a misaligned copy;
+// - ThreadSanitizer takes the threads for threads (watch.h): what no barrier orders is a race, however it came out.
 #pragma once
 
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -51,9 +53,11 @@ struct Copy {
 struct Thread {
   Fiber fiber;
   State state;
-  const char* instruction;  // where the lane waits for its warp
+  const char* instruction;  // where the lane waits for its warp, and with whom
+  unsigned mask;
   void* operands;
-  std::vector<Copy> open;               // copies of no group yet
+  int barriers;                          // of the block that it has come to
+  std::vector<Copy> open;                // copies of no group yet
   std::deque<std::vector<Copy>> groups;  // copies whose wait is still to come
 };
 
@@ -66,11 +70,12 @@ inline std::function<void()> body;
 inline std::string error;
 
 constexpr int kLanes = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kPoison = 0xff;  // a NaN in every float format, -1 as an integer
 
-inline void wait(State state) {
+CUDA_HOST_UNSEEN inline void wait(State state) {
   threads[current].state = state;
-  threads[current].fiber.suspend();
+  HostWork::interrupt([] { threads[current].fiber.suspend(); });
 }
 
 // Ends the launch; called on a fiber, which never goes on.
@@ -84,27 +89,39 @@ inline void wait(State state) {
   wait(State::failed);
 }
 
-// What a whole warp does at once. `all` gets the operands of the 32 lanes; the last lane to come calls it.
+// What the lanes of `mask` do at once. `all` gets their operands, null for other lanes; the last lane to come calls it.
 template <class Operands, class All>
-void with_warp(const char* instruction, Operands& operands, All all) {
-  const int first = current / kLanes * kLanes;
+void with_warp(const char* instruction, unsigned mask, Operands& operands, All all) {
+  HostWork work;
+  const int first = current / kLanes * kLanes, own = current % kLanes;
   Thread& me = threads[current];
   me.instruction = instruction;
+  me.mask = mask;
   me.operands = &operands;
-  if (first + kLanes > num_threads) fail("%s in a warp of fewer than 32 threads", instruction);
-  int waiting = 0;
-  for (int lane = 0; lane < kLanes; ++lane) waiting += threads[first + lane].state == State::warp;
-  if (waiting < kLanes - 1) return wait(State::warp);
-  Operands* lanes[kLanes];
+  if (!(mask >> own & 1)) fail("lane %d is at %s with mask %08x, which leaves it out", own, instruction, mask);
+  Operands* lanes[kLanes] = {};
+  bool complete = true;
   for (int lane = 0; lane < kLanes; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    if (first + lane >= num_threads) fail("%s with mask %08x in a warp of fewer threads", instruction, mask);
     Thread& thread = threads[first + lane];
-    if (std::strcmp(thread.instruction, instruction) != 0) {
-      fail("the warp diverged: lane %d is at %s, another at %s", lane, thread.instruction, instruction);
+    if (lane == own || thread.state == State::warp) {
+      if (std::strcmp(thread.instruction, instruction) != 0) {
+        fail("the warp diverged: lane %d is at %s, another at %s", lane, thread.instruction, instruction);
+      }
+      if (thread.mask != mask) {
+        fail("lane %d is at %s with mask %08x, another with %08x", lane, instruction, thread.mask, mask);
+      }
+      lanes[lane] = static_cast<Operands*>(thread.operands);
+    } else {
+      complete = false;
     }
-    lanes[lane] = static_cast<Operands*>(thread.operands);
   }
+  if (!complete) return wait(State::warp);
   all(lanes);
-  for (int lane = 0; lane < kLanes; ++lane) threads[first + lane].state = State::ready;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (lanes[lane]) threads[first + lane].state = State::ready;
+  }
 }
 
 inline void check_shared(const void* pointer, const char* what) {
@@ -112,6 +129,12 @@ inline void check_shared(const void* pointer, const char* what) {
   const bool inside = address >= shared && address + 16 <= shared + shared_bytes;
   if (!inside) fail("%s outside of the block's %zu bytes of shared memory", what, shared_bytes);
   if (reinterpret_cast<uintptr_t>(pointer) % 16) fail("%s at a shared address that is no multiple of 16", what);
+}
+
+// A copy as ThreadSanitizer is to see it: noted when it is issued and when it is waited for, for it may happen at either.
+inline void note(const Copy& copy) {
+  if (copy.valid) note_read(copy.from, 16);
+  note_write(copy.to, 16);
 }
 
 inline void carry_out(const Copy& copy) {
@@ -122,10 +145,22 @@ inline void carry_out(const Copy& copy) {
   }
 }
 
+inline void check_copies() {
+  HostWork work;
+  const Thread& me = threads[current];
+  size_t waiting = me.open.size();
+  for (const auto& group : me.groups) waiting += group.size();
+  if (waiting) fail("ended with %zu copies that it never waited for", waiting);
+}
+
 inline void entry() {
   threads[current].fiber.arrive();
-  body();
-  wait(State::done);
+  for (;;) {
+    body();
+    check_copies();
+    release(&threads);
+    wait(State::done);
+  }
 }
 
 // Runs the threads of a warp until none of them can go on alone. Returns whether one did.
@@ -165,7 +200,7 @@ inline void run_block(std::mt19937& random) {
     threads[i].state = State::ready;
     threads[i].open.clear();
     threads[i].groups.clear();
-    threads[i].fiber.start(entry, static_cast<size_t>(i));
+    threads[i].barriers = 0;
   }
   std::vector<std::vector<int>> warps;
   for (int i = 0; i < num_threads; ++i) {
@@ -198,31 +233,43 @@ inline void run_block(std::mt19937& random) {
   }
 }
 
+// In one piece of exactly this size, so that AddressSanitizer sees an access beyond it.
+using SharedMemory = std::unique_ptr<char, void (*)(void*)>;
+inline SharedMemory allocate_shared(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 128, std::max(bytes, size_t{2}))) std::abort();
+  return {static_cast<char*>(memory), std::free};
+}
+
 // Stands in for kernel<<<grid, block, bytes>>>(params); returns what went wrong, or null.
 template <class Params>
 const char* launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t bytes, const Params& params) {
+  look_away();
   error.clear();
   gridDim = grid;
   blockDim = block;
   num_threads = static_cast<int>(block.x * block.y * block.z);
   threads = std::make_unique<Thread[]>(static_cast<size_t>(num_threads));
   shared_bytes = bytes;
-  // In one piece of exactly this size, so that AddressSanitizer sees an access beyond it.
-  void* memory = nullptr;
-  if (posix_memalign(&memory, 128, bytes ? bytes : 1)) return "out of memory";
-  shared = static_cast<char*>(memory);
   body = [&] { kernel(params); };
+  for (int i = 0; i < num_threads; ++i) threads[i].fiber.start(entry, static_cast<size_t>(i));
+  std::vector<SharedMemory> memory;
   std::mt19937 random(options.seed);
   for (unsigned z = 0; z < grid.z && error.empty(); ++z) {
     for (unsigned y = 0; y < grid.y && error.empty(); ++y) {
       for (unsigned x = 0; x < grid.x && error.empty(); ++x) {
         blockIdx = dim3(x, y, z);
+        // Blocks run at once as far as ThreadSanitizer is concerned, so none gets the memory of another.
+        if (memory.empty() || kWatched) memory.push_back(allocate_shared(bytes));
+        shared = memory.back().get();
         run_block(random);
       }
     }
   }
   threads.reset();
-  std::free(memory);
+  memory.clear();
+  look_again();
+  acquire(&threads);
   if (error.empty()) return nullptr;
   error += " (block " + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
            std::to_string(blockIdx.z) + ")";
@@ -231,4 +278,10 @@ const char* launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t bytes, 
 
 }  // namespace cuda_host
 
-inline void __syncthreads() { cuda_host::wait(cuda_host::State::block); }
+inline void __syncthreads() {
+  // Two addresses of the block in turn: a thread that is at the next barrier already has no part in this one.
+  void* meeting = cuda_host::shared + cuda_host::threads[cuda_host::current].barriers++ % 2;
+  cuda_host::release(meeting);
+  cuda_host::wait(cuda_host::State::block);
+  cuda_host::acquire(meeting);
+}

@@ -47,35 +47,57 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   return {static_cast<uint16_t>((word + 0x7fff + (word >> 16 & 1)) >> 16)};
 }
 
-inline void __syncwarp(unsigned = 0xffffffffu) {
-  char nothing;
-  cuda_host::with_warp("__syncwarp", nothing, [](auto&) {});
+inline void __syncwarp(unsigned mask = cuda_host::kAllLanes) {
+  char meeting;
+  cuda_host::release(&meeting);
+  cuda_host::with_warp("__syncwarp", mask, meeting, [](char** lanes) {
+    for (int i = 0; i < cuda_host::kLanes; ++i) {
+      if (lanes[i]) cuda_host::acquire(lanes[i]);
+    }
+    for (int i = 0; i < cuda_host::kLanes; ++i) {
+      if (lanes[i]) cuda_host::release(lanes[i]);
+    }
+  });
+  cuda_host::acquire(&meeting);
 }
 
+// Shuffles and votes order no accesses to memory, here as on a GPU.
 namespace cuda_host {
 
 template <class T>
-T shuffle(const char* instruction, T value, int lane) {
+T shuffle(const char* instruction, unsigned mask, T value, int lane) {
   struct Operands {
     T in, out;
     int lane;
-  } mine = {value, value, lane};
-  with_warp(instruction, mine, [](Operands** lanes) {
-    for (int i = 0; i < kLanes; ++i) lanes[i]->out = lanes[lanes[i]->lane & 31]->in;
+  } mine = {value, value, lane & (kLanes - 1)};
+  with_warp(instruction, mask, mine, [instruction](Operands** lanes) {
+    for (int i = 0; i < kLanes; ++i) {
+      if (lanes[i] == nullptr) continue;
+      const Operands* from = lanes[lanes[i]->lane];
+      if (from == nullptr) fail("lane %d reads lane %d in %s, which its mask leaves out", i, lanes[i]->lane, instruction);
+      lanes[i]->out = from->in;
+    }
   });
   return mine.out;
 }
 
-// Reduces one value of each lane; all lanes get the result.
+// Reduces one value of each lane of the mask; these get the result.
 template <class T, class Add>
-T reduce(const char* instruction, T value, Add add) {
+T reduce(const char* instruction, unsigned mask, T value, Add add) {
   struct Operands {
     T in, out;
   } mine = {value, value};
-  with_warp(instruction, mine, [add](Operands** lanes) {
-    T total = lanes[0]->in;
-    for (int i = 1; i < kLanes; ++i) total = add(total, lanes[i]->in);
-    for (int i = 0; i < kLanes; ++i) lanes[i]->out = total;
+  with_warp(instruction, mask, mine, [add](Operands** lanes) {
+    const Operands* first = nullptr;
+    T total = {};
+    for (int i = 0; i < kLanes; ++i) {
+      if (lanes[i] == nullptr) continue;
+      total = first ? add(total, lanes[i]->in) : lanes[i]->in;
+      first = lanes[i];
+    }
+    for (int i = 0; i < kLanes; ++i) {
+      if (lanes[i]) lanes[i]->out = total;
+    }
   });
   return mine.out;
 }
@@ -85,22 +107,22 @@ inline int lane() { return current % kLanes; }
 }  // namespace cuda_host
 
 template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return cuda_host::shuffle("__shfl_sync", value, lane);
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return cuda_host::shuffle("__shfl_sync", mask, value, lane);
 }
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int mask) {
-  return cuda_host::shuffle("__shfl_xor_sync", value, cuda_host::lane() ^ mask);
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return cuda_host::shuffle("__shfl_xor_sync", mask, value, cuda_host::lane() ^ lanes);
 }
-inline unsigned __ballot_sync(unsigned, int predicate) {
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const unsigned mine = predicate ? 1u << cuda_host::lane() : 0u;
-  return cuda_host::reduce("__ballot_sync", mine, [](unsigned a, unsigned b) { return a | b; });
+  return cuda_host::reduce("__ballot_sync", mask, mine, [](unsigned a, unsigned b) { return a | b; });
 }
-inline int __any_sync(unsigned, int predicate) {
-  return cuda_host::reduce("__any_sync", predicate != 0, [](bool a, bool b) { return a || b; });
+inline int __any_sync(unsigned mask, int predicate) {
+  return cuda_host::reduce("__any_sync", mask, predicate != 0, [](bool a, bool b) { return a || b; });
 }
-inline int __reduce_min_sync(unsigned, int value) {
-  return cuda_host::reduce("__reduce_min_sync", value, [](int a, int b) { return std::min(a, b); });
+inline int __reduce_min_sync(unsigned mask, int value) {
+  return cuda_host::reduce("__reduce_min_sync", mask, value, [](int a, int b) { return std::min(a, b); });
 }
 inline int __ffs(unsigned word) { return __builtin_ffs(static_cast<int>(word)); }
 inline int __popc(unsigned word) { return __builtin_popcount(word); }
@@ -113,11 +135,14 @@ inline void copy_async(void* to, const void* from, bool valid) {
   cuda_host::check_shared(to, "cp.async");
   if (reinterpret_cast<uintptr_t>(from) % 16) cuda_host::fail("cp.async from an address that is no multiple of 16");
   const cuda_host::Copy copy = {to, from, valid};
+  cuda_host::note(copy);
+  cuda_host::HostWork work;
   if (cuda_host::options.early_copies) return cuda_host::carry_out(copy);
   cuda_host::threads[cuda_host::current].open.push_back(copy);
 }
 
 inline void commit_copies() {
+  cuda_host::HostWork work;
   auto& thread = cuda_host::threads[cuda_host::current];
   thread.groups.push_back(std::move(thread.open));
   thread.open.clear();
@@ -126,9 +151,16 @@ inline void commit_copies() {
 template <int kPending>
 void wait_copies() {
   auto& groups = cuda_host::threads[cuda_host::current].groups;
-  for (; groups.size() > kPending; groups.pop_front()) {
-    for (const auto& copy : groups.front()) cuda_host::carry_out(copy);
-  }
+  const auto due = [&] {
+    cuda_host::HostWork work;
+    std::vector<cuda_host::Copy> copies;
+    for (; groups.size() > kPending; groups.pop_front()) {
+      copies.insert(copies.end(), groups.front().begin(), groups.front().end());
+    }
+    for (const auto& copy : copies) cuda_host::carry_out(copy);
+    return copies;
+  };
+  for (const auto& copy : due()) cuda_host::note(copy);
 }
 
 namespace host {
@@ -141,7 +173,8 @@ inline void load_matrices(const char* instruction, uint32_t (&to)[4], const void
     const void* row;
   } mine = {to, row};
   cuda_host::check_shared(row, instruction);
-  cuda_host::with_warp(instruction, mine, [transposed](Operands** lanes) {
+  cuda_host::note_read(row, 16);
+  cuda_host::with_warp(instruction, cuda_host::kAllLanes, mine, [transposed](Operands** lanes) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t elements[8][8];
       for (int r = 0; r < 8; ++r) std::memcpy(elements[r], lanes[8 * matrix + r]->row, 16);
@@ -180,7 +213,7 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
     const uint32_t* a;
     uint32_t b[2];
   } mine = {sum, a, {b0, b1}};
-  cuda_host::with_warp("mma", mine, [](Operands** lanes) {
+  cuda_host::with_warp("mma", cuda_host::kAllLanes, mine, [](Operands** lanes) {
     float left[16][16], right[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       for (int half = 0; half < 2; ++half) {

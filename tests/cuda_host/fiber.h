@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstdlib>
 
+#include "watch.h"
+
 #ifndef __x86_64__
 #include <ucontext.h>
 #endif
@@ -51,11 +53,20 @@ class Fiber {
 
   Fiber() = default;
   Fiber(const Fiber&) = delete;
-  ~Fiber() { std::free(stack_); }
+  ~Fiber() {
+#if defined(__SANITIZE_THREAD__)
+    if (thread_) __tsan_destroy_fiber(thread_);
+#endif
+    std::free(stack_);
+  }
 
-  // The next resume() calls `entry`, which must never return.
+  // The first resume() calls `entry`, which must never return.
   void start(void (*entry)(), size_t number) {
-    if (stack_ == nullptr) stack_ = static_cast<char*>(std::malloc(kStackBytes));
+    stack_ = static_cast<char*>(std::malloc(kStackBytes));
+#if defined(__SANITIZE_THREAD__)
+    thread_ = __tsan_create_fiber(0);
+    scheduler_thread_ = __tsan_get_current_fiber();
+#endif
 #ifdef __x86_64__
     // Stacks at one distance from each other would all use the same few sets of the cache.
     auto top = reinterpret_cast<uintptr_t>(stack_) + kStackBytes - number % 32 * 256;
@@ -72,10 +83,13 @@ class Fiber {
   }
 
   // From the scheduler to the fiber.
-  void resume() {
+  CUDA_HOST_UNSEEN void resume() {
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, stack_, kStackBytes);
+#endif
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(thread_, __tsan_switch_to_fiber_no_sync);
 #endif
 #ifdef __x86_64__
     cuda_host_switch(&scheduler_, here_);
@@ -88,9 +102,12 @@ class Fiber {
   }
 
   // From the fiber to the scheduler.
-  void suspend() {
+  CUDA_HOST_UNSEEN void suspend() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(nullptr, scheduler_stack_, scheduler_bytes_);
+#endif
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(scheduler_thread_, __tsan_switch_to_fiber_no_sync);
 #endif
 #ifdef __x86_64__
     cuda_host_switch(&here_, scheduler_);
@@ -118,6 +135,10 @@ class Fiber {
 #if defined(__SANITIZE_ADDRESS__)
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_bytes_ = 0;
+#endif
+#if defined(__SANITIZE_THREAD__)
+  void* thread_ = nullptr;
+  void* scheduler_thread_ = nullptr;
 #endif
 };
 

@@ -13,7 +13,7 @@ enum class Fault {
   none,
   no_barrier_after_copies,   // reads what other threads copied, without waiting for them
   no_barrier_before_copies,  // copies into what other threads still read
-  no_wait,                   // reads copies that may not be there
+  no_wait,                   // reads copies that are not there
   wrong_fragment,            // exchanges the rows of the left factor with its columns
   divergent_barrier,
   divergent_warp,
@@ -22,6 +22,11 @@ enum class Fault {
   early_exit,
   global_out_of_bounds,
   shared_out_of_bounds,
+  // Of the mask of a warp's instruction:
+  mask_without_own_lane,
+  masks_that_differ,
+  mask_of_absent_lanes,
+  shuffle_from_outside,
 };
 
 struct Params {
@@ -38,6 +43,18 @@ constexpr int kSharedBytes = 2 * kStageBytes;
 // Row `row` of a stage, columns 8 * chunk and on: 16 rows of the left factor, then 32 of the right one.
 __device__ unsigned char* place(int stage, int row, int chunk) {
   return shared_memory() + stage * kStageBytes + row * 32 + chunk * 16;
+}
+
+// Nothing in the right version: the lanes of each half of a warp, one half after the other, swap their values twice.
+template <Fault kFault>
+__device__ void exchange(float& value, int lane) {
+  const bool upper = lane >= 16;
+  if (kFault == Fault::mask_of_absent_lanes && upper) return;
+  unsigned mask = upper ? 0xffff0000u : 0x0000ffffu;
+  if (kFault == Fault::mask_without_own_lane) mask = 0x0000ffffu;
+  if (kFault == Fault::masks_that_differ && lane == 3) mask = kAllLanes;
+  if (kFault == Fault::mask_of_absent_lanes) mask = kAllLanes;
+  for (int i = 0; i < 2; ++i) value = __shfl_xor_sync(mask, value, kFault == Fault::shuffle_from_outside ? 16 : 1);
 }
 
 template <Fault kFault>
@@ -65,7 +82,10 @@ __global__ void product_kernel(Params params) {
     } else if (kFault != Fault::no_wait) {
       wait_copies<0>();
     }
-    if (kFault == Fault::early_exit && thread == 3) return;
+    if (kFault == Fault::early_exit && thread == 3) {
+      wait_copies<0>();
+      return;
+    }
     if (kFault != Fault::no_barrier_after_copies && (kFault != Fault::divergent_barrier || thread != 5)) __syncthreads();
     uint32_t a[4], b[4];
     const int corner = lane / 8, row = lane % 8;
@@ -79,6 +99,7 @@ __global__ void product_kernel(Params params) {
       multiply_add<__half>(sum[1], a, b[2], b[3]);
     }
   }
+  exchange<kFault>(sum[0][0], lane);
   if (kFault == Fault::shared_out_of_bounds) shared_memory()[kSharedBytes + (thread == 9)] = 1;
   for (int i = 0; i < 2; ++i) {
     for (int j = 0; j < 4; ++j) {
@@ -111,6 +132,10 @@ extern "C" const char* product(Fault fault, const __half* left, const __half* ri
     case Fault::early_exit: return run<Fault::early_exit>(params);
     case Fault::global_out_of_bounds: return run<Fault::global_out_of_bounds>(params);
     case Fault::shared_out_of_bounds: return run<Fault::shared_out_of_bounds>(params);
+    case Fault::mask_without_own_lane: return run<Fault::mask_without_own_lane>(params);
+    case Fault::masks_that_differ: return run<Fault::masks_that_differ>(params);
+    case Fault::mask_of_absent_lanes: return run<Fault::mask_of_absent_lanes>(params);
+    case Fault::shuffle_from_outside: return run<Fault::shuffle_from_outside>(params);
   }
   return "no such fault";
 }
