@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from refrag.commands import generate, inspect
+from refrag.console import clear_errors, say, track
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -46,7 +46,7 @@ def demo(
     length, and all figures as JSON.
     """
     console = Console()
-    with _clear_errors(console):
+    with clear_errors(console):
         # Torch and transformers take seconds to load: "--help" and mistakes in the options don't wait for them.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         with console.status("loading torch and transformers"):
@@ -56,18 +56,18 @@ def demo(
             question, k, expand, context_tokens, passages, max_new_tokens, _numbers(plot_tokens), rounds
         )
         output_dir.mkdir(parents=True, exist_ok=True)
-        _say(console, "loading SmolLM2-135M and MiniLM (the first run converts the weights: about 20 s)")
+        say(console, "loading SmolLM2-135M and MiniLM (the first run converts the weights: about 20 s)")
         models = Models.load(k)
-        prepared = Demo(settings, models, lambda batches: _track(console, batches, "encoding the corpus, once"))
+        prepared = Demo(settings, models, lambda batches: track(console, batches, "encoding the corpus, once"))
         prepared.check_plot()
         prepared.warm_up()
         what = f"reading {context_tokens:,} tokens in four ways, {rounds} times each"
-        answered = prepared.answer(lambda steps: _track(console, steps, what))
+        answered = prepared.answer(lambda steps: track(console, steps, what))
         print_answers(console, settings, answered, models)
         print_table(console, settings, answered)
         console.print()
         plotted = {}
-        for tokens in _track(console, settings.plot_tokens, "timing the plot's contexts"):
+        for tokens in track(console, settings.plot_tokens, "timing the plot's contexts"):
             same = tokens == answered.readings[FULL].rows
             plotted[tokens] = answered.readings if same else prepared.time_context(tokens)
         files = [output_dir / "figures.json"]
@@ -94,7 +94,7 @@ def report(
 ) -> None:
     """Draw a layout, its masks and its plans, and the demo's curves, into one HTML file."""
     console = Console()
-    with _clear_errors(console):
+    with clear_errors(console):
         from refrag import html_report
         from refrag_kernels import ChunkLayout, ChunkMask
 
@@ -109,6 +109,10 @@ def report(
         console.print(f"Wrote {output}", highlight=False, soft_wrap=True)
 
 
+app.command()(generate.generate)
+app.command()(inspect.inspect)
+
+
 def main() -> None:
     """Entry point of the ``refrag`` script."""
     app()
@@ -119,35 +123,6 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(sorted({int(part) for part in text.split(",") if part.strip()}))
     except ValueError:
         raise ValueError(f"--plot-tokens: got {text!r}, needs whole numbers separated by commas") from None
-
-
-def _say(console: Console, step: str) -> None:
-    console.print(f"[dim]{step} ...[/dim]", highlight=False)
-
-
-def _track(console: Console, items: Sequence[Any], what: str) -> Iterable[Any]:
-    """Yield ``items`` under a progress bar; where there is no terminal, after a line that says what is done."""
-    if not items:
-        return
-    if not console.is_terminal:
-        _say(console, what)
-        yield from items
-        return
-    columns = (TextColumn("[dim]{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        yield from progress.track(items, description=what)
-
-
-@contextlib.contextmanager
-def _clear_errors(console: Console) -> Iterator[None]:
-    """End the program with one line for what the user can put right; anything else keeps its traceback."""
-    from refrag.cache import CacheError
-
-    try:
-        yield
-    except (ValueError, CacheError, OSError) as error:
-        Console(stderr=True).print(f"[red]refrag:[/red] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
 
 
 if __name__ == "__main__":

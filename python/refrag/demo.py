@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from refrag import attention, weights
 from refrag.choosers import CosineChooser
 from refrag.corpus import python_reference
+from refrag.loading import load_model
 from refrag.model import RefragForCausalLM
 from refrag.processor import Part, RefragProcessor
 from refrag.prompt import MixedPrompt, Passage
@@ -77,14 +78,8 @@ class Models:
     def load(k: int) -> Models:
         """Load the demo's weights; the projector is new, from a fixed seed."""
         decoder, encoder = weights.decoder_folder(), weights.encoder_folder()
-        with weights.quiet_transformers(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            refrag = RefragForCausalLM.from_parts(
-                AutoModel.from_pretrained(encoder, local_files_only=True),
-                AutoModelForCausalLM.from_pretrained(decoder, local_files_only=True),
-                k,
-                preset="lclm",  # MiniLM was trained with mean pooling
-            ).eval()
+        refrag = load_model(None, k)
+        with weights.quiet_transformers():
             plain = AutoModelForCausalLM.from_pretrained(decoder, attn_implementation="sdpa", local_files_only=True)
             return Models(
                 plain.eval(),

@@ -21,7 +21,7 @@ from refrag.cache import build_once
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-class WeightsError(RuntimeError):
+class WeightsError(FileNotFoundError):
     """Weights are not there; the message says which package brings them."""
 
 

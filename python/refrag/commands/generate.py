@@ -1,0 +1,81 @@
+"""`refrag generate`: answer a question over passages, writing the answer as it comes."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from refrag.commands import options
+from refrag.console import clear_errors
+
+if TYPE_CHECKING:
+    import torch
+
+    from refrag.prompt import MixedPrompt
+
+
+def generate(
+    question: options.Question,
+    passages: options.Files = None,
+    model: options.Model = None,
+    k: options.K = None,
+    chunker: options.Chunker = "fixed",
+    chooser: options.ChooserName = None,
+    expand: options.Expand = None,
+    threshold: options.Threshold = None,
+    policy: options.Policy = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above it tokens are drawn.")] = 0.0,
+    seed: options.Seed = 0,
+) -> None:
+    """Answer a question over passages; chunks that are not expanded are read as one embedding each.
+
+    The answer goes to standard output as it is written, what was read and how fast to standard error.
+    """
+    notes = Console(stderr=True)
+    with clear_errors(notes):
+        if max_new_tokens < 1:
+            raise ValueError(f"--max-new-tokens: got {max_new_tokens}, needs 1 or more")
+        if temperature < 0:
+            raise ValueError(f"--temperature: got {temperature}, needs 0 or more")
+        chosen = options.PromptOptions(
+            passages or [], question, model, k, chunker, chooser, expand, threshold, policy, seed
+        )
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        with notes.status("loading"):
+            import torch
+
+            from refrag.streaming import TimedStreamer
+
+            processor, prompt = chosen.prompt(max_new_tokens)
+            refrag = chosen.model()
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if temperature:
+            sampling = {"do_sample": True, "temperature": temperature}
+            torch.manual_seed(seed)
+        start = time.perf_counter()
+        streamer = TimedStreamer(processor.tokenizer)
+        tokens = refrag.generate(
+            prompt, chunk_embeds=chosen.chunk_embeds(prompt), max_new_tokens=max_new_tokens, streamer=streamer,
+            **sampling,
+        )  # fmt: skip
+        notes.print(_summary(prompt, tokens, streamer.times, start), style="dim", highlight=False, soft_wrap=True)
+        if model is None and len(prompt.expanded) < len(prompt.chunks):
+            notes.print(
+                "The projector of the demo's weights is untrained: from compressed chunks they give no good text. "
+                "Take a trained --model, or --chooser everything.",
+                style="yellow", highlight=False, soft_wrap=True,
+            )  # fmt: skip
+
+
+def _summary(prompt: MixedPrompt, tokens: torch.Tensor, times: list[float], start: float) -> str:
+    from refrag.inspection import PromptCounts
+
+    text = f"{PromptCounts.of(prompt)}; first token after {times[0] - start:.2f} s"
+    if len(times) > 1:
+        text += f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens a second"
+    return text

@@ -1,0 +1,44 @@
+"""`refrag inspect`: draw a prompt as the decoder reads it."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from refrag.commands import options
+from refrag.console import clear_errors
+
+
+def inspect(
+    question: options.Question,
+    passages: options.Files = None,
+    model: options.Model = None,
+    k: options.K = None,
+    chunker: options.Chunker = "fixed",
+    chooser: options.ChooserName = None,
+    expand: options.Expand = None,
+    threshold: options.Threshold = None,
+    policy: options.Policy = None,
+    hidden: Annotated[bool, typer.Option("--hidden", help="Write the text of compressed chunks too.")] = False,
+    seed: options.Seed = 0,
+) -> None:
+    """Draw a prompt: its text, a slot such as [3] for each compressed chunk, expanded chunks as [4: text], and counts.
+
+    Colours are left out where NO_COLOR is set or the output is no terminal.
+    """
+    console = Console()
+    with clear_errors(console):
+        chosen = options.PromptOptions(
+            passages or [], question, model, k, chunker, chooser, expand, threshold, policy, seed
+        )
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        with Console(stderr=True).status("loading"):
+            from refrag.inspection import PromptCounts, draw
+
+            processor, prompt = chosen.prompt()
+        console.print(draw(prompt, processor.tokenizer, hidden=hidden), soft_wrap=True)
+        console.print()
+        console.print(str(PromptCounts.of(prompt)), highlight=False, soft_wrap=True)

@@ -1,0 +1,165 @@
+"""What `refrag generate` and `refrag inspect` have in common: from the options to a prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from refrag.choosers import Chooser
+    from refrag.encoder import TextEmbedder
+    from refrag.model import RefragForCausalLM
+    from refrag.processor import RefragProcessor
+    from refrag.prompt import MixedPrompt
+
+Files = Annotated[
+    list[Path] | None,
+    typer.Argument(help="Passages: .jsonl files with a text and an id on each line, other files whole, - for stdin."),
+]
+Question = Annotated[str, typer.Option(help="What to ask of them.")]
+Model = Annotated[
+    Path | None, typer.Option(help="Folder of a saved model and processor; without it the demo's untrained ones.")
+]
+K = Annotated[int | None, typer.Option("--k", help="Tokens of a chunk; 16, or what the model was made for.")]
+Chunker = Annotated[str, typer.Option(help="How passages are cut: fixed or sentence.")]
+ChooserName = Annotated[
+    str | None,
+    typer.Option(
+        "--chooser",
+        help="What picks the chunks to expand: nothing, everything, random, cosine, threshold, perplexity-asc, "
+        "perplexity-desc or policy. Cosine when --expand is given alone.",
+    ),
+]
+Expand = Annotated[
+    str | None,
+    typer.Option(help="How much to expand: a share of the chunks such as 0.25 or 25%, or a whole number of them."),
+]
+Threshold = Annotated[float | None, typer.Option(help="For the chooser threshold: cosine to the question, -1 to 1.")]
+Policy = Annotated[Path | None, typer.Option(help="For the chooser policy: folder of a saved ExpansionPolicy.")]
+Seed = Annotated[int, typer.Option(help="For the chooser random, and for sampling.")]
+
+
+@dataclasses.dataclass
+class PromptOptions:
+    """The options that make a prompt; the model is loaded when something needs it."""
+
+    files: list[Path]
+    question: str
+    model_folder: Path | None
+    k: int | None
+    chunker: str
+    chooser: str | None
+    expand: str | None
+    threshold: float | None
+    policy: Path | None
+    seed: int
+
+    _model: RefragForCausalLM | None = None
+    _embedder: TextEmbedder | None = None
+
+    def __post_init__(self) -> None:
+        if not self.question.strip():
+            raise ValueError("--question: is empty, needs text")
+        if not self.files:
+            raise ValueError("passages: got none, needs files, or - for standard input")
+        if self.threshold is not None and self.chooser != "threshold":
+            raise ValueError(f"--threshold: got {self.threshold}, needs --chooser threshold beside it")
+        if self.policy is not None and self.chooser != "policy":
+            raise ValueError(f"--policy: got {self.policy}, needs --chooser policy beside it")
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"--k: got {self.k}, needs 1 or more")
+        self.amount = amount(self.expand)
+
+    def model(self) -> RefragForCausalLM:
+        """Return the model, loaded once."""
+        if self._model is None:
+            from refrag.loading import load_model
+
+            self._model = load_model(self.model_folder, self.k)
+        return self._model
+
+    def prompt(self, max_new_tokens: int = 0) -> tuple[RefragProcessor, MixedPrompt]:
+        """Return the processor and the prompt it made."""
+        from refrag.loading import load_processor
+        from refrag.passage_files import read_passages
+        from refrag.prompt import Passage
+
+        # A blank line parts them, and belongs to the passage so that it is compressed with it.
+        passages = [Passage(one.text.rstrip() + "\n\n", one.id) for one in read_passages(self.files)]
+        processor = load_processor(self.model_folder, self.k, self.chunker)
+        parts: Any = [*passages, self.question.strip()]
+        if processor.tokenizer.chat_template:
+            parts = processor.apply_chat_template([{"role": "user", "content": parts}])
+        chooser = self._chooser(processor)
+        try:
+            prompt = processor(
+                parts, chooser=chooser, question=self.question.strip(), max_new_tokens=max_new_tokens, **self.amount
+            )
+        except ValueError as error:
+            raise ValueError(str(error).replace("expand_count:", "--expand:")) from None
+        return processor, prompt
+
+    def chunk_embeds(self, prompt: MixedPrompt) -> Any:
+        """Return the embeddings that a chooser has made of the prompt's chunks already, or None."""
+        return None if self._embedder is None else self._embedder([chunk.text for chunk in prompt.chunks])
+
+    def _chooser(self, processor: RefragProcessor) -> Chooser | None:
+        from refrag import choosers
+        from refrag.encoder import TextEmbedder
+        from refrag.policy import ExpansionPolicy
+
+        name = self.chooser
+        if name is None and self.expand is not None:
+            name = "cosine"
+        if name is None:
+            return None
+        if name not in choosers.NAMES:
+            raise ValueError(f"--chooser: got {name!r}, needs one of {', '.join(choosers.NAMES)}")
+        if name in ("random", "cosine", "perplexity-asc", "perplexity-desc", "policy") and self.expand is None:
+            raise ValueError(f"--expand: got nothing, --chooser {name} needs a share or a number of chunks")
+        if name == "threshold" and self.threshold is None:
+            raise ValueError("--threshold: got nothing, --chooser threshold needs a cosine from -1 to 1")
+        if name == "policy" and (self.policy is None or not (self.policy / "config.json").is_file()):
+            raise ValueError(f"--policy: got {self.policy}, needs the folder of a saved ExpansionPolicy")
+        if name in ("cosine", "threshold", "policy"):
+            self._embedder = TextEmbedder(self.model(), processor.encoder_tokenizer)
+        return choosers.by_name(
+            name,
+            model=self.model() if name.startswith("perplexity") else None,
+            embed=self._embedder,
+            threshold=self.threshold,
+            policy=None if self.policy is None else ExpansionPolicy.from_pretrained(self.policy).eval(),
+            seed=self.seed,
+        )
+
+
+def amount(text: str | None) -> dict[str, float | int]:
+    """Return ``--expand`` as the processor takes it.
+
+    Raises
+    ------
+    ValueError
+        If it is neither a share nor a whole number.
+
+    Examples
+    --------
+    >>> amount("0.25"), amount("25%"), amount("4"), amount(None)
+    ({'expand': 0.25}, {'expand': 0.25}, {'expand_count': 4}, {})
+    """
+    if text is None:
+        return {}
+    wanted = text.strip()
+    try:
+        if wanted.isdecimal():
+            return {"expand_count": int(wanted)}
+        share = float(wanted[:-1]) / 100 if wanted.endswith("%") else float(wanted)
+        if not 0 <= share <= 1:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"--expand: got {text!r}, needs a share such as 0.25 or 25%, or a whole number of chunks"
+        ) from None
+    return {"expand": share}

@@ -1,0 +1,88 @@
+"""A model and its processor, from a folder or from the demo's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from refrag import weights
+from refrag.config import RefragConfig
+from refrag.model import RefragForCausalLM
+from refrag.processor import RefragProcessor
+
+DEFAULT_K = 16
+
+
+def load_model(folder: Path | None, k: int | None = None) -> RefragForCausalLM:
+    """Load what ``save_pretrained`` wrote; without a folder SmolLM2-135M and MiniLM, joined by an untrained projector.
+
+    Parameters
+    ----------
+    folder : Path, optional
+    k : int, optional
+        Tokens of a chunk; that of the folder's model, or 16.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds no model, or one made for another k.
+    """
+    with weights.quiet_transformers(), torch.random.fork_rng(devices=[]):
+        if folder is not None:
+            _require(folder, "config.json")
+            _check_k(k, RefragConfig.from_pretrained(folder).chunk_size)
+            return RefragForCausalLM.from_pretrained(folder).eval()
+        torch.manual_seed(0)  # the projector's weights
+        return RefragForCausalLM.from_parts(
+            AutoModel.from_pretrained(weights.encoder_folder(), local_files_only=True),
+            AutoModelForCausalLM.from_pretrained(weights.decoder_folder(), local_files_only=True),
+            DEFAULT_K if k is None else k,
+            preset="lclm",  # MiniLM was trained with mean pooling
+        ).eval()
+
+
+def load_processor(folder: Path | None, k: int | None = None, chunker: str = "fixed") -> RefragProcessor:
+    """Load the processor that goes with ``load_model``, without the model's weights.
+
+    Parameters
+    ----------
+    folder : Path, optional
+        Where ``RefragForCausalLM.save_pretrained`` and ``RefragProcessor.save_pretrained`` wrote.
+    k : int, optional
+    chunker : {"fixed", "sentence"}
+
+    Raises
+    ------
+    ValueError
+        If the folder holds no processor, or one made for another k.
+    """
+    if folder is not None:
+        _require(folder, "refrag_processor.json")
+        processor = RefragProcessor.from_pretrained(folder)
+        _check_k(k, processor.k)
+        if chunker == processor.chunker_name:
+            return processor
+        return RefragProcessor(
+            processor.tokenizer, processor.encoder_tokenizer, processor.k, window=processor.window, chunker=chunker,
+            position_ids=processor.position_ids, encoder_special_tokens=processor.encoder_special_tokens,
+        )  # fmt: skip
+    decoder, encoder = weights.decoder_folder(), weights.encoder_folder()
+    parts = [AutoConfig.from_pretrained(path, local_files_only=True) for path in (decoder, encoder)]
+    config = RefragConfig.from_preset("lclm", *parts, chunk_size=DEFAULT_K if k is None else k)
+    tokenizers = [AutoTokenizer.from_pretrained(path, local_files_only=True) for path in (decoder, encoder)]
+    return RefragProcessor.from_config(config, *tokenizers, chunker=chunker)
+
+
+def _require(folder: Path, file: str) -> None:
+    if not (folder / file).is_file():
+        raise ValueError(
+            f"--model: {folder} holds no {file}, needs a folder that RefragForCausalLM.save_pretrained and "
+            "RefragProcessor.save_pretrained wrote"
+        )
+
+
+def _check_k(asked: int | None, made_for: int) -> None:
+    if asked not in (None, made_for):
+        raise ValueError(f"--k: got {asked}, needs {made_for}, which the model was made for")
