@@ -25,7 +25,7 @@ def environment(threads: int, rounds: int, command: str, device: str = "cpu") ->
     report = backends.report()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": _commit(),
+        "commit": commit(),
         "command": command,
         "versions": report.versions,
         "machine": report.machine,
@@ -37,7 +37,9 @@ def environment(threads: int, rounds: int, command: str, device: str = "cpu") ->
     }
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the checkout's commit, "-dirty" where files differ from it; empty where there is none."""
+
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
@@ -153,10 +155,18 @@ def markdown(run: dict[str, Any]) -> str:
         "",
         f"Command: `{about['command']}`. Medians of interleaved rounds, with the 20th and 80th percentile; results "
         "that differ from float64 have no time.",
+        "",
+        *tables(rows),
     ]
+    return "\n".join(lines) + "\n"
+
+
+def tables(rows: list[dict[str, Any]]) -> list[str]:
+    """Return records as the lines of Markdown tables, one per op."""
+    lines: list[str] = []
     for op in dict.fromkeys(row["op"] for row in rows):
         lines += [
-            "",
+            *([""] if lines else []),
             f"### {op}",
             "",
             "| row | who | ms (p20 - p80) | against best peer | GF/s | GB/s | of limit | MiB |",
@@ -164,7 +174,7 @@ def markdown(run: dict[str, Any]) -> str:
         lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
         for row in (row for row in rows if row["op"] == op):
             lines.append("| " + " | ".join(_cells(row)) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from bench import __main__ as command
 from bench import results, table
 from bench.case import Case, Entry, Goal, Skip, Sweep, bound_of, error_of
 from bench.compare import compare, percentage
-from bench.presets import PRESETS, Preset
+from bench.presets import PRESETS
 from bench.prompts import Passages, Prompt
 from bench.run import OURS, measure
 from bench.timing import interleave, peak_bytes, rotated
@@ -213,7 +213,9 @@ def test_the_table_has_every_op_and_each_goal_a_row():
 
 def test_presets_have_the_sizes_of_their_names():
     billions = {"smollm2-135m": 0.135, "llama3.2-1b": 1.24, "llama2-7b": 6.74, "llama3-8b": 8.03, "qwen3-4b": 4.02}
-    assert {name: preset.parameters() / 1e9 for name, preset in PRESETS.items()} == pytest.approx(billions, rel=0.01)
+    assert {name: PRESETS[name].parameters() / 1e9 for name in billions} == pytest.approx(billions, rel=0.01)
+    cut = dataclasses.replace(PRESETS["llama2-7b"], layers=2, encoder_layers=2)
+    assert set(PRESETS) - set(billions) == {"llama2-7b-2-layers", "tiny"} and PRESETS["llama2-7b-2-layers"] == cut
 
 
 # The rows of a small sweep; the model's have a test of their own, with a smaller model.
@@ -231,7 +233,7 @@ def test_every_row_is_right(row):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_rows_of_the_model_are_right(family, monkeypatch):
-    monkeypatch.setitem(PRESETS, "tiny", Preset(4, 2, 16, 64, 128, 2, 32000, family, 32, 2, 2, 64))
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], family=family))
     sweep = Sweep(presets=("tiny",), context=(256,), expand=(0.25,), dtypes=(torch.float32,))
     rows = [row for row in table.entries(sweep) if row.op in MODEL]
     assert [row.op for row in rows] == list(MODEL)

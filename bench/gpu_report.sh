@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Tests, then benchmarks, on a machine with a GPU, in less than 9 minutes; see docs/how-to/gpu-report.md.
+# PYTHON: the interpreter; default that of .venv, where `make test` makes one, else python3.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python3
+  [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
+fi
+exec "$PYTHON" -m bench.gpu_report "$@"

@@ -1,0 +1,115 @@
+"""Run the tests of the ops on a GPU: what they pass to an op is moved there, and what comes back is moved back.
+
+Views stay views: a tensor's whole storage is moved. Without a GPU nothing is collected, unless REFRAG_GPU_TESTS=cpu
+asks for a rehearsal: Triton's interpreter in the GPU's place.
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))  # tests/: factory, accuracy, triton_on_cpu
+
+import triton_on_cpu  # noqa: E402
+
+import refrag_kernels as rk  # noqa: E402
+from refrag_kernels import backends  # noqa: E402
+
+REHEARSAL = os.environ.get("REFRAG_GPU_TESTS") == "cpu" and triton_on_cpu.INTERPRETED
+DEVICE = "cpu" if REHEARSAL else "cuda"
+collect_ignore_glob = [] if REHEARSAL or torch.cuda.is_available() else ["test_*.py"]
+OPS = (
+    "mixed_attention",
+    "paged_attention",
+    "append_kv",
+    "merge_states",
+    "pool_chunks",
+    "project_chunks",
+    "embed_mixed",
+)
+
+
+class Move:
+    """Moves what a call is given. Tensors that share a storage here share one there."""
+
+    def __init__(self):
+        self.storages = {}
+
+    def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor's copy on the device, with the strides and the offset that it has."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.storages:
+            self.storages[storage.data_ptr()] = storage.clone() if DEVICE == "cpu" else storage.cuda()
+        there = torch.empty(0, dtype=tensor.dtype, device=DEVICE)
+        return there.set_(self.storages[storage.data_ptr()], tensor.storage_offset(), tensor.shape, tensor.stride())
+
+    def __call__(self, value):
+        if isinstance(value, rk.AttentionPlan):
+            return value.to(DEVICE)
+        if isinstance(value, torch.Tensor):
+            return _Differentiable.apply(value, self) if value.requires_grad else self.tensor(value)
+        if isinstance(value, (tuple, list)):
+            there = map(self, value)
+            return type(value)(*there) if hasattr(value, "_fields") else type(value)(there)
+        return value
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, move):
+        return move.tensor(tensor.detach())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.cpu(), None
+
+
+def _from_device(value):
+    if isinstance(value, (tuple, list)):
+        return type(value)(_from_device(item) for item in value)
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def _on_device(name, served):
+    op = getattr(rk, name)
+
+    def call(*args, **options):
+        wanted = options.get("backend")
+        if wanted is None:  # what a result is compared with
+            return op(*args, **options)
+        # The C++ kernels leave the gradients of attention, and what they don't support, to Triton's.
+        options["backend"] = "cuda,triton" if wanted == "cuda" else wanted
+        move = Move()
+        there = [move(value) for value in args]
+        result = op(*there, **{key: move(value) for key, value in options.items()})
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()  # a fault is this call's
+        if served[name] != f"{wanted}_kernels":
+            pytest.skip(f"{wanted} leaves this call of {name} to {served[name]}")
+        if name == "append_kv":
+            # All of the storage, for a stray write shows beside the view.
+            for here, pages in zip(args[2:4], there[2:4]):
+                here.untyped_storage().copy_(pages.untyped_storage())
+        return _from_device(result)
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def ops_on_the_device(monkeypatch):
+    """Let the public ops run on the device, and skip a test whose backend leaves the call to another."""
+    if REHEARSAL:
+        triton_on_cpu.install(monkeypatch)
+    served = {}
+    select = backends.select
+
+    def spied(op, *args):
+        function = select(op, *args)
+        served[op] = function.__module__.split(".")[1]
+        return function
+
+    monkeypatch.setattr(backends, "select", spied)
+    for name in OPS:
+        monkeypatch.setattr(rk, name, _on_device(name, served))
