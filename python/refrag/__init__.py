@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from refrag.model import RefragForCausalLM
     from refrag.passage_encoder import PassageEncoder
     from refrag.policy import ExpansionPolicy
-    from refrag.processor import PromptTooLongError, RefragProcessor
-    from refrag.prompt import Chunk, MixedPrompt, PackedTexts, Passage
+    from refrag.processor import RefragProcessor
+    from refrag.prompt import Chunk, MixedPrompt, PackedTexts, Passage, PromptTooLongError
     from refrag.recipe import ChunkRecipe
     from refrag.shard import StoreError
+    from refrag.state import GenerationState
     from refrag.store import ChunkStore, UnknownPassageError
 
 # Loaded when first asked for: torch and transformers take seconds, which "refrag --help" needn't wait for.
@@ -39,6 +40,7 @@ _MODULE_OF = {
     "CosineChooser": "choosers",
     "ExpansionPolicy": "policy",
     "FixedChunks": "chunking",
+    "GenerationState": "state",
     "MixedPrompt": "prompt",
     "NoChunks": "choosers",
     "PackedTexts": "prompt",
@@ -46,7 +48,7 @@ _MODULE_OF = {
     "PassageEncoder": "passage_encoder",
     "PerplexityChooser": "choosers",
     "PolicyChooser": "choosers",
-    "PromptTooLongError": "processor",
+    "PromptTooLongError": "prompt",
     "RandomChooser": "choosers",
     "RefragConfig": "config",
     "RefragForCausalLM": "model",
@@ -68,6 +70,7 @@ __all__ = [
     "CosineChooser",
     "ExpansionPolicy",
     "FixedChunks",
+    "GenerationState",
     "MixedPrompt",
     "NoChunks",
     "PackedTexts",

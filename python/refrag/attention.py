@@ -35,13 +35,18 @@ class AttentionPlans:
         Which chunk may look at which.
     causal : bool
         True for a decoder, False for an encoder.
+    kv_layout : ChunkLayout, optional
+        Of all rows that the cache holds then, where the packed rows are the last of them; the mask is about its chunks.
     """
 
-    def __init__(self, layout: ChunkLayout, mask: ChunkMask, *, causal: bool) -> None:
+    def __init__(
+        self, layout: ChunkLayout, mask: ChunkMask, *, causal: bool, kv_layout: ChunkLayout | None = None
+    ) -> None:
         self.layout = layout
+        self.kv_layout = layout if kv_layout is None else kv_layout
         self.mask = mask
         self.causal = causal
-        self._longest = max((sum(lengths) for lengths in layout.lengths()), default=0)
+        self._longest = max((sum(lengths) for lengths in self.kv_layout.lengths()), default=0)
         self._plans: dict[int | None, AttentionPlan] = {}
 
     def for_window(self, window: int | None) -> AttentionPlan:
@@ -55,7 +60,12 @@ class AttentionPlans:
             # transformers counts the row itself; refrag_kernels' (left, right) doesn't.
             bounds = window if window is None or self.causal else (window - 1, window - 1)
             self._plans[window] = rk.plan_attention(
-                self.layout, self.mask, causal=self.causal, window=bounds, device=self.layout.device
+                self.layout,
+                self.mask,
+                causal=self.causal,
+                window=bounds,
+                kv_layout=None if self.kv_layout is self.layout else self.kv_layout,
+                device=self.layout.device,
             )
         return self._plans[window]
 
@@ -122,7 +132,7 @@ def refrag_attention(
     if query.shape[0] != 1:
         raise ValueError(f"query: got a batch of {query.shape[0]}, needs 1: plans are for packed rows")
     plan = refrag_plans.for_window(sliding_window)
-    rows = refrag_plans.layout.total_rows
+    rows = refrag_plans.kv_layout.total_rows
     # A static cache returns all the rows it has room for; the prompt's come first.
     query, key, value = (states[0, :, :rows].transpose(0, 1) for states in (query, key, value))
     out = rk.mixed_attention(query, key, value, plan, scale=scaling, softcap=softcap, sinks=s_aux)

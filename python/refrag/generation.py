@@ -43,8 +43,8 @@ def require_empty(cache: Any) -> None:
     held = 0 if cache is None else int(cache.get_seq_length())
     if held:
         raise ValueError(
-            f"past_key_values: got a cache that holds {held} rows, needs an empty one: a packed prompt can't be "
-            "appended; give the whole conversation as one prompt"
+            f"past_key_values: got a cache that holds {held} rows, needs an empty one: a packed prompt is appended to "
+            "a GenerationState, by read(prompt, state) or generate(prompt, state=state)"
         )
 
 

@@ -17,7 +17,8 @@ from refrag.encoder import encode_packed
 from refrag.feed_forward import fuse_feed_forward
 from refrag.generation import PackedPrefill, packed_prefill, padded_inputs, require_empty
 from refrag.projector import ChunkProjector
-from refrag.prompt import MixedPrompt, PackedTexts
+from refrag.prompt import Chunk, MixedPrompt, PackedTexts
+from refrag.state import GenerationState, append, first_step, generate_from, text_prompt
 from refrag_kernels import ChunkMask
 
 
@@ -179,7 +180,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         prompt: MixedPrompt | None = None,
         chunk_embeds: torch.Tensor | None = None,
-        prefill: PackedPrefill | None = None,
+        prefill: PackedPrefill | GenerationState | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the decoder: on a packed ``prompt``, or, without one, on padded tokens as any decoder of transformers.
@@ -210,6 +211,8 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             If something is given beside a prompt that the prompt holds already, the cache holds rows, or ``labels`` are
             not of its T rows or come with ``logits_to_keep``.
         """
+        if isinstance(prefill, GenerationState):
+            return first_step(prefill)
         if prefill is not None:
             copies = inputs_embeds.shape[0] // prefill.rows.shape[0]
             return packed_prefill(self.decoder, prefill, past_key_values, copies)
@@ -250,6 +253,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         prompt: MixedPrompt | torch.Tensor | None = None,
         *,
         chunk_embeds: torch.Tensor | None = None,
+        state: GenerationState | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate from a prompt with transformers' ``generate``.
@@ -263,6 +267,9 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             Anything else goes to transformers as it is.
         chunk_embeds : Tensor [N, d_enc], optional
             Of the prompt's chunks; encoded here when they aren't given.
+        state : GenerationState, optional
+            What was read before: a prompt of one sequence is appended to it, without a prompt generation goes on behind
+            it. It then holds the prompt and what was generated. No beams, one sequence.
         **kwargs
             As for ``transformers.GenerationMixin.generate``.
 
@@ -271,6 +278,11 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         Tensor, int64 [B, new tokens], or what ``return_dict_in_generate`` asks for
             New tokens only.
         """
+        if state is not None:
+            attention.require_refrag("decoder", self.decoder)
+            with torch.no_grad(), state.restored_on_error():
+                append(self, state, prompt, chunk_embeds)
+                return generate_from(self, state, super().generate, kwargs)
         if not isinstance(prompt, MixedPrompt):
             return super().generate(prompt, **kwargs)
         attention.require_refrag("decoder", self.decoder)
@@ -279,11 +291,65 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             embeds = self.embed(prompt, chunk_embeds)
             return super().generate(**padded_inputs(prompt, embeds, self.plans(prompt)), **kwargs)
 
+    def read(
+        self,
+        prompt: MixedPrompt,
+        state: GenerationState | None = None,
+        *,
+        chunk_embeds: torch.Tensor | None = None,
+    ) -> GenerationState:
+        """Read a prompt, behind what was read before; ``generate(state=...)`` goes on from there.
+
+        What is appended equals the same rows in one long prompt, and only it is computed.
+
+        Parameters
+        ----------
+        prompt : MixedPrompt
+            Of one sequence. Made with ``begin=False`` where it is appended.
+        state : GenerationState, optional
+            Prolonged in place; a new one when it isn't given.
+        chunk_embeds : Tensor [N, d_enc], optional
+            Of the prompt's chunks; encoded here when they aren't given.
+
+        Returns
+        -------
+        GenerationState
+
+        Raises
+        ------
+        ValueError
+            If the prompt is empty or of several sequences.
+        PromptTooLongError
+            If it doesn't fit into the decoder's window with what was read before.
+        """
+        attention.require_refrag("decoder", self.decoder)
+        state = GenerationState() if state is None else state
+        append(self, state, prompt, chunk_embeds)
+        return state
+
+    def expand(self, state: GenerationState, chunk: int | str | Chunk) -> None:
+        """Put a chunk's text into a running generation: behind what was read and generated, which isn't read again.
+
+        Parameters
+        ----------
+        state : GenerationState
+        chunk : int, str or Chunk
+            Number of a chunk among all those read; or the id of a passage, for the text of all its chunks; or a chunk.
+
+        Raises
+        ------
+        ValueError
+            If there is no such chunk or passage.
+        PromptTooLongError
+            If it doesn't fit into the decoder's window.
+        """
+        self.read(text_prompt(state.tokens_of(chunk)), state)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         inputs_embeds: torch.Tensor | None = None,
-        prefill: PackedPrefill | None = None,
+        prefill: PackedPrefill | GenerationState | None = None,
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:

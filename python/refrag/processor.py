@@ -16,15 +16,11 @@ from refrag.chunking import Chunker, FixedChunks, SentenceChunks
 from refrag.config import RefragConfig
 from refrag.expansion import expanded_chunks
 from refrag.packing import Span, pack_spans
-from refrag.prompt import Chunk, MixedPrompt, Passage
+from refrag.prompt import Chunk, MixedPrompt, Passage, PromptTooLongError
 from refrag.recipe import describe_chunker
 from refrag.store import ChunkStore, StoreError
 
 Part = str | Passage
-
-
-class PromptTooLongError(ValueError):
-    """A prompt doesn't fit into the decoder's window."""
 
 
 class RefragProcessor:
@@ -187,6 +183,7 @@ class RefragProcessor:
         question: str | Sequence[str] | None = None,
         max_new_tokens: int = 0,
         store: ChunkStore | None = None,
+        begin: bool = True,
     ) -> MixedPrompt:
         """Pack one prompt or a batch of them.
 
@@ -208,6 +205,9 @@ class RefragProcessor:
         store : ChunkStore, optional
             Where all passages are found, by their text, or by their id where they have none; their chunks and
             embeddings are taken from it, so that the model has nothing to encode.
+        begin : bool
+            Whether a sequence begins here, with the decoder's beginning-of-sequence token if it has one. False for what
+            is appended to a ``GenerationState``.
 
         Returns
         -------
@@ -232,7 +232,7 @@ class RefragProcessor:
             self._check_store(store)
             passages = [part for prompt in batch for part in prompt if isinstance(part, Passage)]
             stored, chunk_embeds = iter(store.chunks(passages)), store.get_many(passages).rows
-        sequences = [self._spans(index, prompt, stored) for index, prompt in enumerate(batch)]
+        sequences = [self._spans(index, prompt, stored, begin) for index, prompt in enumerate(batch)]
         chunks = [[span for _, span in spans if isinstance(span, Chunk)] for spans in sequences]
         expanded = expanded_chunks(chunks, self._questions(batch, question), expand, expand_count, chooser)
         packed = pack_spans(
@@ -251,7 +251,9 @@ class RefragProcessor:
         if own != store.recipe.chunker:
             raise StoreError(f"store {store.folder}: chunker: holds {store.recipe.chunker}, got a processor of {own}")
 
-    def _spans(self, index: int, prompt: Sequence[Part], stored: Iterator[list[Chunk]] | None = None) -> list[Span]:
+    def _spans(
+        self, index: int, prompt: Sequence[Part], stored: Iterator[list[Chunk]] | None, begin: bool
+    ) -> list[Span]:
         """Return the spans of a prompt."""
         spans: list[Span] = []
         passages = 0
@@ -276,7 +278,7 @@ class RefragProcessor:
             raise ValueError(f"prompt {index}: is empty, needs text or passages")
         # A chat template writes the prefix itself; then it isn't repeated.
         beginning = spans[0][1] if isinstance(spans[0][1], list) else []
-        if prefix and beginning[: len(prefix)] != prefix:
+        if begin and prefix and beginning[: len(prefix)] != prefix:
             spans.insert(0, (-1, prefix))
         return spans
 

@@ -9,6 +9,10 @@ import torch
 from refrag_kernels import ChunkLayout
 
 
+class PromptTooLongError(ValueError):
+    """A prompt doesn't fit into the decoder's window."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Passage:
     """A retrieved text, which may be compressed.

@@ -96,6 +96,7 @@ def test_beginning_of_sequence_once(tokenizer, encoder_tokenizer):
     processor = RefragProcessor(with_start, encoder_tokenizer, 4)
     for prompt in (["Hello"], [Passage("Hello")], ["<|im_start|>Hello"]):
         assert processor(prompt, expand=1.0).token_ids.tolist()[:2] == [1, tokenizer("Hello")["input_ids"][0]]
+    assert processor(["Hello"], begin=False).token_ids.tolist() == tokenizer("Hello")["input_ids"]
 
 
 def test_batch(processor):
