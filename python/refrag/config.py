@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 _CHOICES = {
-    "pooling": ("first", "mean", "last"),
+    "pooling": ("first", "mean", "last", "concat"),
     "projector_norm": ("none", "rms", "layer"),
     "projector_activation": ("gelu", "gelu_tanh", "silu", "relu", "tanh", "none"),
     "position_ids": ("contiguous", "original"),
@@ -17,6 +17,8 @@ _CHOICES = {
 
 # What the paper leaves open, each set chosen as a whole. "paper": REFRAG, section 2 and B.2, with the first token
 # ([CLS]) as a chunk's embedding. "lclm": arXiv 2606.09659, the mean of a chunk's own tokens and a norm before the MLP.
+# "tokens": ours, for refrag.token_encoder: the chunk's tokens in their order and a projector without an activation,
+# which learns from far less text.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "pooling": "first",
@@ -29,6 +31,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "encoder_special_tokens": False,
         "projector_norm": "rms",
         "projector_activation": "gelu",
+    },
+    "tokens": {
+        "pooling": "concat",
+        "encoder_special_tokens": False,
+        "projector_norm": "none",
+        "projector_activation": "none",
     },
 }
 
@@ -45,8 +53,11 @@ class RefragConfig(PreTrainedConfig):
         The decoder's and the encoder's configuration.
     chunk_size : int
         k, the decoder tokens of a chunk.
-    pooling : {"first", "mean", "last"}
-        How a chunk's embedding is made from the encoder's rows. The paper doesn't say.
+    pooling : {"first", "mean", "last", "concat"}
+        How a chunk's embedding is made from the encoder's rows. The paper doesn't say. "concat" cuts the rows into
+        ``pool_segments`` runs and puts their means one after another, so that their order is kept.
+    pool_segments : int
+        Of "concat".
     encoder_special_tokens : bool
         Whether the encoder reads each chunk between its special tokens ([CLS] and [SEP]); pooling "first" needs them.
         Without them, an encoder that is trained along reads 2 rows less per chunk: at k = 16 a ninth of its work.
@@ -83,6 +94,7 @@ class RefragConfig(PreTrainedConfig):
     encoder_config: dict | PreTrainedConfig | None = None
     chunk_size: int = 16
     pooling: str = "first"
+    pool_segments: int = 8
     encoder_special_tokens: bool = True
     projector_norm: str = "none"
     projector_activation: str = "gelu"
@@ -99,9 +111,16 @@ class RefragConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if not isinstance(self.chunk_size, int) or self.chunk_size < 1:
             raise ValueError(f"chunk_size: got {self.chunk_size!r}, needs an integer of 1 or more")
+        if not isinstance(self.pool_segments, int) or self.pool_segments < 1:
+            raise ValueError(f"pool_segments: got {self.pool_segments!r}, needs an integer of 1 or more")
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field}: got {getattr(self, field)!r}, needs one of {', '.join(choices)}")
+
+    @property
+    def chunk_width(self) -> int:
+        """d_enc, the width of a chunk's embedding."""
+        return self.encoder_config.hidden_size * (self.pool_segments if self.pooling == "concat" else 1)
 
     @classmethod
     def from_preset(

@@ -90,7 +90,7 @@ class TextEmbedder:
         return self._kept[wanted]
 
 
-def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str) -> torch.Tensor:
+def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str, segments: int = 1) -> torch.Tensor:
     """Encode packed texts, each alone (REFRAG, section 2: c_i = Enc(C_i)).
 
     Parameters
@@ -99,14 +99,17 @@ def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str) ->
         With attention "refrag".
     texts : PackedTexts
         N texts.
-    pooling : {"first", "mean", "last"}
+    pooling : {"first", "mean", "last", "concat"}
+    segments : int
+        Of "concat", as in RefragConfig.
 
     Returns
     -------
     Tensor [N, d_enc]
     """
     if not texts.layout.num_chunks:
-        return torch.zeros(0, encoder.config.hidden_size, dtype=encoder.dtype, device=encoder.device)
+        width = encoder.config.hidden_size * (segments if pooling == "concat" else 1)
+        return torch.zeros(0, width, dtype=encoder.dtype, device=encoder.device)
     texts = texts.to(encoder.device)
     hidden = encoder(
         input_ids=texts.token_ids[None],
@@ -114,7 +117,26 @@ def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str) ->
         attention_mask=no_mask(encoder.device),
         refrag_plans=AttentionPlans(texts.layout, ChunkMask.diagonal(), causal=False),
     ).last_hidden_state[0]
+    if pooling == "concat":
+        return _pool_segments(hidden, texts.layout, segments)
     return rk.pool_chunks(hidden, texts.layout.chunk_offsets, pooling)
+
+
+def _pool_segments(hidden: torch.Tensor, layout: ChunkLayout, segments: int) -> torch.Tensor:
+    """Return the means of each chunk's ``segments`` runs of rows, as even as can be: [N, segments * d].
+
+    Of a chunk with fewer rows, each stands for several runs.
+    """
+    starts, lengths = layout.chunk_offsets[:-1].long(), layout.chunk_offsets.diff().long()
+    stretched = lengths.clamp(min=segments)
+    edges = torch.arange(segments, device=hidden.device) * stretched[:, None] // segments
+    ends = stretched.cumsum(0)
+    offsets = torch.cat([(edges + (ends - stretched)[:, None]).flatten(), ends[-1:]]).int()
+    if min(map(min, layout.lengths())) < segments:
+        chunk = torch.repeat_interleave(stretched)
+        place = torch.arange(len(chunk), device=hidden.device) - (ends - stretched)[chunk]
+        hidden = hidden[starts[chunk] + place * lengths[chunk] // stretched[chunk]]
+    return rk.pool_chunks(hidden, offsets, "mean").unflatten(0, (-1, segments)).flatten(1)
 
 
 def _positions(layout: ChunkLayout, first: int) -> torch.Tensor:

@@ -118,7 +118,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         Tensor [N, d_enc]
         """
         attention.require_refrag("encoder", self.encoder)
-        return encode_packed(self.encoder, texts, self.config.pooling)
+        return encode_packed(self.encoder, texts, self.config.pooling, self.config.pool_segments)
 
     def embed(self, prompt: MixedPrompt, chunk_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """Make the decoder's input: token embeddings, and projected chunk embeddings in the slots.
@@ -138,7 +138,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         ValueError
             If ``chunk_embeds`` is not of the prompt's N chunks.
         """
-        needed = [len(prompt.chunks), self.config.encoder_config.hidden_size]
+        needed = [len(prompt.chunks), self.config.chunk_width]
         if chunk_embeds is None:
             chunk_embeds = prompt.chunk_embeds
         if chunk_embeds is None:

@@ -1,0 +1,62 @@
+"""Pooling "concat" keeps the order of a chunk's rows, and the token encoder is the decoder's embeddings in it."""
+
+import pytest
+import tiny
+import torch
+from refrag import RefragConfig
+from refrag.encoder import encode_packed
+from refrag.prompt import PackedTexts
+from refrag.token_encoder import token_encoder
+
+from refrag_kernels import ChunkLayout
+
+LENGTHS = [3, 8, 5, 1, 12, 4]
+
+
+@pytest.mark.parametrize("segments", [1, 3, 4, 8])
+def test_concat_is_the_means_of_a_chunks_runs(segments):
+    encoder = tiny.encoder("bert")
+    encoder.set_attn_implementation("refrag")
+    ids = torch.randint(3, tiny.VOCABULARY, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
+    texts = PackedTexts(ids, ChunkLayout.from_lengths([LENGTHS]))
+    pooled = encode_packed(encoder, texts, "concat", segments)
+    row = 0
+    for length, own in zip(LENGTHS, pooled):
+        hidden = encoder(input_ids=ids[None, row : row + length]).last_hidden_state[0]
+        row += length
+        stretched = max(length, segments)
+        hidden = hidden[[place * length // stretched for place in range(stretched)]]
+        edges = [segment * stretched // segments for segment in range(segments)] + [stretched]
+        wanted = torch.cat([hidden[start:end].mean(0) for start, end in zip(edges, edges[1:])])
+        torch.testing.assert_close(own, wanted, rtol=2e-5, atol=2e-5)
+    nothing = PackedTexts(ids[:0], ChunkLayout.from_lengths([[]]))
+    assert encode_packed(encoder, nothing, "concat", segments).shape == (0, segments * 32)
+
+
+def test_concat_runs_through_the_model():
+    model = tiny.refrag("llama", "bert", pooling="concat", pool_segments=3)
+    assert model.config.chunk_width == 96 == model.projector.up.in_features
+    prompt = tiny.prompt(tiny.MIXED)
+    embeds = model.encode_chunks(prompt.encoder_input)
+    assert embeds.shape == (len(prompt.chunks), 96)
+    torch.testing.assert_close(model(prompt=prompt).logits, model(prompt=prompt, chunk_embeds=embeds).logits)
+    with pytest.raises(ValueError, match=r"chunk_embeds: got shape \[8, 32\], needs \[8, 96\]"):
+        model(prompt=prompt, chunk_embeds=embeds[:, :32].contiguous())
+    with pytest.raises(ValueError, match="pool_segments: got 0"):
+        RefragConfig(pool_segments=0)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_the_token_encoder_tells_tokens_and_places(layers):
+    decoder = tiny.decoder("llama")
+    encoder = token_encoder(decoder, layers=layers)
+    assert torch.equal(encoder.embeddings.word_embeddings.weight, decoder.get_input_embeddings().weight)
+    assert len(encoder.encoder.layer) == layers
+    ids = torch.tensor([[5, 6, 5]])
+    rows = encoder(input_ids=ids).last_hidden_state[0]
+    same_token = torch.nn.functional.cosine_similarity(rows[0], rows[2], dim=0)
+    other_token = torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=0)
+    assert other_token < 0.6 < same_token < 0.9999
+    assert torch.equal(rows, token_encoder(decoder, layers=layers)(input_ids=ids).last_hidden_state[0])
+    with pytest.raises(ValueError, match="layers: got -1"):
+        token_encoder(decoder, layers=-1)
