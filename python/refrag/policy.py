@@ -173,6 +173,7 @@ class ExpansionPolicy(nn.Module, PyTorchModelHubMixin):
         if width % num_heads or width % 2:
             raise ValueError(f"width: got {width}, needs an even multiple of num_heads = {num_heads}")
         self.embedding_size = embedding_size
+        self.num_heads = num_heads
         self.norm = nn.LayerNorm(embedding_size)
         self.input = nn.Linear(embedding_size, width)
         layer = nn.TransformerEncoderLayer(
@@ -182,6 +183,15 @@ class ExpansionPolicy(nn.Module, PyTorchModelHubMixin):
         self.score = nn.Linear(width, 1)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
+
+    def settings(self) -> dict[str, int]:
+        """Return the arguments that make another like it."""
+        return {
+            "embedding_size": self.embedding_size,
+            "width": self.input.out_features,
+            "num_layers": len(self.layers.layers),
+            "num_heads": self.num_heads,
+        }
 
     def forward(self, chunk_embeds: torch.Tensor, counts: torch.Tensor | None = None) -> torch.Tensor:
         """Return the scores of each sequence's chunks.

@@ -251,6 +251,16 @@ class RefragProcessor:
         if own != store.recipe.chunker:
             raise StoreError(f"store {store.folder}: chunker: holds {store.recipe.chunker}, got a processor of {own}")
 
+    def spans(self, prompt: Sequence[Part]) -> list[Span]:
+        """Return a prompt's text and chunks before they are packed, as training wants them.
+
+        Raises
+        ------
+        ValueError
+            As ``__call__``.
+        """
+        return self._spans(0, prompt, None, True)
+
     def _spans(
         self, index: int, prompt: Sequence[Part], stored: Iterator[list[Chunk]] | None, begin: bool
     ) -> list[Span]:

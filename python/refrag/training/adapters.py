@@ -1,0 +1,235 @@
+"""What training changes: whole parts of the model, or low-rank adapters on them; and the small file that keeps it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from refrag.config import RefragConfig
+from refrag.model import RefragForCausalLM
+from refrag.policy import ExpansionPolicy
+from refrag.token_encoder import token_encoder
+
+_DECODER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Attention only: the encoder's feed-forward layers run fused, from their weights as they lie.
+_ENCODER_LAYERS = ("query", "key", "value", "q_proj", "k_proj", "v_proj", "Wqkv")
+_FIELDS = ("chunk_size", "pooling", "encoder_special_tokens", "projector_norm", "projector_activation",
+           "projector_bias", "position_ids", "decoder_mask", "pool_segments")  # fmt: skip
+_FORMAT = 1
+
+
+class AdapterError(ValueError):
+    """An adapter doesn't fit the model, or isn't one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Which parts of the model are trained; the projector always is.
+
+    Attributes
+    ----------
+    encoder, decoder : {"all", "lora", "none"}
+        The paper trains the whole encoder throughout, and the whole decoder after reconstruction.
+    rank : int
+        Of the low-rank adapters (LoRA, arXiv 2106.09685); their scale is 2.
+    """
+
+    encoder: str = "all"
+    decoder: str = "none"
+    rank: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("encoder", "decoder"):
+            if getattr(self, name) not in ("all", "lora", "none"):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, needs all, lora or none")
+        if self.rank < 1:
+            raise ValueError(f"rank: got {self.rank}, needs 1 or more")
+
+
+def prepare(model: RefragForCausalLM, trained: Trained) -> RefragForCausalLM:
+    """Mark what is trained, adding adapters where they are asked for; trained weights become float32.
+
+    Returns
+    -------
+    RefragForCausalLM
+        The same.
+    """
+    model.requires_grad_(False)
+    for name, layers in (("encoder", _ENCODER_LAYERS), ("decoder", _DECODER_LAYERS)):
+        how, part = getattr(trained, name), getattr(model, name)
+        if how == "all":
+            part.requires_grad_(True)
+        elif how == "lora":
+            _inject_lora(part, layers, trained.rank)
+    model.projector.requires_grad_(True)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the tensors that training changes, by name."""
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def save_adapter(model: RefragForCausalLM, folder: str | os.PathLike[str]) -> Path:
+    """Write what was trained, in bfloat16, and what it belongs to.
+
+    Parameters
+    ----------
+    model : RefragForCausalLM
+        Prepared by ``prepare``.
+    folder : path
+        Made where it isn't there.
+
+    Returns
+    -------
+    Path
+        The file, ``adapter.safetensors``.
+    """
+    about = {
+        "format": _FORMAT,
+        "fields": {field: getattr(model.config, field) for field in _FIELDS},
+        "encoder": signature(model.encoder),
+        "decoder": signature(model.decoder),
+    }
+    return _write(folder, trained_state(model), about)
+
+
+def add_policy(source: str | os.PathLike[str], policy: ExpansionPolicy, folder: str | os.PathLike[str]) -> Path:
+    """Write an adapter once more, with a policy.
+
+    Parameters
+    ----------
+    source, folder : path
+        Of the adapter without, or with another, and of the new one; they may be the same.
+    policy : ExpansionPolicy
+    """
+    about, tensors = read_adapter(source)
+    kept = {name: value for name, value in tensors.items() if not name.startswith("policy.")}
+    added = {f"policy.{name}": value for name, value in policy.state_dict().items()}
+    return _write(folder, {**kept, **added}, {**about, "policy": policy.settings()})
+
+
+def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return what an adapter says about itself, and its tensors.
+
+    Raises
+    ------
+    AdapterError
+        If the file is no adapter.
+    """
+    path = Path(path)
+    path = path / "adapter.safetensors" if path.is_dir() else path
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("refrag", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"adapter {path}: can't be read ({error})") from None
+    if about.get("format") != _FORMAT:
+        raise AdapterError(f"adapter {path}: got format {about.get('format')}, needs {_FORMAT}")
+    return about, tensors
+
+
+def load_adapter(
+    path: str | os.PathLike[str], decoder: PreTrainedModel, encoder: PreTrainedModel | None = None
+) -> tuple[RefragForCausalLM, ExpansionPolicy | None]:
+    """Make the model that an adapter belongs to.
+
+    Low-rank updates are added to the weights of ``encoder`` and ``decoder``, so the model runs at their speed.
+
+    Parameters
+    ----------
+    path : path
+        A folder that a training stage wrote, or the file in it.
+    decoder, encoder : PreTrainedModel
+        Those that it was trained on; without an encoder, the ``token_encoder`` of the decoder.
+
+    Returns
+    -------
+    model : RefragForCausalLM
+    policy : ExpansionPolicy or None
+
+    Raises
+    ------
+    AdapterError
+        If the file is no adapter, or was trained on other models.
+    """
+    about, tensors = read_adapter(path)
+    encoder = token_encoder(decoder) if encoder is None else encoder
+    for name, part in (("encoder", encoder), ("decoder", decoder)):
+        if about[name] != signature(part):
+            raise AdapterError(f"adapter {path}: was trained on {name} {about[name]}, got {signature(part)}")
+    fields = dict(about["fields"])
+    model = RefragForCausalLM.from_parts(encoder, decoder, fields.pop("chunk_size"), **fields)
+    policy = None
+    if "policy" in about:
+        policy = ExpansionPolicy(**about["policy"]).eval()
+        own = {name.removeprefix("policy."): tensors.pop(name) for name in list(tensors) if name.startswith("policy.")}
+        policy.load_state_dict(own)
+    merge_state(model, tensors)
+    return model, policy
+
+
+@torch.no_grad()
+def merge_state(model: RefragForCausalLM, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put trained tensors into a model without adapters: low-rank updates are added, anything else replaces.
+
+    Raises
+    ------
+    AdapterError
+        If the model has no such weight, or one of another shape.
+    """
+    weights = dict(model.named_parameters())
+    for name, value in tensors.items():
+        target, is_update = name, ".lora_A." in name
+        if ".lora_B." in name:
+            continue
+        if is_update:
+            target = name[: name.index(".lora_A.")] + ".weight"
+            value = 2.0 * tensors[name.replace(".lora_A.", ".lora_B.")].float() @ value.float()
+        target = target.replace(".base_layer.", ".")
+        if target not in weights or weights[target].shape != value.shape:
+            got = "none" if target not in weights else list(weights[target].shape)
+            raise AdapterError(f"adapter: {target} has shape {list(value.shape)}, the model's has {got}")
+        held = weights[target]
+        held.copy_((held.float() + value if is_update else value).to(held.dtype))
+
+
+def _write(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], about: dict[str, Any]) -> Path:
+    path = Path(folder) / "adapter.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    halved = {name: value.to(torch.bfloat16).contiguous() for name, value in tensors.items()}
+    save_file(halved, part, metadata={"refrag": json.dumps(about)})
+    os.replace(part, path)
+    return path
+
+
+def _inject_lora(part: PreTrainedModel, layers: tuple[str, ...], rank: int) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    present = {name.rsplit(".", 1)[-1] for name, module in part.named_modules() if isinstance(module, nn.Linear)}
+    targets = [layer for layer in layers if layer in present]
+    if not targets:
+        raise AdapterError(f"{type(part).__name__}: has none of the layers {', '.join(layers)} to adapt")
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), part)
+
+
+def signature(part: PreTrainedModel) -> str:
+    """Tell models apart: their architecture and sizes."""
+    config: RefragConfig | object = part.config
+    sizes = [getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
+    return f"{getattr(config, 'model_type', '?')} " + " ".join(map(str, sizes))

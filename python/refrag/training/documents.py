@@ -1,0 +1,186 @@
+"""Documents for training and evaluation: read by the library ``datasets``, tokenized, told apart by their content."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_TEXT = (".txt", ".text", ".md", ".rst")
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """Tokenized documents, one after another.
+
+    Attributes
+    ----------
+    token_ids : ndarray, int64 [N]
+    offsets : ndarray, int64 [D+1]
+        Where each document starts.
+    """
+
+    token_ids: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def windows(self, length: int) -> Windows:
+        """Return all runs of ``length`` tokens that lie inside a document.
+
+        Raises
+        ------
+        ValueError
+            If no document is that long.
+        """
+        counts = np.maximum(np.diff(self.offsets) - length + 1, 0)
+        if not counts.any():
+            longest = int(np.diff(self.offsets).max(initial=0))
+            raise ValueError(f"documents: the longest has {longest} tokens, needs {length} for one sample")
+        return Windows(self, length, np.concatenate([[0], np.cumsum(counts)]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Runs of tokens inside documents, each as likely as any other. Made by ``Documents.windows``."""
+
+    documents: Documents
+    length: int
+    first_of_document: np.ndarray
+
+    def __len__(self) -> int:
+        return int(self.first_of_document[-1])
+
+    def __getitem__(self, index: int) -> list[int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: got {index}, needs 0 to {len(self) - 1}")
+        document = int(np.searchsorted(self.first_of_document, index, side="right")) - 1
+        start = int(self.documents.offsets[document]) + index - int(self.first_of_document[document])
+        return self.documents.token_ids[start : start + self.length].tolist()
+
+    def draw(self, seed: int, index: int) -> list[int]:
+        """Return a run at random. Which one follows from ``seed`` and ``index``, so that training can be resumed."""
+        return self[int(np.random.default_rng([seed, index]).integers(len(self)))]
+
+
+def read_documents(
+    sources: Sequence[str | Path], tokenizer: PreTrainedTokenizerBase, *, column: str = "text"
+) -> Documents:
+    """Read and tokenize documents.
+
+    Reading and caching is done by ``datasets``: what was tokenized before is not tokenized again.
+
+    Parameters
+    ----------
+    sources : sequence of str or Path
+        Folders (every .txt, .text, .md and .rst file below is a document), such files, .jsonl or .parquet files with a
+        row per document, or datasets of the Hugging Face hub, "name" or "name:split".
+    tokenizer : PreTrainedTokenizerBase
+        The decoder's.
+    column : str
+        Which column of .jsonl, .parquet and datasets holds the text.
+
+    Returns
+    -------
+    Documents
+        Each text once.
+
+    Raises
+    ------
+    ValueError
+        If there is no document, or a source has no such column.
+    """
+    import datasets
+
+    parts = [_load(datasets, str(source), column) for source in sources]
+    if not sum(map(len, parts)):
+        raise ValueError(f"sources: got {', '.join(map(str, sources)) or 'none'}, which hold no document")
+    joined = datasets.concatenate_datasets(parts)
+    seen: set[bytes] = set()
+    fresh = [index for index, text in enumerate(joined["text"]) if text.strip() and _is_new(text, seen)]
+    tokenized = joined.select(fresh).map(
+        lambda batch: {"ids": tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]},
+        batched=True,
+        batch_size=64,
+        remove_columns=["text"],
+        desc="tokenizing",
+    )
+    return _joined([np.asarray(ids, dtype=np.int64) for ids in tokenized["ids"]])
+
+
+def split_documents(documents: Documents, held_out: float) -> tuple[Documents, Documents]:
+    """Split by document: those to train on, and a share of ``held_out`` to test on.
+
+    A document's side follows from its own tokens, so it stays where it is when other documents come or go.
+
+    Examples
+    --------
+    >>> documents = Documents(np.arange(1000), np.arange(0, 1001, 10))
+    >>> [len(part) for part in split_documents(documents, 0.2)]
+    [77, 23]
+    """
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out: got {held_out}, needs a share from 0 up to 1")
+    sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for start, end in zip(documents.offsets[:-1], documents.offsets[1:]):
+        tokens = documents.token_ids[start:end]
+        digest = int.from_bytes(hashlib.sha256(tokens.tobytes()).digest()[:8], "big")
+        sides[digest / 2**64 < held_out].append(tokens)
+    return _joined(sides[0]), _joined(sides[1])
+
+
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that stand before everything else: the tokenizer's own, or else its first special token.
+
+    Decoders attend to their first row whatever it holds and read next to nothing from it (arXiv 2309.17453): a slot in
+    that place is lost.
+    """
+    own = tokenizer("", add_special_tokens=True)["input_ids"]
+    if own:
+        return list(own)
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return [] if first is None else [first]
+
+
+def _load(datasets: Any, source: str, column: str) -> Any:
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(str(file) for file in path.rglob("*") if file.suffix in _TEXT and file.is_file())
+        if not files:
+            raise ValueError(f"sources: got {source}, needs a {', '.join(_TEXT)} file below it")
+        loaded = datasets.load_dataset("text", data_files=files, sample_by="document", split="train")
+    elif path.suffix in _TEXT and path.exists():
+        loaded = datasets.load_dataset("text", data_files=[source], sample_by="document", split="train")
+    elif path.suffix in _BUILDERS and path.exists():
+        loaded = datasets.load_dataset(_BUILDERS[path.suffix], data_files=[source], split="train")
+    elif path.suffix in _TEXT or path.suffix in _BUILDERS or path.is_absolute():
+        raise ValueError(f"sources: got {source}, which is not there")
+    else:
+        name, _, split = source.partition(":")
+        loaded = datasets.load_dataset(name, split=split or "train")
+    if column not in loaded.column_names:
+        column = "text" if "text" in loaded.column_names else column
+    if column not in loaded.column_names:
+        raise ValueError(f"column: got {column!r}, needs one that {source} has: {', '.join(loaded.column_names)}")
+    loaded = loaded.select_columns([column])
+    return loaded if column == "text" else loaded.rename_column(column, "text")
+
+
+def _is_new(text: str, seen: set[bytes]) -> bool:
+    digest = hashlib.sha256(text.encode()).digest()
+    new = digest not in seen
+    seen.add(digest)
+    return new
+
+
+def _joined(parts: list[np.ndarray]) -> Documents:
+    lengths = [len(part) for part in parts]
+    flat = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    return Documents(flat, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))

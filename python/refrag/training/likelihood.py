@@ -1,0 +1,148 @@
+"""The log-likelihood of what follows a context, for many ways to show the context at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+
+import torch
+
+from refrag.attention import AttentionPlans, no_mask
+from refrag.model import RefragForCausalLM
+from refrag.prompt import MixedPrompt
+from refrag_kernels import ChunkLayout, ChunkMask
+
+
+def target_log_probs(
+    model: RefragForCausalLM,
+    prompt: MixedPrompt,
+    labels: torch.Tensor,
+    chunk_embeds: torch.Tensor | None = None,
+    mask: ChunkMask | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-probability of every labelled token.
+
+    Logits are formed for the rows before labelled tokens only, a block of them at a time.
+
+    Parameters
+    ----------
+    model : RefragForCausalLM
+    prompt : MixedPrompt
+    labels : Tensor, int64 [T]
+        -100 where nothing is asked. A row's label is predicted by the row before it.
+    chunk_embeds : Tensor [N, d_enc], optional
+        Of the prompt's chunks; encoded here when they aren't given.
+    mask : ChunkMask, optional
+        Of the decoder; the model's own when it isn't given.
+
+    Returns
+    -------
+    log_probs : Tensor, float32 [n]
+    rows : Tensor, int64 [n]
+        The labelled rows.
+
+    Raises
+    ------
+    ValueError
+        If a sequence's first row is labelled.
+    """
+    prompt = prompt.to(model.device)
+    rows = (labels.to(model.device) != -100).nonzero()[:, 0]
+    if bool(torch.isin(rows, prompt.layout.sequence_offsets.long()).any()):
+        raise ValueError("labels: got one for a sequence's first row, which nothing predicts")
+    plans = model.plans(prompt) if mask is None else AttentionPlans(prompt.layout, mask, causal=True)
+    hidden = model.decoder.base_model(
+        inputs_embeds=model.embed(prompt, chunk_embeds)[None],
+        attention_mask=no_mask(model.device),
+        position_ids=prompt.position_ids[None],
+        refrag_plans=plans,
+        use_cache=False,
+    ).last_hidden_state[0, rows - 1]
+    targets = labels.to(model.device)[rows]
+    head = model.get_output_embeddings()
+    parts = [_log_probs(head(own), wanted, model) for own, wanted in zip(hidden.split(1024), targets.split(1024))]
+    return torch.cat(parts) if parts else hidden.new_zeros(0), rows
+
+
+def share_beginning(prompt: MixedPrompt, labels: torch.Tensor) -> tuple[MixedPrompt, torch.Tensor, ChunkMask] | None:
+    """Join sequences that begin alike into one, in which what they begin with stands once.
+
+    Rollouts of one context differ in which chunks are expanded; the spans before the first that differs are the same
+    for all. They become shared text, and the rest of each sequence one passage: under ``ChunkMask.passages`` and a
+    causal plan each sees the shared rows and its own, at its own positions.
+
+    Parameters
+    ----------
+    prompt : MixedPrompt
+        G sequences with the same text in the same places.
+    labels : Tensor, int64 [T]
+
+    Returns
+    -------
+    prompt : MixedPrompt
+        One sequence; slots are numbered as before.
+    labels : Tensor
+    mask : ChunkMask
+    None
+        If there are fewer than two sequences, or it saves a tenth of the rows or less.
+    """
+    lengths = prompt.layout.lengths()
+    starts = prompt.layout.sequence_offsets.tolist()
+    alike = _spans_alike(prompt, labels, lengths, starts)
+    shared = sum(lengths[0][:alike]) if lengths else 0
+    if shared * (len(lengths) - 1) <= 0.1 * prompt.layout.total_rows:
+        return None
+    rows = torch.cat(
+        [torch.arange(0 if not index else start + shared, end) for index, (start, end) in enumerate(pairwise(starts))]
+    ).to(prompt.device)
+    spans = [*lengths[0][:alike], *(rows for own in lengths for rows in own[alike:])]
+    passages = [-1] * alike + [branch for branch, own in enumerate(lengths) for _ in own[alike:]]
+    joined = dataclasses.replace(
+        prompt,
+        token_ids=prompt.token_ids[rows],
+        slot_of_row=prompt.slot_of_row[rows],
+        position_ids=prompt.position_ids[rows],
+        layout=ChunkLayout.from_lengths([spans]).to(prompt.device),
+        passage_of_span=torch.tensor(passages, dtype=torch.int32),
+    )
+    return joined, labels[rows], ChunkMask.passages(passages)
+
+
+def _spans_alike(prompt: MixedPrompt, labels: torch.Tensor, lengths: list[list[int]], starts: list[int]) -> int:
+    """Return how many spans all sequences begin with alike; each keeps a row of its own before its first label."""
+    if len(lengths) < 2:
+        return 0
+    chunks = len(prompt.chunks) // len(lengths)
+    unlike = prompt.slot_of_row.new_tensor([chunks])
+    alike = 0
+    row = 0
+    for span, own in enumerate(zip(*lengths)):
+        end = row + own[0]
+        if len(set(own)) > 1 or span + 1 >= min(map(len, lengths)):
+            break
+        ahead = labels[starts[0] + row : starts[0] + end + lengths[0][span + 1]]
+        if bool((ahead >= 0).any()):
+            break
+        pieces = [
+            torch.stack(
+                [
+                    prompt.token_ids[start + row : start + end],
+                    # Each sequence numbers its slots on from those before it.
+                    (prompt.slot_of_row[start + row : start + end] - index * unlike).clamp(min=-1).long(),
+                    prompt.position_ids[start + row : start + end],
+                ]
+            )
+            for index, start in enumerate(starts[:-1])
+        ]
+        if any(not torch.equal(pieces[0], other) for other in pieces[1:]):
+            break
+        alike, row = span + 1, end
+    return alike
+
+
+def _log_probs(logits: torch.Tensor, wanted: torch.Tensor, model: RefragForCausalLM) -> torch.Tensor:
+    cap = getattr(model.decoder.config, "final_logit_softcapping", None)
+    logits = logits.float()
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)

@@ -1,0 +1,82 @@
+"""What is measured on held-out text while training runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from refrag.attention import no_mask
+from refrag.model import RefragForCausalLM
+from refrag.training.documents import Documents, prefix_ids
+from refrag.training.likelihood import target_log_probs
+from refrag.training.samples import Sample, next_paragraph, reconstruction
+
+if TYPE_CHECKING:
+    from refrag.training.recipe import Parts
+
+_SEED = 20_250_912  # of the measured samples: the same in every run
+
+
+@torch.no_grad()
+def reconstruction_accuracy(
+    model: RefragForCausalLM, *, parts: Parts, documents: Documents, samples: int = 256, chunks: int = 1
+) -> dict[str, Any]:
+    """Measure how exactly text is written again from its slots.
+
+    Returns
+    -------
+    dict
+        ``held_out_loss`` per token; ``accuracy``, the share of tokens that are the most likely one, given the true ones
+        before them; ``first_token_accuracy``, of the first token, for which the slots are all there is to go by.
+    """
+    windows = documents.windows(chunks * parts.k)
+    prefix = prefix_ids(parts.tokenizer)
+    drawn = [reconstruction(windows.draw(_SEED, index), parts.k, parts.tokenizer, prefix) for index in range(samples)]
+    losses, hits, firsts = [], [], []
+    for start in range(0, samples, 64):
+        prompt, labels = parts.collate(drawn[start : start + 64])
+        prompt, labels = prompt.to(model.device), labels.to(model.device)
+        rows = (labels != -100).nonzero()[:, 0]
+        hidden = model.decoder.base_model(
+            inputs_embeds=model.embed(prompt)[None],
+            attention_mask=no_mask(model.device),
+            position_ids=prompt.position_ids[None],
+            refrag_plans=model.plans(prompt),
+            use_cache=False,
+        ).last_hidden_state[0, rows - 1]
+        logits = model.get_output_embeddings()(hidden).float()
+        losses.append(torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none"))
+        hits.append((logits.argmax(-1) == labels[rows]).float())
+        firsts.append(hits[-1].view(-1, chunks * parts.k)[:, 0])
+    return {
+        "held_out_loss": torch.cat(losses).mean().item(),
+        "accuracy": torch.cat(hits).mean().item(),
+        "first_token_accuracy": torch.cat(firsts).mean().item(),
+    }
+
+
+@torch.no_grad()
+def next_paragraph_loss(
+    model: RefragForCausalLM, *, parts: Parts, documents: Documents, chunks: int, output_tokens: int, samples: int = 64
+) -> dict[str, Any]:
+    """Measure the log-perplexity of what follows a compressed context; ``held_out_loss`` per token."""
+    context = chunks * parts.k
+    windows = documents.windows(context + output_tokens)
+    prefix = prefix_ids(parts.tokenizer)
+    drawn = [
+        next_paragraph(windows.draw(_SEED, index), context, parts.k, parts.tokenizer, prefix)
+        for index in range(samples)
+    ]
+    return target_loss(model, parts=parts, samples=drawn)
+
+
+@torch.no_grad()
+def target_loss(model: RefragForCausalLM, *, parts: Parts, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Measure the log-perplexity of samples' targets; ``held_out_loss`` per token."""
+    total = 0.0
+    for start in range(0, len(samples), 8):
+        prompt, labels = parts.collate(samples[start : start + 8])
+        total -= target_log_probs(model, prompt, labels)[0].sum().item()
+    return {"held_out_loss": total / sum(sample.num_targets for sample in samples)}

@@ -1,0 +1,217 @@
+"""The paper's table of perplexities: what follows a context, given the context in full, not at all, or compressed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from refrag.choosers import by_name
+from refrag.model import RefragForCausalLM
+from refrag.policy import ExpansionPolicy
+from refrag.prompt import Chunk
+from refrag.training.documents import Documents, prefix_ids
+from refrag.training.likelihood import target_log_probs
+from refrag.training.recipe import Parts
+from refrag.training.samples import Sample, next_paragraph
+
+FULL, NONE, LAST, COMPRESSED = "full context", "no context", "last s/k tokens", "compressed"
+_SEED = 1_009_2025
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditions:
+    """What is compared.
+
+    Attributes
+    ----------
+    context, output_tokens : int
+        s and o; s is a multiple of k.
+    rates : tuple of float
+        Effective compression rates at which choosers expand chunks: k / (1 - p + k p), at most k.
+    choosers : tuple of str
+        Names of ``refrag.choosers`` that pick a given number.
+    """
+
+    context: int = 256
+    output_tokens: int = 64
+    rates: tuple[float, ...] = (4.0, 8.0)
+    choosers: tuple[str, ...] = ("random", "perplexity-desc", "perplexity-asc", "cosine")
+
+
+def share_for_rate(rate: float, k: int) -> float:
+    """Return p, the share of chunks to expand for an effective compression rate: k / (1 - p + k p) = rate (A.1).
+
+    Examples
+    --------
+    >>> round(share_for_rate(8, 16), 4)
+    0.0667
+    """
+    if not 1 <= rate <= k:
+        raise ValueError(f"rate: got {rate}, needs 1 to k = {k}")
+    return (k / rate - 1) / (k - 1)
+
+
+def value_kept(scores: Mapping[str, float], condition: str) -> float:
+    """Return the share of the context's value that a condition keeps (footnote 2): 0 without context, 1 with all."""
+    return (scores[NONE] - scores[condition]) / (scores[NONE] - scores[FULL])
+
+
+@torch.no_grad()
+def measure(
+    parts: Parts,
+    documents: Documents,
+    conditions: Conditions,
+    *,
+    samples: int = 128,
+    seed: int = _SEED,
+    policy: ExpansionPolicy | None = None,
+    base: RefragForCausalLM | None = None,
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> dict[str, list[float]]:
+    """Measure the log-perplexity of each sample's output in every condition.
+
+    Parameters
+    ----------
+    parts : Parts
+    documents : Documents
+        Held out.
+    conditions : Conditions
+    samples : int
+    seed : int
+    policy : ExpansionPolicy, optional
+        Needed for the chooser "policy".
+    base : RefragForCausalLM, optional
+        The decoder before training, for the conditions without chunks: a decoder that learnt to read slots also learnt
+        from the text, and would make the comparison kinder. Those conditions then appear twice, "(untrained)" once.
+    track : callable
+        Shows progress.
+
+    Returns
+    -------
+    dict of str to list of float
+        Condition -> a log-perplexity (nats per token) for each sample: paired, so that differences have their own
+        standard error.
+    """
+    k, context = parts.k, conditions.context
+    if context % k:
+        raise ValueError(f"context: got {context}, needs a multiple of k = {k}")
+    if "policy" in conditions.choosers and policy is None:
+        raise ValueError("choosers: got policy, needs an adapter that holds one")
+    windows = documents.windows(context + conditions.output_tokens)
+    prefix = prefix_ids(parts.tokenizer)
+    scores: dict[str, list[float]] = {}
+    for index in track(range(samples)):
+        tokens = windows.draw(seed, index)
+        sample = next_paragraph(tokens, context, k, parts.tokenizer, prefix)
+        output = tokens[context:]
+        texts = {
+            FULL: _text_sample([*prefix, *tokens[:context]], output),
+            NONE: _text_sample(prefix or tokens[context - 1 : context], output),
+            LAST: _text_sample([*prefix, *tokens[context - context // k : context]], output),
+        }
+        for name, value in zip(texts, _losses(parts, parts.model, list(texts.values()))):
+            scores.setdefault(name, []).append(value)
+        if base is not None:
+            for name, value in zip(texts, _losses(parts, base, list(texts.values()))):
+                scores.setdefault(f"{name} (untrained)", []).append(value)
+        expansions: dict[str, frozenset[int]] = {COMPRESSED: frozenset()}
+        prompt, _ = parts.collate([sample])
+        embeds = parts.model.encode_chunks(prompt.encoder_input)
+        chunks = [span for _, span in sample.spans if isinstance(span, Chunk)]
+        for rate in conditions.rates:
+            count = round(share_for_rate(min(rate, k), k) * len(chunks))
+            for name in conditions.choosers if count else ():
+                chooser = by_name(name, model=parts.model, embed=parts.embed, policy=policy, seed=seed + index)
+                # There is no question: the context's last chunk is what the output goes on from.
+                expansions[f"{name}, {rate:g}x"] = frozenset(chooser(chunks[-1].text, chunks, count))
+        variants = [dataclasses.replace(sample, expanded=picks) for picks in expansions.values()]
+        losses = _losses(parts, parts.model, variants, embeds.repeat(len(variants), 1))
+        for name, value in zip(expansions, losses):
+            scores.setdefault(name, []).append(value)
+    return scores
+
+
+def summary(scores: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """Return a row for each condition: the mean log-perplexity, its standard error, and the share of the value kept.
+
+    ``standard_error`` is that of the difference to the full context, paired by sample.
+    """
+    means = {name: sum(values) / len(values) for name, values in scores.items()}
+    rows = []
+    for name, values in scores.items():
+        gaps = [value - full for value, full in zip(values, scores[FULL])]
+        mean = sum(gaps) / len(gaps)
+        spread = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / max(1, len(gaps) - 1))
+        rows.append(
+            {
+                "condition": name,
+                "log_perplexity": means[name],
+                "standard_error": spread / math.sqrt(len(gaps)),
+                "value_kept": value_kept(means, name),
+            }
+        )
+    return rows
+
+
+def markdown(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Return the tables of several domains as one in Markdown."""
+    domains = list(tables)
+    names = [row["condition"] for row in tables[domains[0]]]
+    lines = ["| | " + " | ".join(domains) + " |", "| --- |" + " ---: |" * len(domains)]
+    for place, name in enumerate(names):
+        cells = []
+        for domain in domains:
+            row = tables[domain][place]
+            cells.append(f"{row['log_perplexity']:.3f} ± {row['standard_error']:.3f} ({row['value_kept']:.0%})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_tables(
+    folder: str | os.PathLike[str],
+    tables: Mapping[str, Sequence[Mapping[str, Any]]],
+    settings: Mapping[str, Any],
+) -> list[Path]:
+    """Write the tables as ``perplexity.md`` and ``perplexity.json`` and draw ``perplexity.png``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    files = [root / "perplexity.md", root / "perplexity.json", root / "perplexity.png"]
+    files[0].write_text(markdown(tables))
+    files[1].write_text(json.dumps({"settings": dict(settings), "tables": tables}, indent=1) + "\n")
+    figure, axes = pyplot.subplots(figsize=(8, 0.32 * len(next(iter(tables.values()))) * len(tables) + 1.2))
+    height = 0.8 / len(tables)
+    for number, (domain, rows) in enumerate(tables.items()):
+        places = [place + number * height for place in range(len(rows))]
+        axes.barh(places, [100 * row["value_kept"] for row in rows], height, label=domain)
+    axes.set_yticks(range(len(rows)), [row["condition"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the context's value kept, %")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(files[2], dpi=130)
+    pyplot.close(figure)
+    return files
+
+
+def _text_sample(before: Sequence[int], output: Sequence[int]) -> Sample:
+    return Sample(((-1, list(before)), (-1, list(output))), 1)
+
+
+def _losses(
+    parts: Parts, model: RefragForCausalLM, samples: Sequence[Sample], embeds: torch.Tensor | None = None
+) -> list[float]:
+    prompt, labels = parts.collate(samples)
+    log_probs, _ = target_log_probs(model, prompt, labels, embeds)
+    return (-log_probs.view(len(samples), -1).mean(1)).tolist()

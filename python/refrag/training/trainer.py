@@ -1,0 +1,307 @@
+"""The training loop: Accelerate's devices and precision, checkpoints that a killed run goes on from, and a log."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from refrag.model import RefragForCausalLM
+from refrag.prompt import MixedPrompt
+from refrag.training.adapters import trained_state
+from refrag.training.samples import Sample, Sampler
+
+Collate = Callable[[Sequence[Sample]], tuple[MixedPrompt, torch.Tensor]]
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the message says why and what was kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How to train; the defaults are the paper's (B.3) where it has any.
+
+    Attributes
+    ----------
+    steps : int
+        Optimizer steps.
+    batch_size : int
+        Samples of a step, over all processes.
+    learning_rate : float
+        The peak: 2e-4 in reconstruction, 5e-5 in continual pre-training, 2e-5 in fine-tuning.
+    projector_rate, encoder_rate : float, optional
+        Peaks of the projector's and the encoder's own; ``learning_rate`` where they aren't given.
+    warmup : float
+        Share of the steps in which the rate rises; then it falls as a cosine to 0.
+    weight_decay, max_grad_norm : float
+    max_rows : int
+        Decoder rows of one forward pass: a step's samples are cut into as many passes as this asks for.
+    checkpoint_every, log_every, evaluate_every : int
+        In steps.
+    seed : int
+    """
+
+    steps: int
+    batch_size: int = 256
+    learning_rate: float = 2e-4
+    projector_rate: float | None = None
+    encoder_rate: float | None = None
+    warmup: float = 0.04
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_rows: int = 4096
+    checkpoint_every: int = 100
+    log_every: int = 10
+    evaluate_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "max_rows", "checkpoint_every", "log_every", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, needs 1 or more")
+
+
+class Trainer:
+    """Trains what ``prepare`` marked.
+
+    Parameters
+    ----------
+    model : RefragForCausalLM
+    sampler : callable
+        A sample's number -> the sample.
+    collate : callable
+        Samples -> a packed prompt and its labels.
+    settings : TrainSettings
+    folder : path
+        Gets ``log.jsonl`` and ``checkpoints/``; a run that was broken off is found there and goes on.
+    evaluate : callable, optional
+        Model -> figures by name, for the log.
+    signature : dict, optional
+        What a checkpoint must agree with to be gone on from: k, the models, the stage.
+    accelerator : Accelerator, optional
+        With its own settings of precision and devices (``accelerate launch`` and its config hold as usual).
+    """
+
+    def __init__(
+        self,
+        model: RefragForCausalLM,
+        sampler: Sampler,
+        collate: Collate,
+        settings: TrainSettings,
+        folder: str | os.PathLike[str],
+        *,
+        evaluate: Callable[[RefragForCausalLM], dict[str, Any]] | None = None,
+        signature: dict[str, Any] | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.accelerator = accelerator or Accelerator()
+        self.sampler, self.collate, self.settings = sampler, collate, settings
+        self.folder = Path(folder)
+        self.evaluate = evaluate
+        self.signature = {"settings": dataclasses.asdict(settings), **(signature or {})}
+        self.plain = model
+        groups = _parameter_groups(model, settings)
+        optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
+        schedule = get_cosine_schedule_with_warmup(
+            optimizer, max(1, round(settings.warmup * settings.steps)), settings.steps
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.schedule = schedule
+        self.step = 0
+        self.tokens = 0
+
+    def train(self) -> list[dict[str, Any]]:
+        """Train to the last step, from the newest checkpoint if there is one.
+
+        Returns
+        -------
+        list of dict
+            The log.
+
+        Raises
+        ------
+        TrainingError
+            If the loss is not finite: the last checkpoint stays, and the message names the step and its samples. If
+            the folder holds checkpoints of another run.
+        """
+        set_seed(self.settings.seed)
+        self._resume()
+        main = self.accelerator.is_main_process
+        began, tokens_before = time.perf_counter(), self.tokens
+        losses: list[float] = []
+        with tqdm(total=self.settings.steps, initial=self.step, disable=not main, unit="step") as bar:
+            while self.step < self.settings.steps:
+                losses.append(self._step())
+                bar.update()
+                rate = (self.tokens - tokens_before) / (time.perf_counter() - began)
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}, {rate:.0f} tokens/s")
+                last = self.step == self.settings.steps
+                evaluated = {}
+                if self.evaluate and (last or self.step % self.settings.evaluate_every == 0):
+                    evaluated = self._evaluate()
+                if evaluated or last or self.step % self.settings.log_every == 0:
+                    entry = {"step": self.step, "loss": sum(losses) / len(losses), "tokens": self.tokens,
+                             "learning_rate": self.schedule.get_last_lr()[0], "tokens_per_second": rate,
+                             **evaluated}  # fmt: skip
+                    self._log(entry)
+                    losses = []
+                if last or self.step % self.settings.checkpoint_every == 0:
+                    self._save()
+        return self.read_log()
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """Return the log's entries."""
+        path = self.folder / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def _step(self) -> float:
+        """Take one optimizer step; return the mean loss of its tokens."""
+        accelerator, world = self.accelerator, self.accelerator.num_processes
+        first = self.step * self.settings.batch_size
+        indices = range(first + accelerator.process_index, first + self.settings.batch_size, world)
+        samples = [self.sampler(index) for index in indices]
+        if not samples:
+            raise TrainingError(f"batch_size: got {self.settings.batch_size}, needs one sample a process, {world}")
+        passes = self._passes(samples)
+        targets = torch.tensor(sum(sample.num_targets for sample in samples), device=accelerator.device)
+        targets = int(accelerator.reduce(targets, "sum"))
+        total = torch.zeros((), device=accelerator.device)
+        self.model.train()
+        for number, part in enumerate(passes):
+            prompt, labels = self.collate(part)
+            # Processes exchange gradients once a step.
+            last = number == len(passes) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                output = self.model(
+                    prompt=prompt.to(accelerator.device), labels=labels.to(accelerator.device),
+                    num_items_in_batch=targets, use_cache=False,
+                )  # fmt: skip
+                # Processes' gradients are averaged, but each has only its share of the sum.
+                accelerator.backward(output.loss * world)
+            total += output.loss.detach().float()
+            del output
+        loss = float(accelerator.reduce(total, "sum"))
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"loss: is {loss} in step {self.step + 1}, samples {first} to {first + self.settings.batch_size - 1}; "
+                f"the newest checkpoint is {self._newest() or 'none'}"
+            )
+        for group in self.optimizer.param_groups:
+            accelerator.clip_grad_norm_(group["params"], self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.tokens += targets
+        return loss
+
+    def _passes(self, samples: list[Sample]) -> list[list[Sample]]:
+        """Cut samples into passes of at most ``max_rows`` rows; as many of them in every process."""
+        passes: list[list[Sample]] = [[]]
+        rows = 0
+        for sample in sorted(samples, key=lambda sample: sample.num_rows):
+            if passes[-1] and rows + sample.num_rows > self.settings.max_rows:
+                passes.append([])
+                rows = 0
+            passes[-1].append(sample)
+            rows += sample.num_rows
+        if self.accelerator.num_processes > 1:
+            # Where parameters are sharded, a pass in one process waits for its like in the others.
+            counts = self.accelerator.gather(torch.tensor([len(passes)], device=self.accelerator.device))
+            most = min(int(counts.max()), len(samples))
+            passes = [samples[start::most] for start in range(most)]
+        return passes
+
+    def _evaluate(self) -> dict[str, Any]:
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            return self.evaluate(self.plain)  # type: ignore[misc]
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    # Checkpoints: a folder is written under another name and renamed once it is whole.
+
+    def _save(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return
+        final = self.folder / "checkpoints" / f"step-{self.step:08d}"
+        part = final.with_name(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        state = {name: value.contiguous() for name, value in trained_state(self.plain).items()}
+        save_file(state, part / "trained.safetensors")
+        torch.save(
+            {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "step": self.step,
+             "tokens": self.tokens, "random": torch.get_rng_state(), "log_entries": len(self.read_log())},
+            part / "state.pt",
+        )  # fmt: skip
+        (part / "signature.json").write_text(json.dumps(self.signature, indent=1))
+        os.replace(part, final)
+        for old in sorted(final.parent.glob("step-*"))[:-2]:
+            shutil.rmtree(old)
+
+    def _newest(self) -> Path | None:
+        return max((self.folder / "checkpoints").glob("step-*"), default=None)
+
+    def _resume(self) -> None:
+        checkpoint = self._newest()
+        log = self.folder / "log.jsonl"
+        if checkpoint is None:
+            log.unlink(missing_ok=True)
+            return
+        written = json.loads((checkpoint / "signature.json").read_text())
+        wanted = json.loads(json.dumps(self.signature))
+        for name in sorted(written.keys() | wanted.keys()):
+            if written.get(name) != wanted.get(name):
+                raise TrainingError(
+                    f"{checkpoint}: was made with {name} = {written.get(name)}, this run has {wanted.get(name)}; "
+                    "take another folder, or the same settings"
+                )
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        trained = load_file(checkpoint / "trained.safetensors")
+        with torch.no_grad():
+            for name, value in trained_state(self.plain).items():
+                value.copy_(trained[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step, self.tokens = state["step"], state["tokens"]
+        torch.set_rng_state(state["random"])
+        if self.accelerator.is_main_process:
+            # What was logged after the checkpoint will be logged again.
+            kept = log.read_text().splitlines(keepends=True)[: state["log_entries"]]
+            log.write_text("".join(kept))
+
+
+def _parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    rates = {"projector": settings.projector_rate, "encoder": settings.encoder_rate, "": settings.learning_rate}
+    groups: dict[str, list[nn.Parameter]] = {prefix: [] for prefix in rates}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            prefix = name.split(".", 1)[0]
+            groups[prefix if prefix in rates else ""].append(parameter)
+    return [
+        {"params": parameters, "lr": rates[prefix] or settings.learning_rate}
+        for prefix, parameters in groups.items()
+        if parameters
+    ]

@@ -1,0 +1,193 @@
+"""The training loop: it learns what it says it learns, and a run that is killed goes on as if it hadn't been."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import training_parts
+from refrag.training.adapters import AdapterError, Trained, load_adapter, prepare, save_adapter, trained_state
+from refrag.training.measures import reconstruction_accuracy
+from refrag.training.recipe import Stage, run_stage
+from refrag.training.trainer import Trainer, TrainingError, TrainSettings
+from train_once import train
+
+FIGURES = ("step", "loss", "tokens", "learning_rate", "held_out_loss")
+
+
+@pytest.fixture(autouse=True)
+def gradients():
+    with torch.enable_grad():
+        yield
+
+
+@pytest.fixture
+def parts(tokenizer, encoder_tokenizer):
+    return training_parts.parts(tokenizer, encoder_tokenizer)
+
+
+def figures(log):
+    return [tuple(entry.get(name) for name in FIGURES) for entry in log]
+
+
+def test_it_learns(tmp_path, tokenizer):
+    parts = training_parts.parts(tokenizer, tokenizer, k=1, preset="tokens", pool_segments=1)
+    stage = Stage(
+        "reconstruction", Trained(encoder="all", decoder="all"),
+        TrainSettings(steps=60, batch_size=32, learning_rate=1e-2, evaluate_every=60, log_every=60, warmup=0.1),
+        max_chunks=1, fixed_length=True,
+    )  # fmt: skip
+    texts = training_parts.documents(tokenizer), training_parts.documents(tokenizer, seed=1)
+    before = reconstruction_accuracy(parts.model.eval(), parts=parts, documents=texts[1])
+    (after,) = run_stage(parts, stage, *texts, tmp_path)
+    # 24 words: what can be told without the slot is worth log(24) = 3.2 and an accuracy of 0.04.
+    assert before["held_out_loss"] > 9 and after["held_out_loss"] < 2.5
+    assert before["first_token_accuracy"] < 0.05 and after["first_token_accuracy"] > 0.3
+
+
+def test_passes_make_no_difference(tmp_path, tokenizer, encoder_tokenizer):
+    """However a step's samples are cut into forward passes, it is the same step: the mean is over its tokens."""
+    states = []
+    for rows in (10_000, 40):
+        own = training_parts.parts(tokenizer, encoder_tokenizer)
+        for module in own.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        train(tmp_path / str(rows), model=own, steps=2, max_rows=rows)
+        states.append(trained_state(own.model))
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_the_loss_is_that_of_the_model(tmp_path, parts, tokenizer):
+    from refrag.training.samples import next_paragraph
+
+    prepare(parts.model, Trained(encoder="all", decoder="all")).eval()
+    ids = training_parts.documents(tokenizer).token_ids
+    samples = [next_paragraph(ids[start : start + 14].tolist(), 8, 4, tokenizer, [1]) for start in (0, 50)]
+    prompt, labels = parts.collate(samples)
+    logits = parts.model(prompt=prompt).logits[0]
+    rows = (labels != -100).nonzero()[:, 0]
+    by_hand = F.cross_entropy(logits[rows - 1], labels[rows])
+    trainer = Trainer(
+        parts.model, lambda index: samples[index], parts.collate, TrainSettings(steps=1, batch_size=2), tmp_path
+    )
+    for module in parts.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert trainer.train()[0]["loss"] == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_a_killed_run_goes_on_to_the_same_losses(tmp_path):
+    whole = figures(train(tmp_path / "whole"))
+    assert len(whole) == 12 and len({loss for _, loss, *_ in whole}) == 12
+    folder = tmp_path / "killed"
+    command = [sys.executable, Path(__file__).with_name("train_once.py"), folder]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = folder / "log.jsonl"
+    try:
+        deadline = time.monotonic() + 120
+        # Beyond a checkpoint, so that some of the log has to be taken back.
+        while not (log.exists() and log.read_text().count("\n") >= 4):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (folder / "adapter.safetensors").exists()
+    assert figures(train(folder)) == whole
+    assert len(list((folder / "checkpoints").glob("step-*"))) == 2  # older ones make room
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, tokenizer, encoder_tokenizer):
+    train(tmp_path, steps=3)
+    kept = sorted(tmp_path.rglob("*"))
+    with pytest.raises(TrainingError, match="made with k = 4, this run has 8"):
+        train(tmp_path, steps=3, model=training_parts.parts(tokenizer, encoder_tokenizer, k=8))
+    with pytest.raises(TrainingError, match="made with settings"):
+        train(tmp_path, steps=3, learning_rate=1.0)
+    assert sorted(tmp_path.rglob("*")) == kept
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, parts):
+    with torch.no_grad():
+        parts.model.projector.up.weight[0, 0] = float("nan")
+    with pytest.raises(TrainingError, match="loss: is nan in step 1, samples 0 to 5; the newest checkpoint is none"):
+        train(tmp_path, model=parts)
+    assert not (tmp_path / "adapter.safetensors").exists()
+
+
+def test_no_document_is_long_enough(tmp_path, parts, tokenizer):
+    texts = [training_parts.documents(tokenizer, words=5)] * 2
+    stage = Stage("reconstruction", Trained(), TrainSettings(steps=1), max_chunks=64)
+    with pytest.raises(ValueError, match="needs 256 for one sample"):
+        run_stage(parts, stage, *texts, tmp_path)
+
+
+def test_only_what_is_to_be_trained_is(tmp_path, parts):
+    before = {name: value.clone() for name, value in parts.model.state_dict().items()}
+    train(tmp_path, model=parts, steps=2)
+    changed = set()
+    for name, value in parts.model.state_dict().items():
+        original = name.replace(".base_layer.", ".")
+        if original not in before or not torch.equal(value, before[original]):
+            changed.add(name)
+    assert changed <= {name for name in changed if name.startswith(("encoder.", "projector.")) or ".lora_" in name}
+    assert any(name.startswith("encoder.") for name in changed) and any(".lora_B" in name for name in changed)
+
+
+def test_an_adapter_makes_the_trained_model(tmp_path, tokenizer, encoder_tokenizer, parts):
+    train(tmp_path, model=parts, steps=3)
+    own = trained_state(parts.model)
+    with torch.no_grad():  # the file holds bfloat16
+        for value in own.values():
+            value.copy_(value.bfloat16())
+    fresh = training_parts.parts(tokenizer, encoder_tokenizer)
+    loaded, policy = load_adapter(tmp_path, fresh.model.decoder, fresh.model.encoder)
+    assert policy is None and not any("lora" in name for name, _ in loaded.named_parameters())
+    texts = training_parts.documents(tokenizer, seed=2)
+    with torch.no_grad():
+        ways = [
+            reconstruction_accuracy(model.eval(), parts=dataclasses.replace(parts, model=model), documents=texts)
+            for model in (parts.model, loaded)
+        ]
+    assert ways[0]["held_out_loss"] == pytest.approx(ways[1]["held_out_loss"], rel=1e-4)
+    untrained = training_parts.parts(tokenizer, encoder_tokenizer)
+    third = reconstruction_accuracy(untrained.model.eval(), parts=untrained, documents=texts)
+    assert abs(third["held_out_loss"] - ways[0]["held_out_loss"]) > 1e-3
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path, parts, encoder_tokenizer, tokenizer):
+    save_adapter(prepare(parts.model, Trained()), tmp_path)
+    other = training_parts.parts(tokenizer, encoder_tokenizer).model
+    other.decoder.config.num_hidden_layers = 3
+    with pytest.raises(AdapterError, match="trained on decoder llama 32 2 49152, got llama 32 3 49152"):
+        load_adapter(tmp_path, other.decoder, other.encoder)
+    (tmp_path / "adapter.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(AdapterError, match="can't be read"):
+        load_adapter(tmp_path, other.decoder, other.encoder)
+    with pytest.raises(AdapterError, match="can't be read"):
+        load_adapter(tmp_path / "missing", other.decoder, other.encoder)
+
+
+@pytest.mark.parametrize("field", ["steps", "batch_size", "max_rows"])
+def test_bad_settings(field):
+    with pytest.raises(ValueError, match=f"{field}: got 0"):
+        TrainSettings(**{"steps": 1, field: 0})
+    with pytest.raises(ValueError, match="decoder: got 'some'"):
+        Trained(decoder="some")
+
+
+def test_the_log_is_json_lines(tmp_path):
+    train(tmp_path, steps=2)
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [1, 2]
+    assert entries[1]["tokens"] == 2 * 6 * 8
