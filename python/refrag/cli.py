@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 
 from refrag.commands import generate, inspect
+from refrag.commands.evaluate import evaluate
+from refrag.commands.train import train
 from refrag.console import clear_errors, say, track
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -111,6 +113,8 @@ def report(
 
 app.command()(generate.generate)
 app.command()(inspect.inspect)
+app.add_typer(train, name="train")
+app.add_typer(evaluate, name="eval")
 
 
 def main() -> None:

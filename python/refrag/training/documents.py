@@ -124,7 +124,7 @@ def split_documents(documents: Documents, held_out: float) -> tuple[Documents, D
     --------
     >>> documents = Documents(np.arange(1000), np.arange(0, 1001, 10))
     >>> [len(part) for part in split_documents(documents, 0.2)]
-    [77, 23]
+    [80, 20]
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out: got {held_out}, needs a share from 0 up to 1")

@@ -17,9 +17,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 import refrag_kernels as rk
 from refrag.encoder import pack_texts
 from refrag.model import RefragForCausalLM
+from refrag.policy import ExpansionPolicy
 from refrag.processor import RefragProcessor
 from refrag.token_encoder import token_encoder
-from refrag.training.adapters import Trained, merge_state, prepare, save_adapter, trained_state
+from refrag.training.adapters import Trained, load_adapter, merge_state, prepare, save_adapter, trained_state
 from refrag.training.documents import Documents, prefix_ids
 from refrag.training.measures import next_paragraph_loss, reconstruction_accuracy, target_loss
 from refrag.training.samples import (
@@ -68,6 +69,23 @@ class Parts:
         model = RefragForCausalLM.from_parts(writer, reader, k, preset=preset, **fields)
         start_projector(model)
         return cls(model, tokenizer, encoder_tokenizer)
+
+    @classmethod
+    def load_trained(
+        cls,
+        adapter: str | os.PathLike[str],
+        decoder: str | os.PathLike[str],
+        *,
+        encoder: str | os.PathLike[str] | None = None,
+    ) -> tuple[Parts, ExpansionPolicy | None]:
+        """Load the model of an adapter, with the encoder and decoder that it was trained on, and its policy."""
+        reader = AutoModelForCausalLM.from_pretrained(decoder)
+        tokenizer = encoder_tokenizer = AutoTokenizer.from_pretrained(decoder)
+        writer = None
+        if encoder is not None:
+            writer, encoder_tokenizer = AutoModel.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
+        model, policy = load_adapter(adapter, reader, writer)
+        return cls(model, tokenizer, encoder_tokenizer), policy
 
     @property
     def k(self) -> int:

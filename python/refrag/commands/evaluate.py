@@ -1,0 +1,82 @@
+"""`refrag eval`: what a trained adapter keeps of its context."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from refrag.commands.train import Decoder, Encoder, folders, load_trained_parts
+from refrag.console import clear_errors, track
+
+evaluate = typer.Typer(no_args_is_help=True, help="Measure a trained adapter on held-out text.")
+
+
+@evaluate.callback()
+def _evaluate() -> None:
+    pass
+
+
+@evaluate.command()
+def perplexity(
+    adapter: Annotated[Path, typer.Option(help="Output folder of a training stage.")],
+    data: Annotated[
+        list[str], typer.Option(help="Domain to measure on, name=source: a source as `refrag train` takes it.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the tables and the plot.")],
+    encoder: Encoder = None,
+    decoder: Decoder = None,
+    context: Annotated[int, typer.Option(help="s, the tokens of a context.")] = 256,
+    output_tokens: Annotated[int, typer.Option(help="o, the tokens that follow it.")] = 64,
+    samples: Annotated[int, typer.Option(help="Contexts of each domain.")] = 128,
+    rates: Annotated[str, typer.Option(help="Compression rates at which choosers expand, separated by commas.")] = "4",
+    choosers: Annotated[
+        str, typer.Option(help="Separated by commas; policy is added where the adapter holds one.")
+    ] = "random,perplexity-desc,perplexity-asc,cosine",
+    held_out: Annotated[
+        float, typer.Option(help="Share of the documents, by content: that of training for a domain it saw, or 1.")
+    ] = 1.0,
+    untrained: Annotated[bool, typer.Option(help="Measure the decoder as it was before training, too.")] = True,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """The paper's table: log-perplexity with the full context, without, its last s/k tokens, compressed, expanded.
+
+    Writes perplexity.md, perplexity.json and perplexity.png.
+    """
+    console = Console()
+    with clear_errors(console):
+        from refrag.training import perplexity as table
+        from refrag.training.documents import read_documents, split_documents
+        from refrag.training.recipe import Parts
+
+        parts, policy = load_trained_parts(console, adapter, encoder, decoder)
+        parts.model.eval()
+        names = [name.strip() for name in choosers.split(",") if name.strip()]
+        if policy is not None and "policy" not in names:
+            names.append("policy")
+        numbers = tuple(float(rate) for rate in rates.split(",") if rate.strip())
+        conditions = table.Conditions(context, output_tokens, numbers, tuple(names))
+        base = None
+        if untrained:
+            base = Parts.load(*folders(None, decoder, "tokens"), k=parts.k, preset="tokens").model.eval()
+        tables, raw = {}, {}
+        for domain in data:
+            name, separator, source = domain.partition("=")
+            if not separator:
+                raise ValueError(f"--data: got {domain!r}, needs name=source")
+            documents = read_documents([source], parts.tokenizer)
+            if held_out < 1:
+                documents = split_documents(documents, held_out)[1]
+            raw[name] = table.measure(
+                parts, documents, conditions, samples=samples, seed=seed, policy=policy, base=base,
+                track=lambda items, name=name: track(console, list(items), f"reading {name}"),
+            )  # fmt: skip
+            tables[name] = table.summary(raw[name])
+        settings = {**dataclasses.asdict(conditions), "samples": samples, "seed": seed, "k": parts.k}
+        files = table.write_tables(output, tables, {**settings, "log_perplexity_of_samples": raw})
+        console.print(Markdown(table.markdown(tables)))
+        console.print("Wrote " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)

@@ -1,0 +1,98 @@
+"""`refrag train` and `refrag eval`, one stage after another on small models."""
+
+import json
+
+import pytest
+import torch
+import training_parts
+from refrag.cli import app
+from typer.testing import CliRunner
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, tokenizer, encoder_tokenizer):
+    folder = tmp_path_factory.mktemp("train")
+    parts = training_parts.parts(tokenizer, encoder_tokenizer)
+    parts.model.decoder.save_pretrained(folder / "decoder")
+    tokenizer.save_pretrained(folder / "decoder")
+    (folder / "texts").mkdir()
+    documents = training_parts.documents(tokenizer, count=24)
+    for number, (start, end) in enumerate(zip(documents.offsets, documents.offsets[1:])):
+        (folder / "texts" / f"{number}.txt").write_text(tokenizer.decode(documents.token_ids[start:end]))
+    with open(folder / "questions.jsonl", "w") as file:
+        for number in range(8):
+            entry = {"question": "When?", "passages": [f"It was built in {number}.", "It rained."], "answer": "Then."}
+            file.write(json.dumps(entry) + "\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def gradients(workplace, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(workplace / "cache"))
+    with torch.enable_grad():
+        yield
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exit_code not in (0, 2):
+        raise result.exception
+    return result
+
+
+def train(stage, workplace, *arguments):
+    common = ["--decoder", workplace / "decoder", "--preset", "tokens", "--k", 4, "--rank", 2, "--steps", 3,
+              "--batch-size", 4, "--precision", "no"]  # fmt: skip
+    return run("train", stage, *common, *arguments)
+
+
+def test_the_recipe(workplace):
+    texts = ["--data", workplace / "texts", "--held-out", 0.2]
+    parts = ["--train-encoder", "none", "--train-decoder", "lora"]
+    stages = [workplace / name for name in ("reconstruction", "pretraining", "answers", "policy", "tables")]
+    result = train("reconstruct", workplace, *texts, *parts, "--max-chunks", 4, "--output", stages[0])
+    assert result.exit_code == 0 and "adapter.safetensors" in result.output, result.output
+    result = train("pretrain", workplace, *texts, *parts, "--max-chunks", 4, "--output-tokens", 4, "--expand", 0.25,
+                   "--start", stages[0], "--output", stages[1])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    result = train("finetune", workplace, "--data", workplace / "questions.jsonl", *parts, "--held-out", 0.25,
+                   "--start", stages[1], "--output", stages[2])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for folder in stages[:3]:
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert log[-1]["step"] == 3 and log[-1]["held_out_loss"] > 0
+    result = run("train", "policy", *texts, "--adapter", stages[2], "--decoder", workplace / "decoder", "--chunks", 4,
+                 "--output-tokens", 4, "--steps", 2, "--contexts", 2, "--rollouts", 3, "--expand", 0.25, "--width", 16,
+                 "--output", stages[3])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    result = run("eval", "perplexity", "--adapter", stages[3], "--decoder", workplace / "decoder", "--data",
+                 f"words={workplace / 'texts'}", "--output", stages[4], "--context", 16, "--output-tokens", 4,
+                 "--samples", 2, "--rates", "2", "--choosers", "random")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    table = json.loads((stages[4] / "perplexity.json").read_text())
+    names = [row["condition"] for row in table["tables"]["words"]]
+    assert names[-3:] == ["compressed", "random, 2x", "policy, 2x"] and "full context (untrained)" in names
+    assert table["settings"]["k"] == 4
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "message"),
+    [
+        ("reconstruct", ["--data", "missing.txt"], "missing.txt, which is not there"),
+        ("reconstruct", ["--data", "texts", "--max-chunks", 256], "needs 1024 for one sample"),
+        ("reconstruct", ["--data", "texts", "--train-decoder", "half"], "decoder: got 'half'"),
+        ("pretrain", ["--data", "texts", "--steps", 0], "steps: got 0"),
+        ("finetune", ["--data", "broken.jsonl"], "broken.jsonl:2: got 'nonsense'"),
+        ("finetune", ["--data", "lacking.jsonl"], "questions: number 0 has no passages, answer"),
+    ],
+)
+def test_mistakes_get_one_line(workplace, monkeypatch, stage, arguments, message):
+    monkeypatch.chdir(workplace)
+    (workplace / "broken.jsonl").write_text('{"question": "a", "passages": ["b"], "answer": "c"}\nnonsense\n')
+    (workplace / "lacking.jsonl").write_text('{"question": "a"}\n')
+    result = train(stage, workplace, *arguments, "--output", workplace / "none")
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert not (workplace / "none" / "adapter.safetensors").exists()
