@@ -121,6 +121,7 @@ def write_shard(
 
 def publish(part: Path, path: Path) -> None:
     """Rename a finished file to its name, so that even a power failure leaves it whole or absent."""
+    os.chmod(part, 0o644)  # safetensors' 0600 would hide a shared store from its other users
     with open(part, "rb") as file:
         os.fsync(file.fileno())
     os.replace(part, path)

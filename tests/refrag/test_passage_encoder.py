@@ -8,6 +8,7 @@ import torch
 from refrag import ChunkStore, Passage, PassageEncoder, RefragForCausalLM, RefragProcessor, StoreError
 from refrag.chunking import SentenceChunks
 from refrag.encoder import pack_texts
+from refrag.integrations.prompt_embeds import build
 from refrag.recipe import ChunkRecipe, encoder_digest, tokenizer_digest
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, RobertaModel
 
@@ -92,6 +93,16 @@ def test_answers_from_the_store_without_encoding(model, processor, encoder, stor
             assert prompt.chunks == own.chunks and torch.equal(prompt.token_ids, own.token_ids)
             assert_close(model(prompt=prompt).logits, expected)
         assert torch.equal(model.generate(stored[0], max_new_tokens=8, do_sample=False), answer)
+
+
+def test_prompt_embeddings_and_their_key(model, processor, encoder, store):
+    """What serving engines take is made of the stored rows, and named after them."""
+    encoder.fill(store, PASSAGES)
+    one, same, other = (
+        build(model, processor([Passage(id=id), "So?"], store=store))[0] for id in ("bridge", "bridge", "unicode")
+    )
+    assert one.key == same.key != other.key
+    assert_close(one.embeds, build(model, processor([PASSAGES[0], "So?"]))[0].embeds)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-3), (torch.float16, 4e-4)])

@@ -57,6 +57,7 @@ def test_what_is_put_is_found(tmp_path, dtype):
     check(reopened, range(300))
     check(pickle.loads(pickle.dumps(reopened)), range(300))
     assert sorted(store.ids()) == sorted(passage(n).id for n in range(300))
+    assert {path.stat().st_mode & 0o444 for path in tmp_path.glob("*.*")} == {0o444}  # others may read it
     single = store.get(passage(7))
     assert torch.equal(single, rows(7).to(dtype))
     single.zero_()  # a copy: neither the file nor what others read changes

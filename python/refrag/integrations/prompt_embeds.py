@@ -206,6 +206,8 @@ def mixed_cache_key(prompt: MixedPrompt, *, name: str = "", chunk_embeds: torch.
     >>> compressed == again, compressed == other
     (True, False)
     """
+    if chunk_embeds is None:
+        chunk_embeds = prompt.chunk_embeds  # from a store
     if chunk_embeds is not None and (chunk_embeds.dim() != 2 or len(chunk_embeds) != len(prompt.chunks)):
         raise ValueError(
             f"chunk_embeds: got shape {list(chunk_embeds.shape)}, needs [{len(prompt.chunks)}, d_enc], "
