@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from refrag.commands import generate, inspect
+from refrag.commands import encode, generate, inspect
 from refrag.commands.evaluate import evaluate
 from refrag.commands.train import train
 from refrag.console import clear_errors, say, track
@@ -111,6 +111,7 @@ def report(
         console.print(f"Wrote {output}", highlight=False, soft_wrap=True)
 
 
+app.command()(encode.encode)
 app.command()(generate.generate)
 app.command()(inspect.inspect)
 app.add_typer(train, name="train")

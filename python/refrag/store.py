@@ -23,7 +23,7 @@ from refrag.shard import Shard, StoreError, encode_text, publish, write_shard
 
 _FORMAT = 1
 _MANIFEST = "store.json"
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 class UnknownPassageError(StoreError):
@@ -123,8 +123,8 @@ class ChunkStore:
             If the folder holds a store already, or the dtype is another.
         """
         root = Path(folder)
-        if dtype not in _DTYPES.values():
-            raise StoreError(f"dtype: got {dtype}, needs one of {', '.join(_DTYPES)}")
+        if dtype not in DTYPES.values():
+            raise StoreError(f"dtype: got {dtype}, needs one of {', '.join(DTYPES)}")
         root.mkdir(parents=True, exist_ok=True)
         with _writing(root):
             if (root / _MANIFEST).exists():
@@ -160,7 +160,7 @@ class ChunkStore:
             manifest = json.loads((root / _MANIFEST).read_text())
             if manifest["format"] != _FORMAT:
                 raise StoreError(f"store {root}: has format {manifest['format']}, needs {_FORMAT}")
-            held, dtype = ChunkRecipe(**manifest["recipe"]), _DTYPES[manifest["dtype"]]
+            held, dtype = ChunkRecipe(**manifest["recipe"]), DTYPES[manifest["dtype"]]
         except FileNotFoundError:
             raise StoreError(f"store {root}: is none, it has no {_MANIFEST}") from None
         except (KeyError, TypeError, json.JSONDecodeError) as error:

@@ -1,1 +1,1 @@
-"""Commands of ``refrag`` that work on a prompt of one's own, one module each."""
+"""Commands of ``refrag``, one module each."""

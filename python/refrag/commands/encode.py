@@ -1,0 +1,124 @@
+"""`refrag encode`: fill a store of chunk embeddings from a corpus."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from refrag.console import clear_errors, say
+
+_SHOWN = 5  # of the records that were left out
+
+
+def encode(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="Files of JSON lines (.jsonl, .ndjson) or Parquet, or folders of text files."),
+    ],
+    store: Annotated[Path, typer.Option(help="The store's folder; made when it isn't there, else filled up.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of a saved model and its processor, in place of the options below.")
+    ] = None,
+    encoder: Annotated[str | None, typer.Option(help="Encoder, by folder or name; without it MiniLM.")] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="Decoder, of which only the tokenizer is read; without it SmolLM2.")
+    ] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Tokens of a chunk; 16 when it isn't given.")] = None,
+    chunker: Annotated[str | None, typer.Option(help="How passages are cut: fixed (the default) or sentence.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="paper (the default) or lclm, which is the default for MiniLM: see RefragConfig.")
+    ] = None,
+    encoder_dtype: Annotated[
+        str, typer.Option(help="What the encoder computes in: auto (as it was saved), float32, bfloat16 or float16.")
+    ] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of a new store's rows: float32 (the default), bfloat16 or float16.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field or column of the text.")] = "text",
+    id_field: Annotated[
+        str | None, typer.Option(help="Field or column of the id; without it `id`, where there is one.")
+    ] = None,
+    pattern: Annotated[str, typer.Option(help="Which files of a folder, and of those below it, are taken.")] = "*.txt",
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out records that are no passages, instead of stopping.")
+    ] = False,
+    batch_tokens: Annotated[int, typer.Option(help="Encoder tokens that are read at once.")] = 8192,
+    shard_passages: Annotated[
+        int, typer.Option(help="Passages of a shard: what is lost at most when the command is broken off.")
+    ] = 4096,
+    device: Annotated[str, typer.Option(help="Where the encoder runs: cpu, cuda, ...")] = "cpu",
+    engine: Annotated[str, typer.Option(help="here, or ray for Ray Data.")] = "here",
+    workers: Annotated[
+        int | None, typer.Option(help="With --engine ray: encoders; one for each node, or GPU, when it isn't given.")
+    ] = None,
+) -> None:
+    """Fill a store of chunk embeddings from a corpus.
+
+    A passage that the store has already is skipped, by its text: a command that was broken off is simply repeated.
+    """
+    console = Console()
+    with clear_errors(console):
+        if engine not in ("here", "ray"):
+            raise ValueError(f"--engine: got {engine!r}, needs here or ray")
+        if workers is not None and engine != "ray":
+            raise ValueError(f"--workers: got {workers}, needs --engine ray beside it")
+        with console.status("loading torch and transformers"):
+            from refrag.encode_job import EncodeJob, run_here
+            from refrag.ray_engine import run_on_ray
+            from refrag.sources import Fields, slices
+        job = EncodeJob(
+            store, model, encoder, decoder, k, chunker, preset, encoder_dtype, dtype, Fields(text_field, id_field),
+            batch_tokens, shard_passages, device, skip_bad,
+        )  # fmt: skip
+        parts = list(slices(sources, shard_passages, pattern=pattern))
+        total = sum(part.count for part in parts)
+        start = time.perf_counter()
+        new = known = moved = 0
+        left_out: list[str] = []
+        steps = run_here(job, parts) if engine == "here" else run_on_ray(job, parts, workers=workers)
+        with _counting(console, total) as advance:
+            for step in steps:
+                new, known, moved = new + step.new, known + step.known, moved + step.moved_ids
+                left_out += step.left_out
+                advance(step.new + step.known + len(step.left_out))
+        seconds = time.perf_counter() - start
+        what = f"{new:,} passages encoded, {known:,} skipped as stored already, in {seconds:.1f} s: {store}"
+        console.print(what, highlight=False, soft_wrap=True)
+        if moved:
+            console.print(f"{moved:,} ids stand for another text than before", highlight=False)
+        if left_out:
+            console.print(f"{len(left_out):,} records left out:", highlight=False)
+            for reason in left_out[:_SHOWN]:
+                console.print(f"  {reason}", markup=False, highlight=False, soft_wrap=True)
+            if len(left_out) > _SHOWN:
+                console.print(f"  and {len(left_out) - _SHOWN:,} more")
+
+
+@contextlib.contextmanager
+def _counting(console: Console, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how many passages are done; where there is no terminal, by a line for each tenth of them."""
+    if console.is_terminal:
+        columns = (TextColumn("[dim]encoding"), BarColumn(), MofNCompleteColumn())
+        with Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True
+        ) as progress:
+            task = progress.add_task("encoding", total=total)
+            yield lambda count: progress.advance(task, count)
+        return
+    say(console, f"encoding {total:,} passages")
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        before, done = done, done + count
+        if done < total and 10 * done // total > 10 * before // total:
+            say(console, f"{done:,} of {total:,}")
+
+    yield advance
