@@ -18,7 +18,7 @@ say = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-triton test-asan test-cuda-asan test-cuda-tsan bench docs lint build clean distclean
+.PHONY: help demo test test-triton test-asan test-gpu-proof test-cuda-asan test-cuda-tsan bench docs lint build clean distclean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -48,6 +48,11 @@ test-asan: $(VENV)/.test ## Run the tests of the ops and the planner with saniti
 bench: $(VENV)/.model build ## Time the ops against their peers, in turns, each result checked against float64
 	$(BIN)/python -m bench run --json build/bench.json --csv build/bench.csv --markdown build/bench.md $(ARGS)
 
+# All that can be shown of the GPU kernels without a GPU: the sources on the CPU on more problems, and what the compiler makes
+# of them for each architecture of a release.
+test-gpu-proof: $(VENV)/.test build ## Test the GPU kernels without a GPU, in full
+	REFRAG_GPU_PROOF=all OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) tests/cuda_host tests/test_gpu_resources.py $(ARGS)
+
 # The device code of csrc/cuda on the CPU under a sanitizer, which ends the run with a report at the first error.
 # AddressSanitizer finds accesses beyond shared memory and beyond tensors; ThreadSanitizer finds what no barrier orders.
 CUDA_HOST := $(BIN)/pytest -q --capture=sys tests/cuda_host --deselect tests/cuda_host/test_host_faults.py
@@ -57,7 +62,7 @@ test-cuda-asan: $(VENV)/.test ## Run the CUDA kernels' source on the CPU with Ad
 
 test-cuda-tsan: $(VENV)/.test ## Run the CUDA kernels' source on the CPU with ThreadSanitizer, and without each barrier
 	$(call sanitizer,tsan) REFRAG_KERNELS_SANITIZE=thread TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 $(CUDA_HOST) $(ARGS)
-	REFRAG_CUDA_HOST_TESTS=all $(BIN)/pytest -q tests/cuda_host/test_host_faults.py
+	REFRAG_GPU_PROOF=all $(BIN)/pytest -q tests/cuda_host/test_host_faults.py
 
 docs: $(VENV)/.docs build ## Build the documentation into build/docs; a warning is an error
 	$(BIN)/python docs/pictures.py

@@ -9,7 +9,8 @@ instruction set in ISAS; csrc/cuda/*.cu only where nvcc is found.
 Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS as usual, and
 REFRAG_KERNELS_CUDA         0: leave CUDA out; 1: fail without nvcc; unset: build it where nvcc is found
                             (CUDA_HOME or PATH)
-REFRAG_KERNELS_CUDA_ARCHS   compute capabilities, such as "80,90a,120+PTX"; default "80,90+PTX"
+REFRAG_KERNELS_CUDA_ARCHS   compute capabilities, such as "80,90a,120+PTX"; "release" for all that a release has;
+                            default "80,90+PTX"
 REFRAG_KERNELS_SANITIZE     sanitizers for the C++ code, such as "address,undefined"
 """
 
@@ -40,6 +41,9 @@ TORCH_TARGET_VERSION = "0x020d000000000000ULL"
 
 # The triton release that each torch release asks for; torch's CPU wheels don't say it themselves.
 TRITON = {"2.13": "triton==3.7.1", "2.14": "triton~=3.8.0"}
+
+# Device code for each, and for GPUs to come the PTX of the newest.
+RELEASE_ARCHS = "80,86,89,90,100,120+PTX"
 
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
 ISAS = {"portable": ""}
@@ -78,7 +82,8 @@ class Cuda:
                 raise SystemExit(f"REFRAG_KERNELS_CUDA=1, but {reason}")
             print(f"building without CUDA kernels: {reason}")
             return None
-        return Cuda(nvcc, cudart, os.environ.get("REFRAG_KERNELS_CUDA_ARCHS", "80,90+PTX"))
+        archs = os.environ.get("REFRAG_KERNELS_CUDA_ARCHS", "80,90+PTX")
+        return Cuda(nvcc, cudart, RELEASE_ARCHS if archs == "release" else archs)
 
     def flags(self) -> list[str]:
         """Return nvcc's -gencode flags."""
@@ -130,9 +135,7 @@ class NinjaFile:
         if cuda:
             ccbin = ["-ccbin", cxx[-1]] if "CXX" in os.environ else []
             nvcc = [cuda.nvcc, *ccbin, "-MD", "-MF", "$out.d"]
-            # The assembler's report of registers and spills goes to a file, which tests/test_gpu_resources.py reads.
-            keep = "> $out.log 2>&1; status=$$?; grep -ve '^ptxas info' -e 'bytes stack frame' $out.log; exit $$status"
-            self.rule("nvcc", [*nvcc, "-Xptxas", "-v"], f"$flags -c $in -o $out {keep}", "CUDA", depfile=True)
+            self.rule("nvcc", nvcc, "$flags -c $in -o $out", "CUDA", depfile=True)
             flags = [*self.nvcc_flags, *cuda.flags()]
             objects += [self.compile("nvcc", source, flags) for source in self.sources("cuda/*.cu")]
             libraries += [str(cuda.cudart), "-ldl", "-lpthread", "-lrt"]

@@ -82,6 +82,12 @@ def test_without_nvcc_the_build_goes_on_and_says_so(setup_py, monkeypatch, tmp_p
         setup_py.Cuda.find()
 
 
+def test_a_release_has_every_architecture_and_the_ptx_of_the_newest(setup_py, toolkit, monkeypatch):
+    monkeypatch.setenv("REFRAG_KERNELS_CUDA_ARCHS", "release")
+    codes = [flag.rpartition("=")[2] for flag in setup_py.Cuda.find().flags()[1::2]]
+    assert codes == ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "[sm_120,compute_120]"]
+
+
 def test_architectures_that_make_no_sense_are_refused(setup_py):
     with pytest.raises(SystemExit, match="REFRAG_KERNELS_CUDA_ARCHS: got '9.0'"):
         setup_py.Cuda("nvcc", Path("libcudart_static.a"), "80,9.0").flags()

@@ -1,147 +1,110 @@
-"""What the assembler reports of each CUDA kernel, and what its shared memory leaves room for: no spills, and as many
-blocks of threads on a multiprocessor as the kernel is laid out for. Read from the build's logs; no GPU is needed."""
+"""What the CUDA kernels of the built library take, read from its machine code: no spills, as many blocks of threads on
+a multiprocessor as the kernels are laid out for, 16-byte accesses and matrix instructions. No GPU is needed."""
 
+import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+import torch
+
+from refrag_kernels import extension
+
+resources = pytest.importorskip("cuda_resources", reason="Triton carries the disassembler", exc_type=ImportError)
 
 ROOT = Path(__file__).resolve().parent.parent
-REGISTERS = 65536  # of a multiprocessor, from sm_80 to sm_120
-SHARED_KB = {
-    80: 164,
-    86: 100,
-    89: 100,
-    90: 228,
-    100: 228,
-    120: 100,
-}  # of a multiprocessor; 1 KB of each block is the system's
+ALL = os.environ.get("REFRAG_GPU_PROOF") == "all"  # make test-gpu-proof: all architectures of a release
+HAS_NVCC = bool(shutil.which("nvcc") or os.environ.get("CUDA_HOME")) and os.environ.get("REFRAG_KERNELS_CUDA") != "0"
 
 
-class Claim(NamedTuple):
-    """How many blocks of how many threads a kernel is laid out to have on a multiprocessor."""
-
-    threads: int
-    blocks: int
-    shared: int = 0  # bytes that a launch asks for
-    shared_architectures: tuple[int, ...] = tuple(SHARED_KB)
+@pytest.fixture(scope="module")
+def binaries():
+    return resources.compile_release() if ALL else [resources.LIBRARY]
 
 
-def _attention(width: int, tiles: int) -> int:
-    """Two stages of tiles of keys and of values with their bits, and three lists of tiles."""
-    return 2 * tiles * (2 * 16 * width * 2 + 4 * 32) + 3 * (1 + 2 * tiles + 4 * tiles) * 4
-
-
-def _paged(width: int) -> int:
-    """Two stages of 64 keys and values, and three lists of keys."""
-    return 2 * 2 * 64 * width * 2 + 3 * (1 + 2 * 64 + 16 * 2 + 2) * 4
-
-
-LARGE = (80, 90, 100)
-CLAIMS = {
-    ("mixed_attention_kernel", "64", "4"): Claim(128, 3, _attention(64, 4), LARGE),
-    ("mixed_attention_kernel", "96", "4"): Claim(128, 2, _attention(96, 4), LARGE),
-    ("mixed_attention_kernel", "128", "4"): Claim(128, 2, _attention(128, 4), LARGE),
-    ("mixed_attention_kernel", "128", "2"): Claim(128, 2, _attention(128, 2)),
-    ("paged_attention_kernel", "64"): Claim(128, 2, _paged(64)),
-    ("paged_attention_kernel", "96"): Claim(128, 2, _paged(96), LARGE),
-    ("paged_attention_kernel", "128"): Claim(128, 2, _paged(128), LARGE),
-    **{("skinny_projection_kernel", str(tiles)): Claim(256, 2, 8 * tiles * 8 * 16 * 4) for tiles in (1, 2, 4, 8)},
-}
-# Kernels that only move rows: half of a multiprocessor's 2048 threads at least, without shared memory.
-SIMPLE = {
-    "append_kv_kernel": 128,
-    "assemble_mixed_kernel": 128,
-    "merge_splits_kernel": 128,
-    "merge_states_kernel": 128,
-    "pool_chunks_kernel": 256,
-}
-
-
-def name_of(mangled: str) -> tuple[str, ...]:
-    """Return a kernel's name and its integer template arguments."""
-    name = re.search(r"\d+(\w+?_kernel)I", mangled)
-    assert name, mangled
-    return (re.sub(r"^.*?4cuda\d+", "", name.group(1)), *re.findall(r"Li(\d+)E", mangled))
-
-
-class Usage(NamedTuple):
-    name: tuple[str, ...]
-    architecture: int
-    registers: int
-    stack: int
-    spilled: int
-    static_shared: int
-
-
-def usages() -> list[Usage]:
-    found = []
-    for log in sorted((ROOT / "build").glob("*/csrc/cuda/*.cu.o.log")):
-        source = ROOT / log.relative_to(log.parents[2]).with_suffix("").with_suffix("")
-        if not source.exists():
-            continue
-        for entry in re.split(r"ptxas info\s*: Compiling entry function ", log.read_text())[1:]:
-            mangled, architecture = re.match(r"'(\w+)' for 'sm_(\d+)", entry).groups()
-            stack, stores, loads = re.search(
-                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry
-            ).groups()
-            shared = re.search(r"(\d+) bytes smem", entry)
-            found.append(
-                Usage(
-                    name_of(mangled),
-                    int(architecture),
-                    int(re.search(r"Used (\d+) registers", entry).group(1)),
-                    int(stack),
-                    int(stores) + int(loads),
-                    int(shared.group(1)) if shared else 0,
-                )
-            )
+@pytest.fixture(scope="module")
+def kernels(binaries):
+    assert extension.load_error() is None
+    found = resources.read(binaries)
+    if not found and not HAS_NVCC:
+        pytest.skip("built without CUDA kernels: nvcc was not found")
+    assert found, f"nvcc is there, but {binaries} hold no CUDA kernels: build them again"
     return found
 
 
-USAGES = usages()
-needs_build = pytest.mark.skipif(not USAGES, reason="no build with CUDA kernels in this checkout")
+def test_every_architecture_has_every_kernel(kernels):
+    built = {f"sm_{number}" for number in re.findall(r"\d+", torch.ops.refrag_cuda.architectures())}
+    assert {kernel.architecture for kernel in kernels} == (set(resources.MULTIPROCESSORS) if ALL else built)
+    symbols = {kernel.symbol for kernel in kernels}
+    assert len(kernels) == len(symbols) * len({kernel.architecture for kernel in kernels})
+    assert {(k.name, *k.numbers) for k in kernels if k.configuration.shared} == set(resources.CONFIGURATIONS)
 
 
-@needs_build
-def test_no_kernel_spills():
-    assert {usage.architecture for usage in USAGES} >= {80, 90}
-    for usage in USAGES:
-        assert usage.stack == usage.spilled == 0, usage
+def test_no_kernel_spills(kernels):
+    assert [kernel for kernel in kernels if kernel.stack] == []
 
 
-@needs_build
-def test_every_kernel_has_a_claim_that_holds():
-    seen = set()
-    for usage in USAGES:
-        claim = CLAIMS.get(usage.name) or Claim(threads := SIMPLE[usage.name[0]], 1024 // threads)
-        seen.add(usage.name)
-        # Registers are handed out to warps in units of 8 a thread.
-        assert -(-usage.registers // 8) * 8 * claim.threads * claim.blocks <= REGISTERS, usage
-        # Shared memory comes from the launch only, see csrc/cuda/device.cuh.
-        assert usage.static_shared == 0, usage
-    assert seen >= set(CLAIMS)
+def test_as_many_blocks_at_once_as_laid_out(kernels):
+    assert [k for k in kernels if k.chosen and k.occupancy < k.configuration.blocks] == []
+    # Shared memory comes from the launch only, see csrc/cuda/device.cuh.
+    assert all(kernel.static_shared == 0 for kernel in kernels)
 
 
-@pytest.mark.parametrize("claim", CLAIMS.values(), ids=map("-".join, CLAIMS))
-def test_shared_memory_leaves_room_for_the_blocks(claim):
-    for architecture in claim.shared_architectures:
-        assert claim.blocks * (claim.shared + 1024) <= SHARED_KB[architecture] * 1024, architecture
+def test_the_table(kernels, binaries):
+    rows = resources.table(binaries)
+    assert len(rows) == sum(kernel.chosen for kernel in kernels)
+    assert all(len(row) == len(resources.HEADER) for row in rows)
+    assert len(resources.markdown(binaries).splitlines()) == len(rows) + 2
 
 
-def test_sizes_are_those_of_the_headers(tmp_path):
-    """The sizes above are computed here; the headers compute them as well."""
+def accesses(counts, instruction: str, size: int) -> int:
+    """Return how many loads or stores move ``size`` bytes a thread at once."""
+    return sum(n for name, n in counts.items() if re.match(rf"{instruction}\.E\.(\w+\.)*{8 * size}\b", name))
+
+
+def test_machine_code(kernels, binaries):
+    """Read the instructions: what passes through shared memory is copied 16 bytes at a time by cp.async, what passes
+    through registers is loaded and stored so, products are the matrix units', and nothing is in local memory."""
+    for architecture in {kernel.architecture for kernel in kernels}:
+        instructions = resources.instructions(architecture, binaries)
+        for kernel in (kernel for kernel in kernels if kernel.architecture == architecture):
+            counts = instructions[kernel.symbol]
+            assert counts["EXIT"], kernel  # the listing was read
+            assert not [name for name in counts if re.match(r"(LDL|STL)\b", name)], kernel
+            asynchronous = [name for name in counts if name.startswith("LDGSTS")]
+            matrix = [name for name in counts if name.startswith("HMMA.16816.F32")]
+            if kernel.name in ("mixed_attention_kernel", "paged_attention_kernel"):
+                assert asynchronous and all(".128" in name for name in asynchronous), kernel
+                assert any(name.startswith("LDSM.16.M88.4") for name in counts), kernel
+                assert any(name.startswith("LDSM.16.MT88.4") for name in counts), kernel
+                assert matrix, kernel
+            elif kernel.name == "skinny_projection_kernel":
+                assert matrix and accesses(counts, "LDG", 16), kernel
+            else:
+                wide = kernel.numbers != (1,) and not {"2 bytes", "4 bytes"} & set(kernel.types)
+                assert (accesses(counts, "LDG", 16) > 0) == wide, kernel
+                if kernel.name != "merge_splits_kernel":  # whose four sums a thread become 16-bit elements
+                    assert (accesses(counts, "STG", 16) > 0) == wide, kernel
+
+
+def test_sizes_and_choices_are_those_of_the_headers(tmp_path):
+    """The table of configurations is written here; the headers compute the same."""
     source = tmp_path / "sizes.cpp"
     sizes = {
         "mixed_attention_kernel": "AttentionShared<{}>::kBytes",
         "paged_attention_kernel": "PagedShared<{}>::kBytes",
         "skinny_projection_kernel": "skinny_shared_bytes<{}>()",
     }
-    lines = [
-        f"static_assert({sizes[name].format(', '.join(n))} == {claim.shared});" for (name, *n), claim in CLAIMS.items()
-    ]
+    choices = {"mixed_attention_kernel": "attention_tiles", "paged_attention_kernel": "paged_warps"}
+    lines = []
+    for (name, *numbers), configuration in resources.CONFIGURATIONS.items():
+        lines.append(f"static_assert({sizes[name].format(', '.join(map(str, numbers)))} == {configuration.shared});")
+        for architecture in configuration.architectures if name in choices else ():
+            width, choice = numbers
+            shared = resources.MULTIPROCESSORS[architecture].shared_kb << 10
+            lines.append(f"static_assert({choices[name]}<{width}>({{{shared}, 1024}}) == {choice});")
     headers = "".join(f'#include "cuda/{name}.cuh"\n' for name in ("attention", "paged", "projection"))
     source.write_text(headers + "using namespace refrag::cuda;\n" + "\n".join(lines))
     command = "c++ -std=c++20 -fsyntax-only -Wno-unknown-pragmas -DREFRAG_CUDA_HOST".split()

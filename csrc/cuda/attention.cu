@@ -23,13 +23,20 @@ void launch_attention(const AttentionParams& params, const AttentionGrid& grid, 
          AttentionShared<D, kTiles>::kBytes, stream, params);
 }
 
+template <class T, int D>
+void launch_tiles(const AttentionParams& params, const AttentionGrid& grid, cudaStream_t stream) {
+  if (attention_tiles<D>(shared_limits(kOp)) == kAttentionTiles) {
+    launch_attention<T, D, kAttentionTiles>(params, grid, stream);
+  } else {
+    launch_attention<T, D, kFewerTiles<D>>(params, grid, stream);
+  }
+}
+
 template <class T>
 void launch_width(int64_t width, const AttentionParams& params, const AttentionGrid& grid, cudaStream_t stream) {
-  if (width == 64) return launch_attention<T, 64, 4>(params, grid, stream);
-  if (width == 96) return launch_attention<T, 96, 4>(params, grid, stream);
-  // Two blocks of threads should fit a multiprocessor: with stages of four tiles they don't on sm_86, sm_89 and sm_120.
-  if (2 * AttentionShared<128, 4>::kBytes > shared_limit(kOp)) return launch_attention<T, 128, 2>(params, grid, stream);
-  launch_attention<T, 128, 4>(params, grid, stream);
+  if (width == 64) return launch_tiles<T, 64>(params, grid, stream);
+  if (width == 96) return launch_tiles<T, 96>(params, grid, stream);
+  launch_tiles<T, 128>(params, grid, stream);
 }
 
 std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, const Tensor& v,

@@ -71,6 +71,18 @@ struct AttentionShared {
   }
 };
 
+// Tiles of a stage: four, or where these would leave a multiprocessor one block of threads, what leaves it two. A block
+// that waits at its barriers then has another one beside it. That concerns sm_86, sm_89 and sm_120, with 100 KB.
+constexpr int kAttentionTiles = 4;
+constexpr int kAttentionBlocksAtOnce = 2;  // on a multiprocessor, of 128 threads
+template <int D>
+constexpr int kFewerTiles = D <= 64 ? 4 : D <= 96 ? 3 : 2;
+
+template <int D>
+constexpr int attention_tiles(SharedLimits limits) {
+  return limits.blocks(AttentionShared<D, kAttentionTiles>::kBytes) >= kAttentionBlocksAtOnce ? kAttentionTiles : kFewerTiles<D>;
+}
+
 // Where one lane stands in the tiles of one query block.
 class TileCursor {
  public:

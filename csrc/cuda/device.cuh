@@ -134,6 +134,15 @@ __device__ inline float divide_fast(float a, float b) { return __fdividef(a, b);
 
 #endif
 
+// What a device has of shared memory, for launchers to choose by.
+struct SharedLimits {
+  int multiprocessor;  // bytes
+  int reserved;        // of these, for the system, by each block of threads
+
+  // Blocks of threads with `bytes` each that a multiprocessor holds at once.
+  constexpr int blocks(int bytes) const { return multiprocessor / (bytes + reserved); }
+};
+
 // The sum and the maximum over the four lanes that share the rows of a fragment.
 __device__ inline float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "cuda/device.cuh"
+
 namespace refrag::cuda {
 
 inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
@@ -24,13 +26,18 @@ inline void check_launch(const char* op, const char* kernel) {
                   " failed: ", cudaGetErrorString(error));
 }
 
-// Bytes of shared memory that a block of threads may ask for on the current device.
-inline int shared_limit(const char* op) {
-  int device = 0, bytes = 0;
+// Of the current device.
+inline SharedLimits shared_limits(const char* op) {
+  int device = 0;
+  SharedLimits limits = {};
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const auto query = [&](int& value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
+  };
+  query(limits.multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  query(limits.reserved, cudaDevAttrReservedSharedMemoryPerBlock);
   STD_TORCH_CHECK(error == cudaSuccess, "refrag_cuda::", op, ": ", cudaGetErrorString(error));
-  return bytes;
+  return limits;
 }
 
 // What a kernel may ask for without saying so first.

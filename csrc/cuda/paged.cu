@@ -28,10 +28,19 @@ const int32_t* check_table(const Tensor& page_table, const Tensor& like) {
   return static_cast<const int32_t*>(page_table.const_data_ptr());
 }
 
+template <class T, int D, int kWarps>
+void launch_splits(const PagedParams& params, const PagedGrid& grid, cudaStream_t stream) {
+  launch(kOp, "paged_attention_kernel", paged_attention_kernel<T, D, kWarps>, dim3(grid.x, grid.y, grid.z),
+         dim3(kWarps * kWarp), PagedShared<D, kWarps>::kBytes, stream, params);
+}
+
 template <class T, int D>
 void launch_paged(const PagedParams& params, const PagedGrid& grid, cudaStream_t stream) {
-  launch(kOp, "paged_attention_kernel", paged_attention_kernel<T, D>, dim3(grid.x, grid.y, grid.z), dim3(kPagedThreads),
-         PagedShared<D>::kBytes, stream, params);
+  if (paged_warps<D>(shared_limits(kOp)) == kPagedWarps) {
+    launch_splits<T, D, kPagedWarps>(params, grid, stream);
+  } else {
+    launch_splits<T, D, kFewerWarps<D>>(params, grid, stream);
+  }
   if (grid.z == 1) return;
   const int64_t places = static_cast<int64_t>(params.q_rows) * params.q_heads;
   launch(kOp, "merge_splits_kernel", merge_splits_kernel<T, D>,

@@ -2,9 +2,9 @@
 //
 // A block of threads takes up to 16 pairs of a query row and a query head that share a key/value head, and one split of the
 // sequence's keys. Keys pass through shared memory 64 at a time, gathered from their pages; each of the four warps takes 16
-// of them against all 16 rows. What the mask leaves out is found before anything is copied: keys that no row sees are not
-// read, and 64 keys that no row sees cost no copy at all. The splits' results are merged by a second kernel in the order
-// of the splits, so that the result depends on shapes only.
+// of them against all 16 rows (two warps and 32 keys where shared memory is small). What the mask leaves out is found before
+// anything is copied: keys that no row sees are not read, and a stage of keys that no row sees costs no copy at all. The
+// splits' results are merged by a second kernel in the order of the splits, so that the result does not depend on the run.
 #pragma once
 
 #include "cuda/attention_tile.cuh"
@@ -37,39 +37,52 @@ struct PagedParams {
   float scale, softcap;
 };
 
-constexpr int kPagedThreads = 128;
-constexpr int kPagedWarps = kPagedThreads / kWarp;
-constexpr int kPagedKeys = kPagedWarps * kTile;  // of a stage
 constexpr int kPagedStages = 2;
 constexpr int kKeyLists = 3;  // of the stage that is computed, the one that is copied, the one that is listed
 
-// The keys of a stage: first key and the 63 after it.
+// A stage's keys, 16 for each warp.
+template <int kWarps>
 struct KeyList {
-  int found;                                 // 0: there are no more keys
-  int page[kPagedKeys];                      // -1 where no row sees the key
-  int slot[kPagedKeys];                      // row within the page
-  uint32_t seen[kTile][kPagedKeys / kWarp];  // by each query row: bit k % 32 of word k / 32
-  uint32_t any[kPagedKeys / kWarp];          // by any of them
+  static constexpr int kKeys = kWarps * kTile;
+  static constexpr int kWords = kKeys / kWarp;
+
+  int found;                     // 0: there are no more keys
+  int page[kKeys];               // -1 where no row sees the key
+  int slot[kKeys];               // row within the page
+  uint32_t seen[kTile][kWords];  // by each query row: bit k % 32 of word k / 32
+  uint32_t any[kWords];          // by any of them
 };
 
-template <int D>
+template <int D, int kWarps>
 struct PagedShared {
-  static constexpr int kStageBytes = 2 * kPagedWarps * Tile<D>::kBytes;
-  static constexpr int kBytes = kPagedStages * kStageBytes + kKeyLists * static_cast<int>(sizeof(KeyList));
-  // In the end the warps' sums [4, 16, D], largest scores [4, 16] and weights [4, 16] take the place of the stages.
-  static_assert(kPagedWarps * kTile * (D + 2) * 4 <= kPagedStages * kStageBytes, "the stages hold the warps' sums");
+  static constexpr int kStageBytes = 2 * kWarps * Tile<D>::kBytes;
+  static constexpr int kBytes = kPagedStages * kStageBytes + kKeyLists * static_cast<int>(sizeof(KeyList<kWarps>));
+  // In the end the warps' sums [kWarps, 16, D], largest scores and weights [kWarps, 16] take the place of the stages.
+  static_assert(kWarps * kTile * (D + 2) * 4 <= kPagedStages * kStageBytes, "the stages hold the warps' sums");
 
   unsigned char* memory;
 
   __device__ unsigned char* keys(int stage, int tile) const { return memory + stage * kStageBytes + tile * Tile<D>::kBytes; }
-  __device__ unsigned char* values(int stage, int tile) const { return keys(stage, kPagedWarps + tile); }
-  __device__ KeyList& list(int index) const {
-    return reinterpret_cast<KeyList*>(memory + kPagedStages * kStageBytes)[index];
+  __device__ unsigned char* values(int stage, int tile) const { return keys(stage, kWarps + tile); }
+  __device__ KeyList<kWarps>& list(int index) const {
+    return reinterpret_cast<KeyList<kWarps>*>(memory + kPagedStages * kStageBytes)[index];
   }
   __device__ float* sum(int warp, int row) const { return reinterpret_cast<float*>(memory) + (warp * kTile + row) * D; }
-  __device__ float* largest(int warp) const { return sum(kPagedWarps, 0) + warp * kTile; }
-  __device__ float* weight(int warp) const { return largest(kPagedWarps + warp); }
+  __device__ float* largest(int warp) const { return sum(kWarps, 0) + warp * kTile; }
+  __device__ float* weight(int warp) const { return largest(kWarps + warp); }
 };
+
+// Warps of a block of threads: four, or two where four would have a multiprocessor to themselves. That concerns sm_86, sm_89
+// and sm_120, with 100 KB.
+constexpr int kPagedWarps = 4;
+constexpr int kPagedBlocksAtOnce = 2;  // on a multiprocessor
+template <int D>
+constexpr int kFewerWarps = D <= 64 ? 4 : 2;
+
+template <int D>
+constexpr int paged_warps(SharedLimits limits) {
+  return limits.blocks(PagedShared<D, kPagedWarps>::kBytes) >= kPagedBlocksAtOnce ? kPagedWarps : kFewerWarps<D>;
+}
 
 // The query rows of a tile, all of one sequence.
 struct QueryTile {
@@ -128,11 +141,13 @@ __device__ inline bool in_ranges(const PagedParams& params, int row, int key) {
 }
 
 // One warp lists the next keys that any row sees, from `key` on; returns where to go on.
-__device__ inline int list_keys(KeyList& list, const PagedParams& params, const QueryTile& tile, int key, int end, int lane) {
-  for (; key < end; key += kPagedKeys) {
+template <int kWarps>
+__device__ inline int list_keys(KeyList<kWarps>& list, const PagedParams& params, const QueryTile& tile, int key, int end,
+                                int lane) {
+  for (; key < end; key += list.kKeys) {
     uint32_t all = 0;
 #pragma unroll
-    for (int word = 0; word < kPagedKeys / kWarp; ++word) {
+    for (int word = 0; word < list.kWords; ++word) {
       const int mine = key + word * kWarp + lane;
       int page = -1, slot = 0;
       if (mine < end) {
@@ -157,22 +172,22 @@ __device__ inline int list_keys(KeyList& list, const PagedParams& params, const 
     }
     if (all) {
       if (lane == 0) list.found = 1;
-      return key + kPagedKeys;
+      return key + list.kKeys;
     }
   }
   if (lane == 0) list.found = 0;
   return key;
 }
 
-template <class T, int D>
-__device__ inline void copy_keys(const PagedShared<D>& shared, int stage, const KeyList& list, const PagedParams& params,
-                                 int kv_head) {
+template <class T, int D, int kWarps>
+__device__ inline void copy_keys(const PagedShared<D, kWarps>& shared, int stage, const KeyList<kWarps>& list,
+                                 const PagedParams& params, int kv_head) {
   if (list.found) {
     constexpr int kChunks = Tile<D>::kChunks;
     const T* keys = static_cast<const T*>(params.k_pages) + kv_head * params.k_head;
     const T* values = static_cast<const T*>(params.v_pages) + kv_head * params.v_head;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < kPagedKeys * kChunks; i += kPagedThreads) {
+    for (int i = threadIdx.x; i < list.kKeys * kChunks; i += kWarps * kWarp) {
       const int key = i / kChunks, chunk = i % kChunks;
       const int offset = Tile<D>::offset(key % kTile, chunk);
       const bool valid = list.page[key] >= 0;
@@ -188,9 +203,10 @@ __device__ inline void copy_keys(const PagedShared<D>& shared, int stage, const 
 }
 
 // One warp's 16 keys of a stage.
-template <class T, int D>
-__device__ inline void attend_keys(WarpAttention<T, D>& state, const PagedShared<D>& shared, int stage, const KeyList& list,
-                                   const PagedParams& params, const QueryTile& tile, ScoreScale scale, int warp, int lane) {
+template <class T, int D, int kWarps>
+__device__ inline void attend_keys(WarpAttention<T, D>& state, const PagedShared<D, kWarps>& shared, int stage,
+                                   const KeyList<kWarps>& list, const PagedParams& params, const QueryTile& tile,
+                                   ScoreScale scale, int warp, int lane) {
   const int word = warp / 2, shift = warp % 2 * kTile;
   if ((list.any[word] >> shift & 0xffff) == 0) return;
   float scores[1][2][4];
@@ -213,9 +229,9 @@ __device__ inline void attend_keys(WarpAttention<T, D>& state, const PagedShared
 }
 
 // Grid: x tiles of query rows, y tiles of heads, z splits.
-template <class T, int D>
-__global__ __launch_bounds__(kPagedThreads) void paged_attention_kernel(const PagedParams params) {
-  const PagedShared<D> shared = {shared_memory()};
+template <class T, int D, int kWarps>
+__global__ __launch_bounds__(kWarps * kWarp, kPagedBlocksAtOnce) void paged_attention_kernel(const PagedParams params) {
+  const PagedShared<D, kWarps> shared = {shared_memory()};
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const QueryTile tile = find_tile(params, blockIdx.x);
   if (tile.rows <= 0) return;
@@ -277,16 +293,16 @@ __global__ __launch_bounds__(kPagedThreads) void paged_attention_kernel(const Pa
   }
   __syncthreads();
   constexpr int kPacks = D / 4;  // of four columns
-  for (int i = threadIdx.x; i < kTile * kPacks; i += kPagedThreads) {
+  for (int i = threadIdx.x; i < kTile * kPacks; i += kWarps * kWarp) {
     const int row = i / kPacks, column = i % kPacks * 4;
     const int query = row / params.heads_per_tile, head = row % params.heads_per_tile;
     if (query >= tile.rows || head >= heads) continue;
     const float sink = params.sinks && !params.split_out ? params.sinks[first_head + head] * kLog2E : minus_infinity();
     float top = sink;
-    for (int w = 0; w < kPagedWarps; ++w) top = fmaxf(top, shared.largest(w)[row]);
+    for (int w = 0; w < kWarps; ++w) top = fmaxf(top, shared.largest(w)[row]);
     const float base = top == minus_infinity() ? 0.0f : top;
     float total = exp2_fast(sink - base), result[4] = {};
-    for (int w = 0; w < kPagedWarps; ++w) {
+    for (int w = 0; w < kWarps; ++w) {
       const float share = exp2_fast(shared.largest(w)[row] - base);
       total += share * shared.weight(w)[row];
       for (int j = 0; j < 4; ++j) result[j] += share * shared.sum(w, row)[column + j];
@@ -334,8 +350,10 @@ __global__ __launch_bounds__(kMergeWarps * kWarp) void merge_splits_kernel(const
     for (int j = 0; j < 4; ++j) result[j] += share * pack.values[j];
   }
   if (writes) {
+    const float factor = total > 0 ? 1.0f / total : 0.0f;
     Pack<T, 4> pack;
-    for (int j = 0; j < 4; ++j) pack.values[j] = from_float<T>(total > 0 ? result[j] / total : 0.0f);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) pack.values[j] = from_float<T>(result[j] * factor);
     *reinterpret_cast<Pack<T, 4>*>(static_cast<T*>(params.out) + place * D + lane * 4) = pack;
   }
   if (lane == 0) params.lse[place] = total > 0 ? base + log2f(total) * kLn2 : minus_infinity();
@@ -349,6 +367,7 @@ struct PagedGrid {
 // results don't depend on it.
 constexpr int kPagedBlocks = 512;
 constexpr int kLeastSplitKeys = 256;
+constexpr int kSplitUnit = kPagedWarps * kTile;  // whole stages, of any number of warps
 
 // Packs rows and heads into tiles, and splits the keys where the tiles alone are too few.
 inline PagedGrid divide_paged(PagedParams& params, int kv_heads) {
@@ -362,8 +381,8 @@ inline PagedGrid divide_paged(PagedParams& params, int kv_heads) {
   int64_t splits = kPagedBlocks / (static_cast<int64_t>(x) * y);
   if (splits > capacity / kLeastSplitKeys) splits = capacity / kLeastSplitKeys;
   if (splits < 1) splits = 1;
-  const int64_t keys = (capacity + splits * kPagedKeys - 1) / (splits * kPagedKeys) * kPagedKeys;
-  params.split_keys = static_cast<int32_t>(keys > 0 ? keys : kPagedKeys);
+  const int64_t keys = (capacity + splits * kSplitUnit - 1) / (splits * kSplitUnit) * kSplitUnit;
+  params.split_keys = static_cast<int32_t>(keys > 0 ? keys : kSplitUnit);
   params.splits = static_cast<int32_t>((capacity + params.split_keys - 1) / params.split_keys);
   if (params.splits < 1) params.splits = 1;
   return {x, y, params.splits};

@@ -48,9 +48,16 @@ extern "C" const char* mixed_attention(Element element, int width, int tiles, co
   params.softcap = softcap;
   const AttentionGrid grid = divide_attention(params, counts[4]);
   const bool half = element == Element::float16;
-  if (width == 64) return half ? run<__half, 64, 4>(params, grid) : run<__nv_bfloat16, 64, 4>(params, grid);
-  if (width == 96) return half ? run<__half, 96, 4>(params, grid) : run<__nv_bfloat16, 96, 4>(params, grid);
-  if (width == 128 && tiles == 2) return half ? "not built" : run<__nv_bfloat16, 128, 2>(params, grid);
-  if (width == 128) return half ? "not built" : run<__nv_bfloat16, 128, 4>(params, grid);
-  return "no such head width";
+  if (width == 64 && tiles == 4) return half ? run<__half, 64, 4>(params, grid) : run<__nv_bfloat16, 64, 4>(params, grid);
+  if (width == 96 && tiles == 4) return half ? run<__half, 96, 4>(params, grid) : "not built";
+  if (width == 96 && tiles == 3) return half ? "not built" : run<__nv_bfloat16, 96, 3>(params, grid);
+  if (width == 128 && tiles == 4) return half ? "not built" : run<__nv_bfloat16, 128, 4>(params, grid);
+  if (width == 128 && tiles == 2) return half ? run<__half, 128, 2>(params, grid) : "not built";
+  return "no such kernel";
+}
+
+// What the launcher takes where a multiprocessor has that much shared memory.
+extern "C" int attention_tiles(int width, int multiprocessor, int reserved) {
+  const SharedLimits limits = {multiprocessor, reserved};
+  return width == 64 ? attention_tiles<64>(limits) : width == 96 ? attention_tiles<96>(limits) : attention_tiles<128>(limits);
 }

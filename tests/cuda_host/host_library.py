@@ -18,6 +18,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "cuda_host"
+ALL = os.environ.get("REFRAG_GPU_PROOF") == "all"  # make test-gpu-proof; make test runs a sample
 # The folder of cuda/*.cuh. Tests of the checkers put a broken copy in its place.
 SOURCES = Path(os.environ.get("REFRAG_KERNELS_CUDA_SOURCES", ROOT / "csrc"))
 

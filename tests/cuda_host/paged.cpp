@@ -8,14 +8,14 @@ namespace {
 
 using namespace refrag::cuda;
 
-template <class T, int D>
+template <class T, int D, int kWarps>
 const char* attend(PagedParams params, int kv_heads, int splits, std::vector<float>& split_out,
                    std::vector<float>& split_lse) {
   PagedGrid grid = divide_paged(params, kv_heads);
   if (splits) {
     // As if there were more keys: the launcher splits none of a test's size.
     const int capacity = params.max_pages * params.page_size;
-    params.split_keys = (capacity / splits + kPagedKeys) / kPagedKeys * kPagedKeys;
+    params.split_keys = (capacity / splits + kSplitUnit) / kSplitUnit * kSplitUnit;
     params.splits = grid.z = splits;
   }
   if (grid.z > 1) {
@@ -24,8 +24,8 @@ const char* attend(PagedParams params, int kv_heads, int splits, std::vector<flo
     params.split_out = split_out.data();
     params.split_lse = split_lse.data();
   }
-  const char* error = cuda_host::launch(paged_attention_kernel<T, D>, dim3(grid.x, grid.y, grid.z),
-                                        dim3(kPagedThreads), PagedShared<D>::kBytes, params);
+  const char* error = cuda_host::launch(paged_attention_kernel<T, D, kWarps>, dim3(grid.x, grid.y, grid.z),
+                                        dim3(kWarps * kWarp), PagedShared<D, kWarps>::kBytes, params);
   if (error || grid.z == 1) return error;
   const int blocks = (params.q_rows * params.q_heads + kMergeWarps - 1) / kMergeWarps;
   return cuda_host::launch(merge_splits_kernel<T, D>, dim3(blocks), dim3(kMergeWarps * kWarp), 0, params);
@@ -38,7 +38,7 @@ const int32_t* int32s(const void* pointer) { return static_cast<const int32_t*>(
 // pointers: q, k_pages, v_pages, page_table, kv_lengths, q_offsets, indptr, ranges, sinks, out, lse. strides: q of rows and
 // heads; k and v of pages, rows and heads; the table. counts: rows, query heads, sequences, pages, page size, pages of a
 // sequence, ranges, key/value heads. splits: 0 for what the launcher takes.
-extern "C" const char* paged_attention(Element element, int width, const void* const* pointers, const int64_t* strides,
+extern "C" const char* paged_attention(Element element, int width, int warps, const void* const* pointers, const int64_t* strides,
                                        const int* counts, float scale, float softcap, int window_left, int splits) {
   PagedParams params = {};
   params.q = pointers[0];
@@ -74,11 +74,19 @@ extern "C" const char* paged_attention(Element element, int width, const void* c
   params.softcap = softcap;
   std::vector<float> split_out, split_lse;
   const bool half = element == Element::float16;
-  if (width == 64 && half) return attend<__half, 64>(params, counts[7], splits, split_out, split_lse);
-  if (width == 64) return attend<__nv_bfloat16, 64>(params, counts[7], splits, split_out, split_lse);
-  if (width == 96 && half) return attend<__half, 96>(params, counts[7], splits, split_out, split_lse);
-  if (width == 128 && !half) return attend<__nv_bfloat16, 128>(params, counts[7], splits, split_out, split_lse);
+  const auto run = [&](auto kernel) { return kernel(params, counts[7], splits, split_out, split_lse); };
+  if (width == 64 && warps == 4) return half ? run(attend<__half, 64, 4>) : run(attend<__nv_bfloat16, 64, 4>);
+  if (width == 96 && warps == 4 && half) return run(attend<__half, 96, 4>);
+  if (width == 96 && warps == 2 && !half) return run(attend<__nv_bfloat16, 96, 2>);
+  if (width == 128 && warps == 4 && !half) return run(attend<__nv_bfloat16, 128, 4>);
+  if (width == 128 && warps == 2 && half) return run(attend<__half, 128, 2>);
   return "not built";
+}
+
+// What the launcher takes where a multiprocessor has that much shared memory.
+extern "C" int paged_warps(int width, int multiprocessor, int reserved) {
+  const SharedLimits limits = {multiprocessor, reserved};
+  return width == 64 ? paged_warps<64>(limits) : width == 96 ? paged_warps<96>(limits) : paged_warps<128>(limits);
 }
 
 // pointers: k, v, k_pages, v_pages, page_table, kv_lengths, q_offsets. strides in bytes, in the order of AppendParams.

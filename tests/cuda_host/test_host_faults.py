@@ -140,7 +140,7 @@ BARRIERS = [
 ]
 
 
-@pytest.mark.skipif(os.environ.get("REFRAG_CUDA_HOST_TESTS") != "all", reason="takes minutes: make test-cuda-tsan")
+@pytest.mark.skipif(not host_library.ALL, reason="takes minutes: make test-cuda-tsan or test-gpu-proof")
 @pytest.mark.parametrize(("header", "number"), [(name, None) for name in RUNS] + BARRIERS)
 def test_kernels_without_a_barrier(header, number, tmp_path):
     """The thread sanitizer misses each barrier of the kernels, and nothing where none is removed (None)."""

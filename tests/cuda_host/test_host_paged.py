@@ -10,11 +10,19 @@ from paged_problems import Problem, make_problem
 
 import refrag_kernels as rk
 
-VARIANTS = [(torch.bfloat16, 64), (torch.float16, 64), (torch.float16, 96), (torch.bfloat16, 128)]
+# Head width, and warps of a block: 2 where a multiprocessor has 100 KB of shared memory only.
+VARIANTS = [
+    (torch.bfloat16, 64, 4),
+    (torch.float16, 64, 4),
+    (torch.bfloat16, 96, 2),
+    (torch.float16, 96, 4),
+    (torch.bfloat16, 128, 4),
+    (torch.float16, 128, 2),
+]
 HEADS = [(1, 1), (4, 2), (3, 1), (8, 1), (8, 2), (16, 1), (20, 1)]
 
 
-def run(problem: Problem, *, splits: int = 0, order: str = "forward", seed: int = 0, early_copies: bool = False):
+def run(problem: Problem, *, warps: int = 4, splits: int = 0, **schedule):
     q, k_pages, v_pages, table, lengths = problem.args
     options = problem.options
     indptr, ranges = options.get("visible", (None, None))
@@ -27,12 +35,13 @@ def run(problem: Problem, *, splits: int = 0, order: str = "forward", seed: int 
     strides = [*q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], table.stride(0)]
     num_ranges = 0 if ranges is None else len(ranges)
     counts = [*q.shape[:2], len(lengths), *k_pages.shape[:2], table.shape[1], num_ranges, k_pages.shape[2]]
-    with host_library.options(library, order, seed=seed, early_copies=early_copies):
+    with host_library.options(library, **schedule):
         host_library.call(
             library,
             "paged_attention",
             q.dtype,
             q.shape[2],
+            warps,
             host_library.pointers(*pointers, out, lse),
             host_library.int64s(strides),
             host_library.ints(counts),
@@ -51,10 +60,10 @@ def check(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> None:
     assert relative_error(lse, problem.lse) <= LSE[out.dtype]
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(168 if host_library.ALL else 24))
 def test_random_problems(seed):
     rng = random.Random(seed)
-    dtype, width = VARIANTS[seed % len(VARIANTS)]
+    dtype, width, warps = VARIANTS[seed % len(VARIANTS)]
     lengths = [rng.choice([0, 1, 5, 16, 63, 64, 65, 130, 200]) for _ in range(rng.randint(1, 4))]
     rows = None if seed % 3 == 0 else [rng.randint(0, min(length, 9)) for length in lengths]
     problem = make_problem(
@@ -74,7 +83,13 @@ def test_random_problems(seed):
     )
     splits = rng.choice([0, 2, 3])
     order = rng.choice(host_library.ORDERS)
-    check(problem, *run(problem, splits=splits, order=order, seed=seed, early_copies=rng.random() < 0.5))
+    check(problem, *run(problem, warps=warps, splits=splits, order=order, seed=seed, early_copies=rng.random() < 0.5))
+
+
+@pytest.mark.parametrize(("kilobytes", "expected"), [(164, (4, 4, 4)), (100, (4, 2, 2)), (228, (4, 4, 4))])
+def test_the_warps_that_a_device_gets(kilobytes, expected):
+    library = host_library.load("paged")
+    assert tuple(library.paged_warps(width, kilobytes << 10, 1 << 10) for width in (64, 96, 128)) == expected
 
 
 def test_a_chunked_prefill():
