@@ -18,8 +18,17 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def values_are_checked() -> bool:
-    """Return whether REFRAG_KERNELS_CHECK=1 asks ops on a GPU to check indices, which waits for the device."""
-    return os.environ.get("REFRAG_KERNELS_CHECK") == "1"
+    """Return whether REFRAG_KERNELS_CHECK=1 asks ops on a GPU to check indices, which waits for the device.
+
+    Raise RuntimeError where it does while a CUDA graph is captured, for a graph can't hold the wait.
+    """
+    if os.environ.get("REFRAG_KERNELS_CHECK") != "1":
+        return False
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "REFRAG_KERNELS_CHECK=1 reads indices on the host, which a CUDA graph can't hold: unset it to capture one"
+        )
+    return True
 
 
 def check_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:

@@ -8,7 +8,8 @@ from paged_problems import make_problem
 
 import refrag_kernels as rk
 from refrag_kernels import extension
-from refrag_kernels.cuda_kernels import attention, paged, projection
+from refrag_kernels.cuda_kernels import attention, paged, pooling, projection
+from refrag_kernels.validation import values_are_checked
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 HALF = [torch.bfloat16, torch.float16]
@@ -58,6 +59,30 @@ def test_what_the_projection_leaves_to_other_backends():
     assert unsupported(torch.zeros(65, 32).half(), w1, None, w2, None, "gelu", None) == "65 chunks"
     assert unsupported(torch.zeros(2, 32), w1.float(), None, w2.float(), None, "gelu", None) == "dtype float32"
     assert "width 12" in unsupported(torch.zeros(2, 12).half(), w1[:, :12], None, w2, None, "gelu", None)
+
+
+def test_values_are_not_checked_within_a_graph(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    hidden, offsets = torch.ones(4, 8), torch.tensor([0, 4], dtype=torch.int32)
+    monkeypatch.setenv("REFRAG_KERNELS_CHECK", "1")
+    with pytest.raises(RuntimeError, match="REFRAG_KERNELS_CHECK=1 reads indices on the host"):
+        pooling.pool_chunks(hidden, offsets, "mean")
+    monkeypatch.setenv("REFRAG_KERNELS_CHECK", "0")
+    assert not values_are_checked()
+
+
+@needs_gpu
+def test_a_graph_replays_on_new_values():
+    q, k, v = (torch.randn(64, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[64]]), device="cuda")
+    rk.mixed_attention(q, k, v, plan, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = rk.mixed_attention(q, k, v, plan, backend="cuda")
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    assert torch.equal(out, rk.mixed_attention(q, k, v, plan, backend="cuda"))
 
 
 @needs_gpu

@@ -19,11 +19,10 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
   return static_cast<cudaStream_t>(stream.nativeHandle());
 }
 
-// Finds what is wrong with a launch itself; errors while the kernel runs show up at a later call.
-inline void check_launch(const char* op, const char* kernel) {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "refrag_cuda::", op, ": launch of ", kernel,
-                  " failed: ", cudaGetErrorString(error));
+// Of an error that becomes an exception the runtime must forget: torch would take it for that of its own next launch.
+inline const char* take_error(cudaError_t error) {
+  static_cast<void>(cudaGetLastError());
+  return cudaGetErrorString(error);
 }
 
 // Of the current device.
@@ -36,14 +35,15 @@ inline SharedLimits shared_limits(const char* op) {
   };
   query(limits.multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   query(limits.reserved, cudaDevAttrReservedSharedMemoryPerBlock);
-  STD_TORCH_CHECK(error == cudaSuccess, "refrag_cuda::", op, ": ", cudaGetErrorString(error));
+  STD_TORCH_CHECK(error == cudaSuccess, "refrag_cuda::", op, ": ", take_error(error));
   return limits;
 }
 
 // What a kernel may ask for without saying so first.
 constexpr int kSharedWithoutAsking = 48 << 10;
 
-// Launches a kernel of one params struct; the current device is that of `stream`.
+// Launches a kernel of one params struct; the current device is that of `stream`. An exception tells what is wrong with the
+// launch itself; errors while the kernel runs show up at a later call.
 template <class Params>
 void launch(const char* op, const char* name, void (*kernel)(Params), dim3 grid, dim3 block, int shared_bytes,
             cudaStream_t stream, const Params& params) {
@@ -51,10 +51,14 @@ void launch(const char* op, const char* name, void (*kernel)(Params), dim3 grid,
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     STD_TORCH_CHECK(error == cudaSuccess, "refrag_cuda::", op, ": ", name, " needs ", shared_bytes,
-                    " bytes of shared memory: ", cudaGetErrorString(error));
+                    " bytes of shared memory: ", take_error(error));
   }
-  kernel<<<grid, block, shared_bytes, stream>>>(params);
-  check_launch(op, name);
+  void* arguments[] = {const_cast<Params*>(&params)};
+  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments,
+                                             static_cast<size_t>(shared_bytes), stream);
+  STD_TORCH_CHECK(error == cudaSuccess, "refrag_cuda::", op, ": launch of ", name, " (grid ", grid.x, " x ", grid.y, " x ",
+                  grid.z, ", block ", block.x, " x ", block.y, " x ", block.z, ", ", shared_bytes,
+                  " bytes of shared memory) failed: ", take_error(error));
 }
 
 inline void check_16_bit(const char* name, const torch::stable::Tensor& tensor) {

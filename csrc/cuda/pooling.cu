@@ -14,8 +14,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int kThreads = 256;
-
 PoolMode parse_mode(const std::string& mode) {
   if (mode == "mean") return PoolMode::mean;
   if (mode == "first") return PoolMode::first;
@@ -27,15 +25,15 @@ template <class T, int N>
 void launch_with_width(const PoolParams& params, cudaStream_t stream) {
   // Whole warps along the width; what is left of the block takes further chunks.
   const int64_t packs = (params.width + N - 1) / N;
-  const int x = static_cast<int>(std::min<int64_t>((packs + kWarp - 1) / kWarp * kWarp, kThreads));
-  const int y = kThreads / x;
+  const int x = static_cast<int>(std::min<int64_t>((packs + kWarp - 1) / kWarp * kWarp, kPoolThreads));
+  const int y = kPoolThreads / x;
   const int64_t blocks = (params.num_chunks + y - 1) / y;
-  pool_chunks_kernel<T, N><<<static_cast<unsigned>(blocks), dim3(x, y), 0, stream>>>(params);
-  check_launch("pool_chunks", "pool_chunks_kernel");
+  launch("pool_chunks", "pool_chunks_kernel", pool_chunks_kernel<T, N>, dim3(static_cast<unsigned>(blocks)), dim3(x, y), 0,
+         stream, params);
 }
 
 template <class T>
-void launch(const PoolParams& params, cudaStream_t stream) {
+void launch_type(const PoolParams& params, cudaStream_t stream) {
   constexpr int kPack = kAccessBytes / sizeof(T);
   const bool aligned = reinterpret_cast<uintptr_t>(params.hidden) % kAccessBytes == 0 &&
                        reinterpret_cast<uintptr_t>(params.out) % kAccessBytes == 0 && params.width % kPack == 0 &&
@@ -70,9 +68,9 @@ Tensor pool_chunks(const Tensor& hidden, const Tensor& chunk_offsets, const std:
   if (out.numel() == 0) return out;
   const cudaStream_t stream = current_stream(hidden);
   switch (hidden.scalar_type()) {
-    case ScalarType::Float: launch<float>(params, stream); break;
-    case ScalarType::Half: launch<__half>(params, stream); break;
-    case ScalarType::BFloat16: launch<__nv_bfloat16>(params, stream); break;
+    case ScalarType::Float: launch_type<float>(params, stream); break;
+    case ScalarType::Half: launch_type<__half>(params, stream); break;
+    case ScalarType::BFloat16: launch_type<__nv_bfloat16>(params, stream); break;
     default: STD_TORCH_CHECK(false, "hidden: needs float32, float16 or bfloat16");
   }
   return out;

@@ -18,10 +18,12 @@ struct PoolParams {
   PoolMode mode;
 };
 
+constexpr int kPoolThreads = 256;
+
 // The threads of a block: x along the width, N elements each; y one chunk each. Every thread walks the rows of its chunk
 // in order, so the result does not depend on the launch. A chunk whose rows are not within `hidden` gives zeros.
 template <class T, int N>
-__global__ void pool_chunks_kernel(PoolParams params) {
+__global__ __launch_bounds__(kPoolThreads) void pool_chunks_kernel(PoolParams params) {
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (chunk >= params.num_chunks) return;
   int64_t first = params.chunk_offsets[chunk];

@@ -1,0 +1,45 @@
+// csrc/cuda/launch.h with a runtime whose calls fail as they are told to: what becomes of their errors in Python.
+#include <cuda_runtime.h>  // fake_runtime/
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "cuda/launch.h"
+
+namespace {
+
+struct Params {
+  int64_t number;
+};
+void some_kernel(Params) {}
+
+// What of the calls fails, and the bytes of shared memory to ask for.
+std::string launch_some_kernel(std::string call, int64_t shared_bytes) {
+  fake_runtime::reset(call);
+  refrag::cuda::launch("some_op", "some_kernel", some_kernel, dim3(3, 2), dim3(64), static_cast<int>(shared_bytes), nullptr,
+                       Params{7});
+  return fake_runtime::calls;
+}
+
+std::string calls() { return fake_runtime::calls; }
+
+std::string query_limits(std::string call) {
+  fake_runtime::reset(call);
+  const refrag::cuda::SharedLimits limits = refrag::cuda::shared_limits("some_op");
+  return std::to_string(limits.multiprocessor) + " " + std::to_string(limits.reserved);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(refrag_launch_errors, m) {
+  m.def("launch(str call, int shared_bytes) -> str");
+  m.def("calls() -> str");
+  m.def("limits(str call) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(refrag_launch_errors, CompositeExplicitAutograd, m) {
+  m.impl("launch", TORCH_BOX(&launch_some_kernel));
+  m.impl("calls", TORCH_BOX(&calls));
+  m.impl("limits", TORCH_BOX(&query_limits));
+}

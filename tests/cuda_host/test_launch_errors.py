@@ -1,0 +1,49 @@
+"""A launch that fails becomes a Python exception that names the op and the launch."""
+
+import re
+from pathlib import Path
+
+import host_library
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def ops():
+    root = Path(torch.__file__).parent
+    target = re.search(r'^TORCH_TARGET_VERSION = "(\w+)"', (host_library.ROOT / "setup.py").read_text(), re.M).group(1)
+    flags = [f"-I{host_library.HERE / 'fake_runtime'}", "-isystem", str(root / "include"), "-DUSE_CUDA"]
+    flags += [f"-DTORCH_TARGET_VERSION={target}", "-Wl,--no-as-needed", f"-L{root / 'lib'}", "-ltorch_cpu"]
+    library = host_library.compile_library(host_library.HERE / "launch_errors.cpp", *flags)
+    torch.ops.load_library(str(library))
+    return torch.ops.refrag_launch_errors
+
+
+def test_a_launch_that_succeeds(ops):
+    assert ops.launch("", 1024) == "cudaLaunchKernel"
+    assert ops.launch("", 64 << 10) == "cudaFuncSetAttribute cudaLaunchKernel"
+
+
+def test_a_launch_that_fails(ops):
+    message = re.escape(
+        "refrag_cuda::some_op: launch of some_kernel (grid 3 x 2 x 1, block 64 x 1 x 1, 1024 bytes of shared memory) "
+        "failed: invalid argument"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        ops.launch("cudaLaunchKernel", 1024)
+    # The runtime keeps the error until it is asked for: torch would take it for that of its own next launch.
+    assert ops.calls() == "cudaLaunchKernel cudaGetLastError"
+
+
+def test_shared_memory_that_the_device_does_not_have(ops):
+    message = re.escape("refrag_cuda::some_op: some_kernel needs 65536 bytes of shared memory: invalid argument")
+    with pytest.raises(RuntimeError, match=message):
+        ops.launch("cudaFuncSetAttribute", 64 << 10)
+    assert ops.calls() == "cudaFuncSetAttribute cudaGetLastError"
+
+
+def test_a_device_that_does_not_answer(ops):
+    assert ops.limits("") == "102400 1024"
+    for call in ("cudaGetDevice", "cudaDeviceGetAttribute"):
+        with pytest.raises(RuntimeError, match="refrag_cuda::some_op: invalid argument"):
+            ops.limits(call)
