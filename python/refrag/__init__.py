@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from refrag.config import RefragConfig
     from refrag.encoder import TextEmbedder
     from refrag.model import RefragForCausalLM
+    from refrag.passage_cache import PassageCache
     from refrag.passage_encoder import PassageEncoder
     from refrag.policy import ExpansionPolicy
     from refrag.processor import RefragProcessor
@@ -45,6 +46,7 @@ _MODULE_OF = {
     "NoChunks": "choosers",
     "PackedTexts": "prompt",
     "Passage": "prompt",
+    "PassageCache": "passage_cache",
     "PassageEncoder": "passage_encoder",
     "PerplexityChooser": "choosers",
     "PolicyChooser": "choosers",
@@ -75,6 +77,7 @@ __all__ = [
     "NoChunks",
     "PackedTexts",
     "Passage",
+    "PassageCache",
     "PassageEncoder",
     "PerplexityChooser",
     "PolicyChooser",

@@ -11,7 +11,7 @@ _CHOICES = {
     "pooling": ("first", "mean", "last", "concat"),
     "projector_norm": ("none", "rms", "layer"),
     "projector_activation": ("gelu", "gelu_tanh", "silu", "relu", "tanh", "none"),
-    "position_ids": ("contiguous", "original"),
+    "position_ids": ("contiguous", "original", "parallel"),
     "decoder_mask": ("full", "passages"),
 }
 
@@ -67,9 +67,11 @@ class RefragConfig(PreTrainedConfig):
         Between the two layers of the MLP. The paper doesn't say.
     projector_bias : bool
         Whether both layers have a bias.
-    position_ids : {"contiguous", "original"}
+    position_ids : {"contiguous", "original", "parallel"}
         Positions on the shortened sequence, or those that the rows would have in the full text (a slot takes the
-        position of its chunk's last token). The paper doesn't say.
+        position of its chunk's last token). The paper doesn't say. "parallel" is ours: on the shortened sequence, but
+        passages side by side all start where the first does, and what follows them starts behind the longest, so that
+        under ``decoder_mask="passages"`` none depends on its place among them.
     decoder_mask : {"full", "passages"}
         "full" is the paper's causal attention. "passages" hides the passages from each other, as Block-Attention does
         (arXiv 2409.15355): an extension of ours.

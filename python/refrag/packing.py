@@ -32,7 +32,7 @@ def pack_spans(
     expanded : collection of int
         Chunks, numbered through the batch, that stand as text; each of the others becomes one slot.
     encoder_tokenizer : PreTrainedTokenizerBase
-    position_ids : {"contiguous", "original"}
+    position_ids : {"contiguous", "original", "parallel"}
     encoder_special_tokens : bool
         Both as in RefragConfig.
     chunk_embeds : Tensor [N, d_enc], optional
@@ -60,8 +60,13 @@ def pack_spans(
     chunks: list[Chunk] = []
     for spans in sequences:
         lengths.append([])
-        position = 0
+        position = furthest = start = 0
+        before = -1
         for passage, span in spans:
+            if position_ids == "parallel" and passage != before:
+                # Passages side by side start together; text goes on behind the longest of them.
+                start = start if before >= 0 and passage >= 0 else furthest
+                position, before = start, passage
             own_tokens = span.token_ids if isinstance(span, Chunk) else span
             slot = -1
             if isinstance(span, Chunk):
@@ -74,6 +79,7 @@ def pack_spans(
                 position += len(own_tokens) - 1
             positions += range(position, position + rows)
             position += rows
+            furthest = max(furthest, position)
             lengths[-1].append(rows)
             passage_of_span.append(passage)
     return MixedPrompt(

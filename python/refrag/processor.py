@@ -36,7 +36,7 @@ class RefragProcessor:
         Decoder tokens of a chunk.
     window : int, optional
         Rows that the decoder can hold; a longer prompt is an error.
-    position_ids : {"contiguous", "original"}
+    position_ids : {"contiguous", "original", "parallel"}
         As in RefragConfig.
     encoder_special_tokens : bool
         As in RefragConfig.
@@ -74,8 +74,8 @@ class RefragProcessor:
         encoder_special_tokens: bool = True,
         chunker: str | Chunker = "fixed",
     ) -> None:
-        if position_ids not in ("contiguous", "original"):
-            raise ValueError(f"position_ids: got {position_ids!r}, needs contiguous or original")
+        if position_ids not in ("contiguous", "original", "parallel"):
+            raise ValueError(f"position_ids: got {position_ids!r}, needs contiguous, original or parallel")
         self.tokenizer = tokenizer
         self.encoder_tokenizer = encoder_tokenizer
         self.k = k
@@ -314,7 +314,7 @@ class RefragProcessor:
         starts = packed.layout.sequence_offsets[:-1].tolist()
         first = 0
         for index, (spans, start, end) in enumerate(zip(sequences, starts, ends)):
-            positions = int(packed.position_ids[end - 1]) + 1
+            positions = int(packed.position_ids[start:end].max()) + 1
             over = max(end - start, positions) + max_new_tokens - self.window
             if over > 0:
                 room = self.window - max_new_tokens

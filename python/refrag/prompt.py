@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
 import torch
 
@@ -62,6 +64,16 @@ class PackedTexts:
     token_ids: torch.Tensor
     layout: ChunkLayout
 
+    def take(self, texts: Sequence[int]) -> PackedTexts:
+        """Return some of the texts."""
+        offsets = self.layout.host().chunk_offsets.tolist()
+        lengths = [offsets[text + 1] - offsets[text] for text in texts]
+        rows = [self.token_ids[offsets[text] : offsets[text + 1]] for text in texts]
+        return PackedTexts(
+            torch.cat(rows) if rows else self.token_ids[:0],
+            ChunkLayout.from_lengths([lengths]).to(self.token_ids.device),
+        )
+
     def to(self, device: torch.device | str) -> PackedTexts:
         """Return it on ``device``."""
         return PackedTexts(self.token_ids.to(device), self.layout.to(device))
@@ -106,6 +118,38 @@ class MixedPrompt:
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.token_ids.device
+
+    def take(self, spans: Sequence[int]) -> MixedPrompt:
+        """Return some spans of a prompt of one sequence, in the order given; rows keep their positions.
+
+        Parameters
+        ----------
+        spans : sequence of int
+        """
+        offsets = self.layout.host().chunk_offsets.tolist()
+        passages = self.passage_of_span.tolist()
+        chunk_of_span = list(itertools.accumulate((passage >= 0 for passage in passages), initial=0))
+        chunks = [chunk_of_span[span] for span in spans if passages[span] >= 0]
+        rows = torch.tensor(
+            [row for span in spans for row in range(offsets[span], offsets[span + 1])], dtype=torch.int64
+        )
+        rows = rows.to(self.device)
+        slots = torch.full((len(self.chunks) + 1,), -1, dtype=torch.int32, device=self.device)  # -1 stays -1
+        slots[torch.tensor(chunks, dtype=torch.int64, device=self.device)] = torch.arange(
+            len(chunks), dtype=torch.int32, device=self.device
+        )
+        given = self.chunk_embeds is not None
+        return MixedPrompt(
+            token_ids=self.token_ids[rows],
+            slot_of_row=slots[self.slot_of_row[rows].long()],
+            position_ids=self.position_ids[rows],
+            layout=ChunkLayout.from_lengths([[offsets[span + 1] - offsets[span] for span in spans]]).to(self.device),
+            passage_of_span=self.passage_of_span[torch.tensor(spans, dtype=torch.int64, device=self.device)],
+            chunks=tuple(self.chunks[chunk] for chunk in chunks),
+            expanded=frozenset(index for index, chunk in enumerate(chunks) if chunk in self.expanded),
+            encoder_input=self.encoder_input.take([] if given else chunks),
+            chunk_embeds=self.chunk_embeds[chunks] if given else None,
+        )
 
     def to(self, device: torch.device | str) -> MixedPrompt:
         """Return the prompt on ``device``."""

@@ -67,6 +67,28 @@ def test_original_positions(tokenizer, encoder_tokenizer):
     assert prompt.position_ids.tolist() == full.position_ids.tolist()[3:]
 
 
+def test_parallel_positions(tokenizer, encoder_tokenizer):
+    processor = RefragProcessor(tokenizer, encoder_tokenizer, 4, position_ids="parallel")
+    long, short = Passage("one two three four five six seven eight nine ten"), Passage("one two three four")
+    texts = [len(tokenizer(text)["input_ids"]) for text in ("Here: ", "Or", "So?")]
+    prompt = processor(["Here: ", long, short, "Or", short, short, "So?"], expand={0})
+    first, second, third = ([int(part) for part in own] for own in texts_of(prompt, texts))
+    assert first == list(range(texts[0]))
+    # The first chunk of the long passage stands as 4 rows, its others and the short passage's as one each.
+    start = texts[0]
+    assert second == list(range(start + 6, start + 6 + texts[1]))
+    assert third == list(range(start + 6 + texts[1] + 1, start + 6 + texts[1] + 1 + texts[2]))
+    positions = prompt.position_ids.tolist()
+    assert positions[start : start + 7] == [*range(start, start + 6), start]
+    assert positions[start + 7 + texts[1] : start + 9 + texts[1]] == [start + 6 + texts[1]] * 2
+
+
+def texts_of(prompt, lengths):
+    """Yield the positions of the prompt's three texts."""
+    spans = prompt.position_ids.split(prompt.layout.lengths()[0])
+    return [span for span, passage in zip(spans, prompt.passage_of_span) if passage < 0]
+
+
 def test_chat_template_keeps_passages_in_place(processor, tokenizer):
     passages = [Passage("P\ue000Q", "a"), Passage("R", "b")]
     messages = [
