@@ -20,6 +20,8 @@ from bench.presets import PRESETS, Preset
 from bench.prompts import SHARED, Prompt
 
 _POSITIONS = 1 << 17  # more than a context has; the weights don't depend on it
+OPS = ("ttft", "decode", "passage_cache")
+
 _FULL = "full text, HF SDPA"
 _OWN_FULL = "full text, our attention"
 # 30 layers add up to more than one op's bound: a wrong mask or a wrong slot moves the logits by tens of per cent.
@@ -178,6 +180,55 @@ def _decode(preset: str, context: int, k: int, expand: float, dtype: torch.dtype
     )
 
 
+def _passage_cache(preset: str, context: int, k: int, expand: float, dtype: torch.dtype, device: str) -> Case:
+    model, _ = _models(PRESETS[preset], dtype, device)
+    from refrag import PassageCache
+
+    model = copy.copy(model)  # the same weights, another mask
+    model.config = copy.deepcopy(model.config)
+    model.config.decoder_mask = "passages"
+    prompt, other_order = _passages(_mixed_prompts(Prompt(context, k, expand), PRESETS[preset].vocabulary)[0], k)
+    with torch.inference_mode():
+        embeds = model.encode_chunks(prompt.encoder_input.to(device))
+        prompt = dataclasses.replace(prompt, chunk_embeds=embeds)
+        cache, in_place = PassageCache(model), PassageCache(model)
+        cache.read(other_order(prompt))
+        in_place.read(prompt)
+    last = {"use_cache": True, "logits_to_keep": 1}
+
+    def expected() -> torch.Tensor:
+        with rk.use_backend("reference"), torch.inference_mode():
+            return copy.deepcopy(model).double()(prompt=prompt, chunk_embeds=embeds.double(), **last).logits
+
+    return Case(
+        ours=_inference(lambda: cache.read(prompt).last_logits()),
+        variants={"not moved": _inference(lambda: in_place.read(prompt).last_logits())},
+        peers={"without the cache": _inference(lambda: model(prompt=prompt, **last).logits)},
+        expected=expected,
+        bound=_BOUND[dtype],
+        most_rounds=5,
+        most_copies=1,
+        notes="time to first token; passages of 256 tokens, all found and all moved, chunk embeddings cached",
+    )
+
+
+def _passages(prompt, k: int):
+    """Return a prompt without its prefix and in passages of 256 tokens, and what puts those in reverse order."""
+    size, chunks = max(1, 256 // k), len(prompt.chunks)
+    ids = torch.tensor([-1, *(chunk // size for chunk in range(chunks)), -1], dtype=torch.int32)
+    prompt = dataclasses.replace(prompt, passage_of_span=ids)
+
+    def ordered(prompt, spans):
+        taken = prompt.take(spans)
+        return dataclasses.replace(taken, position_ids=torch.arange(taken.layout.total_rows))
+
+    def reversed_order(prompt):
+        starts = range((chunks - 1) // size * size, -1, -size)
+        return ordered(prompt, [*(n for s in starts for n in range(s, min(s + size, chunks))), chunks])
+
+    return ordered(prompt, range(1, chunks + 2)), reversed_order
+
+
 def _inference(call):
     def inside():
         with torch.inference_mode():
@@ -192,6 +243,6 @@ def entries(sweep: Sweep) -> Iterator[Entry]:
         sweep.presets, sweep.context, sweep.k, sweep.expand, sweep.dtypes
     ):
         at = {"context": context, "k": k, "expand": expand}
-        for op, make in (("ttft", _first_token), ("decode", _decode)):
+        for op, case, make in zip(OPS, ("prompt", "prompt", "read"), (_first_token, _decode, _passage_cache)):
             build = functools.partial(make, preset, context, k, expand, dtype, sweep.device)
-            yield Entry(op, "prompt", preset, dtype, at, build)
+            yield Entry(op, case, preset, dtype, at, build)

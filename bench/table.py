@@ -20,8 +20,7 @@ OPS = (
     "embed_mixed",
     "plan_attention",
     "visible_ranges",
-    "ttft",
-    "decode",
+    *model.OPS,
 )
 
 
@@ -51,6 +50,8 @@ _PUBLISHED: list[tuple[Sweep, set[str]]] = [
     (dataclasses.replace(_SMALL, density=(0.06,)), {"plan_attention/passages"}),
     (_SMALL, {"ttft/prompt"}),
     (dataclasses.replace(_SMALL, context=(512, 4096)), {"decode/prompt"}),
+    (_SMALL, {"passage_cache/read"}),
+    (dataclasses.replace(_SMALL, context=(2048,), expand=(1.0,)), {"passage_cache/read"}),
 ]
 
 

@@ -10,12 +10,12 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from bench import table  # noqa: E402
+from bench import model, table  # noqa: E402
 from bench.case import Entry, Skip, error_of  # noqa: E402
 from bench.run import OURS  # noqa: E402
 
 # flex_attention takes half a minute a shape to compile: `python -m bench run` has it.
-ENTRIES = [entry for entry in table.published(flex=False) if entry.op not in ("ttft", "decode")]
+ENTRIES = [entry for entry in table.published(flex=False) if entry.op not in model.OPS]
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)

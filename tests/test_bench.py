@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import results, table
+from bench import model, results, table
 from bench.case import Case, Entry, Goal, Skip, Sweep, bound_of, error_of
 from bench.compare import compare, percentage
 from bench.presets import PRESETS
@@ -219,8 +219,7 @@ def test_presets_have_the_sizes_of_their_names():
 
 
 # The rows of a small sweep; the model's have a test of their own, with a smaller model.
-MODEL = ("ttft", "decode")
-SMALL = [row for row in table.entries(Sweep(context=(256,), density=(0.7,)), flex=False) if row.op not in MODEL]
+SMALL = [row for row in table.entries(Sweep(context=(256,), density=(0.7,)), flex=False) if row.op not in model.OPS]
 
 
 @pytest.mark.parametrize("row", SMALL, ids=lambda row: row.name)
@@ -235,11 +234,12 @@ def test_every_row_is_right(row):
 def test_the_rows_of_the_model_are_right(family, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], family=family))
     sweep = Sweep(presets=("tiny",), context=(256,), expand=(0.25,), dtypes=(torch.float32,))
-    rows = [row for row in table.entries(sweep) if row.op in MODEL]
-    assert [row.op for row in rows] == list(MODEL)
+    rows = [row for row in table.entries(sweep) if row.op in model.OPS]
+    assert [row.op for row in rows] == list(model.OPS)
     for row in rows:
         outcome = measure(row, rounds=1)
-        assert not outcome.wrong and len(outcome.errors) == len(outcome.times) == (4 if row.op == "ttft" else 2)
+        contenders = {"ttft": 4, "decode": 2, "passage_cache": 3}[row.op]
+        assert not outcome.wrong and len(outcome.errors) == len(outcome.times) == contenders
 
 
 def test_a_model_that_does_not_fit_is_skipped(monkeypatch):
@@ -335,5 +335,5 @@ def test_the_pytest_benchmarks_are_of_the_same_table():
         [sys.executable, "-m", "pytest", "bench/", "-q", "--collect-only", "-p", "no:xdist"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
-    names = [row.name for row in table.published() if row.op not in ("ttft", "decode")]
+    names = [row.name for row in table.published() if row.op not in model.OPS]
     assert all(f"[ours-{name}]" in done.stdout for name in names), done.stdout

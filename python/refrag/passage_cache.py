@@ -227,30 +227,35 @@ def _keyed(prompt: MixedPrompt, before: list[int], passages: list[list[int]]) ->
     """Return key and spans of the text before the passages, if there is any, and of each passage."""
     host = prompt.to("cpu")
     if not before:
-        return [(_digest(b"alone", _content(host.take(spans))), spans) for spans in passages]
-    shared = host.take(before)
-    beginning = _digest(b"text", _content(shared))
-    end = int(shared.position_ids.max()) + 1
+        return [(_digest(b"alone", _content(host, spans)), spans) for spans in passages]
+    beginning = _digest(b"text", _content(host, before))
+    end = int(host.position_ids[_rows(host, before)].max()) + 1
     wanted = [(beginning, before)]
     for spans in passages:
-        part = host.take(spans)
-        distance = str(int(part.position_ids[0]) - end).encode()
-        wanted.append((_digest(b"behind", beginning, distance, _content(part)), spans))
+        distance = str(int(host.position_ids[_rows(host, spans)][0]) - end).encode()
+        wanted.append((_digest(b"behind", beginning, distance, _content(host, spans)), spans))
     return wanted
 
 
-def _content(part: MixedPrompt) -> bytes:
-    """Return a digest of all that a part's embeddings and the distances in it follow from."""
-    texts = part.encoder_input
-    offsets = texts.layout.chunk_offsets.tolist()
-    slots = []
-    for slot in part.slot_of_row[part.slot_of_row >= 0].tolist():
-        if part.chunk_embeds is not None:
-            slots.append(b"e" + _bytes(part.chunk_embeds[slot]))
-        else:
-            slots.append(b"t" + _bytes(texts.token_ids[offsets[slot] : offsets[slot + 1]]))
-    steps = part.position_ids - part.position_ids[0]
-    return _digest(_bytes(part.token_ids), _bytes((part.slot_of_row >= 0).to(torch.uint8)), _bytes(steps), *slots)
+def _rows(prompt: MixedPrompt, spans: list[int]) -> slice:
+    """Return the rows of spans that stand side by side."""
+    offsets = prompt.layout.chunk_offsets
+    return slice(int(offsets[spans[0]]), int(offsets[spans[-1] + 1]))
+
+
+def _content(prompt: MixedPrompt, spans: list[int]) -> bytes:
+    """Return a digest of all that the spans' embeddings and the distances in them follow from."""
+    rows = _rows(prompt, spans)
+    slots, positions = prompt.slot_of_row[rows], prompt.position_ids[rows]
+    chunks = slots[slots >= 0].tolist()
+    if prompt.chunk_embeds is not None:
+        behind = [b"embedding", *(_bytes(prompt.chunk_embeds[chunk]) for chunk in chunks)]
+    else:
+        texts = prompt.encoder_input
+        starts = texts.layout.chunk_offsets.tolist()
+        behind = [b"text", *(_bytes(texts.token_ids[starts[chunk] : starts[chunk + 1]]) for chunk in chunks)]
+    is_slot = (slots >= 0).to(torch.uint8)
+    return _digest(_bytes(prompt.token_ids[rows]), _bytes(is_slot), _bytes(positions - positions[0]), *behind)
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
