@@ -140,12 +140,14 @@ def unrotated(model, keys, positions):
     return result
 
 
-def test_generation_goes_on_from_the_cache():
+@pytest.mark.parametrize("parallel", [False, True])
+def test_generation_goes_on_from_the_cache(parallel):
     model = model_of()
     cache = PassageCache(model)
-    whole = tiny.prompt([A + B + C + AFTER], seed=6)
-    cache.read(arranged(whole, (2, 1)))
-    prompt = arranged(whole, (1, 0, 2))
+    whole = tiny.prompt([(BEFORE if parallel else []) + A + B + C + AFTER], seed=6)
+    cache.read(arranged(whole, (2, 1), parallel=parallel))
+    prompt = arranged(whole, (1, 0, 2), parallel=parallel)
+    assert parallel == (prompt.layout.total_rows > prompt.position_ids.max() + 1)
     got = model.generate(state=cache.read(prompt), max_new_tokens=6, do_sample=False)
     assert torch.equal(got, model.generate(prompt, max_new_tokens=6, do_sample=False))
     state = cache.read(prompt)

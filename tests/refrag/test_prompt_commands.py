@@ -53,6 +53,13 @@ def test_inspect(saved, files):
     assert "\x1b" not in result.stdout, "no colours where there is no terminal"
 
 
+def test_expanded_chunks_are_in_colour_unless_the_user_wants_none(saved, files):
+    arguments = ("inspect", files / "bridge.txt", "--model", saved, "--chooser", "everything")
+    green = "\x1b[32m"
+    assert green in run(*arguments, FORCE_COLOR="1").stdout
+    assert green not in run(*arguments, FORCE_COLOR="1", NO_COLOR="1").stdout
+
+
 def test_the_drawing_holds_every_chunk_once(saved, files):
     processor = RefragProcessor.from_pretrained(saved)
     prompt = processor(["Read: ", Passage(BRIDGE), "So?"], expand={1, 4})
