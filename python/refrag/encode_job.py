@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from refrag import attention, weights
-from refrag.config import PRESETS, RefragConfig
+from refrag.config import RefragConfig
 from refrag.feed_forward import fuse_feed_forward
 from refrag.passage_encoder import PassageEncoder
 from refrag.processor import RefragProcessor
@@ -77,7 +77,7 @@ class EncodeJob:
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: got {value}, needs 1 or more")
         choices = {
-            "chunker": ("fixed", "sentence"), "preset": tuple(PRESETS), "dtype": tuple(DTYPES),
+            "chunker": ("fixed", "sentence"), "preset": ("paper", "lclm"), "dtype": tuple(DTYPES),
             "encoder_dtype": ("auto", *DTYPES),
         }  # fmt: skip
         for name, allowed in choices.items():
@@ -105,7 +105,7 @@ class EncodeJob:
                 encoder = self._load(self.model, config=config.encoder_config, key_mapping={r"^encoder\.": ""})
             else:
                 config, processor, encoder = self._from_parts()
-        return PassageEncoder(encoder, processor, config.pooling, batch_tokens=self.batch_tokens)
+        return PassageEncoder(encoder, processor, config, batch_tokens=self.batch_tokens)
 
     def _from_parts(self) -> tuple[RefragConfig, RefragProcessor, PreTrainedModel]:
         encoder = self._load(self.encoder or weights.encoder_folder())

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from refrag.attention import NAME
+from refrag.config import RefragConfig
 from refrag.encoder import encode_packed, pack_texts
 from refrag.model import RefragForCausalLM
 from refrag.processor import RefragProcessor
@@ -28,8 +29,8 @@ class PassageEncoder:
     encoder : PreTrainedModel
         With attention "refrag", in evaluation mode.
     processor : RefragProcessor
-    pooling : {"first", "mean", "last"}
-        As in RefragConfig.
+    config : RefragConfig
+        Its pooling is what counts here.
     batch_tokens : int
         Encoder tokens that are read at once; a chunk is never split.
 
@@ -58,7 +59,7 @@ class PassageEncoder:
         self,
         encoder: PreTrainedModel,
         processor: RefragProcessor,
-        pooling: str = "first",
+        config: RefragConfig,
         *,
         batch_tokens: int = _BATCH_TOKENS,
     ) -> None:
@@ -70,16 +71,16 @@ class PassageEncoder:
             raise ValueError(f"batch_tokens: got {batch_tokens}, needs 1 or more")
         self.encoder = encoder
         self.processor = processor
-        self.pooling = pooling
+        self.config = config
         self.batch_tokens = batch_tokens
-        self.recipe = ChunkRecipe.of(encoder, processor, pooling)
+        self.recipe = ChunkRecipe.of(encoder, processor, config)
 
     @classmethod
     def from_model(
         cls, model: RefragForCausalLM, processor: RefragProcessor, *, batch_tokens: int = _BATCH_TOKENS
     ) -> PassageEncoder:
-        """Take the encoder and the pooling of a model."""
-        return cls(model.encoder, processor, model.config.pooling, batch_tokens=batch_tokens)
+        """Take a model's encoder and its configuration."""
+        return cls(model.encoder, processor, model.config, batch_tokens=batch_tokens)
 
     def encode(self, passages: Sequence[Passage]) -> tuple[list[list[Chunk]], torch.Tensor]:
         """Cut passages and encode their chunks.
@@ -114,7 +115,9 @@ class PassageEncoder:
                     torch.cat([tokens[index] for index in picked]),
                     ChunkLayout.from_lengths([[len(tokens[index]) for index in picked]]),
                 )
-                rows[picked] = encode_packed(self.encoder, batch, self.pooling).to("cpu")
+                rows[picked] = encode_packed(self.encoder, batch, self.config.pooling, self.config.pool_segments).to(
+                    "cpu"
+                )
         return chunks, rows
 
     def fill(self, store: ChunkStore, passages: Iterable[Passage], *, shard_passages: int = 4096) -> PutCounts:

@@ -13,6 +13,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from refrag.config import RefragConfig
     from refrag.processor import RefragProcessor
 
 # Fields of a config that say nothing about what the encoder computes, and change from one loading to the next.
@@ -39,7 +40,7 @@ class ChunkRecipe:
     chunker : str
         The rule by which they are cut, such as "fixed, k = 16".
     pooling : str
-        As in RefragConfig.
+        How a chunk's rows become one embedding.
     encoder_special_tokens : bool
         As in RefragConfig.
     width : int
@@ -56,7 +57,7 @@ class ChunkRecipe:
     width: int
 
     @classmethod
-    def of(cls, encoder: PreTrainedModel, processor: RefragProcessor, pooling: str) -> ChunkRecipe:
+    def of(cls, encoder: PreTrainedModel, processor: RefragProcessor, config: RefragConfig) -> ChunkRecipe:
         """Take the recipe of an encoder and a processor as they are now.
 
         Reads all of the encoder's weights, to tell them from others'.
@@ -72,9 +73,9 @@ class ChunkRecipe:
             encoder_tokenizer=tokenizer_digest(processor.encoder_tokenizer),
             tokenizer=tokenizer_digest(processor.tokenizer),
             chunker=describe_chunker(processor.chunker),
-            pooling=pooling,
+            pooling=config.pooling if config.pooling != "concat" else f"concat, {config.pool_segments} segments",
             encoder_special_tokens=processor.encoder_special_tokens,
-            width=encoder.config.hidden_size,
+            width=config.chunk_width,
         )
 
     @functools.cached_property

@@ -53,9 +53,7 @@ def expected(encoder_folder, encoder_tokenizer):
     """The encoder that the command should have used: its tokenizer stands for the decoder's, which loads slowly."""
     encoder = AutoModel.from_pretrained(encoder_folder, attn_implementation="refrag").eval()
     config = RefragConfig.from_preset("paper", tiny.DECODERS["llama"], encoder.config, chunk_size=8)
-    return PassageEncoder(
-        encoder, RefragProcessor.from_config(config, encoder_tokenizer, encoder_tokenizer), config.pooling
-    )
+    return PassageEncoder(encoder, RefragProcessor.from_config(config, encoder_tokenizer, encoder_tokenizer), config)
 
 
 @pytest.fixture

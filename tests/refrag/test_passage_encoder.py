@@ -10,6 +10,7 @@ from refrag.chunking import SentenceChunks
 from refrag.encoder import pack_texts
 from refrag.integrations.prompt_embeds import build
 from refrag.recipe import ChunkRecipe, encoder_digest, tokenizer_digest
+from refrag.token_encoder import token_encoder
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, RobertaModel
 
 PASSAGES = [
@@ -126,6 +127,19 @@ def test_sentence_chunks_and_prompts_without_passages(model, tokenizer, encoder_
     assert model(prompt=processor(["So?"], store=store)).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("segments", [1, 4])
+def test_concatenated_rows_of_a_token_encoder(model, tokenizer, tmp_path, segments):
+    decoder = model.decoder
+    model = RefragForCausalLM.from_parts(token_encoder(decoder), decoder, 16, preset="tokens", pool_segments=segments)
+    processor = RefragProcessor.from_config(model.config, tokenizer, tokenizer)
+    encoder = PassageEncoder.from_model(model, processor)
+    store = ChunkStore.create(tmp_path, encoder.recipe)
+    assert encoder.recipe.width == segments * 48 and encoder.recipe.pooling == f"concat, {segments} segments"
+    encoder.fill(store, PASSAGES)
+    expected = model(prompt=processor([*PASSAGES, "So?"])).logits
+    assert_close(model(prompt=processor([*PASSAGES, "So?"], store=store)).logits, expected)
+
+
 def test_only_what_is_missing_is_encoded(encoder, store, monkeypatch):
     encoded = []
     real = encoder.encode
@@ -158,7 +172,7 @@ def test_another_encoder_or_k_is_refused(model, processor, encoder, store, token
         coarse([PASSAGES[0]], store=store)
     trained = copy.deepcopy(model.encoder)
     trained.get_parameter("encoder.layer.3.output.dense.weight")[5, 7] += 1e-3
-    recipe = PassageEncoder(trained, processor, model.config.pooling).recipe
+    recipe = PassageEncoder(trained, processor, model.config).recipe
     with pytest.raises(
         StoreError, match=r"holds embeddings of .*model \(revision \w{24}\), got .* \(revision \w{24}\)$"
     ):
@@ -171,9 +185,9 @@ def test_another_encoder_or_k_is_refused(model, processor, encoder, store, token
 
 def test_refusals(model, processor, tokenizer, encoder_tokenizer):
     with pytest.raises(ValueError, match="attention 'sdpa', needs 'refrag'"):
-        PassageEncoder(tiny.encoder("bert"), processor)
+        PassageEncoder(tiny.encoder("bert"), processor, model.config)
     with pytest.raises(ValueError, match="training mode"):
-        PassageEncoder(copy.deepcopy(model.encoder).train(), processor)
+        PassageEncoder(copy.deepcopy(model.encoder).train(), processor, model.config)
     with pytest.raises(ValueError, match="batch_tokens: got 0"):
         PassageEncoder.from_model(model, processor, batch_tokens=0)
     bare = RefragProcessor(tokenizer, encoder_tokenizer, chunker=lambda text: [])
