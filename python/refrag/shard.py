@@ -96,6 +96,11 @@ def write_shard(
     keys, chunks : N passages
     rows : Tensor [R, d_enc]
     ids, id_keys, id_passages : M ids
+
+    Raises
+    ------
+    StoreError
+        If it can't be written.
     """
     flat = [chunk for passage in chunks for chunk in passage]
     texts = [encode_text(chunk.text) for chunk in flat]
@@ -115,8 +120,12 @@ def write_shard(
     }
     tensors = {"rows": rows.contiguous(), **{name: torch.from_numpy(array) for name, array in arrays.items()}}
     part = path.with_name(f".part-{path.name}")
-    save_file(tensors, part, metadata={"recipe": recipe_digest.hex()})
-    publish(part, path)
+    try:
+        save_file(tensors, part, metadata={"recipe": recipe_digest.hex()})
+        publish(part, path)
+    except (SafetensorError, OSError) as error:  # a full disk, say
+        part.unlink(missing_ok=True)
+        raise StoreError(f"{path}: can't be written ({error})") from error
 
 
 def publish(part: Path, path: Path) -> None:

@@ -16,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from refrag.key_index import KEY_BYTES, KeyIndex
+from refrag.key_index import KEY_BYTES
 from refrag.prompt import Chunk, Passage
 from refrag.recipe import ChunkRecipe
 from refrag.shard import Shard, StoreError, encode_text, publish, write_shard
+from refrag.store_state import StoreState, key_of_id
 
 _FORMAT = 1
 _MANIFEST = "store.json"
@@ -51,18 +52,6 @@ class PutCounts(NamedTuple):
     new: int
     known: int
     moved_ids: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _State:
-    """What a reader sees; replaced as a whole, so that threads never see half a refresh."""
-
-    names: tuple[str, ...] = ()
-    shards: tuple[Shard, ...] = ()
-    passage_starts: tuple[int, ...] = ()  # the number of each shard's first passage, counted through all shards
-    passages: KeyIndex = dataclasses.field(default_factory=KeyIndex)
-    ids: KeyIndex = dataclasses.field(default_factory=KeyIndex)
-    id_passages: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, KEY_BYTES), np.uint8))
 
 
 class ChunkStore:
@@ -99,7 +88,7 @@ class ChunkStore:
         self.folder = folder
         self.recipe = recipe
         self.dtype = dtype
-        self._state = _State()
+        self._state = StoreState()
         self._refreshing = threading.Lock()
         self.refresh()
 
@@ -199,20 +188,9 @@ class ChunkStore:
             names = sorted(path.name for path in self.folder.glob("shard-*.safetensors") if path.name not in known)
             if not names:
                 return 0
-            shards = tuple(Shard(self.folder / name, self.recipe.digest) for name in names)
-            starts, count = [], len(state.passages)
-            for shard in shards:
-                starts.append(count)
-                count += len(shard.keys)
-            self._state = _State(
-                state.names + tuple(names),
-                state.shards + shards,
-                state.passage_starts + tuple(starts),
-                state.passages.extended([shard.keys for shard in shards]),
-                state.ids.extended([shard.id_keys for shard in shards]),
-                np.concatenate([state.id_passages, *(shard.id_passages for shard in shards)]),
-            )
-            return count - len(state.passages)
+            shards = [Shard(self.folder / name, self.recipe.digest) for name in names]
+            self._state = state.extended(names, shards)
+            return len(self._state.passages) - len(state.passages)
 
     def ids(self) -> Iterator[str]:
         """Yield all passage ids, each once."""
@@ -280,9 +258,9 @@ class ChunkStore:
         """Return which of the passages a ``put`` would add something of: a new text, or an id for it."""
         state = self._state
         keys = [self._key(passage.text) for passage in passages]
-        absent = state.passages.find(b"".join(keys)) < 0
+        absent = state.find(keys) < 0
         named = {index: passage.id for index, passage in enumerate(passages) if passage.id is not None}
-        for index, key in zip(named, self._keys_of_ids(state, list(named.values()))):
+        for index, key in zip(named, state.keys_of_ids(list(named.values()))):
             absent[index] |= key != keys[index]
         return np.flatnonzero(absent).tolist()
 
@@ -324,27 +302,26 @@ class ChunkStore:
         with _writing(self.folder):
             self.refresh()
             state = self._state
-            for left_over in self.folder.glob(".part-*"):  # of a writer that was killed: we hold the lock
-                left_over.unlink()
-            known = state.passages.find(b"".join(keys)) >= 0
+            known = state.find(keys) >= 0
             first_of_key: dict[bytes, int] = {}
             for index, key in enumerate(keys):
                 first_of_key.setdefault(key, index)
             new = [index for index in first_of_key.values() if not known[index]]
             named = [*passages, *aliases]
-            key_of_id = {
+            wanted = {
                 passage.id: key
                 for passage, key in zip(named, [*keys, *self._keys_of_aliases(state, first_of_key, aliases)])
                 if passage.id is not None
             }
-            held = self._keys_of_ids(state, list(key_of_id))
-            ids = {name: key for (name, key), old in zip(key_of_id.items(), held) if old != key}
+            held = state.keys_of_ids(list(wanted))
+            ids = {name: key for (name, key), old in zip(wanted.items(), held) if old != key}
             counts = PutCounts(
                 new=len(new),
                 known=len(keys) - len(new),
-                moved_ids=sum(old not in (None, key) for key, old in zip(key_of_id.values(), held)),
+                moved_ids=sum(old not in (None, key) for key, old in zip(wanted.values(), held)),
             )
             if new or ids:
+                # What a killed writer left bears this number too, and is overwritten.
                 number = 1 + max((int(name[6:-12]) for name in state.names), default=-1)
                 write_shard(
                     self.folder / f"shard-{number:08d}.safetensors",
@@ -353,7 +330,7 @@ class ChunkStore:
                     [chunks[index] for index in new],
                     torch.cat([rows[:0], *(rows[ends[index] : ends[index + 1]] for index in new)]),
                     list(ids),
-                    [_key_of_id(name) for name in ids],
+                    [key_of_id(name) for name in ids],
                     list(ids.values()),
                 )
         self.refresh()
@@ -382,9 +359,9 @@ class ChunkStore:
             )
         return rows
 
-    def _keys_of_aliases(self, state: _State, new: Collection[bytes], aliases: Sequence[Passage]) -> list[bytes]:
+    def _keys_of_aliases(self, state: StoreState, new: Collection[bytes], aliases: Sequence[Passage]) -> list[bytes]:
         keys = [self._key(alias.text) for alias in aliases]
-        for index, (alias, place) in enumerate(zip(aliases, state.passages.find(b"".join(keys)))):
+        for index, (alias, place) in enumerate(zip(aliases, state.find(keys))):
             if place < 0 and keys[index] not in new:
                 raise StoreError(f"aliases: the text of passage {_name(alias, index)} is not in the store")
         return keys
@@ -392,19 +369,14 @@ class ChunkStore:
     def _key(self, text: str) -> bytes:
         return hashlib.blake2b(encode_text(text), digest_size=KEY_BYTES, key=self.recipe.digest).digest()
 
-    def _keys_of_ids(self, state: _State, ids: Sequence[str]) -> list[bytes | None]:
-        """Return the key of the passage that each id stands for, None for an unknown one."""
-        places = state.ids.find(b"".join(map(_key_of_id, ids)))
-        return [state.id_passages[place].tobytes() if place >= 0 else None for place in places]
-
-    def _places(self, state: _State, passages: Sequence[Passage]) -> np.ndarray:
+    def _places(self, state: StoreState, passages: Sequence[Passage]) -> np.ndarray:
         """Return the number of each passage, -1 for one that isn't there."""
         by_id = [passage.id for passage in passages if not passage.text and passage.id is not None]
-        of_ids = dict(zip(by_id, self._keys_of_ids(state, by_id))) if by_id else {}
+        of_ids = dict(zip(by_id, state.keys_of_ids(by_id))) if by_id else {}
         # No passage has the key of zeros, which stands for an id that isn't there (one in 2 ** 128 aside).
         nothing = bytes(KEY_BYTES)
         keys = [self._key(passage.text) if passage.text else of_ids.get(passage.id) or nothing for passage in passages]
-        return state.passages.find(b"".join(keys))
+        return state.find(keys)
 
     def _locate(self, passages: Sequence[Passage]) -> list[tuple[Shard, int]]:
         """Return each passage's shard and its number there."""
@@ -415,20 +387,16 @@ class ChunkStore:
         places = self._places(state, passages)
         if len(places) and places.min() < 0:
             raise UnknownPassageError(self._unknown(state, passages, places))
-        owners = np.searchsorted(state.passage_starts, places, side="right") - 1
-        return [
-            (state.shards[owner], place - state.passage_starts[owner])
-            for owner, place in zip(owners.tolist(), places.tolist())
-        ]
+        return state.owners(places)
 
-    def _unknown(self, state: _State, passages: Sequence[Passage], places: np.ndarray) -> str:
+    def _unknown(self, state: StoreState, passages: Sequence[Passage], places: np.ndarray) -> str:
         index = int(np.argmax(places < 0))
         passage = passages[index]
         has = f"store {self.folder}, which has {len(state.passages):,} passages"
         others = f" (nor are {int((places < 0).sum()) - 1} others)" if (places < 0).sum() > 1 else ""
         if not passage.text:
             return f"passage id {passage.id!r}: is not in {has}{others}"
-        known = passage.id is not None and self._keys_of_ids(state, [passage.id])[0] is not None
+        known = passage.id is not None and state.keys_of_ids([passage.id])[0] is not None
         note = "; under its id stands another text" if known else ""
         return f"passage {_name(passage, index)}: its text is not in {has}{others}{note}"
 
@@ -436,10 +404,6 @@ class ChunkStore:
 def _require(folder: Path, held: ChunkRecipe, got: ChunkRecipe) -> None:
     if held.digest != got.digest:
         raise StoreError(f"store {folder}: " + "; ".join(held.differences(got)))
-
-
-def _key_of_id(id: str) -> bytes:
-    return hashlib.blake2b(encode_text(id), digest_size=KEY_BYTES).digest()
 
 
 def _name(passage: Passage, index: int) -> str:

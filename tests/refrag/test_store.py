@@ -182,6 +182,23 @@ def test_bad_input_writes_nothing(store):
         half.put(good[0], good[1], good[2] + 70_000)
 
 
+@pytest.mark.parametrize("failing", ["save_file", "os.fsync"])
+def test_a_full_disk_leaves_the_store_as_it_was(store, monkeypatch, failing):
+    put(store, [1])
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"refrag.shard.{failing}", full)
+        with pytest.raises(StoreError, match="shard-00000001.safetensors: can't be written .*No space left"):
+            put(store, [2])
+    assert not list(store.folder.glob(".part-*"))
+    check(ChunkStore.open(store.folder, RECIPE), [1])
+    put(store, [2])
+    check(store, [1, 2])
+
+
 def test_what_is_no_store(store, tmp_path):
     with pytest.raises(StoreError, match="store .*none: is none, it has no store.json"):
         ChunkStore.open(tmp_path / "none")
