@@ -103,13 +103,14 @@ def linear_kernel(
     p_a_tile = p_a + row_a.to(tl.int64)[:, None] * stride_am + o_k.to(tl.int64)[None, :] * stride_ak
     p_b_tile = p_b + o_k.to(tl.int64)[:, None] * stride_bk + o_n.to(tl.int64)[None, :] * stride_bn
     b_acc = tl.zeros([BM, BN], tl.float32)
+    step = tl.full([], BK, tl.int64)
     for start in range(0, inner, BK):
         m_k = start + o_k < inner
         b_a = tl.load(p_a_tile, mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_b = tl.load(p_b_tile, mask=m_k[:, None] & m_n[None, :], other=0.0)
         b_acc = tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
-        p_a_tile += BK * stride_ak
-        p_b_tile += BK * stride_bk
+        p_a_tile += step * stride_ak
+        p_b_tile += step * stride_bk
 
     m_tile = m_m[:, None] & m_n[None, :]
     at = o_m.to(tl.int64)[:, None] * columns + o_n[None, :]

@@ -10,7 +10,7 @@ from refrag_kernels.triton_kernels.tiles import LN2, LOG2E
 def _state(p_out, p_lse, o_state, m_state, o_d, stride_t, stride_h, lse_stride_t, lse_stride_h, HEADS, D: tl.constexpr):
     """Return a state's lse, and its output, which is 0 where the state is empty."""
     row = (o_state // HEADS).to(tl.int64)
-    head = o_state % HEADS
+    head = (o_state % HEADS).to(tl.int64)
     b_lse = tl.load(p_lse + row * lse_stride_t + head * lse_stride_h, mask=m_state, other=float("-inf"))
     m_out = (b_lse != float("-inf"))[:, None] & (o_d < D)[None, :]
     at = row[:, None] * stride_t + head[:, None] * stride_h + o_d[None, :]

@@ -1,11 +1,14 @@
-"""paged_attention, append_kv and merge_states on GPUs by Triton. Not yet measured on a GPU."""
+"""paged_attention, append_kv and merge_states on GPUs by Triton. Not yet measured on a GPU.
+
+A bad index counts as a key that no row sees, or as a row that has no place; REFRAG_KERNELS_CHECK=1 raises instead.
+"""
 
 from __future__ import annotations
 
 import torch
 import triton
 
-from refrag_kernels import backends
+from refrag_kernels import backends, paged_values
 from refrag_kernels.triton_kernels import configs, launch
 from refrag_kernels.triton_kernels.merge import merge_states_bwd_kernel, merge_states_fwd_kernel
 from refrag_kernels.triton_kernels.paged_attention import (
@@ -13,6 +16,7 @@ from refrag_kernels.triton_kernels.paged_attention import (
     paged_attention_kernel,
     paged_attention_merge_kernel,
 )
+from refrag_kernels.validation import values_are_checked
 
 # Programs that fill a device of 132 multiprocessors (H100) twice: keys are split until there are as many. A constant,
 # not the device's own number, so that a result does not depend on where it was computed.
@@ -39,6 +43,9 @@ def paged_attention(
     scale, softcap, window_left, window_right, sinks,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """See ``refrag_kernels.paged_attention``; a bound to the right adds nothing to causality."""
+    if values_are_checked():
+        offsets, indptr, ranges = (None if t is None else t.cpu() for t in (q_offsets, visible_indptr, visible_ranges))
+        paged_values.check_attention(q, k_pages, page_table.cpu(), kv_lengths.cpu(), offsets, indptr, ranges)
     q_rows, q_heads, columns = q.shape
     num_pages, page, kv_heads, _ = k_pages.shape
     sequences, max_pages = page_table.shape
@@ -46,6 +53,8 @@ def paged_attention(
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if not out.numel():
         return out, lse
+    if not sequences:  # rows that belong to none
+        return out.zero_(), lse.fill_(float("-inf"))
     target, width, group = launch.architecture(q.device), launch.width(columns), q_heads // kv_heads
     config = configs.paged(target, width, q.element_size(), q_offsets is None)
     heads = min(16, launch.power_of_2(group))
@@ -86,6 +95,8 @@ def paged_attention(
 @backends.requires(_unsupported)
 def append_kv(k, v, k_pages, v_pages, page_table, kv_lengths, q_offsets) -> None:
     """See ``refrag_kernels.append_kv``. A row whose page is not in the cache is dropped."""
+    if values_are_checked():
+        paged_values.check_append(k, k_pages, page_table.cpu(), kv_lengths.cpu(), q_offsets.cpu())
     rows, heads, columns = k.shape
     if not k.numel() or not page_table.numel():
         return

@@ -66,9 +66,10 @@ def _step(
     # A page that is not in the cache is not seen.
     m_key &= (page >= 0) & (page < pages)
     m_load = m_key[:, None] & (o_d < D)[None, :]
-    at = page.to(tl.int64)[:, None] * stride_kp + (o_key % PAGE)[:, None] * stride_ks + o_d[None, :]
+    slot = (o_key % PAGE).to(tl.int64)
+    at = page.to(tl.int64)[:, None] * stride_kp + slot[:, None] * stride_ks + o_d[None, :]
     b_k = tl.load(p_k + at, mask=m_load, other=0.0)  # [STEP, BD]
-    at = page.to(tl.int64)[:, None] * stride_vp + (o_key % PAGE)[:, None] * stride_vs + o_d[None, :]
+    at = page.to(tl.int64)[:, None] * stride_vp + slot[:, None] * stride_vs + o_d[None, :]
     b_v = tl.load(p_v + at, mask=m_load, other=0.0)
     b_s, _ = scores(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale, softcap, SOFTCAP, EXACT)
     b_s = tl.where(visible & m_key[None, :], b_s, float("-inf"))
@@ -144,7 +145,8 @@ def paged_attention_kernel(
         if first_tile_row >= end_row:
             return
     o_row = first_tile_row + o_m // HEADS
-    m_row = (o_row < tl.minimum(end_row, q_rows)) & (head_of_group < GROUP)
+    # Offsets are not known to ascend from 0: what they say beyond the rows is not written.
+    m_row = (o_row >= 0) & (o_row < tl.minimum(end_row, q_rows)) & (head_of_group < GROUP)
     length = tl.minimum(tl.load(p_lengths + sequence), max_keys)
     position = length - end_row + o_row
 
@@ -167,7 +169,7 @@ def paged_attention_kernel(
     b_max = tl.full([ROWS * HEADS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS * HEADS], tl.float32)
     if p_indptr is not None:
-        cursor = tl.load(p_indptr + o_row, mask=m_row, other=0)
+        cursor = tl.maximum(tl.load(p_indptr + o_row, mask=m_row, other=0), 0)
         range_end = tl.minimum(tl.load(p_indptr + o_row + 1, mask=m_row, other=0), num_ranges)
         cursor = first_range(p_ranges, cursor, range_end, start)
     for key in range(start, end, STEP):
@@ -293,6 +295,6 @@ def append_kv_kernel(
     o_h = o_h.to(tl.int64)[:, None]
     b_k = tl.load(p_new_k + row.to(tl.int64) * stride_nkt + o_h * stride_nkh + o_d[None, :], mask=mask)
     b_v = tl.load(p_new_v + row.to(tl.int64) * stride_nvt + o_h * stride_nvh + o_d[None, :], mask=mask)
-    slot = position % PAGE
+    slot = (position % PAGE).to(tl.int64)
     tl.store(p_k + page * stride_kp + slot * stride_ks + o_h * stride_kh + o_d[None, :], b_k, mask=mask)
     tl.store(p_v + page * stride_vp + slot * stride_vs + o_h * stride_vh + o_d[None, :], b_v, mask=mask)

@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 
 from refrag_kernels import backends
+from refrag_kernels.reference.pooling import check_offsets
 from refrag_kernels.triton_kernels import launch
+from refrag_kernels.validation import values_are_checked
 
 # Columns of a program: 1 KiB of 16-bit values, four accesses of 128 bytes for each of 2 warps. Rows it reads at a time:
 # chunks have 1 to 32.
@@ -96,7 +98,9 @@ def _unsupported(hidden, *_):
 
 @backends.requires(_unsupported)
 def pool_chunks(hidden: torch.Tensor, chunk_offsets: torch.Tensor, mode: str) -> torch.Tensor:
-    """See ``refrag_kernels.pool_chunks``."""
+    """See ``refrag_kernels.pool_chunks``; a chunk whose rows are not within ``hidden`` gives zeros."""
+    if values_are_checked():
+        check_offsets(hidden, chunk_offsets.cpu())
     chunks, columns = chunk_offsets.shape[0] - 1, hidden.shape[1]
     out = torch.empty(chunks, columns, dtype=hidden.dtype, device=hidden.device)
     if out.numel():

@@ -9,6 +9,7 @@ import torch
 import triton
 
 from refrag_kernels import backends
+from refrag_kernels.reference.projection import check_indices
 from refrag_kernels.triton_kernels import configs, launch
 from refrag_kernels.triton_kernels.linear import (
     embed_text_kernel,
@@ -16,6 +17,7 @@ from refrag_kernels.triton_kernels.linear import (
     list_slots_kernel,
     sum_rows_kernel,
 )
+from refrag_kernels.validation import values_are_checked
 
 _COLUMNS = 1024  # of a program that moves rows: 2 KiB of 16-bit values, 16 bytes for each thread of 4 warps
 
@@ -91,7 +93,12 @@ def _column_sums(grad: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 def embed_mixed(
     token_ids, token_table, chunks, slot_of_row, w1, b1, w2, b2, activation, token_scale, packed
 ) -> torch.Tensor:
-    """See ``refrag_kernels.embed_mixed``. The second layer reads the chunks of slots and writes the rows of slots."""
+    """See ``refrag_kernels.embed_mixed``. The second layer reads the chunks of slots and writes the rows of slots.
+
+    A row whose token or slot does not exist gives zeros; REFRAG_KERNELS_CHECK=1 raises instead.
+    """
+    if values_are_checked():
+        check_indices(token_ids.cpu(), token_table, chunks, slot_of_row.cpu())
     rows, columns, count = token_ids.shape[0], token_table.shape[1], chunks.shape[0]
     out = torch.empty(rows, columns, dtype=token_table.dtype, device=token_table.device)
     if not out.numel():
