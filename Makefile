@@ -18,7 +18,7 @@ say = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-triton test-asan test-gpu-proof test-cuda-asan test-cuda-tsan bench docs lint build clean distclean
+.PHONY: help demo test test-gpu-proof test-asan test-cuda-asan test-cuda-tsan bench docs lint build clean distclean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -29,9 +29,6 @@ demo: $(VENV)/.model $(VENV)/.weights build ## Answer a question over retrieved 
 # Two processes of one thread each: a test that needs more threads asks for them.
 test: $(VENV)/.test $(VENV)/.weights build ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --durations=10 --durations-min=5 $(ARGS)
-
-test-triton: $(VENV)/.test build ## Run the Triton kernels in the interpreter and compile all of them for each GPU
-	REFRAG_TRITON_TESTS=all OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) tests/triton $(ARGS)
 
 # The C++ of csrc/cpu and csrc/planner under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
 # The sanitizer's runtime has to be there before Python allocates anything; what Python leaks at exit is not ours. Inductor's
@@ -49,9 +46,10 @@ bench: $(VENV)/.model build ## Time the ops against their peers, in turns, each 
 	$(BIN)/python -m bench run --json build/bench.json --csv build/bench.csv --markdown build/bench.md $(ARGS)
 
 # All that can be shown of the GPU kernels without a GPU: the sources on the CPU on more problems, and what the compiler makes
-# of them for each architecture of a release.
+# of them for each architecture of a release. What Triton compiled is kept in build/gpu-resources, under a hash of its source:
+# only what changed is compiled again.
 test-gpu-proof: $(VENV)/.test build ## Test the GPU kernels without a GPU, in full
-	REFRAG_GPU_PROOF=all OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) tests/cuda_host tests/test_gpu_resources.py $(ARGS)
+	REFRAG_GPU_PROOF=all OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) tests/cuda_host tests/test_gpu_resources.py tests/triton $(ARGS)
 
 # The device code of csrc/cuda on the CPU under a sanitizer, which ends the run with a report at the first error.
 # AddressSanitizer finds accesses beyond shared memory and beyond tensors; ThreadSanitizer finds what no barrier orders.

@@ -1,19 +1,24 @@
-"""Compile what the backend launches for architectures that are not at hand, and read the resources of the result.
+"""Compile what the Triton backend launches for architectures that are not at hand, and read what the result takes.
 
 A call of an op is recorded instead of run: the launches it makes, with their real arguments, are then compiled for an
-architecture. ``python tests/triton/ahead_of_time.py`` prints the table of docs/gpu-resources.md.
+architecture. What was read is kept under a hash of the kernel's source and of all that it was compiled with.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -22,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from refrag_kernels import tile_lists
 from refrag_kernels.triton_kernels import launch
 
 TARGETS = {
@@ -32,15 +38,16 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# The matrix instruction of each architecture for tiles of 64 rows and more; those that wait for 128 rows fall back.
+# The matrix instruction of each architecture for tiles of 64 rows and more.
 MATRIX = {
-    "sm_80": ("HMMA",),
-    "sm_86": ("HMMA",),
-    "sm_90": ("HGMMA",),
-    "sm_100": ("UTCHMMA",),
-    "sm_120": ("HMMA",),
-    "gfx942": ("MFMA",),
+    "sm_80": "HMMA",
+    "sm_86": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": "UTCHMMA",
+    "sm_120": "HMMA",
+    "gfx942": "MFMA",
 }
+CACHE = Path(__file__).resolve().parent.parent / "build" / "gpu-resources"
 _NAMES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
     torch.bool: "i1", torch.uint8: "u8",
@@ -52,24 +59,44 @@ class Launch(NamedTuple):
     """A kernel and what it was launched with."""
 
     kernel: JITFunction
-    arguments: dict[str, object]
+    arguments: dict[str, Any]
     options: dict[str, int]
 
 
-class Resources(NamedTuple):
-    """What a compiled kernel takes. Registers are per thread; on AMD vector and accumulation registers together."""
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes.
+
+    Attributes
+    ----------
+    registers : int
+        Of a thread. On AMD vector and accumulation registers together.
+    spilled : int
+        On NVIDIA bytes of stack and instructions that read or write local memory, on AMD spilled registers.
+    shared : int
+        Bytes of a block.
+    warps : int
+        Of a block.
+    matrix : dict
+        How many matrix instructions of each kind.
+    products : dict
+        How many products its TTIR has of each precision.
+    """
 
     registers: int
-    spilled: int  # bytes of stack, or registers on AMD
-    shared: int  # bytes
+    spilled: int
+    shared: int
     warps: int
-    matrix: dict[str, int]  # matrix instructions
-    ttir: str
+    matrix: dict[str, int]
+    products: dict[str, int]
 
 
 @contextlib.contextmanager
 def _architecture(name: str) -> Iterator[None]:
-    with mock.patch.object(launch, "architecture", lambda device: name):
+    with (
+        mock.patch.object(launch, "architecture", lambda device: name),
+        mock.patch.object(tile_lists, "wanted", lambda device: True),
+    ):
         yield
 
 
@@ -88,8 +115,8 @@ def record(call: Callable[[], object], architecture: str) -> list[Launch]:
     return launches
 
 
-def build(recorded: Launch, architecture: str) -> Resources:
-    """Compile a launch and read its resources; Triton's cache keeps what it has compiled before."""
+def build(recorded: Launch, architecture: str, cache: Path = CACHE) -> Resources:
+    """Return what a launch takes on an architecture; from ``cache`` if nothing has changed that it hangs on."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(recorded.kernel.params):
         value = recorded.arguments[parameter.name]
@@ -106,13 +133,35 @@ def build(recorded: Launch, architecture: str) -> Resources:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
+    # The kernel's key is a hash of its source and of that of all functions it calls.
+    parts = (recorded.kernel.cache_key, signature, constants, attributes, recorded.options, architecture, _versions())
+    file = cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.json"
+    if file.exists():
+        return Resources(**json.loads(file.read_text()))
     source = ASTSource(recorded.kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=TARGETS[architecture], options=recorded.options)
     read = _read_amd if architecture.startswith("gfx") else _read_nvidia
     registers, spilled, matrix = read(compiled)
-    return Resources(
-        registers, spilled, compiled.metadata.shared, compiled.metadata.num_warps, matrix, compiled.asm["ttir"]
-    )
+    products = _products(compiled.asm["ttir"])
+    taken = (compiled.metadata.shared, compiled.metadata.num_warps)
+    resources = Resources(registers, spilled, *taken, matrix, products)
+    cache.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(dataclasses.asdict(resources)))
+    partial.replace(file)
+    return resources
+
+
+@functools.cache
+def _versions() -> tuple[str, str]:
+    """Return Triton's version, and this file's: what is read from a kernel may change with it."""
+    return triton.__version__, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def _products(ttir: str) -> dict[str, int]:
+    """Count the products of a kernel by precision; one that names none is IEEE."""
+    found = (re.search(r"inputPrecision = (\w+)", line) for line in re.findall(r"tt\.dot .*", ttir))
+    return dict(collections.Counter(match.group(1) if match else "ieee" for match in found))
 
 
 def _read_nvidia(compiled) -> tuple[int, int, dict[str, int]]:

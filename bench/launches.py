@@ -21,6 +21,8 @@ class Case:
     dtype: torch.dtype
     call: Callable[[], object]
     always: bool = False  # part of `make test`
+    listed: bool = True  # part of docs/gpu-resources.md
+    width: int = 0  # of a head
     spills_reported: bool = False  # rather than refused
     matrix: bool = True  # tiles of 64 rows and more: the architecture's own matrix instruction is asked for
 
@@ -39,7 +41,8 @@ def _attention(width: int, group: int, dtype: torch.dtype, **options) -> Case:
         attention.mixed_attention_backward(q, lse, q, kv, kv, out, lse, plan, 0.1, softcap, sinks)
 
     name = f"attention-{str(dtype)[6:]}-D{width}-group{group}{'-softcap' if softcap else ''}"
-    return Case(name, dtype, call, spills_reported=width == 256 or dtype == _FP32 or softcap > 0, **options)
+    reported = width == 256 or dtype == _FP32 or softcap > 0
+    return Case(name, dtype, call, spills_reported=reported, listed=group in (1, 4), width=width, **options)
 
 
 def _projection(rows: int, dtype: torch.dtype, backward: bool = False, **options) -> Case:
@@ -82,7 +85,8 @@ def _paged(width: int, group: int, dtype: torch.dtype, rows: int, visible: bool 
 
     name = f"paged-{str(dtype)[6:]}-D{width}-group{group}-rows{rows}{'-visible' if visible else ''}"
     # sm_90 and sm_100 leave tiles of fewer than 64 or 128 rows to the instructions of sm_80.
-    return Case(name, dtype, call, matrix=False, spills_reported=width == 256 or dtype == _FP32, **options)
+    reported = width == 256 or dtype == _FP32
+    return Case(name, dtype, call, matrix=False, spills_reported=reported, width=width, **options)
 
 
 CASES = [

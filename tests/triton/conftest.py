@@ -2,7 +2,7 @@
 
 Files named test_interpreted_* need the interpreter, all others the compiler; each process collects its own.
 ``tests/triton/test_interpreter.py`` starts the former from the latter. By hand:
-``TRITON_INTERPRET=1 pytest tests/triton``. REFRAG_TRITON_TESTS=all (``make test-triton``) tests more cases.
+``TRITON_INTERPRET=1 pytest tests/triton``. REFRAG_GPU_PROOF=all (``make test-gpu-proof``) tests more cases.
 """
 
 import os

@@ -3,4 +3,4 @@
 import os
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ALL = os.environ.get("REFRAG_TRITON_TESTS") == "all"
+ALL = os.environ.get("REFRAG_GPU_PROOF") == "all"

@@ -1,0 +1,170 @@
+"""What each GPU kernel takes of each architecture: ``python -m bench.resources`` writes docs/gpu-resources.md.
+
+Nothing is run: kernels are compiled ahead of time and the compiled code is read. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+from bench import ahead_of_time, launches
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "gpu-resources.md"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+class Unit(NamedTuple):
+    """What the blocks of a multiprocessor (AMD: compute unit) share."""
+
+    registers: int  # 32-bit
+    shared: int  # bytes
+    reserved: int  # bytes of shared memory that the system takes of each block
+    warps: int
+    blocks: int
+    lanes: int  # of a warp
+
+
+# CUDA C++ programming guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA guide: four SIMDs of 512
+# registers a lane and 8 waves each, 64 KiB of local memory.
+UNITS = {
+    "sm_80": Unit(65536, 164 << 10, 1 << 10, 64, 32, 32),
+    "sm_86": Unit(65536, 100 << 10, 1 << 10, 48, 16, 32),
+    "sm_90": Unit(65536, 228 << 10, 1 << 10, 64, 32, 32),
+    "sm_100": Unit(65536, 228 << 10, 1 << 10, 64, 32, 32),
+    "sm_120": Unit(65536, 100 << 10, 1 << 10, 48, 24, 32),
+    "gfx942": Unit(4 * 512 * 64, 64 << 10, 0, 32, 32, 64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A compiled kernel: what it is, and what a block of it takes. See ``ahead_of_time.Resources``."""
+
+    kernel: str
+    shape: str
+    dtype: str
+    architecture: str
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+    matrix: str = ""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a multiprocessor has room for."""
+        return occupancy(self.architecture, self.registers, self.shared, self.warps)
+
+
+def occupancy(architecture: str, registers: int, shared: int, warps: int) -> int:
+    """Return how many blocks of so many warps fit on a multiprocessor.
+
+    Registers are handed out to warps in units of 8 a thread.
+    """
+    unit = UNITS[architecture]
+    a_warp = -(-max(registers, 1) // 8) * 8 * unit.lanes
+    # Each of the four schedulers (SIMDs) has a quarter of the registers, and whole warps.
+    fit = 4 * (unit.registers // 4 // a_warp)
+    return min(unit.blocks, unit.warps // warps, fit // warps, unit.shared // (shared + unit.reserved or 1))
+
+
+def triton_rows(architectures: Sequence[str] = ARCHITECTURES, progress: bool = False) -> list[Row]:
+    """Return a row for each kernel of Triton's that an op launches, by head width, dtype and architecture."""
+    rows: dict[Row, None] = {}
+    for case in launches.CASES:
+        for architecture in architectures if case.listed else ():
+            if progress:
+                print(f"{case} {architecture}", file=sys.stderr, flush=True)
+            for recorded in ahead_of_time.record(case.call, architecture):
+                built = ahead_of_time.build(recorded, architecture)
+                matrix = ", ".join(f"{count} {name}" for name, count in built.matrix.items() if count)
+                taken = (built.registers, built.spilled, built.shared, built.warps, matrix)
+                name = recorded.kernel.__name__.removesuffix("_kernel")
+                rows[Row(name, _shape(case, recorded), str(case.dtype)[6:], architecture, *taken)] = None
+    return list(rows)
+
+
+def _shape(case: launches.Case, recorded: ahead_of_time.Launch) -> str:
+    """Return what a kernel is specialised for: the head width, and the size of its tiles."""
+    a = recorded.arguments
+    parts = [f"D {case.width}"] if case.width else []
+    if "GROUP" in a and "STEP" in a:
+        # The gradients of keys go by tiles of 64 keys, all others by tiles of query rows.
+        rows = a["HEADS"] * a.get("ROWS", a.get("BLOCKS", 1) * 16) if "HEADS" in a else 64
+        parts += [f"{a['GROUP']} heads a key", f"tile {rows} x {a['STEP']}"]
+    elif "BM" in a:
+        parts += [f"tile {a['BM']} x {a['BN']} x {a['BK']}", *(["listed rows"] if a["LISTED"] else [])]
+    return ", ".join(parts)
+
+
+def triton_tables() -> str:
+    """Return a table of each of Triton's kernels, as Markdown."""
+    return tables(triton_rows())
+
+
+def tables(rows: Iterable[Row]) -> str:
+    """Return a table of each kernel, as Markdown."""
+    rows, lines = list(rows), []
+    for kernel in dict.fromkeys(row.kernel for row in rows):
+        lines += [f"### {kernel}", ""]
+        lines += ["| shape | dtype | architecture | registers | spilled | shared | warps | blocks | matrix |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+        for row in rows:
+            if row.kernel == kernel:
+                counts = (row.registers, row.spilled, row.shared, row.warps, row.blocks)
+                cells = (row.shape, row.dtype, row.architecture, *map(str, counts), row.matrix)
+                lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def cuda_tables() -> str:
+    """Return the table of the CUDA C++ kernels, compiled for what a release has, as Markdown."""
+    # Of the tests, which read the same from the library that is built.
+    spec = importlib.util.spec_from_file_location("cuda_resources", PAGE.parent.parent / "tests" / "cuda_resources.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.markdown(module.compile_release())
+
+
+# What the page holds: titles, and what gives the tables under them.
+SECTIONS: dict[str, Callable[[], str]] = {f"Triton {triton.__version__}": triton_tables, "CUDA C++": cuda_tables}
+
+
+def page(sections: dict[str, str]) -> str:
+    """Return the page, with tables under titles."""
+    lines = [
+        "# GPU resources",
+        "",
+        "What the compiled kernels take, read from the code: registers of a thread, spills, bytes of shared memory and",
+        "warps of a block, blocks that a multiprocessor (AMD: compute unit) has room for, matrix instructions.",
+        "No figure here is a time: **not yet measured on a GPU**. Written by `python -m bench.resources`;",
+        "`make test-gpu-proof` compiles all of it and checks the budgets.",
+    ]
+    for title, body in sections.items():
+        lines += ["", f"## {title}", "", body.strip()]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page."""
+    parser = argparse.ArgumentParser("python -m bench.resources", description=__doc__)
+    parser.add_argument("--output", type=Path, default=PAGE)
+    options = parser.parse_args(arguments)
+    triton_rows(progress=True)
+    options.output.write_text(page({title: rows() for title, rows in SECTIONS.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

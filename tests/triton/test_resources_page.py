@@ -1,0 +1,73 @@
+"""What is computed from the compiled kernels: occupancy, and the page that tells of them."""
+
+import dataclasses
+
+import pytest
+import triton
+from modes import ALL
+
+from bench import ahead_of_time, resources
+from bench.launches import CASES
+from bench.resources import Row
+
+
+@pytest.mark.parametrize(
+    ("architecture", "registers", "shared", "warps", "blocks"),
+    [
+        # Figures of NVIDIA's occupancy calculator for these launches.
+        ("sm_80", 32, 0, 4, 16),  # warps bind: 64 of them
+        ("sm_80", 255, 0, 4, 2),  # 256 registers of 128 threads, twice
+        ("sm_80", 168, 0, 4, 3),
+        ("sm_80", 32, 163 << 10, 4, 1),
+        ("sm_90", 128, 113 << 10, 8, 2),  # shared memory and registers alike
+        ("sm_120", 40, 20 << 10, 4, 4),  # shared memory: 100 KiB in parts of 21
+        ("sm_120", 32, 0, 1, 24),  # as many blocks as there may be
+        ("gfx942", 512, 0, 4, 1),  # a wave of 512 registers to each SIMD
+        ("gfx942", 128, 0, 4, 4),
+        ("gfx942", 64, 33 << 10, 4, 1),
+    ],
+)
+def test_occupancy(architecture, registers, shared, warps, blocks):
+    assert resources.occupancy(architecture, registers, shared, warps) == blocks
+
+
+def test_a_result_is_kept_until_the_source_changes(tmp_path, monkeypatch):
+    case = next(case for case in CASES if case.name == "pooling-bfloat16")
+    recorded = ahead_of_time.record(case.call, "sm_90")[0]
+    built = ahead_of_time.build(recorded, "sm_90", tmp_path)
+    assert 0 < built.registers <= 255 and built.warps == 4 and not built.matrix and len(list(tmp_path.iterdir())) == 1
+
+    def refuse(*args, **options):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(triton, "compile", refuse)
+    assert ahead_of_time.build(recorded, "sm_90", tmp_path) == built
+    for changed, architecture in (
+        (recorded, "sm_80"),
+        (recorded._replace(options={"num_warps": 8}), "sm_90"),
+        (recorded._replace(arguments={**recorded.arguments, "D": 512}), "sm_90"),
+    ):
+        with pytest.raises(AssertionError, match="compiled again"):
+            ahead_of_time.build(changed, architecture, tmp_path)
+    monkeypatch.setattr(type(recorded.kernel), "cache_key", "another source")
+    with pytest.raises(AssertionError, match="compiled again"):
+        ahead_of_time.build(recorded, "sm_90", tmp_path)
+
+
+def test_other_backends_join_the_page_by_a_call():
+    row = Row("some", "D 64", "bfloat16", "sm_80", 255, 0, 4096, 4, "8 HMMA")
+    rows = [row, dataclasses.replace(row, architecture="sm_90")]
+    text = resources.page({"Triton": resources.tables([row]), "C++": resources.tables(rows)})
+    assert text.count("## C++") == 1 and text.count("### some") == 2
+    assert "| D 64 | bfloat16 | sm_80 | 255 | 0 | 4096 | 4 | 2 | 8 HMMA |" in text
+    assert "not yet measured on a GPU" in text
+
+
+def test_products_are_counted_by_precision():
+    ttir = "tt.dot %a, %b, %c, inputPrecision = tf32x3 : t\ntt.dot %a, %b, %c : t\ntt.dot %a, inputPrecision = tf32"
+    assert ahead_of_time._products(ttir) == {"tf32x3": 1, "ieee": 1, "tf32": 1}
+
+
+@pytest.mark.skipif(not ALL, reason="compiles everything: make test-gpu-proof")
+def test_the_page_is_up_to_date():
+    assert resources.triton_tables().strip() in resources.PAGE.read_text()
