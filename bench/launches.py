@@ -42,7 +42,7 @@ def _attention(width: int, group: int, dtype: torch.dtype, **options) -> Case:
 
     name = f"attention-{str(dtype)[6:]}-D{width}-group{group}{'-softcap' if softcap else ''}"
     reported = width == 256 or dtype == _FP32 or softcap > 0
-    return Case(name, dtype, call, spills_reported=reported, listed=group in (1, 4), width=width, **options)
+    return Case(name, dtype, call, spills_reported=reported, listed=group == 4, width=width, **options)
 
 
 def _projection(rows: int, dtype: torch.dtype, backward: bool = False, **options) -> Case:

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,19 +126,15 @@ def tables(rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
-def cuda_tables() -> str:
-    """Return the table of the CUDA C++ kernels, compiled for what a release has, as Markdown."""
-    # Of the tests, which read the same from the library that is built.
+def cuda_tables(release: bool = False) -> str:
+    """Return the table of the CUDA C++ kernels, of this build or of a release's architectures, as Markdown."""
+    # Of the tests, which check the same.
     spec = importlib.util.spec_from_file_location("cuda_resources", PAGE.parent.parent / "tests" / "cuda_resources.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.markdown(module.compile_release())
-
-
-# What the page holds: titles, and what gives the tables under them.
-SECTIONS: dict[str, Callable[[], str]] = {f"Triton {triton.__version__}": triton_tables, "CUDA C++": cuda_tables}
+    return module.markdown(*([module.compile_release()] if release else []))
 
 
 def page(sections: dict[str, str]) -> str:
@@ -160,9 +156,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page."""
     parser = argparse.ArgumentParser("python -m bench.resources", description=__doc__)
     parser.add_argument("--output", type=Path, default=PAGE)
+    parser.add_argument("--release", action="store_true", help="compile csrc/cuda for all that a release has: minutes")
     options = parser.parse_args(arguments)
     triton_rows(progress=True)
-    options.output.write_text(page({title: rows() for title, rows in SECTIONS.items()}))
+    # Another backend's kernels join by a title and the tables under it.
+    sections = {f"Triton {triton.__version__}": triton_tables(), "CUDA C++": cuda_tables(options.release)}
+    options.output.write_text(page(sections))
     return 0
 
 

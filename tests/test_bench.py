@@ -212,7 +212,14 @@ def test_the_table_has_every_op_and_each_goal_a_row():
 
 
 def test_presets_have_the_sizes_of_their_names():
-    billions = {"smollm2-135m": 0.135, "llama3.2-1b": 1.24, "llama2-7b": 6.74, "llama3-8b": 8.03, "qwen3-4b": 4.02}
+    billions = {
+        "smollm2-135m": 0.135,
+        "llama3.2-1b": 1.24,
+        "llama2-7b": 6.74,
+        "llama2-13b": 13.0,
+        "llama3-8b": 8.03,
+        "qwen3-4b": 4.02,
+    }
     assert {name: PRESETS[name].parameters() / 1e9 for name in billions} == pytest.approx(billions, rel=0.01)
     cut = dataclasses.replace(PRESETS["llama2-7b"], layers=2, encoder_layers=2)
     assert set(PRESETS) - set(billions) == {"llama2-7b-2-layers", "tiny"} and PRESETS["llama2-7b-2-layers"] == cut

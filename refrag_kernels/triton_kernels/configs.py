@@ -102,10 +102,14 @@ _PAGED = {
     (4, True): {64: Config(32, 4, 2, 16), 128: Config(32, 4, 2, 16), 256: Config(32, 4, 1, 16)},
     (4, False): {64: Config(32, 4, 2, 32), 128: Config(32, 8, 1, 32), 256: Config(32, 8, 1, 16)},
 }
+# By architecture, where another choice is better: four warps with ranges spill on sm_120.
+_PAGED_OTHER = {("sm_120", 2, False): {128: Config(32, 8, 2, 64)}}
 
 
 def paged(architecture: str, width: int, element_size: int, decode: bool) -> Config:
     """Return the configuration of paged_attention; ``decode``: one row a sequence."""
-    config = _PAGED[element_size, decode][max(64, width)]
+    bucket = max(64, width)
+    other = _PAGED_OTHER.get((architecture, element_size, decode), {})
+    config = other.get(bucket, _PAGED[element_size, decode][bucket])
     # 64 KiB of shared memory: AMD pipelines through registers.
     return config._replace(stages=1) if architecture == "gfx942" else config
