@@ -53,7 +53,8 @@ test-gpu-proof: $(VENV)/.test build ## Test the GPU kernels without a GPU, in fu
 
 # The device code of csrc/cuda on the CPU under a sanitizer, which ends the run with a report at the first error.
 # AddressSanitizer finds accesses beyond shared memory and beyond tensors; ThreadSanitizer finds what no barrier orders.
-CUDA_HOST := $(BIN)/pytest -q --capture=sys tests/cuda_host --deselect tests/cuda_host/test_host_faults.py
+CUDA_HOST := $(BIN)/pytest -q --capture=sys tests/cuda_host \
+  $(patsubst %,--ignore=tests/cuda_host/test_%.py,host_faults host_launchers launch_errors)
 sanitizer = LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=lib$(1).so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)"
 test-cuda-asan: $(VENV)/.test ## Run the CUDA kernels' source on the CPU with AddressSanitizer
 	$(call sanitizer,asan) REFRAG_KERNELS_SANITIZE=address ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(CUDA_HOST) $(ARGS)

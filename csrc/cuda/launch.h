@@ -54,8 +54,7 @@ void launch(const char* op, const char* name, void (*kernel)(Params), dim3 grid,
                     " bytes of shared memory: ", take_error(error));
   }
   void* arguments[] = {const_cast<Params*>(&params)};
-  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments,
-                                             static_cast<size_t>(shared_bytes), stream);
+  const cudaError_t error = cudaLaunchKernel(kernel, grid, block, arguments, static_cast<size_t>(shared_bytes), stream);
   STD_TORCH_CHECK(error == cudaSuccess, "refrag_cuda::", op, ": launch of ", name, " (grid ", grid.x, " x ", grid.y, " x ",
                   grid.z, ", block ", block.x, " x ", block.y, " x ", block.z, ", ", shared_bytes,
                   " bytes of shared memory) failed: ", take_error(error));

@@ -8,6 +8,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,7 @@ def compile_library(source: Path, *extra: str) -> Path:
         flags += sanitizer_flags(sanitize)
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     state = hashlib.sha256(" ".join([*compiler, *flags]).encode())
-    for path in [source, *sorted(HERE.glob("*.h")), *sorted((SOURCES / "cuda").glob("*.cuh"))]:
+    for path in [source, *sorted(HERE.rglob("*.h")), *sorted((SOURCES / "cuda").iterdir())]:
         state.update(path.read_bytes())
     library = CACHE / f"{source.stem}-{state.hexdigest()[:16]}.so"
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -60,6 +61,15 @@ def compile_library(source: Path, *extra: str) -> Path:
 def load(name: str) -> ctypes.CDLL:
     """Return the library of ``name``.cpp, compiled when that is needed."""
     return ctypes.CDLL(str(compile_library(HERE / f"{name}.cpp")))
+
+
+def compile_torch_library(source: Path, *extra: str) -> Path:
+    """Compile a file of torch ops that includes csrc/cuda/launch.h, with a runtime of our own in place of CUDA's."""
+    root = Path(torch.__file__).parent
+    target = re.search(r'^TORCH_TARGET_VERSION = "(\w+)"', (ROOT / "setup.py").read_text(), re.M).group(1)
+    flags = [f"-I{HERE / 'fake_runtime'}", "-isystem", str(root / "include"), "-DUSE_CUDA", *extra]
+    flags += [f"-DTORCH_TARGET_VERSION={target}", "-Wl,--no-as-needed", f"-L{root / 'lib'}", "-ltorch_cpu"]
+    return compile_library(source, *flags)
 
 
 class LaunchError(RuntimeError):

@@ -1,7 +1,6 @@
 """A launch that fails becomes a Python exception that names the op and the launch."""
 
 import re
-from pathlib import Path
 
 import host_library
 import pytest
@@ -10,11 +9,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def ops():
-    root = Path(torch.__file__).parent
-    target = re.search(r'^TORCH_TARGET_VERSION = "(\w+)"', (host_library.ROOT / "setup.py").read_text(), re.M).group(1)
-    flags = [f"-I{host_library.HERE / 'fake_runtime'}", "-isystem", str(root / "include"), "-DUSE_CUDA"]
-    flags += [f"-DTORCH_TARGET_VERSION={target}", "-Wl,--no-as-needed", f"-L{root / 'lib'}", "-ltorch_cpu"]
-    library = host_library.compile_library(host_library.HERE / "launch_errors.cpp", *flags)
+    library = host_library.compile_torch_library(host_library.HERE / "launch_errors.cpp")
     torch.ops.load_library(str(library))
     return torch.ops.refrag_launch_errors
 
