@@ -31,7 +31,9 @@ def demo(
         int, typer.Option(help="Fill the context with retrieved passages up to so many tokens, question included.")
     ] = 4096,
     passages: Annotated[int | None, typer.Option(help="Retrieve no more than so many passages.")] = None,
-    k: Annotated[int, typer.Option("--k", help="Tokens of a chunk: each becomes one input row.")] = 16,
+    k: Annotated[
+        int, typer.Option("--k", help="Tokens of a chunk: each becomes one input row. An adapter is trained for 8.")
+    ] = 8,
     expand: Annotated[
         float, typer.Option(help="Share of the chunks, 0 to 1, that stand as text: those nearest to the question.")
     ] = 0.0,

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from refrag import attention, weights
 from refrag.choosers import CosineChooser
 from refrag.corpus import python_reference
-from refrag.loading import load_model
+from refrag.loading import load_model, load_processor
 from refrag.model import RefragForCausalLM
 from refrag.processor import Part, RefragProcessor
 from refrag.prompt import MixedPrompt, Passage
@@ -46,7 +46,7 @@ class DemoSettings:
     """
 
     question: str
-    k: int = 16
+    k: int = 8
     expand: float = 0.0
     context_tokens: int = 4096
     passages: int | None = None
@@ -67,26 +67,50 @@ class DemoSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """What the demo runs: the decoder as Hugging Face has it, and REFRAG on the same weights."""
+    """What the demo runs.
+
+    Attributes
+    ----------
+    plain : PreTrainedModel
+        The decoder as Hugging Face has it.
+    refrag : RefragForCausalLM
+        REFRAG on the same weights, trained where an adapter for its k is there.
+    processor : RefragProcessor
+        Its own.
+    retriever, retriever_tokenizer
+        MiniLM, which finds the passages.
+    """
 
     plain: PreTrainedModel
     refrag: RefragForCausalLM
-    tokenizer: PreTrainedTokenizerBase
-    encoder_tokenizer: PreTrainedTokenizerBase
+    processor: RefragProcessor
+    retriever: PreTrainedModel
+    retriever_tokenizer: PreTrainedTokenizerBase
 
     @staticmethod
     def load(k: int) -> Models:
-        """Load the demo's weights; the projector is new, from a fixed seed."""
+        """Load the demo's weights; without an adapter for k, the projector is new, from a fixed seed."""
         decoder, encoder = weights.decoder_folder(), weights.encoder_folder()
-        refrag = load_model(None, k)
+        refrag, processor = load_model(None, k), load_processor(None, k)
         with weights.quiet_transformers():
             plain = AutoModelForCausalLM.from_pretrained(decoder, attn_implementation="sdpa", local_files_only=True)
-            return Models(
-                plain.eval(),
-                refrag,
-                AutoTokenizer.from_pretrained(decoder, local_files_only=True),
-                AutoTokenizer.from_pretrained(encoder, local_files_only=True),
-            )
+            retriever = refrag.encoder
+            if weights.adapter_file(k):
+                retriever = AutoModel.from_pretrained(
+                    encoder, attn_implementation=attention.NAME, local_files_only=True
+                ).eval()
+            tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
+            return Models(plain.eval(), refrag, processor, retriever, tokenizer)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The decoder's."""
+        return self.processor.tokenizer
+
+    @property
+    def trained(self) -> bool:
+        """Whether slots mean anything to the decoder."""
+        return weights.adapter_file(self.processor.k) is not None
 
     @property
     def window(self) -> int:
@@ -119,10 +143,10 @@ class Demo:
     def __init__(self, settings: DemoSettings, models: Models, track: Track = iter) -> None:
         self.settings = settings
         self.models = models
-        tokenizers = (models.tokenizer, models.encoder_tokenizer)
-        self.processor = RefragProcessor.from_config(models.refrag.config, *tokenizers)
-        self.unbounded = RefragProcessor(*tokenizers, settings.k)  # the full text is checked here, by its option's name
-        self.retriever = Retriever(models.refrag.encoder, models.encoder_tokenizer, python_reference(), track)
+        self.processor = models.processor
+        # The full text is checked here, by its option's name.
+        self.unbounded = RefragProcessor(models.tokenizer, models.processor.encoder_tokenizer, settings.k)
+        self.retriever = Retriever(models.retriever, models.retriever_tokenizer, python_reference(), track)
         self.ranked = [passage for passage, _ in self.retriever.rank(settings.question)]
         self.frame = self._parts([])
         self.frame_tokens = self._count(self.frame)

@@ -8,21 +8,25 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from refrag import weights
+from refrag.adapters import load_adapter
 from refrag.config import RefragConfig
 from refrag.model import RefragForCausalLM
 from refrag.processor import RefragProcessor
 
-DEFAULT_K = 16
+DEFAULT_K = 8  # what the adapter that comes along was trained for
 
 
 def load_model(folder: Path | None, k: int | None = None) -> RefragForCausalLM:
-    """Load what ``save_pretrained`` wrote; without a folder SmolLM2-135M and MiniLM, joined by an untrained projector.
+    """Load what ``save_pretrained`` wrote; without a folder the demo's model.
+
+    That is SmolLM2-135M with the adapter that was trained for this k, or, where there is none, SmolLM2-135M and MiniLM
+    joined by an untrained projector.
 
     Parameters
     ----------
     folder : Path, optional
     k : int, optional
-        Tokens of a chunk; that of the folder's model, or 16.
+        Tokens of a chunk; that of the folder's model, or 8.
 
     Raises
     ------
@@ -34,13 +38,13 @@ def load_model(folder: Path | None, k: int | None = None) -> RefragForCausalLM:
             _require(folder, "config.json")
             _check_k(k, RefragConfig.from_pretrained(folder).chunk_size)
             return RefragForCausalLM.from_pretrained(folder).eval()
+        own = DEFAULT_K if k is None else k
+        decoder = AutoModelForCausalLM.from_pretrained(weights.decoder_folder(), local_files_only=True)
+        if trained := weights.adapter_file(own):
+            return load_adapter(trained, decoder)[0].eval()
         torch.manual_seed(0)  # the projector's weights
-        return RefragForCausalLM.from_parts(
-            AutoModel.from_pretrained(weights.encoder_folder(), local_files_only=True),
-            AutoModelForCausalLM.from_pretrained(weights.decoder_folder(), local_files_only=True),
-            DEFAULT_K if k is None else k,
-            preset="lclm",  # MiniLM was trained with mean pooling
-        ).eval()
+        encoder = AutoModel.from_pretrained(weights.encoder_folder(), local_files_only=True)
+        return RefragForCausalLM.from_parts(encoder, decoder, own, preset="lclm").eval()
 
 
 def load_processor(folder: Path | None, k: int | None = None, chunker: str = "fixed") -> RefragProcessor:
@@ -68,9 +72,13 @@ def load_processor(folder: Path | None, k: int | None = None, chunker: str = "fi
             processor.tokenizer, processor.encoder_tokenizer, processor.k, window=processor.window, chunker=chunker,
             position_ids=processor.position_ids, encoder_special_tokens=processor.encoder_special_tokens,
         )  # fmt: skip
-    decoder, encoder = weights.decoder_folder(), weights.encoder_folder()
+    own = DEFAULT_K if k is None else k
+    trained = weights.adapter_file(own)
+    # The trained adapter's encoder reads the decoder's tokens.
+    decoder = weights.decoder_folder()
+    encoder = decoder if trained else weights.encoder_folder()
     parts = [AutoConfig.from_pretrained(path, local_files_only=True) for path in (decoder, encoder)]
-    config = RefragConfig.from_preset("lclm", *parts, chunk_size=DEFAULT_K if k is None else k)
+    config = RefragConfig.from_preset("tokens" if trained else "lclm", *parts, chunk_size=own)
     tokenizers = [AutoTokenizer.from_pretrained(path, local_files_only=True) for path in (decoder, encoder)]
     return RefragProcessor.from_config(config, *tokenizers, chunker=chunker)
 

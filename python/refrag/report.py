@@ -15,6 +15,11 @@ UNTRAINED = (
     "the times and sizes don't depend on its training."
 )
 
+TRAINED = (
+    "The adapter that reads compressed chunks was trained for about an hour on one CPU core: expect the topic, not the "
+    "wording. docs/results.md has its figures."
+)
+
 
 def print_answers(console: Console, settings: DemoSettings, answered: Answered, models: Models) -> None:
     """Print the question, what was read, and both answers side by side."""
@@ -34,7 +39,7 @@ def print_answers(console: Console, settings: DemoSettings, answered: Answered, 
         text = models.tokenizer.decode(answered.continuations[name].token_ids, skip_special_tokens=True).strip()
         panels.append(Panel(text or "(nothing)", title=f"{title}: {rows:,} rows", width=width))
     console.print(Columns(panels, padding=(0, 0)), markup=False)
-    console.print(UNTRAINED, highlight=False)
+    console.print(TRAINED if models.trained else UNTRAINED, highlight=False)
 
 
 def print_table(console: Console, settings: DemoSettings, answered: Answered) -> None:

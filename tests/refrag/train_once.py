@@ -5,7 +5,7 @@ import sys
 import torch
 from accelerate import Accelerator
 from refrag import weights
-from refrag.training.adapters import Trained
+from refrag.adapters import Trained
 from refrag.training.recipe import Stage, run_stage
 from refrag.training.trainer import TrainSettings
 from training_parts import documents, parts

@@ -49,6 +49,7 @@ def generate(
         with notes.status("loading"):
             import torch
 
+            from refrag import weights
             from refrag.streaming import TimedStreamer
 
             processor, prompt = chosen.prompt(max_new_tokens)
@@ -64,10 +65,11 @@ def generate(
             **sampling,
         )  # fmt: skip
         notes.print(_summary(prompt, tokens, streamer.times, start), style="dim", highlight=False, soft_wrap=True)
-        if model is None and len(prompt.expanded) < len(prompt.chunks):
+        untrained = model is None and weights.adapter_file(processor.k) is None
+        if untrained and len(prompt.expanded) < len(prompt.chunks):
             notes.print(
                 "The projector of the demo's weights is untrained: from compressed chunks they give no good text. "
-                "Take a trained --model, or --chooser everything.",
+                "Take --k 8, for which a small adapter was trained, a trained --model, or --chooser everything.",
                 style="yellow", highlight=False, soft_wrap=True,
             )  # fmt: skip
 

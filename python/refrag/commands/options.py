@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from refrag.choosers import Chooser
     from refrag.encoder import TextEmbedder
     from refrag.model import RefragForCausalLM
+    from refrag.policy import ExpansionPolicy
     from refrag.processor import RefragProcessor
     from refrag.prompt import MixedPrompt
 
@@ -20,10 +21,8 @@ Files = Annotated[
     typer.Argument(help="Passages: .jsonl files with a text and an id on each line, other files whole, - for stdin."),
 ]
 Question = Annotated[str, typer.Option(help="What to ask of them.")]
-Model = Annotated[
-    Path | None, typer.Option(help="Folder of a saved model and processor; without it the demo's untrained ones.")
-]
-K = Annotated[int | None, typer.Option("--k", help="Tokens of a chunk; 16, or what the model was made for.")]
+Model = Annotated[Path | None, typer.Option(help="Folder of a saved model and processor; without it the demo's.")]
+K = Annotated[int | None, typer.Option("--k", help="Tokens of a chunk; 8, or what the model was made for.")]
 Chunker = Annotated[str, typer.Option(help="How passages are cut: fixed or sentence.")]
 ChooserName = Annotated[
     str | None,
@@ -38,7 +37,10 @@ Expand = Annotated[
     typer.Option(help="How much to expand: a share of the chunks such as 0.25 or 25%, or a whole number of them."),
 ]
 Threshold = Annotated[float | None, typer.Option(help="For the chooser threshold: cosine to the question, -1 to 1.")]
-Policy = Annotated[Path | None, typer.Option(help="For the chooser policy: folder of a saved ExpansionPolicy.")]
+Policy = Annotated[
+    Path | None,
+    typer.Option(help="For the chooser policy: folder of a saved ExpansionPolicy; the demo's model has its own."),
+]
 Seed = Annotated[int, typer.Option(help="For the chooser random, and for sampling.")]
 
 
@@ -109,7 +111,6 @@ class PromptOptions:
     def _chooser(self, processor: RefragProcessor) -> Chooser | None:
         from refrag import choosers
         from refrag.encoder import TextEmbedder
-        from refrag.policy import ExpansionPolicy
 
         name = self.chooser
         if name is None and self.expand is not None:
@@ -122,8 +123,7 @@ class PromptOptions:
             raise ValueError(f"--expand: got nothing, --chooser {name} needs a share or a number of chunks")
         if name == "threshold" and self.threshold is None:
             raise ValueError("--threshold: got nothing, --chooser threshold needs a cosine from -1 to 1")
-        if name == "policy" and (self.policy is None or not (self.policy / "config.json").is_file()):
-            raise ValueError(f"--policy: got {self.policy}, needs the folder of a saved ExpansionPolicy")
+        policy = self._policy(processor.k) if name == "policy" else None
         if name in ("cosine", "threshold", "policy"):
             self._embedder = TextEmbedder(self.model(), processor.encoder_tokenizer)
         return choosers.by_name(
@@ -131,9 +131,22 @@ class PromptOptions:
             model=self.model() if name.startswith("perplexity") else None,
             embed=self._embedder,
             threshold=self.threshold,
-            policy=None if self.policy is None else ExpansionPolicy.from_pretrained(self.policy).eval(),
+            policy=policy,
             seed=self.seed,
         )
+
+    def _policy(self, k: int) -> ExpansionPolicy:
+        """Return the policy that the options name; the demo's model has one of its own where an adapter is trained."""
+        from refrag import weights
+        from refrag.adapters import load_policy
+        from refrag.policy import ExpansionPolicy
+
+        adapter = weights.adapter_file(k) if self.model_folder is None else None
+        if self.policy is None and adapter is not None:
+            return load_policy(adapter)
+        if self.policy is None or not (self.policy / "config.json").is_file():
+            raise ValueError(f"--policy: got {self.policy}, needs the folder of a saved ExpansionPolicy")
+        return ExpansionPolicy.from_pretrained(self.policy).eval()
 
 
 def amount(text: str | None) -> dict[str, float | int]:

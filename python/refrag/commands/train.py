@@ -178,7 +178,7 @@ def policy(
 def _run_stage(objective: str, options: dict[str, Any]) -> None:
     console = Console()
     with clear_errors(console):
-        from refrag.training.adapters import Trained
+        from refrag.adapters import Trained
         from refrag.training.documents import read_documents, split_documents
         from refrag.training.recipe import Parts, Stage, run_fine_tuning, run_stage
         from refrag.training.trainer import TrainingError, TrainSettings

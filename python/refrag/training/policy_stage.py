@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from refrag.adapters import add_policy
 from refrag.policy import ExpansionPolicy
-from refrag.training.adapters import add_policy
 from refrag.training.documents import Documents, prefix_ids
 from refrag.training.expansion import PolicySettings, rollout_rewards, train_policy
 from refrag.training.recipe import Parts

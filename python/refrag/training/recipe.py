@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import refrag_kernels as rk
+from refrag.adapters import Trained, load_adapter, merge_state, prepare, save_adapter, trained_state
 from refrag.encoder import pack_texts
 from refrag.model import RefragForCausalLM
 from refrag.policy import ExpansionPolicy
 from refrag.processor import RefragProcessor
 from refrag.token_encoder import token_encoder
-from refrag.training.adapters import Trained, load_adapter, merge_state, prepare, save_adapter, trained_state
 from refrag.training.documents import Documents, prefix_ids
 from refrag.training.measures import next_paragraph_loss, reconstruction_accuracy, target_loss
 from refrag.training.samples import (

@@ -21,9 +21,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from refrag.adapters import trained_state
 from refrag.model import RefragForCausalLM
 from refrag.prompt import MixedPrompt
-from refrag.training.adapters import trained_state
 from refrag.training.samples import Sample, Sampler
 
 Collate = Callable[[Sequence[Sample]], tuple[MixedPrompt, torch.Tensor]]

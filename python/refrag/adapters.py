@@ -174,13 +174,23 @@ def load_adapter(
             raise AdapterError(f"adapter {path}: was trained on {name} {about[name]}, got {signature(part)}")
     fields = dict(about["fields"])
     model = RefragForCausalLM.from_parts(encoder, decoder, fields.pop("chunk_size"), **fields)
-    policy = None
-    if "policy" in about:
-        policy = ExpansionPolicy(**about["policy"]).eval()
-        own = {name.removeprefix("policy."): tensors.pop(name) for name in list(tensors) if name.startswith("policy.")}
-        policy.load_state_dict(own)
-    merge_state(model, tensors)
+    policy = _policy(about, tensors)
+    merge_state(model, {name: value for name, value in tensors.items() if not name.startswith("policy.")})
     return model, policy
+
+
+def load_policy(path: str | os.PathLike[str]) -> ExpansionPolicy:
+    """Return an adapter's policy, without its model.
+
+    Raises
+    ------
+    AdapterError
+        If the file is no adapter, or holds no policy.
+    """
+    policy = _policy(*read_adapter(path))
+    if policy is None:
+        raise AdapterError(f"adapter {path}: holds no policy")
+    return policy
 
 
 @torch.no_grad()
@@ -206,6 +216,15 @@ def merge_state(model: RefragForCausalLM, tensors: Mapping[str, torch.Tensor]) -
             raise AdapterError(f"adapter: {target} has shape {list(value.shape)}, the model's has {got}")
         held = weights[target]
         held.copy_((held.float() + value if is_update else value).to(held.dtype))
+
+
+def _policy(about: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> ExpansionPolicy | None:
+    if "policy" not in about:
+        return None
+    policy = ExpansionPolicy(**about["policy"]).eval()
+    own = {name.removeprefix("policy."): value for name, value in tensors.items() if name.startswith("policy.")}
+    policy.load_state_dict(own)
+    return policy
 
 
 def _write(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], about: dict[str, Any]) -> Path:
