@@ -54,6 +54,15 @@ def test_bad_sources(home, tokenizer, source, message):
         read_documents([], tokenizer)
 
 
+def test_a_file_that_is_no_text_is_named(home, tokenizer):
+    folder = home / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text(TEXTS[0])
+    (folder / "b.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"folder/b\.txt can't be read: 'utf-8' codec can't decode byte 0xe9"):
+        read_documents([folder], tokenizer)
+
+
 def test_windows_are_all_runs_inside_documents():
     documents = Documents(np.arange(20), np.array([0, 3, 3, 10, 12, 20]))
     windows = documents.windows(4)

@@ -76,7 +76,8 @@ def perplexity(
                 track=lambda items, name=name: track(console, list(items), f"reading {name}"),
             )  # fmt: skip
             tables[name] = table.summary(raw[name])
-        settings = {**dataclasses.asdict(conditions), "samples": samples, "seed": seed, "k": parts.k}
-        files = table.write_tables(output, tables, {**settings, "log_perplexity_of_samples": raw})
+            # After each domain: nothing is lost when a later one can't be read.
+            settings = {**dataclasses.asdict(conditions), "samples": samples, "seed": seed, "k": parts.k}
+            files = table.write_tables(output, tables, {**settings, "log_perplexity_of_samples": raw})
         console.print(Markdown(table.markdown(tables)))
         console.print("Wrote " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)

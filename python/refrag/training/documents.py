@@ -95,11 +95,16 @@ def read_documents(
     Raises
     ------
     ValueError
-        If there is no document, or a source has no such column.
+        If there is no document, a source has no such column, or a file is not UTF-8; names it.
     """
     import datasets
 
-    parts = [_load(datasets, str(source), column) for source in sources]
+    parts = []
+    for source in map(str, sources):
+        try:
+            parts.append(_load(datasets, source, column))
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(f"sources: {_broken(source)} can't be read: {error.__cause__ or error}") from None
     if not sum(map(len, parts)):
         raise ValueError(f"sources: got {', '.join(map(str, sources)) or 'none'}, which hold no document")
     joined = datasets.concatenate_datasets(parts)
@@ -171,6 +176,18 @@ def _load(datasets: Any, source: str, column: str) -> Any:
         raise ValueError(f"column: got {column!r}, needs one that {source} has: {', '.join(loaded.column_names)}")
     loaded = loaded.select_columns([column])
     return loaded if column == "text" else loaded.rename_column(column, "text")
+
+
+def _broken(source: str) -> str:
+    """Return the file of a source that is no text; the source where that isn't the trouble."""
+    path = Path(source)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.suffix in _TEXT and file.is_file():
+            try:
+                file.read_text(encoding="utf-8")
+            except ValueError:
+                return str(file)
+    return source
 
 
 def _is_new(text: str, seen: set[bytes]) -> bool:
