@@ -21,10 +21,15 @@ class Case:
     dtype: torch.dtype
     call: Callable[[], object]
     always: bool = False  # part of `make test`
-    listed: bool = True  # part of docs/gpu-resources.md
+    unlisted: bool = False  # too many for docs/gpu-resources.md
     width: int = 0  # of a head
     spills_reported: bool = False  # rather than refused
     matrix: bool = True  # tiles of 64 rows and more: the architecture's own matrix instruction is asked for
+
+    @property
+    def listed(self) -> bool:
+        """Whether the page docs/gpu-resources.md has it."""
+        return self.dtype == _BF16 and not self.unlisted
 
     def __str__(self):
         return self.name
@@ -42,7 +47,9 @@ def _attention(width: int, group: int, dtype: torch.dtype, **options) -> Case:
 
     name = f"attention-{str(dtype)[6:]}-D{width}-group{group}{'-softcap' if softcap else ''}"
     reported = width == 256 or dtype == _FP32 or softcap > 0
-    return Case(name, dtype, call, spills_reported=reported, listed=group == 4, width=width, **options)
+    return Case(
+        name, dtype, call, spills_reported=reported, unlisted=group != 4 or width == 256, width=width, **options
+    )
 
 
 def _projection(rows: int, dtype: torch.dtype, backward: bool = False, **options) -> Case:
