@@ -79,6 +79,23 @@ def test_what_sglang_takes_is_json():
     assert torch.equal(torch.tensor(rows), one.embeds)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_overrides_written_over_the_text_s_embeddings_are_the_rows(name):
+    model = tiny.refrag(name)
+    for one in build(model, tiny.prompt(tiny.MIXED)):
+        ids, embeds, positions = one.overrides()
+        rows = model.get_input_embeddings()(torch.tensor(ids)).clone()  # as SGLang 0.5.23's model_runner.py does
+        rows[torch.tensor(positions)] = embeds
+        assert len(embeds) == len(positions) == one.is_token.count(False) and torch.equal(rows, one.embeds)
+
+
+def test_overrides_refuse():
+    with pytest.raises(ValueError, match="model_type: got 'gemma', needs another"):
+        build(tiny.refrag("gemma"), tiny.prompt(tiny.MIXED))[0].overrides()
+    with pytest.raises(ValueError, match="overrides: the prompt has no slot"):
+        build(tiny.refrag("llama"), tiny.prompt([[("text", 3)]]))[0].overrides()
+
+
 def test_a_prompt_of_text_alone_and_one_of_slots_alone():
     model = tiny.refrag("llama")
     text, slots = build(model, tiny.prompt([[("text", 3)], [("slot", 0), ("slot", 0)]]))

@@ -73,20 +73,42 @@ class PromptEmbeds:
     def for_sglang(self) -> dict[str, Any]:
         """Return the fields of SGLang's ``GenerateReqInput``, or of the JSON that its ``/generate`` takes.
 
-        SGLang rounds ``input_embeds`` to bfloat16 and takes them only with ``--disable-radix-cache``;
-        ``refrag.integrations.sglang`` needs neither. Not run on SGLang: it needs a GPU.
+        SGLang rounds ``input_embeds`` to bfloat16 and takes them only with ``--disable-radix-cache``; ``overrides``
+        needs neither. Not run on SGLang: it needs a GPU.
 
         Raises
         ------
         ValueError
             For a Gemma 1 or 2 decoder, whose embeddings SGLang scales once more.
         """
+        self._require_unscaled()
+        return {"input_embeds": self.embeds.tolist()}
+
+    def overrides(self) -> tuple[list[int], torch.Tensor, list[int]]:
+        """Return token ids, the slots' rows [N, d_dec] and the rows' positions, for SGLang's embedding overrides.
+
+        ``GenerateReqInput(input_ids=ids, positional_embed_overrides=PositionalEmbeds(embeds, positions), ...)``, handed
+        to the engine's ``tokenizer_manager.generate_request``: SGLang looks the text up itself and writes the rows over
+        their positions. It neither reads nor fills its prefix cache for such a request. Not run on SGLang: it needs a
+        GPU.
+
+        Raises
+        ------
+        ValueError
+            As ``for_sglang``; or if the prompt has no slot, which needs no overrides.
+        """
+        self._require_unscaled()
+        positions = [row for row, text in enumerate(self.is_token) if not text]
+        if not positions:
+            raise ValueError("overrides: the prompt has no slot, hand over its token_ids alone")
+        return list(self.token_ids), self.embeds[positions], positions
+
+    def _require_unscaled(self) -> None:
         if self.model_type in _SCALED_BY_SGLANG:
             raise ValueError(
                 f"model_type: got {self.model_type!r}, needs another decoder: SGLang multiplies this one's prompt "
                 "embeddings by the square root of the width"
             )
-        return {"input_embeds": self.embeds.tolist()}
 
 
 @torch.no_grad()
