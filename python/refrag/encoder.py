@@ -71,6 +71,9 @@ class TextEmbedder:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._positions = getattr(
+            model.config.encoder_config, "max_position_embeddings", self.tokenizer.model_max_length
+        )
         self._kept: dict[tuple[str, ...], torch.Tensor] = {}
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
@@ -81,7 +84,7 @@ class TextEmbedder:
                 self.tokenizer,
                 texts,
                 special_tokens=self.model.config.encoder_special_tokens,
-                truncate_to=self.tokenizer.model_max_length,
+                truncate_to=min(self.tokenizer.model_max_length, self._positions),
             )
             with torch.no_grad():
                 embeds = self.model.encode_chunks(packed)

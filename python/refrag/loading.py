@@ -11,6 +11,7 @@ from refrag import weights
 from refrag.adapters import load_adapter
 from refrag.config import RefragConfig
 from refrag.model import RefragForCausalLM
+from refrag.policy import ExpansionPolicy
 from refrag.processor import RefragProcessor
 
 DEFAULT_K = 8  # what the adapter that comes along was trained for
@@ -83,11 +84,54 @@ def load_processor(folder: Path | None, k: int | None = None, chunker: str = "fi
     return RefragProcessor.from_config(config, *tokenizers, chunker=chunker)
 
 
+def is_adapter(folder: Path | None) -> bool:
+    """Whether a folder is what a stage of ``refrag train`` wrote."""
+    return folder is not None and (folder / "adapter.safetensors").is_file()
+
+
+def load_trained(
+    folder: Path,
+    k: int | None = None,
+    chunker: str = "fixed",
+    *,
+    encoder: str | None = None,
+    decoder: str | None = None,
+) -> tuple[RefragForCausalLM, RefragProcessor, ExpansionPolicy | None]:
+    """Load the model of a training stage, its processor, and its policy if it has one.
+
+    Parameters
+    ----------
+    folder : Path
+    k : int, optional
+    chunker : {"fixed", "sentence"}
+    encoder, decoder : str, optional
+        Folders or names of those it was trained on. The demo's when they aren't given; with pooling "concat" the
+        encoder is made of the decoder's token embeddings.
+
+    Raises
+    ------
+    ValueError
+        If the adapter was trained on others, or for another k.
+    """
+    from refrag.adapters import read_adapter
+    from refrag.training.recipe import Parts
+
+    fields = read_adapter(folder)[0]["fields"]
+    _check_k(k, fields["chunk_size"])
+    if encoder is None and fields["pooling"] != "concat":
+        encoder = str(weights.encoder_folder())
+    with weights.quiet_transformers():
+        parts, policy = Parts.load_trained(folder, decoder or weights.decoder_folder(), encoder=encoder)
+    tokenizers = (parts.tokenizer, parts.encoder_tokenizer)
+    processor = RefragProcessor.from_config(parts.model.config, *tokenizers, chunker=chunker)
+    return parts.model.eval(), processor, policy
+
+
 def _require(folder: Path, file: str) -> None:
     if not (folder / file).is_file():
         raise ValueError(
             f"--model: {folder} holds no {file}, needs a folder that RefragForCausalLM.save_pretrained and "
-            "RefragProcessor.save_pretrained wrote"
+            "RefragProcessor.save_pretrained wrote, or that of a training stage"
         )
 
 

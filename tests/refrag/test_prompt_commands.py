@@ -5,10 +5,12 @@ import re
 
 import pytest
 import torch
-from refrag import ExpansionPolicy, Passage, RefragConfig, RefragForCausalLM, RefragProcessor
+from refrag import ExpansionPolicy, Passage, RefragConfig, RefragForCausalLM, RefragProcessor, weights
+from refrag.adapters import Trained, add_policy, prepare, save_adapter
 from refrag.cli import app
 from refrag.inspection import PromptCounts, draw
 from refrag.passage_files import read_passages
+from refrag.training.recipe import Parts
 from transformers import BertConfig, LlamaConfig
 from typer.testing import CliRunner
 
@@ -136,9 +138,33 @@ def test_policy(saved, files):
     assert result.exit_code == 0 and "3 of" in result.stdout, result.output
 
 
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """What a training stage writes: a projector on the demo's decoder, and a policy."""
+    folder = tmp_path_factory.mktemp("stage")
+    parts = Parts.load(None, weights.decoder_folder(), k=8, preset="tokens")
+    save_adapter(prepare(parts.model, Trained(encoder="none")), folder)
+    add_policy(folder, ExpansionPolicy(parts.model.config.chunk_width, width=8, num_heads=2), folder)
+    return folder
+
+
+def test_the_folder_of_a_training_stage(stage, files):
+    arguments = (files / "bridge.txt", "--model", stage, "--chooser", "policy", "--expand", "1")
+    drawn = run("inspect", *arguments)
+    assert drawn.exit_code == 0 and "1 of 4 chunks" in drawn.stdout, drawn.output
+    answer = run("generate", *arguments, "--max-new-tokens", 2)
+    assert answer.exit_code == 0 and "1 of 4 chunks" in answer.stderr, answer.output
+    assert "untrained" not in answer.stderr
+    wrong = run("inspect", *arguments, "--k", 4)
+    assert wrong.exit_code == 2 and "--k: got 4, needs 8" in wrong.stderr
+    wrong = run("inspect", *arguments, "--encoder", weights.encoder_folder())
+    assert wrong.exit_code == 2 and "was trained on encoder" in wrong.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("bridge.txt", "--encoder", "x"), "--encoder: needs --model with the folder of a training stage"),
         ((), "passages: got none, needs files, or - for standard input"),
         (("bridge.txt", "--expand", "99"), "--expand: got 99 for prompt 0, needs 0 to "),
         (("bridge.txt", "--expand", "1.5"), "--expand: got '1.5', needs a share such as 0.25"),

@@ -31,6 +31,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above it tokens are drawn.")] = 0.0,
     seed: options.Seed = 0,
+    encoder: options.Encoder = None,
+    decoder: options.Decoder = None,
 ) -> None:
     """Answer a question over passages; chunks that are not expanded are read as one embedding each.
 
@@ -43,7 +45,7 @@ def generate(
         if temperature < 0:
             raise ValueError(f"--temperature: got {temperature}, needs 0 or more")
         chosen = options.PromptOptions(
-            passages or [], question, model, k, chunker, chooser, expand, threshold, policy, seed
+            passages or [], question, model, k, chunker, chooser, expand, threshold, policy, seed, encoder, decoder
         )
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         with notes.status("loading"):

@@ -24,6 +24,8 @@ def inspect(
     policy: options.Policy = None,
     hidden: Annotated[bool, typer.Option("--hidden", help="Write the text of compressed chunks too.")] = False,
     seed: options.Seed = 0,
+    encoder: options.Encoder = None,
+    decoder: options.Decoder = None,
 ) -> None:
     """Draw a prompt: its text, a slot such as [3] for each compressed chunk, expanded chunks as [4: text], and counts.
 
@@ -32,7 +34,7 @@ def inspect(
     console = Console()
     with clear_errors(console):
         chosen = options.PromptOptions(
-            passages or [], question, model, k, chunker, chooser, expand, threshold, policy, seed
+            passages or [], question, model, k, chunker, chooser, expand, threshold, policy, seed, encoder, decoder
         )
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         with Console(stderr=True).status("loading"):

@@ -21,7 +21,14 @@ Files = Annotated[
     typer.Argument(help="Passages: .jsonl files with a text and an id on each line, other files whole, - for stdin."),
 ]
 Question = Annotated[str, typer.Option(help="What to ask of them.")]
-Model = Annotated[Path | None, typer.Option(help="Folder of a saved model and processor; without it the demo's.")]
+Model = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a saved model and processor, or of a training stage; without it the demo's."),
+]
+Encoder = Annotated[
+    str | None, typer.Option(help="Folder or name of what a training stage began with; else the demo's.")
+]
+Decoder = Encoder
 K = Annotated[int | None, typer.Option("--k", help="Tokens of a chunk; 8, or what the model was made for.")]
 Chunker = Annotated[str, typer.Option(help="How passages are cut: fixed or sentence.")]
 ChooserName = Annotated[
@@ -58,9 +65,12 @@ class PromptOptions:
     threshold: float | None
     policy: Path | None
     seed: int
+    encoder: str | None = None
+    decoder: str | None = None
 
     _model: RefragForCausalLM | None = None
     _embedder: TextEmbedder | None = None
+    _stage_policy: ExpansionPolicy | None = None
 
     def __post_init__(self) -> None:
         if not self.question.strip():
@@ -85,13 +95,21 @@ class PromptOptions:
 
     def prompt(self, max_new_tokens: int = 0) -> tuple[RefragProcessor, MixedPrompt]:
         """Return the processor and the prompt it made."""
-        from refrag.loading import load_processor
+        from refrag.loading import is_adapter, load_processor, load_trained
         from refrag.passage_files import read_passages
         from refrag.prompt import Passage
 
         # A blank line parts them, and belongs to the passage so that it is compressed with it.
         passages = [Passage(one.text.rstrip() + "\n\n", one.id) for one in read_passages(self.files)]
-        processor = load_processor(self.model_folder, self.k, self.chunker)
+        if self.model_folder is not None and is_adapter(self.model_folder):
+            self._model, processor, self._stage_policy = load_trained(
+                self.model_folder, self.k, self.chunker, encoder=self.encoder, decoder=self.decoder
+            )
+        else:
+            for name in ("encoder", "decoder"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"--{name}: needs --model with the folder of a training stage beside it")
+            processor = load_processor(self.model_folder, self.k, self.chunker)
         parts: Any = [*passages, self.question.strip()]
         if processor.tokenizer.chat_template:
             parts = processor.apply_chat_template([{"role": "user", "content": parts}])
@@ -136,7 +154,9 @@ class PromptOptions:
         )
 
     def _policy(self, k: int) -> ExpansionPolicy:
-        """Return the policy that the options name; the demo's model has one of its own where an adapter is trained."""
+        """Return the policy that the options name; a stage's model and the demo's may have one of their own."""
+        if self.policy is None and self._stage_policy is not None:
+            return self._stage_policy
         from refrag import weights
         from refrag.adapters import load_policy
         from refrag.policy import ExpansionPolicy
