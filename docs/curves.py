@@ -36,7 +36,8 @@ def main():
         axes[place].set_xlabel("thousand tokens")
     window = 10
     rewards = [entry["reward"] for entry in policy]
-    smooth = [sum(rewards[max(0, step - window) : step + 1]) / min(step + 1, window + 1) for step in range(len(rewards))]
+    runs = [rewards[max(0, step - window) : step + 1] for step in range(len(rewards))]
+    smooth = [sum(run) / len(run) for run in runs]
     axes[2].plot(rewards, alpha=0.3)
     axes[2].plot(smooth, label=f"mean of {window + 1}")
     axes[2].set(title="policy", ylabel="reward, -nats per token", xlabel="step")
