@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # a file is written; no display is needed
 
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator  # noqa: E402
 
 from refrag.demo import CACHED, ENCODED, FULL, READINGS  # noqa: E402
@@ -56,13 +57,6 @@ def plot_curves(
     for name, points in curves.items():
         costs = [cost for _, cost in points]
         axes.plot(tokens, costs, color=_COLOURS[name], marker=_MARKERS[name], linewidth=2, markersize=5)
-        label = READINGS[name]
-        if name != FULL:
-            label += f"\n{curves[FULL][-1][1] / costs[-1]:.1f} x {better} at {tokens[-1]:,} tokens"
-        axes.annotate(
-            label, (tokens[-1], costs[-1]), xytext=(10, 0), textcoords="offset points",
-            color=_COLOURS[name], va="center", fontsize=9,
-        )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
@@ -76,5 +70,23 @@ def plot_curves(
     axes.grid(True, which="major", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    _label_ends(axes, curves, better)
     figure.savefig(to, bbox_inches="tight", format="png")
     plt.close(figure)
+
+
+def _label_ends(axes: Axes, curves: dict[str, list[tuple[int, float]]], better: str) -> None:
+    """Write what each curve is beside its end; where ends are close, labels move up."""
+    lowest = float("-inf")
+    for name, points in sorted(curves.items(), key=lambda curve: curve[1][-1][1]):
+        tokens, cost = points[-1]
+        label = READINGS[name]
+        if name != FULL:
+            label += f"\n{curves[FULL][-1][1] / cost:.1f} x {better} at {tokens:,} tokens"
+        end = axes.transData.transform((tokens, cost))[1] * 72 / axes.figure.dpi  # in points, as fonts are
+        place = max(end, lowest + 30)
+        lowest = place
+        axes.annotate(
+            label, points[-1], xytext=(10, place - end), textcoords="offset points", color=_COLOURS[name], va="center",
+            fontsize=9,
+        )  # fmt: skip
