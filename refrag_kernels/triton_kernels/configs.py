@@ -38,7 +38,7 @@ _ATTENTION_OTHER: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
     # Matrix instructions of sm_90 and sm_100 read shared memory: registers are left for longer steps.
     ("sm_90", 2): {"forward": {128: Config(64, 8, 2, 128)}},
     ("sm_100", 2): {"forward": {128: Config(64, 8, 2, 128)}, "dq": {64: Config(32, 8, 1, 128), 128: Config(32, 8, 2)}},
-    ("sm_120", 2): {"forward": {128: Config(32, 8, 2, 128)}},
+    ("sm_120", 2): {"forward": {128: Config(32, 8, 2, 128)}, "dq": {128: Config(32, 8, 2)}},
     # A wave has 512 registers if the block has 4; shared memory is 64 KiB.
     ("gfx942", 2): {
         "forward": {64: Config(64, 4, 2, 128), 128: Config(32, 4, 1), 256: Config(32, 4, 1)},
