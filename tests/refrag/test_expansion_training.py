@@ -150,3 +150,23 @@ def test_the_stage_keeps_its_policy_in_the_adapter(tmp_path, tokenizer, parts):
     assert run(5, tmp_path / "policy") == log
     with pytest.raises(ValueError, match="was made with"):
         run(6, tmp_path / "policy")
+
+
+def test_rollouts_can_be_scored_in_lower_precision(tmp_path, tokenizer, parts):
+    from refrag.adapters import Trained, prepare, save_adapter
+    from refrag.training.policy_stage import PolicyStage, run_policy_stage
+
+    save_adapter(prepare(parts.model, Trained(encoder="none")), tmp_path / "model")
+    documents = training_parts.documents(tokenizer)
+    rewards = {}
+    for precision in ("no", "bf16"):
+        stage = PolicyStage(
+            PolicySettings(steps=1, contexts=2, rollouts=3, share=0.25), 4, 4, 16, 2, precision=precision
+        )
+        with torch.enable_grad():
+            log = run_policy_stage(parts, stage, documents, tmp_path / "model", tmp_path / precision)
+        rewards[precision] = log[0]["reward"]
+    assert rewards["bf16"] != rewards["no"]
+    assert rewards["bf16"] == pytest.approx(rewards["no"], rel=0.02)
+    with pytest.raises(ValueError, match="precision: got 'fp8'"):
+        dataclasses.replace(stage, precision="fp8")

@@ -157,8 +157,10 @@ def policy(
     chunks: Annotated[int, typer.Option(help="Chunks of a context.")] = 32,
     output_tokens: Annotated[int, typer.Option(help="o, the tokens whose likelihood is the reward.")] = 64,
     learning_rate: Rate = 3e-4,
+    updates: Annotated[int, typer.Option(help="Optimizer steps on each step's rollouts.")] = 2,
     width: Annotated[int, typer.Option(help="Of the policy's two layers.")] = 128,
     held_out: HeldOut = 0.05,
+    precision: Precision = "bf16",
     seed: Seed = 0,
 ) -> None:
     """Stage 4: make a policy choose the chunks to expand, by reinforcement learning (REFRAG, A.1)."""
@@ -168,10 +170,13 @@ def policy(
         from refrag.training.expansion import PolicySettings
         from refrag.training.policy_stage import PolicyStage, run_policy_stage
 
-        settings = PolicySettings(steps, contexts, rollouts, expand, learning_rate=learning_rate, seed=seed)
+        settings = PolicySettings(
+            steps, contexts, rollouts, expand, updates=updates, learning_rate=learning_rate, seed=seed
+        )
         parts, _ = load_trained_parts(console, adapter, encoder, decoder)
         documents, _ = split_documents(read_documents(data, parts.tokenizer), held_out)
-        run_policy_stage(parts, PolicyStage(settings, chunks, output_tokens, width), documents, adapter, output)
+        stage = PolicyStage(settings, chunks, output_tokens, width, precision=precision)
+        run_policy_stage(parts, stage, documents, adapter, output)
         console.print(f"Wrote {output}/adapter.safetensors and log.jsonl", highlight=False, soft_wrap=True)
 
 

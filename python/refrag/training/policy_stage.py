@@ -35,6 +35,8 @@ class PolicyStage:
         Of the policy.
     checkpoint_every : int
         In steps.
+    precision : {"bf16", "no"}
+        Of the passes that score rollouts: bfloat16 autocast, or the model's own dtype. The policy itself is float32.
     """
 
     settings: PolicySettings
@@ -43,6 +45,11 @@ class PolicyStage:
     width: int = 128
     num_heads: int = 4
     checkpoint_every: int = 20
+    precision: str = "no"
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("bf16", "no"):
+            raise ValueError(f"precision: got {self.precision!r}, needs bf16 or no")
 
 
 def run_policy_stage(
@@ -96,14 +103,19 @@ def run_policy_stage(
         optimizer.load_state_dict(state["optimizer"])
         entries = state["log"]
 
+    def lower_precision() -> torch.autocast:
+        return torch.autocast(model.device.type, torch.bfloat16, enabled=stage.precision == "bf16")
+
     @torch.no_grad()
     def contexts(index: int) -> tuple[Sample, torch.Tensor]:
         sample = next_paragraph(windows.draw(stage.settings.seed, index), context, parts.k, parts.tokenizer, prefix)
         prompt, _ = parts.collate([sample])
-        return sample, model.encode_chunks(prompt.encoder_input)
+        with lower_precision():
+            return sample, model.encode_chunks(prompt.encoder_input)
 
     def reward(sample: Sample, rollouts: Sequence[frozenset[int]], embeds: torch.Tensor) -> torch.Tensor:
-        return rollout_rewards(model, parts.collate, sample, rollouts, embeds)
+        with lower_precision():
+            return rollout_rewards(model, parts.collate, sample, rollouts, embeds)
 
     with tqdm(total=stage.settings.steps, initial=len(entries), unit="step") as bar:
 
