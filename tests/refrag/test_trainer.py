@@ -107,6 +107,23 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path):
     assert len(list((folder / "checkpoints").glob("step-*"))) == 2  # older ones make room
 
 
+def test_two_processes_take_the_same_steps(tmp_path):
+    """Each takes its share of a step's samples; the mean is over the tokens of both."""
+    alone = figures(train(tmp_path / "alone", dropout=False))
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+        *(Path(__file__).with_name("train_once.py"), tmp_path / "both", "--no-dropout"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = figures([json.loads(line) for line in (tmp_path / "both" / "log.jsonl").read_text().splitlines()])
+    assert len(both) == len(alone) == 12
+    for one, two in zip(alone, both):
+        assert two == tuple(value and pytest.approx(value, rel=2e-4) for value in one)
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, tokenizer, encoder_tokenizer):
     train(tmp_path, steps=3)
     kept = sorted(tmp_path.rglob("*"))

@@ -1,4 +1,4 @@
-"""Train small models in a process of its own: ``python train_once.py FOLDER [STEPS]``."""
+"""Train small models in a process of its own: ``python train_once.py FOLDER [--no-dropout]``."""
 
 import sys
 
@@ -28,10 +28,14 @@ def stage(**settings):
     )  # fmt: skip
 
 
-def train(folder, *, mixed_precision="no", model=None, **settings):
+def train(folder, *, mixed_precision="no", model=None, dropout=True, **settings):
     tokenizer = AutoTokenizer.from_pretrained(weights.decoder_folder())
     encoder_tokenizer = AutoTokenizer.from_pretrained(weights.encoder_folder())
     own = model or parts(tokenizer, encoder_tokenizer)
+    if not dropout:
+        for module in own.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
     texts = documents(tokenizer), documents(tokenizer, seed=1)
     return run_stage(
         own, stage(**settings), *texts, folder, accelerator=Accelerator(cpu=True, mixed_precision=mixed_precision)
@@ -40,4 +44,4 @@ def train(folder, *, mixed_precision="no", model=None, **settings):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(sys.argv[1])
+    train(sys.argv[1], dropout="--no-dropout" not in sys.argv)

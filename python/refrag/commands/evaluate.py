@@ -41,6 +41,7 @@ def perplexity(
         float, typer.Option(help="Share of the documents, by content: that of training for a domain it saw, or 1.")
     ] = 1.0,
     untrained: Annotated[bool, typer.Option(help="Measure the decoder as it was before training, too.")] = True,
+    precision: Annotated[str, typer.Option(help="bf16, or no: the weights' own.")] = "no",
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """The paper's table: log-perplexity with the full context, without, its last s/k tokens, compressed, expanded.
@@ -49,10 +50,14 @@ def perplexity(
     """
     console = Console()
     with clear_errors(console):
+        import torch
+
         from refrag.training import perplexity as table
         from refrag.training.documents import read_documents, split_documents
         from refrag.training.recipe import Parts
 
+        if precision not in ("bf16", "no"):
+            raise ValueError(f"--precision: got {precision!r}, needs bf16 or no")
         parts, policy = load_trained_parts(console, adapter, encoder, decoder)
         parts.model.eval()
         names = [name.strip() for name in choosers.split(",") if name.strip()]
@@ -71,13 +76,15 @@ def perplexity(
             documents = read_documents([source], parts.tokenizer)
             if held_out < 1:
                 documents = split_documents(documents, held_out)[1]
-            raw[name] = table.measure(
-                parts, documents, conditions, samples=samples, seed=seed, policy=policy, base=base,
-                track=lambda items, name=name: track(console, list(items), f"reading {name}"),
-            )  # fmt: skip
+            with torch.autocast(parts.model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                raw[name] = table.measure(
+                    parts, documents, conditions, samples=samples, seed=seed, policy=policy, base=base,
+                    track=lambda items, name=name: track(console, list(items), f"reading {name}"),
+                )  # fmt: skip
             tables[name] = table.summary(raw[name])
             # After each domain: nothing is lost when a later one can't be read.
-            settings = {**dataclasses.asdict(conditions), "samples": samples, "seed": seed, "k": parts.k}
+            settings = {**dataclasses.asdict(conditions), "samples": samples, "seed": seed, "k": parts.k,
+                        "precision": precision}  # fmt: skip
             files = table.write_tables(output, tables, {**settings, "log_perplexity_of_samples": raw})
         console.print(Markdown(table.markdown(tables)))
         console.print("Wrote " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)

@@ -24,6 +24,7 @@ from transformers import get_cosine_schedule_with_warmup
 from refrag.adapters import trained_state
 from refrag.model import RefragForCausalLM
 from refrag.prompt import MixedPrompt
+from refrag.training.pause import wait_while_paused
 from refrag.training.samples import Sample, Sampler
 
 Collate = Callable[[Sequence[Sample]], tuple[MixedPrompt, torch.Tensor]]
@@ -147,6 +148,7 @@ class Trainer:
         losses: list[float] = []
         with tqdm(total=self.settings.steps, initial=self.step, disable=not main, unit="step") as bar:
             while self.step < self.settings.steps:
+                wait_while_paused()
                 losses.append(self._step())
                 bar.update()
                 rate = (self.tokens - tokens_before) / (time.perf_counter() - began)
