@@ -42,6 +42,10 @@ class RefragProcessor:
         As in RefragConfig.
     chunker : {"fixed", "sentence"} or Chunker
         Cuts passages: FixedChunks(tokenizer, k), SentenceChunks(tokenizer), or one of your own.
+    start_token : bool
+        Whether a prompt that would begin with a slot gets the decoder's start token before it, where its tokenizer has
+        one (``bos_token``). Decoders attend to their first row whatever it holds and read next to nothing from it
+        (arXiv 2309.17453): a slot there is lost.
 
     Raises
     ------
@@ -59,8 +63,8 @@ class RefragProcessor:
     >>> prompt = processor([passage, "When was the bridge built?"], expand={1})
     >>> [chunk.text for chunk in prompt.chunks]
     ['The bridge of Or', 'la was built in', ' 187', '1.']
-    >>> prompt.layout.lengths()  # a slot, an expanded chunk, two slots, the question
-    [[1, 4, 1, 1, 6]]
+    >>> prompt.layout.lengths()  # the start token, a slot, an expanded chunk, two slots, the question
+    [[1, 1, 4, 1, 1, 6]]
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class RefragProcessor:
         position_ids: str = "contiguous",
         encoder_special_tokens: bool = True,
         chunker: str | Chunker = "fixed",
+        start_token: bool = True,
     ) -> None:
         if position_ids not in ("contiguous", "original", "parallel"):
             raise ValueError(f"position_ids: got {position_ids!r}, needs contiguous, original or parallel")
@@ -82,6 +87,7 @@ class RefragProcessor:
         self.window = window
         self.position_ids = position_ids
         self.encoder_special_tokens = encoder_special_tokens
+        self.start_token = start_token
         self.chunker_name = chunker if isinstance(chunker, str) else None
         self.chunker = self._chunker(chunker) if isinstance(chunker, str) else chunker
 
@@ -98,6 +104,7 @@ class RefragProcessor:
         encoder_tokenizer: PreTrainedTokenizerBase,
         *,
         chunker: str | Chunker = "fixed",
+        start_token: bool = True,
     ) -> RefragProcessor:
         """Make the processor that goes with a model: its k, its choices, and its decoder's window."""
         return cls(
@@ -108,6 +115,7 @@ class RefragProcessor:
             position_ids=config.position_ids,
             encoder_special_tokens=config.encoder_special_tokens,
             chunker=chunker,
+            start_token=start_token,
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -123,7 +131,8 @@ class RefragProcessor:
         root = Path(folder)
         self.tokenizer.save_pretrained(root / "decoder_tokenizer")
         self.encoder_tokenizer.save_pretrained(root / "encoder_tokenizer")
-        settings = {name: getattr(self, name) for name in ("k", "window", "position_ids", "encoder_special_tokens")}
+        fields = ("k", "window", "position_ids", "encoder_special_tokens", "start_token")
+        settings = {name: getattr(self, name) for name in fields}
         settings["chunker"] = self.chunker_name
         (root / "refrag_processor.json").write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -206,8 +215,8 @@ class RefragProcessor:
             Where all passages are found, by their text, or by their id where they have none; their chunks and
             embeddings are taken from it, so that the model has nothing to encode.
         begin : bool
-            Whether a sequence begins here, with the decoder's beginning-of-sequence token if it has one. False for what
-            is appended to a ``GenerationState``.
+            Whether a sequence begins here: with the token that the decoder's tokenizer begins texts with if it has one,
+            and see ``start_token``. False for what is appended to a ``GenerationState``.
 
         Returns
         -------
@@ -235,6 +244,9 @@ class RefragProcessor:
         sequences = [self._spans(index, prompt, stored, begin) for index, prompt in enumerate(batch)]
         chunks = [[span for _, span in spans if isinstance(span, Chunk)] for spans in sequences]
         expanded = expanded_chunks(chunks, self._questions(batch, question), expand, expand_count, chooser)
+        if begin:
+            firsts = itertools.accumulate(map(len, chunks), initial=0)
+            sequences = [self._started(spans, first in expanded) for spans, first in zip(sequences, firsts)]
         packed = pack_spans(
             sequences,
             expanded,
@@ -259,7 +271,7 @@ class RefragProcessor:
         ValueError
             As ``__call__``.
         """
-        return self._spans(0, prompt, None, True)
+        return self._started(self._spans(0, prompt, None, True), False)
 
     def _spans(
         self, index: int, prompt: Sequence[Part], stored: Iterator[list[Chunk]] | None, begin: bool
@@ -291,6 +303,13 @@ class RefragProcessor:
         if begin and prefix and beginning[: len(prefix)] != prefix:
             spans.insert(0, (-1, prefix))
         return spans
+
+    def _started(self, spans: list[Span], is_text: bool) -> list[Span]:
+        """Return the spans with the start token before a first chunk that doesn't stand as text."""
+        start = self.tokenizer.bos_token_id
+        if is_text or not self.start_token or start is None or not isinstance(spans[0][1], Chunk):
+            return spans
+        return [(-1, [start]), *spans]
 
     def _questions(self, batch: Sequence[Sequence[Part]], question: str | Sequence[str] | None) -> list[str]:
         """Return what choosers compare with, for each prompt."""

@@ -1,5 +1,7 @@
 """RefragProcessor: chunks aligned by text, packed rows, chat templates, and what it refuses."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -58,7 +60,7 @@ def test_rows_of_a_mixed_prompt(processor, tokenizer, encoder_tokenizer):
 
 
 def test_original_positions(tokenizer, encoder_tokenizer):
-    processor = RefragProcessor(tokenizer, encoder_tokenizer, 4, position_ids="original")
+    processor = RefragProcessor(tokenizer, encoder_tokenizer, 4, position_ids="original", start_token=False)
     passage = Passage("one two three four five six")
     full = processor([passage, "So?"], expand=1.0)
     prompt = processor([passage, "So?"], expand={1})
@@ -107,8 +109,6 @@ def test_chat_template_keeps_passages_in_place(processor, tokenizer):
 
 
 def test_beginning_of_sequence_once(tokenizer, encoder_tokenizer):
-    import copy
-
     from tokenizers.processors import TemplateProcessing
 
     with_start = copy.deepcopy(tokenizer)
@@ -118,7 +118,29 @@ def test_beginning_of_sequence_once(tokenizer, encoder_tokenizer):
     processor = RefragProcessor(with_start, encoder_tokenizer, 4)
     for prompt in (["Hello"], [Passage("Hello")], ["<|im_start|>Hello"]):
         assert processor(prompt, expand=1.0).token_ids.tolist()[:2] == [1, tokenizer("Hello")["input_ids"][0]]
+    assert processor([Passage("Hello")]).slot_of_row.tolist() == [-1, 0]
     assert processor(["Hello"], begin=False).token_ids.tolist() == tokenizer("Hello")["input_ids"]
+
+
+def test_a_slot_never_comes_first(tokenizer, encoder_tokenizer):
+    passage, start = Passage("one two three four five six"), tokenizer.bos_token_id
+    processor = RefragProcessor(tokenizer, encoder_tokenizer, 4)
+    batch = [[passage, "So?"], [passage], ["So?", passage], [passage, "So?"]]
+    # In the last prompt the first chunk stands as text, so that no slot comes first.
+    prompt = processor(batch, expand={6})
+    starts = prompt.layout.sequence_offsets.tolist()[:-1]
+    assert [prompt.slot_of_row[row].item() for row in starts] == [-1] * 4
+    assert [prompt.token_ids[row].item() == start for row in starts] == [True, True, False, False]
+    assert prompt.slot_of_row[1] == 0 and prompt.passage_of_span.tolist()[:3] == [-1, 0, 0]
+    assert prompt.position_ids.tolist()[:3] == [0, 1, 2] and prompt.layout.lengths()[1] == [1, 1, 1]
+    assert processor.spans(batch[0])[0] == (-1, [start]) and processor.spans(batch[2])[0] != (-1, [start])
+    # Switched off, behind what was read before, and where the tokenizer has no such token.
+    assert processor(batch[0], begin=False).slot_of_row[0] == 0
+    off = RefragProcessor(tokenizer, encoder_tokenizer, 4, start_token=False)
+    assert off(batch[0]).slot_of_row[0] == 0 and off.spans(batch[0])[0][0] == 0
+    without = copy.deepcopy(tokenizer)
+    without.bos_token = None
+    assert RefragProcessor(without, encoder_tokenizer, 4)(batch[0]).slot_of_row[0] == 0
 
 
 def test_batch(processor):
@@ -174,7 +196,7 @@ def test_refuses_bad_prompts(processor):
 
 def test_a_prompt_too_long_says_by_how_much_and_what_fits(tokenizer, encoder_tokenizer):
     passage, question = Passage("word " * 400), "why " * 20
-    text = len(tokenizer(question)["input_ids"])
+    text = 1 + len(tokenizer(question)["input_ids"])  # with the start token
     tokens = len(tokenizer(passage.text)["input_ids"])
     window = text + 30
     processor = RefragProcessor(tokenizer, encoder_tokenizer, 4, window=window)
@@ -199,10 +221,11 @@ def test_a_prompt_too_long_says_by_how_much_and_what_fits(tokenizer, encoder_tok
 
 def test_save_and_load(processor, tmp_path):
     config = RefragConfig.from_preset("lclm", tiny.DECODERS["llama"], tiny.ENCODERS["bert"], chunk_size=3)
-    processor = RefragProcessor.from_config(config, processor.tokenizer, processor.encoder_tokenizer)
+    tokenizers = processor.tokenizer, processor.encoder_tokenizer
+    processor = RefragProcessor.from_config(config, *tokenizers, start_token=False)
     processor.save_pretrained(tmp_path)
     loaded = RefragProcessor.from_pretrained(tmp_path)
-    assert (loaded.k, loaded.window, loaded.encoder_special_tokens) == (3, 256, False)
+    assert (loaded.k, loaded.window, loaded.encoder_special_tokens, loaded.start_token) == (3, 256, False, False)
     parts = [{"role": "user", "content": [Passage(TEXTS["unicode"]), TEXTS["code"]]}]
     first, second = (one(one.apply_chat_template(parts), expand={1}) for one in (processor, loaded))
     assert torch.equal(first.token_ids, second.token_ids) and first.chunks == second.chunks

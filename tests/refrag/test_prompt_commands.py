@@ -76,7 +76,7 @@ def test_the_drawing_holds_every_chunk_once(saved, files):
 
 def test_counts(saved):
     processor = RefragProcessor.from_pretrained(saved)
-    batch = [["Read: ", Passage(BRIDGE)], [Passage("Rain."), "So?"]]
+    batch = [["Read: ", Passage(BRIDGE)], ["It says: ", Passage("Rain."), "So?"]]
     full = processor(batch, expand=1.0).layout.total_rows
     prompt = processor(batch, expand={0})
     counts = PromptCounts.of(prompt)
