@@ -103,6 +103,8 @@ def save_adapter(model: RefragForCausalLM, folder: str | os.PathLike[str]) -> Pa
         "fields": {field: getattr(model.config, field) for field in _FIELDS},
         "encoder": signature(model.encoder),
         "decoder": signature(model.decoder),
+        # Where they came from; empty for an encoder that was made of the decoder's embeddings.
+        "sources": {"encoder": _source(model.encoder), "decoder": _source(model.decoder)},
     }
     return _write(folder, trained_state(model), about)
 
@@ -235,6 +237,11 @@ def _write(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], 
     save_file(halved, part, metadata={"refrag": json.dumps(about)})
     os.replace(part, path)
     return path
+
+
+def _source(part: PreTrainedModel) -> str:
+    name = part.name_or_path
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def _inject_lora(part: PreTrainedModel, layers: tuple[str, ...], rank: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from refrag import weights
-from refrag.adapters import load_adapter
+from refrag.adapters import load_adapter, read_adapter
 from refrag.config import RefragConfig
 from refrag.model import RefragForCausalLM
 from refrag.policy import ExpansionPolicy
@@ -106,26 +106,56 @@ def load_trained(
     k : int, optional
     chunker : {"fixed", "sentence"}
     encoder, decoder : str, optional
-        Folders or names of those it was trained on. The demo's when they aren't given; with pooling "concat" the
-        encoder is made of the decoder's token embeddings.
+        Folders or names of those it was trained on, where they are not where ``trained_sources`` finds them.
 
     Raises
     ------
     ValueError
         If the adapter was trained on others, or for another k.
     """
-    from refrag.adapters import read_adapter
     from refrag.training.recipe import Parts
 
-    fields = read_adapter(folder)[0]["fields"]
-    _check_k(k, fields["chunk_size"])
-    if encoder is None and fields["pooling"] != "concat":
-        encoder = str(weights.encoder_folder())
+    _check_k(k, read_adapter(folder)[0]["fields"]["chunk_size"])
+    encoder, decoder = trained_sources(folder, encoder, decoder)
     with weights.quiet_transformers():
-        parts, policy = Parts.load_trained(folder, decoder or weights.decoder_folder(), encoder=encoder)
+        parts, policy = Parts.load_trained(folder, decoder, encoder=encoder)
     tokenizers = (parts.tokenizer, parts.encoder_tokenizer)
     processor = RefragProcessor.from_config(parts.model.config, *tokenizers, chunker=chunker)
     return parts.model.eval(), processor, policy
+
+
+def trained_sources(adapter: Path, encoder: str | None = None, decoder: str | None = None) -> tuple[str | None, str]:
+    """Return the encoder and decoder to load for an adapter: those given, else those that it was trained on.
+
+    A folder that is not there (any more) is taken for the demo's model: whether that fits is checked when it is loaded.
+
+    Parameters
+    ----------
+    adapter : Path
+    encoder, decoder : str, optional
+
+    Returns
+    -------
+    encoder : str or None
+        None for one that is made of the decoder's token embeddings.
+    decoder : str
+
+    Raises
+    ------
+    AdapterError
+        If the file is no adapter.
+    """
+    about = read_adapter(adapter)[0]
+    # An adapter of before they were written down: of the demo's models.
+    sources = about.get("sources", {"encoder": "" if about["fields"]["pooling"] == "concat" else None, "decoder": None})
+    if encoder is None and sources["encoder"] != "":
+        encoder = _present(sources["encoder"]) or str(weights.encoder_folder())
+    return encoder, decoder or _present(sources["decoder"]) or str(weights.decoder_folder())
+
+
+def _present(source: str | None) -> str | None:
+    """Return a source unless it is a folder that is not there."""
+    return source if source and (not Path(source).is_absolute() or Path(source).is_dir()) else None
 
 
 def _require(folder: Path, file: str) -> None:

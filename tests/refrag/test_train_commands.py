@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import tiny
 import torch
 import training_parts
+from refrag import weights
 from refrag.cli import app
+from refrag.loading import trained_sources
+from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 
@@ -63,18 +67,38 @@ def test_the_recipe(workplace):
     for folder in stages[:3]:
         log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         assert log[-1]["step"] == 3 and log[-1]["held_out_loss"] > 0
-    result = run("train", "policy", *texts, "--adapter", stages[2], "--decoder", workplace / "decoder", "--chunks", 4,
-                 "--output-tokens", 4, "--steps", 2, "--contexts", 2, "--rollouts", 3, "--expand", 0.25, "--width", 16,
-                 "--output", stages[3])  # fmt: skip
+    result = run("train", "policy", *texts, "--adapter", stages[2], "--chunks", 4, "--output-tokens", 4, "--steps", 2,
+                 "--contexts", 2, "--rollouts", 3, "--expand", 0.25, "--width", 16, "--output", stages[3])  # fmt: skip
     assert result.exit_code == 0, result.output
-    result = run("eval", "perplexity", "--adapter", stages[3], "--decoder", workplace / "decoder", "--data",
-                 f"words={workplace / 'texts'}", "--output", stages[4], "--context", 16, "--output-tokens", 4,
+    result = run("eval", "perplexity", "--adapter", stages[3], "--data", f"words={workplace / 'texts'}",
+                 "--output", stages[4], "--context", 16, "--output-tokens", 4,
                  "--samples", 2, "--rates", "2", "--choosers", "random")  # fmt: skip
     assert result.exit_code == 0, result.output
     table = json.loads((stages[4] / "perplexity.json").read_text())
     names = [row["condition"] for row in table["tables"]["words"]]
     assert names[-3:] == ["compressed", "random, 2x", "policy, 2x"] and "full context (untrained)" in names
     assert table["settings"]["k"] == 4
+
+
+def test_an_adapter_knows_its_encoder_and_decoder(workplace, encoder_tokenizer):
+    torch.manual_seed(0)
+    small = {**tiny._ENCODER, "vocab_size": len(encoder_tokenizer), "num_hidden_layers": 1}
+    BertModel(BertConfig(**small)).save_pretrained(workplace / "encoder")
+    encoder_tokenizer.save_pretrained(workplace / "encoder")
+    result = train("reconstruct", workplace, "--preset", "lclm", "--encoder", workplace / "encoder", "--output",
+                   workplace / "lclm", "--data", workplace / "texts", "--held-out", 0.2, "--max-chunks", 2,
+                   "--steps", 1)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert trained_sources(workplace / "lclm") == (str(workplace / "encoder"), str(workplace / "decoder"))
+    assert trained_sources(workplace / "lclm", "one", "two") == ("one", "two")
+    result = run("eval", "perplexity", "--adapter", workplace / "lclm", "--data", f"words={workplace / 'texts'}",
+                 "--output", workplace / "lclm-table", "--context", 16, "--output-tokens", 4, "--samples", 1,
+                 "--rates", "2", "--choosers", "cosine")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert (workplace / "lclm-table" / "perplexity.md").exists()
+    # One that doesn't say: of the demo's models.
+    shipped = weights.adapter_file(8)
+    assert trained_sources(shipped) == (None, str(weights.decoder_folder()))
 
 
 @pytest.mark.parametrize(

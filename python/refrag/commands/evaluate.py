@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from refrag.commands.train import Decoder, Encoder, folders, load_trained_parts
+from refrag.commands.train import TrainedPart, load_trained_parts
 from refrag.console import clear_errors, track
 
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a trained adapter on held-out text.")
@@ -28,8 +28,8 @@ def perplexity(
         list[str], typer.Option(help="Domain to measure on, name=source: a source as `refrag train` takes it.")
     ],
     output: Annotated[Path, typer.Option(help="Folder for the tables and the plot.")],
-    encoder: Encoder = None,
-    decoder: Decoder = None,
+    encoder: TrainedPart = None,
+    decoder: TrainedPart = None,
     context: Annotated[int, typer.Option(help="s, the tokens of a context.")] = 256,
     output_tokens: Annotated[int, typer.Option(help="o, the tokens that follow it.")] = 64,
     samples: Annotated[int, typer.Option(help="Contexts of each domain.")] = 128,
@@ -67,7 +67,8 @@ def perplexity(
         conditions = table.Conditions(context, output_tokens, numbers, tuple(names))
         base = None
         if untrained:
-            base = Parts.load(*folders(None, decoder, "tokens"), k=parts.k, preset="tokens").model.eval()
+            plain = parts.model.decoder.name_or_path
+            base = Parts.load(None, plain, k=parts.k, preset="tokens").model.eval()
         tables, raw = {}, {}
         for domain in data:
             name, separator, source = domain.partition("=")

@@ -25,6 +25,9 @@ Data = Annotated[list[str], typer.Option("--data", help=_DATA)]
 Output = Annotated[Path, typer.Option("--output", help="Folder for the log, checkpoints and the adapter.")]
 Encoder = Annotated[str | None, typer.Option(help=_MODEL)]
 Decoder = Annotated[str | None, typer.Option(help=_MODEL)]
+TrainedPart = Annotated[
+    str | None, typer.Option(help="Folder or hub name; what the adapter was trained on when it isn't given.")
+]
 K = Annotated[int, typer.Option("--k", help="Tokens of a chunk.")]
 Preset = Annotated[str, typer.Option(help="paper, lclm or tokens: see RefragConfig.")]
 Pooling = Annotated[str | None, typer.Option(help="first, mean, last or concat; the preset's when it isn't given.")]
@@ -148,8 +151,8 @@ def policy(
     data: Data,
     adapter: Annotated[Path, typer.Option(help="Output folder of the stage that trained the model.")],
     output: Output,
-    encoder: Encoder = None,
-    decoder: Decoder = None,
+    encoder: TrainedPart = None,
+    decoder: TrainedPart = None,
     steps: Steps = 200,
     contexts: Annotated[int, typer.Option(help="Contexts of a step.")] = 8,
     rollouts: Annotated[int, typer.Option(help="G, expansions drawn for each.")] = 8,
@@ -230,11 +233,15 @@ def folders(encoder: str | None, decoder: str | None, preset: str) -> tuple[str 
 
 
 def load_trained_parts(console: Console, adapter: Path, encoder: str | None, decoder: str | None) -> tuple[Parts, Any]:
-    """Load the model of an adapter, and its policy or None."""
+    """Load the model of an adapter, and its policy or None; its encoder and decoder unless others are named."""
+    from refrag.loading import trained_sources
     from refrag.training.recipe import Parts
 
+    encoder, decoder = trained_sources(adapter, encoder, decoder)
+    if Path(decoder).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     say(console, "loading encoder and decoder")
-    return Parts.load_trained(adapter, *folders(None, decoder, "tokens")[1:], encoder=encoder)
+    return Parts.load_trained(adapter, decoder, encoder=encoder)
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
