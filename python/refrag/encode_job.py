@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from refrag import attention, weights
 from refrag.config import RefragConfig
 from refrag.feed_forward import fuse_feed_forward
+from refrag.loading import DEFAULT_K, is_adapter, load_model, load_processor, load_trained
 from refrag.passage_encoder import PassageEncoder
 from refrag.processor import RefragProcessor
 from refrag.prompt import Passage
@@ -39,9 +40,11 @@ class EncodeJob:
     ----------
     store : Path
     model : Path or None
-        Folder that RefragForCausalLM.save_pretrained and RefragProcessor.save_pretrained wrote.
+        Folder that RefragForCausalLM.save_pretrained and RefragProcessor.save_pretrained wrote, or a training stage.
+        Without it and without an encoder, decoder and preset: the demo's model.
     encoder, decoder : str or None
-        Without ``model``: what from_pretrained takes. Of the decoder only the tokenizer is read.
+        Without ``model``: what from_pretrained takes. Of the decoder only the tokenizer is read. With a training stage:
+        what it began with, where that isn't found any more.
     k : int or None
     chunker : str or None
     preset : str or None
@@ -85,27 +88,39 @@ class EncodeJob:
             if value is not None and value not in allowed:
                 raise ValueError(f"--{name.replace('_', '-')}: got {value!r}, needs one of {', '.join(allowed)}")
         if self.model is not None:
-            for name in ("encoder", "decoder", "k", "chunker", "preset"):
+            stage = is_adapter(self.model)
+            for name in ("k", "preset") if stage else ("encoder", "decoder", "k", "chunker", "preset"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"--{name}: got {getattr(self, name)} beside --model, which decides it")
-            for name in ("config.json", "refrag_processor.json"):
+            for name in () if stage else ("config.json", "refrag_processor.json"):
                 if not (self.model / name).is_file():
                     raise ValueError(
                         f"--model: {self.model} has no {name}, needs a folder that RefragForCausalLM.save_pretrained "
-                        "and RefragProcessor.save_pretrained wrote"
+                        "and RefragProcessor.save_pretrained wrote, or that of a training stage"
                     )
 
     def passage_encoder(self) -> PassageEncoder:
-        """Load the encoder and the tokenizers; of a decoder no weights."""
+        """Load the encoder and the tokenizers; of a decoder no weights, unless the encoder is made of them."""
         with weights.quiet_transformers():
-            if self.model is not None:
+            if is_adapter(self.model):
+                sources = {"encoder": self.encoder, "decoder": self.decoder}
+                model, processor, _ = load_trained(self.model, chunker=self.chunker or "fixed", **sources)
+                config, encoder = model.config, self._placed(model.encoder)
+            elif self.model is not None:
                 config = RefragConfig.from_pretrained(self.model)
                 processor = RefragProcessor.from_pretrained(self.model)
                 # The model's file without the decoder: only the encoder's weights are read.
                 encoder = self._load(self.model, config=config.encoder_config, key_mapping={r"^encoder\.": ""})
+            elif self._is_demo() and weights.adapter_file(self.k or DEFAULT_K):
+                model = load_model(None, self.k)
+                processor = load_processor(None, self.k, self.chunker or "fixed")
+                config, encoder = model.config, self._placed(model.encoder)
             else:
                 config, processor, encoder = self._from_parts()
         return PassageEncoder(encoder, processor, config, batch_tokens=self.batch_tokens)
+
+    def _is_demo(self) -> bool:
+        return self.model is None and self.encoder is None and self.decoder is None and self.preset is None
 
     def _from_parts(self) -> tuple[RefragConfig, RefragProcessor, PreTrainedModel]:
         encoder = self._load(self.encoder or weights.encoder_folder())
@@ -113,8 +128,9 @@ class EncodeJob:
         # MiniLM, which is taken where no encoder is named, was trained with mean pooling.
         preset = self.preset or ("paper" if self.encoder else "lclm")
         config = RefragConfig.from_preset(
-            preset, AutoConfig.from_pretrained(decoder), encoder.config, chunk_size=self.k or 16
-        )
+            preset, AutoConfig.from_pretrained(decoder), encoder.config,
+            chunk_size=self.k or (DEFAULT_K if self._is_demo() else 16),
+        )  # fmt: skip
         tokenizers = _tokenizer(decoder), _tokenizer(self.encoder or weights.encoder_folder())
         processor = RefragProcessor.from_config(config, *tokenizers, chunker=self.chunker or "fixed")
         return config, processor, encoder
@@ -124,8 +140,13 @@ class EncodeJob:
             source, dtype=self.encoder_dtype, attn_implementation=attention.NAME, **options
         )
         fuse_feed_forward(encoder)
+        return self._placed(encoder)
+
+    def _placed(self, encoder: PreTrainedModel) -> PreTrainedModel:
+        """Return the encoder ready to run, on the device and in the dtype that it is to compute in."""
+        dtype = None if self.encoder_dtype == "auto" else DTYPES[self.encoder_dtype]
         try:
-            return encoder.eval().to(self.device)
+            return encoder.eval().to(device=self.device, dtype=dtype or encoder.dtype)
         except (RuntimeError, AssertionError) as error:  # torch's, for a device that it doesn't have
             raise ValueError(f"--device: got {self.device}: {str(error).splitlines()[0]}") from error
 

@@ -88,9 +88,24 @@ class TextEmbedder:
             )
             with torch.no_grad():
                 embeds = self.model.encode_chunks(packed)
-            # A question's and a prompt's at least.
-            self._kept = {**dict(list(self._kept.items())[-3:]), wanted: embeds}
+            self._keep(wanted, embeds)
         return self._kept[wanted]
+
+    def remember(self, texts: Sequence[str], embeds: torch.Tensor) -> None:
+        """Take note of embeddings that are known already, from a ``ChunkStore``: then they aren't made again.
+
+        Parameters
+        ----------
+        texts : sequence of str
+        embeds : Tensor [N, d_enc]
+            By the model's encoder.
+        """
+        encoder = self.model.encoder
+        self._keep(tuple(texts), embeds.to(device=encoder.device, dtype=encoder.dtype))
+
+    def _keep(self, texts: tuple[str, ...], embeds: torch.Tensor) -> None:
+        # A question's and a prompt's at least.
+        self._kept = {**dict(list(self._kept.items())[-3:]), texts: embeds}
 
 
 def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str, segments: int = 1) -> torch.Tensor:

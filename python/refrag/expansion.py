@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import torch
+
 from refrag.choosers import Chooser
+from refrag.encoder import TextEmbedder
 from refrag.prompt import Chunk
 
 
@@ -14,6 +17,7 @@ def expanded_chunks(
     expand: float | Collection[int | str] | None,
     expand_count: int | Sequence[int] | None,
     chooser: Chooser | None,
+    chunk_embeds: torch.Tensor | None = None,
 ) -> frozenset[int]:
     """Return the chunks to expand, numbered through the batch; see ``RefragProcessor.__call__``.
 
@@ -25,6 +29,8 @@ def expanded_chunks(
         Of each prompt.
     expand, expand_count, chooser
         What the user asked for.
+    chunk_embeds : Tensor [N, d_enc], optional
+        The chunks' embeddings where a store has them: for choosers that compare by a ``TextEmbedder``.
 
     Raises
     ------
@@ -48,6 +54,9 @@ def expanded_chunks(
                 raise ValueError(f"chooser: got None, needs a Chooser to expand {count} of the {len(own)} chunks")
             picks: Collection[int] = range(count or 0)
         else:
+            embedder = getattr(chooser, "embed", None)
+            if chunk_embeds is not None and isinstance(embedder, TextEmbedder):
+                embedder.remember([chunk.text for chunk in own], chunk_embeds[first : first + len(own)])
             picks = chooser(question, own, count)
             _check_picks(picks, index, len(own), count)
         expanded.update(first + pick for pick in picks)

@@ -213,7 +213,8 @@ class RefragProcessor:
             Room to leave in the decoder's window.
         store : ChunkStore, optional
             Where all passages are found, by their text, or by their id where they have none; their chunks and
-            embeddings are taken from it, so that the model has nothing to encode.
+            embeddings are taken from it, so that the model has nothing to encode, nor a chooser that compares by a
+            ``TextEmbedder`` but the question.
         begin : bool
             Whether a sequence begins here: with the token that the decoder's tokenizer begins texts with if it has one,
             and see ``start_token``. False for what is appended to a ``GenerationState``.
@@ -243,7 +244,8 @@ class RefragProcessor:
             stored, chunk_embeds = iter(store.chunks(passages)), store.get_many(passages).rows
         sequences = [self._spans(index, prompt, stored, begin) for index, prompt in enumerate(batch)]
         chunks = [[span for _, span in spans if isinstance(span, Chunk)] for spans in sequences]
-        expanded = expanded_chunks(chunks, self._questions(batch, question), expand, expand_count, chooser)
+        questions = self._questions(batch, question)
+        expanded = expanded_chunks(chunks, questions, expand, expand_count, chooser, chunk_embeds)
         if begin:
             firsts = itertools.accumulate(map(len, chunks), initial=0)
             sequences = [self._started(spans, first in expanded) for spans, first in zip(sequences, firsts)]

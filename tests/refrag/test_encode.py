@@ -178,12 +178,14 @@ def test_a_folder_without_a_model_is_refused(run, corpus, tmp_path):
     assert result.exit_code == 2 and "has no config.json, needs a folder that" in result.stderr
 
 
-def test_the_demos_encoder_is_the_default(run, tmp_path):
+def test_the_demos_encoders_are_the_defaults(run, tmp_path):
     (tmp_path / "one.txt").write_text("The bridge of Orla was built in 1871.")
-    assert run(tmp_path, encoder=False).exit_code == 0
+    assert run(tmp_path, "--preset", "lclm", encoder=False).exit_code == 0
     recipe = ChunkStore.open(tmp_path / "store").recipe
     assert recipe.encoder == str(weights.encoder_folder())
     assert recipe.pooling == "mean" and recipe.chunker == "fixed, k = 16"
+    assert run(tmp_path, "--k", "16", encoder=False).exit_code == 0  # for this k there is no adapter: the same encoder
+    assert len(list((tmp_path / "store").glob("shard-*"))) == 1
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,17 @@ def encode(
     ],
     store: Annotated[Path, typer.Option(help="The store's folder; made when it isn't there, else filled up.")],
     model: Annotated[
-        Path | None, typer.Option(help="Folder of a saved model and its processor, in place of the options below.")
+        Path | None,
+        typer.Option(
+            help="Folder of a saved model and its processor, or of a training stage. Without it, and without "
+            "--encoder, --decoder and --preset, the demo's model, as for `refrag generate`."
+        ),
     ] = None,
-    encoder: Annotated[str | None, typer.Option(help="Encoder, by folder or name; without it MiniLM.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Encoder, by folder or name; else MiniLM.")] = None,
     decoder: Annotated[
-        str | None, typer.Option(help="Decoder, of which only the tokenizer is read; without it SmolLM2.")
+        str | None, typer.Option(help="Decoder, of which only the tokenizer is read; else SmolLM2.")
     ] = None,
-    k: Annotated[int | None, typer.Option("--k", help="Tokens of a chunk; 16 when it isn't given.")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Tokens of a chunk; 8 for the demo's model, else 16.")] = None,
     chunker: Annotated[str | None, typer.Option(help="How passages are cut: fixed (the default) or sentence.")] = None,
     preset: Annotated[
         str | None, typer.Option(help="paper (the default) or lclm, which is the default for MiniLM: see RefragConfig.")

@@ -33,6 +33,8 @@ def generate(
     seed: options.Seed = 0,
     encoder: options.Encoder = None,
     decoder: options.Decoder = None,
+    store: options.Store = None,
+    ids: options.Ids = None,
 ) -> None:
     """Answer a question over passages; chunks that are not expanded are read as one embedding each.
 
@@ -45,8 +47,9 @@ def generate(
         if temperature < 0:
             raise ValueError(f"--temperature: got {temperature}, needs 0 or more")
         chosen = options.PromptOptions(
-            passages or [], question, model, k, chunker, chooser, expand, threshold, policy, seed, encoder, decoder
-        )
+            passages or [], question, model, k, chunker, chooser, expand, threshold, policy, seed, encoder, decoder,
+            store, ids,
+        )  # fmt: skip
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         with notes.status("loading"):
             import torch

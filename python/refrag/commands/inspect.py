@@ -26,6 +26,8 @@ def inspect(
     seed: options.Seed = 0,
     encoder: options.Encoder = None,
     decoder: options.Decoder = None,
+    store: options.Store = None,
+    ids: options.Ids = None,
 ) -> None:
     """Draw a prompt: its text, a slot such as [3] for each compressed chunk, expanded chunks as [4: text], and counts.
 
@@ -34,8 +36,9 @@ def inspect(
     console = Console()
     with clear_errors(console):
         chosen = options.PromptOptions(
-            passages or [], question, model, k, chunker, chooser, expand, threshold, policy, seed, encoder, decoder
-        )
+            passages or [], question, model, k, chunker, chooser, expand, threshold, policy, seed, encoder, decoder,
+            store, ids,
+        )  # fmt: skip
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         with Console(stderr=True).status("loading"):
             from refrag.inspection import PromptCounts, draw

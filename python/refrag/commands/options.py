@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from refrag.policy import ExpansionPolicy
     from refrag.processor import RefragProcessor
     from refrag.prompt import MixedPrompt
+    from refrag.store import ChunkStore
 
 Files = Annotated[
     list[Path] | None,
@@ -26,7 +27,8 @@ Model = Annotated[
     typer.Option(help="Folder of a saved model and processor, or of a training stage; without it the demo's."),
 ]
 Encoder = Annotated[
-    str | None, typer.Option(help="Folder or name of what a training stage began with; else the demo's.")
+    str | None,
+    typer.Option(help="Folder or name of what a training stage began with, where it isn't found there any more."),
 ]
 Decoder = Encoder
 K = Annotated[int | None, typer.Option("--k", help="Tokens of a chunk; 8, or what the model was made for.")]
@@ -48,6 +50,11 @@ Policy = Annotated[
     Path | None,
     typer.Option(help="For the chooser policy: folder of a saved ExpansionPolicy; the demo's model has its own."),
 ]
+Store = Annotated[
+    Path | None,
+    typer.Option(help="Store that `refrag encode` filled with the passages: their chunks aren't encoded again."),
+]
+Ids = Annotated[list[str] | None, typer.Option("--id", help="Passage of the store, by its id; may be repeated.")]
 Seed = Annotated[int, typer.Option(help="For the chooser random, and for sampling.")]
 
 
@@ -67,6 +74,8 @@ class PromptOptions:
     seed: int
     encoder: str | None = None
     decoder: str | None = None
+    store: Path | None = None
+    ids: list[str] | None = None
 
     _model: RefragForCausalLM | None = None
     _embedder: TextEmbedder | None = None
@@ -75,8 +84,10 @@ class PromptOptions:
     def __post_init__(self) -> None:
         if not self.question.strip():
             raise ValueError("--question: is empty, needs text")
-        if not self.files:
-            raise ValueError("passages: got none, needs files, or - for standard input")
+        if self.ids and self.store is None:
+            raise ValueError(f"--id: got {self.ids[0]}, needs --store beside it")
+        if not self.files and not self.ids:
+            raise ValueError("passages: got none, needs files, or - for standard input, or --id with --store")
         if self.threshold is not None and self.chooser != "threshold":
             raise ValueError(f"--threshold: got {self.threshold}, needs --chooser threshold beside it")
         if self.policy is not None and self.chooser != "policy":
@@ -99,8 +110,7 @@ class PromptOptions:
         from refrag.passage_files import read_passages
         from refrag.prompt import Passage
 
-        # A blank line parts them, and belongs to the passage so that it is compressed with it.
-        passages = [Passage(one.text.rstrip() + "\n\n", one.id) for one in read_passages(self.files)]
+        passages = read_passages(self.files)
         if self.model_folder is not None and is_adapter(self.model_folder):
             self._model, processor, self._stage_policy = load_trained(
                 self.model_folder, self.k, self.chunker, encoder=self.encoder, decoder=self.decoder
@@ -110,21 +120,44 @@ class PromptOptions:
                 if getattr(self, name) is not None:
                     raise ValueError(f"--{name}: needs --model with the folder of a training stage beside it")
             processor = load_processor(self.model_folder, self.k, self.chunker)
-        parts: Any = [*passages, self.question.strip()]
+        parts: Any = []
+        if self.store is None:
+            # A blank line parts them, and belongs to the passage so that it is compressed with it.
+            parts += [Passage(one.text.rstrip() + "\n\n", one.id) for one in passages]
+        else:
+            # The store knows passages as they are, so the blank line is text.
+            for passage in [*passages, *(Passage(id=name) for name in self.ids or ())]:
+                parts += [passage, "\n\n"]
+        parts.append(self.question.strip())
         if processor.tokenizer.chat_template:
             parts = processor.apply_chat_template([{"role": "user", "content": parts}])
-        chooser = self._chooser(processor)
+        chooser, store = self._chooser(processor), self._open_store(processor)
         try:
             prompt = processor(
-                parts, chooser=chooser, question=self.question.strip(), max_new_tokens=max_new_tokens, **self.amount
-            )
+                parts, chooser=chooser, question=self.question.strip(), max_new_tokens=max_new_tokens, store=store,
+                **self.amount,
+            )  # fmt: skip
         except ValueError as error:
             raise ValueError(str(error).replace("expand_count:", "--expand:")) from None
         return processor, prompt
 
+    def _open_store(self, processor: RefragProcessor) -> ChunkStore | None:
+        """Return the store, or refuse what another encoder, or another way of cutting passages, has filled."""
+        if self.store is None:
+            return None
+        from refrag.recipe import ChunkRecipe
+        from refrag.store import ChunkStore
+
+        model = self.model()
+        return ChunkStore.open(self.store, ChunkRecipe.of(model.encoder, processor, model.config))
+
     def chunk_embeds(self, prompt: MixedPrompt) -> Any:
         """Return the embeddings that a chooser has made of the prompt's chunks already, or None."""
-        return None if self._embedder is None else self._embedder([chunk.text for chunk in prompt.chunks])
+        return (
+            None
+            if self._embedder is None or self.store is not None
+            else self._embedder([chunk.text for chunk in prompt.chunks])
+        )
 
     def _chooser(self, processor: RefragProcessor) -> Chooser | None:
         from refrag import choosers
