@@ -1,4 +1,4 @@
-"""Cases of pool_chunks, project_chunks and embed_mixed: from the encoder's rows to the decoder's."""
+"""Cases of pool_chunks, project_chunks, embed_mixed and linear_rows: the ops on rows."""
 
 from __future__ import annotations
 
@@ -120,11 +120,28 @@ def _pool(preset: str, context: int, k: int, dtype: torch.dtype, device: str) ->
     )
 
 
+def _linear(preset: str, dtype: torch.dtype, device: str) -> Case:
+    """One row through the largest layer of a decoder, from its width to its vocabulary."""
+    shape = PRESETS[preset]
+    x = _random(1, shape.hidden, dtype=dtype, device=device, seed=0)
+    weight = _random(shape.vocabulary, shape.hidden, dtype=dtype, device=device, seed=1, scale=_WEIGHT_SCALE)
+    return Case(
+        ours=lambda: rk.linear_rows(x, weight),
+        peers={"torch Linear": lambda: F.linear(x, weight)},
+        expected=lambda: F.linear(x.double(), weight.double()),
+        bound=bound_of(dtype),
+        bytes=float(weight.nbytes),
+        limit="read",
+    )
+
+
 def entries(sweep: Sweep) -> Iterator[Entry]:
-    """Yield the rows of pooling, projection and assembly."""
+    """Yield the rows of pooling, projection, assembly and the linear layer."""
     makers = {"pool_chunks": ("mean", _pool), "project_chunks": ("chunks", _project), "embed_mixed": ("mixed", _embed)}
     common = itertools.product(sweep.presets, sweep.context, sweep.k, sweep.dtypes)
     for preset, context, k, dtype in common:
         for op, (case, make) in makers.items():
             build = functools.partial(make, preset, context, k, dtype, sweep.device)
             yield Entry(op, case, preset, dtype, {"context": context, "k": k}, build)
+    for preset, dtype in itertools.product(sweep.presets, sweep.dtypes):
+        yield Entry("linear_rows", "head", preset, dtype, {}, functools.partial(_linear, preset, dtype, sweep.device))

@@ -23,6 +23,7 @@ constexpr const char* kSchemas[] = {
     "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
     "merge_states_backward(Tensor grad_out, Tensor grad_lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
     "-> (Tensor grad_out_a, Tensor grad_lse_a, Tensor grad_out_b, Tensor grad_lse_b)",
+    "linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "pool_chunks(Tensor hidden, Tensor chunk_offsets, str mode) -> Tensor",
     "project_chunks(Tensor chunks, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, Tensor? packed) "
     "-> Tensor",
@@ -66,6 +67,7 @@ STABLE_TORCH_LIBRARY_IMPL(refrag_cuda, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(refrag_cpu, CPU, m) {
   m.impl("mixed_attention", TORCH_BOX(&refrag::cpu::mixed_attention));
+  m.impl("linear_rows", TORCH_BOX(&refrag::cpu::linear_rows));
   m.impl("pool_chunks", TORCH_BOX(&refrag::cpu::pool_chunks));
   m.impl("pack_projection", TORCH_BOX(&refrag::cpu::pack_projection));
   m.impl("project_chunks", TORCH_BOX(&refrag::cpu::project_chunks));

@@ -3,6 +3,7 @@
 from refrag_kernels.attention import mixed_attention
 from refrag_kernels.backends import use_backend
 from refrag_kernels.layout import ChunkLayout
+from refrag_kernels.linear import linear_rows
 from refrag_kernels.mask import ChunkMask
 from refrag_kernels.paged import append_kv, merge_states, paged_attention
 from refrag_kernels.plan import AttentionPlan, PlanCapacity, plan_attention
@@ -19,6 +20,7 @@ __all__ = [
     "VisibleRanges",
     "append_kv",
     "embed_mixed",
+    "linear_rows",
     "merge_states",
     "mixed_attention",
     "paged_attention",

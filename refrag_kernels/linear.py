@@ -1,0 +1,81 @@
+"""linear_rows: a linear layer on a few rows, such as those of a decode step."""
+
+from __future__ import annotations
+
+import torch
+
+from refrag_kernels.registration import register_op
+from refrag_kernels.validation import (
+    FLOAT_DTYPES,
+    check_dtype,
+    check_last_contiguous,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+)
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    check_dtype("weight", weight, *FLOAT_DTYPES)
+    check_dtype("x", x, *FLOAT_DTYPES)
+    check_shape("weight", weight, "d_out", "d_in")
+    check_shape("x", x, "N", weight.shape[1])
+    check_same_dtype(weight=weight, x=x)
+    check_same_device(weight=weight, x=x, bias=bias)
+    check_last_contiguous(x=x, weight=weight)
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[0])
+        check_same_dtype(weight=weight, bias=bias)
+        check_last_contiguous(bias=bias)
+
+
+def _fake(x, weight, bias, *, backend=None):
+    _check(x, weight, bias)
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+_linear_rows = register_op(
+    "linear_rows(Tensor x, Tensor weight, Tensor? bias, *, str? backend=None) -> Tensor",
+    family="linear",
+    fake=_fake,
+    autocast=("x", "weight", "bias"),
+)
+
+
+def linear_rows(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None
+) -> torch.Tensor:
+    """Apply a linear layer to a few rows: y = x W^T + b, with the weights read once, as they lie, by all threads.
+
+    With a row or two the time is that of reading the weights. torch reads them with one thread there; so this is for
+    the steps of a generation on the CPU. With more than about 16 rows ``torch.nn.functional.linear`` is as fast or
+    faster, and on other devices the plain torch of the reference runs.
+
+    Parameters
+    ----------
+    x : Tensor [N, d_in]
+        float32, bfloat16 or float16 (the reference also float64). The last dimension must be contiguous.
+    weight : Tensor [d_out, d_in]
+        In the order of ``torch.nn.Linear``; in the dtype of ``x``, as ``bias``.
+    bias : Tensor [d_out], optional
+    backend : str, optional
+        Backends that may run this call, in order; default the fastest that supports it.
+
+    Returns
+    -------
+    Tensor [N, d_out]
+        In the dtype of ``x``; accumulated in float32. Not differentiable.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a dtype, shape, stride or device doesn't fit.
+
+    Examples
+    --------
+    >>> import torch, refrag_kernels as rk
+    >>> rk.linear_rows(torch.ones(1, 2), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
+    tensor([[ 3.,  7., 11.]])
+    """
+    _check(x, weight, bias)
+    return _linear_rows(x, weight, bias, backend=backend)
