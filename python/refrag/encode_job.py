@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from refrag import attention, weights
 from refrag.config import RefragConfig
 from refrag.feed_forward import fuse_feed_forward
+from refrag.inference_linear import use_inference_linears
 from refrag.loading import DEFAULT_K, is_adapter, load_model, load_processor, load_trained
 from refrag.passage_encoder import PassageEncoder
 from refrag.processor import RefragProcessor
@@ -140,6 +141,7 @@ class EncodeJob:
             source, dtype=self.encoder_dtype, attn_implementation=attention.NAME, **options
         )
         fuse_feed_forward(encoder)
+        use_inference_linears(encoder)
         return self._placed(encoder)
 
     def _placed(self, encoder: PreTrainedModel) -> PreTrainedModel:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import refrag_kernels as rk
+from refrag.inference_linear import InferenceLinear
 
 # transformers' names of the activations that the op knows.
 _ACTIVATIONS = {
@@ -67,7 +68,8 @@ def _is_fusible(layer: nn.Module) -> bool:
         getattr(output, "dropout", None),
         getattr(output, "LayerNorm", None),
     )
-    return all(type(part) is kind for part, kind in zip(parts, (nn.Linear, nn.Linear, nn.Dropout, nn.LayerNorm)))
+    kinds = ((nn.Linear, InferenceLinear), (nn.Linear, InferenceLinear), (nn.Dropout,), (nn.LayerNorm,))
+    return all(type(part) in kind for part, kind in zip(parts, kinds))
 
 
 def _feed_forward(self: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

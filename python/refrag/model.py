@@ -16,6 +16,7 @@ from refrag.config import RefragConfig
 from refrag.encoder import encode_packed
 from refrag.feed_forward import fuse_feed_forward
 from refrag.generation import PackedPrefill, packed_prefill, padded_inputs, require_empty
+from refrag.inference_linear import use_inference_linears
 from refrag.projector import ChunkProjector
 from refrag.prompt import Chunk, MixedPrompt, PackedTexts
 from refrag.state import GenerationState, append, first_step, generate_from, text_prompt
@@ -59,6 +60,8 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         self.decoder = AutoModelForCausalLM.from_config(
             config.text_config, attn_implementation=_attention_of(config.text_config)
         )
+        use_inference_linears(self.encoder)
+        use_inference_linears(self.decoder)
         self.projector = ChunkProjector(config)
         self.post_init()
 
@@ -69,7 +72,8 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         """Join a trained encoder and decoder by a new, untrained projector.
 
         Both models are taken, not copied: their attention becomes "refrag", which computes what "sdpa" computes where
-        no plan is given, and the encoder's feed-forward layers run fused where they can.
+        no plan is given, the encoder's feed-forward layers run fused where they can, and linear layers take faster
+        products on the CPU where no gradients are wanted.
 
         Parameters
         ----------
@@ -90,6 +94,8 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         for part in (encoder, decoder):
             part.set_attn_implementation(attention.NAME)
         fuse_feed_forward(encoder)
+        use_inference_linears(encoder)
+        use_inference_linears(decoder)
         model.projector = ChunkProjector(config).to(device=decoder.device, dtype=decoder.dtype)
         model.generation_config = copy.deepcopy(decoder.generation_config)
         return model.train(decoder.training)

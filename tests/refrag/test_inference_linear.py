@@ -1,0 +1,91 @@
+"""Linear layers without gradients: the same numbers, and torch's own product everywhere else."""
+
+import copy
+import pickle
+
+import pytest
+import tiny
+import torch
+from accuracy import relative_error
+from refrag import inference_linear
+from refrag.inference_linear import InferenceLinear, use_inference_linears
+from torch import nn
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Count the rows that the kernel gets."""
+    rows = []
+
+    def counting(x, weight, bias):
+        rows.append(len(x))
+        return kernel(x, weight, bias)
+
+    kernel = inference_linear.linear_rows
+    monkeypatch.setattr(inference_linear, "linear_rows", counting)
+    return rows
+
+
+@pytest.mark.parametrize("name", tiny.DECODERS)
+def test_a_decode_step_equals_the_plain_decoders(name, decoders, calls):
+    plain, ours = decoders[name], copy.deepcopy(decoders[name])
+    changed = use_inference_linears(ours)
+    assert changed == sum(isinstance(layer, nn.Linear) for layer in plain.modules()) > 15
+    ids = torch.randint(3, tiny.VOCABULARY, (1, 24))
+    logits = []
+    for model in (plain, ours):
+        cache = model(ids[:, :20]).past_key_values
+        logits += [torch.cat([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(20, 24)])]
+    assert relative_error(logits[1], logits[0]) < 1e-5
+    assert calls == [1] * 4 * changed
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    # Prompts and steps of beams.
+    calls.clear()
+    assert relative_error(ours(ids).logits, plain(ids).logits) < 1e-5 and not calls
+    assert relative_error(ours(ids[:, :2].repeat(3, 1)).logits, plain(ids[:, :2].repeat(3, 1)).logits) < 1e-5
+    assert set(calls) == {6}
+
+
+def test_generation_uses_it(calls):
+    model = tiny.refrag()
+    assert all(type(layer) is InferenceLinear for layer in model.decoder.modules() if isinstance(layer, nn.Linear))
+    model.generate(tiny.prompt(tiny.MIXED[:1]), max_new_tokens=3, do_sample=False)
+    assert set(calls) == {1}
+
+
+def test_everything_else_is_a_product_of_torchs(calls):
+    layer = nn.Sequential(nn.Linear(6, 5))
+    use_inference_linears(layer)
+    x = torch.randn(2, 6)
+    with torch.enable_grad():
+        layer(x).sum().backward()
+        assert layer[0].weight.grad is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        layer.to(dtype)
+        rows = torch.randn(3, 3, 6).to(dtype)
+        expected = nn.functional.linear(rows.double(), layer[0].weight.double(), layer[0].bias.double())
+        assert relative_error(layer(rows), expected) < (2e-6 if dtype == torch.float32 else 8e-3)
+    layer.double()(x.double())
+    assert not calls
+    with pytest.raises(RuntimeError):  # torch's own message
+        layer(x)
+    assert torch.compile(layer.float(), fullgraph=True, backend="eager")(x).shape == (2, 5) and not calls
+    assert layer(x).shape == (2, 5) and layer(x[0]).shape == (5,) and calls == [2, 1]
+
+
+def test_it_can_be_copied_and_pickled():
+    layer = nn.Sequential(nn.Linear(6, 5))
+    use_inference_linears(layer)
+    x = torch.randn(1, 6)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(twin[0]) is InferenceLinear and torch.equal(twin(x), layer(x))
+        twin[0].weight.add_(1)
+        assert not torch.equal(twin(x), layer(x))
+
+
+def test_without_the_kernels_nothing_changes(monkeypatch):
+    monkeypatch.setattr(inference_linear.extension, "cpu_missing", lambda: "not built")
+    layer = nn.Linear(2, 2)
+    assert use_inference_linears(layer) == 0 and type(layer) is nn.Linear
