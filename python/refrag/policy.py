@@ -141,9 +141,10 @@ def _check_picks(picks: torch.Tensor, chunks: int) -> None:
 class ExpansionPolicy(nn.Module, PyTorchModelHubMixin):
     """Scores each chunk by its worth as text: a transformer over the chunks' embeddings (REFRAG, A.1).
 
-    The paper gives two layers and leaves width, heads and positions open. Here the embeddings are normed and mapped to
-    ``width``, sinusoids mark the order of a sequence's chunks, and any number of chunks is taken. The last layer starts
-    at zero: an untrained policy picks at random. ``save_pretrained`` and ``from_pretrained`` write and read a folder.
+    The paper gives two layers and leaves width, heads and positions open. Here the embeddings are normed to length 1
+    and mapped to ``width``, sinusoids mark the order of a sequence's chunks, and any number of chunks is taken. The
+    last layer starts at zero: an untrained policy picks at random. ``save_pretrained`` and ``from_pretrained`` write
+    and read a folder.
 
     Parameters
     ----------
@@ -176,6 +177,9 @@ class ExpansionPolicy(nn.Module, PyTorchModelHubMixin):
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(embedding_size)
         self.input = nn.Linear(embedding_size, width)
+        # Quieter than the sinusoids: what a place is worth is learnt before what a text is worth.
+        nn.init.normal_(self.input.weight, std=0.3)
+        nn.init.zeros_(self.input.bias)
         layer = nn.TransformerEncoderLayer(
             width, num_heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -226,7 +230,10 @@ class ExpansionPolicy(nn.Module, PyTorchModelHubMixin):
             return chunk_embeds.new_zeros(batch, length)
         absent = torch.arange(length, device=chunk_embeds.device) >= counts[:, None]
         # Zeros, so that no NaN gets through what attention only multiplies by 0.
-        hidden = self.input(self.norm(chunk_embeds.masked_fill(absent[..., None], 0.0).to(self.input.weight.dtype)))
+        normed = self.norm(chunk_embeds.masked_fill(absent[..., None], 0.0).to(self.input.weight.dtype))
+        # Of length 1, not of size 1 in each dimension: an optimizer's step, alike for all weights, would otherwise move
+        # the scores further the wider the embeddings are, and thousands of dimensions drown all that was learnt.
+        hidden = self.input(normed * self.embedding_size**-0.5)
         hidden = hidden + _sinusoids(length, hidden.shape[2], hidden)
         # A sequence without chunks would leave a row of attention with nothing to see.
         padding = absent & (counts > 0)[:, None]

@@ -120,6 +120,28 @@ def test_a_policy_learns_what_is_rewarded(sample):
     assert not policy.training
 
 
+def test_wide_embeddings_do_not_drown_what_a_place_is_worth(sample):
+    """Thousands of dimensions that say nothing, much alike as those of real embeddings, and one place that counts."""
+    torch.manual_seed(0)
+    policy = ExpansionPolicy(4608, width=32, num_heads=2)
+    generator = torch.Generator().manual_seed(0)
+    alike = torch.randn(4608, generator=generator)
+    worth = 0.05 * torch.randn(120, 8, generator=generator)
+    worth[:, 7] += 0.14
+
+    def embeds():
+        return alike + 0.5 * torch.randn(8, 4608, generator=generator)
+
+    def reward(sample, rollouts, own):
+        return torch.stack([worth[sample, list(picks)].sum() for picks in rollouts])
+
+    settings = PolicySettings(steps=30, contexts=4, rollouts=8, share=0.25, learning_rate=1e-3)
+    with torch.enable_grad():
+        train_policy(policy, lambda index: (index, embeds()), reward, settings)
+        chances = policy(torch.stack([embeds() for _ in range(16)])).softmax(1).mean(0)
+    assert chances[7] > 0.3 and chances[:7].max() < 0.2
+
+
 def test_bad_settings():
     with pytest.raises(ValueError, match="rollouts: got 1"):
         PolicySettings(steps=1, rollouts=1)
