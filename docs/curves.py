@@ -25,7 +25,7 @@ def curve(axes, entries, name, label, **style):
 def main():
     """Write docs/images/training.png."""
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.2))
-    reconstruction, pretraining, policy = map(log, ("reconstruction", "pretraining", "policy"))
+    reconstruction, pretraining = map(log, ("reconstruction", "pretraining"))
     for name, label in (("accuracy", "all tokens"), ("first_token_accuracy", "first token")):
         curve(axes[0], reconstruction, name, label, marker=".")
     axes[0].set(title="reconstruction, held out", ylabel="accuracy", ylim=(0, None))
@@ -34,13 +34,12 @@ def main():
     axes[1].set(title="pre-training", ylabel="nats per token")
     for place in (0, 1):
         axes[place].set_xlabel("thousand tokens")
-    window = 10
-    rewards = [entry["reward"] for entry in policy]
-    runs = [rewards[max(0, step - window) : step + 1] for step in range(len(rewards))]
-    smooth = [sum(run) / len(run) for run in runs]
-    axes[2].plot(rewards, alpha=0.3)
-    axes[2].plot(smooth, label=f"mean of {window + 1}")
-    axes[2].set(title="policy", ylabel="reward, -nats per token", xlabel="step")
+    for seed in range(3):
+        # How far apart the rollouts of a context are: it falls as the policy makes up its mind.
+        spread = [entry["spread"] for entry in log(f"policy-{seed}")]
+        runs = [spread[max(0, step - 8) : step + 1] for step in range(len(spread))]
+        axes[2].plot([sum(run) / len(run) for run in runs], label=f"seed {seed}")
+    axes[2].set(title="policy: spread of its rollouts", ylabel="nats per token", xlabel="step", ylim=(0, None))
     for own in axes:
         own.legend()
         own.grid(alpha=0.3)
