@@ -67,6 +67,9 @@ class RefragConfig(PreTrainedConfig):
         Between the two layers of the MLP. The paper doesn't say.
     projector_bias : bool
         Whether both layers have a bias.
+    latents : int
+        m, the embeddings that the projector makes of a chunk, 1 to k: a compressed chunk takes so many slots, and the
+        compression is k / m at most. REFRAG has one.
     position_ids : {"contiguous", "original", "parallel"}
         Positions on the shortened sequence, or those that the rows would have in the full text (a slot takes the
         position of its chunk's last token). The paper doesn't say. "parallel" is ours: on the shortened sequence, but
@@ -101,6 +104,7 @@ class RefragConfig(PreTrainedConfig):
     projector_norm: str = "none"
     projector_activation: str = "gelu"
     projector_bias: bool = True
+    latents: int = 1
     position_ids: str = "contiguous"
     decoder_mask: str = "full"
 
@@ -115,6 +119,8 @@ class RefragConfig(PreTrainedConfig):
             raise ValueError(f"chunk_size: got {self.chunk_size!r}, needs an integer of 1 or more")
         if not isinstance(self.pool_segments, int) or self.pool_segments < 1:
             raise ValueError(f"pool_segments: got {self.pool_segments!r}, needs an integer of 1 or more")
+        if not isinstance(self.latents, int) or not 1 <= self.latents <= self.chunk_size:
+            raise ValueError(f"latents: got {self.latents!r}, needs 1 to the chunk_size of {self.chunk_size}")
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field}: got {getattr(self, field)!r}, needs one of {', '.join(choices)}")

@@ -48,7 +48,7 @@ class PromptCounts:
         """Count the rows of a prompt, or of a batch."""
         sizes = [len(chunk.token_ids) for chunk in prompt.chunks]
         tokens = sum(sizes)
-        rows = sum(size if index in prompt.expanded else 1 for index, size in enumerate(sizes))
+        rows = sum(size if index in prompt.expanded else prompt.latents for index, size in enumerate(sizes))
         total = prompt.layout.total_rows
         return PromptCounts(total, total - rows + tokens, len(sizes), len(prompt.expanded), rows, tokens)
 

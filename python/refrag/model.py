@@ -142,8 +142,12 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         Raises
         ------
         ValueError
-            If ``chunk_embeds`` is not of the prompt's N chunks.
+            If ``chunk_embeds`` is not of the prompt's N chunks, or the prompt has another number of slots a chunk.
         """
+        if prompt.latents != self.config.latents:
+            raise ValueError(
+                f"prompt: got {prompt.latents} slots a chunk, needs {self.config.latents}, the config's latents"
+            )
         needed = [len(prompt.chunks), self.config.chunk_width]
         if chunk_embeds is None:
             chunk_embeds = prompt.chunk_embeds
@@ -157,15 +161,20 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         table = self.get_input_embeddings()
         # Gemma scales its token embeddings, by a number rounded to their dtype.
         scale = getattr(table, "embed_scale", None)
-        return rk.embed_mixed(
-            prompt.token_ids,
-            table.weight,
-            self.projector.norm(chunk_embeds.to(table.weight.dtype)),
-            prompt.slot_of_row,
-            *self.projector.weights(),
-            activation=self.projector.activation,
-            token_scale=1.0 if scale is None else float(scale.to(table.weight.dtype)),
-        )
+        token_scale = 1.0 if scale is None else float(scale.to(table.weight.dtype))
+        chunks = self.projector.norm(chunk_embeds.to(table.weight.dtype))
+        weights, activation = self.projector.weights(), self.projector.activation
+        if self.config.latents == 1:
+            return rk.embed_mixed(
+                prompt.token_ids, table.weight, chunks, prompt.slot_of_row, *weights,
+                activation=activation, token_scale=token_scale,
+            )  # fmt: skip
+        text = torch.nn.functional.embedding(prompt.token_ids, table.weight) * token_scale
+        if not len(chunks):
+            return text
+        slots = rk.project_chunks(chunks, *weights, activation=activation).view(-1, text.shape[1])
+        of_row = prompt.slot_of_row
+        return torch.where((of_row >= 0)[:, None], slots[of_row.clamp(min=0).long()], text)
 
     def plans(self, prompt: MixedPrompt) -> attention.AttentionPlans:
         """Make the decoder's attention plans for a prompt."""
@@ -349,7 +358,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         PromptTooLongError
             If it doesn't fit into the decoder's window.
         """
-        self.read(text_prompt(state.tokens_of(chunk)), state)
+        self.read(text_prompt(state.tokens_of(chunk), self.config.latents), state)
 
     def prepare_inputs_for_generation(
         self,

@@ -23,6 +23,7 @@ def pack_spans(
     position_ids: str = "contiguous",
     encoder_special_tokens: bool = True,
     chunk_embeds: torch.Tensor | None = None,
+    latents: int = 1,
 ) -> MixedPrompt:
     """Pack a batch.
 
@@ -30,13 +31,15 @@ def pack_spans(
     ----------
     sequences : sequence of sequences of Span
     expanded : collection of int
-        Chunks, numbered through the batch, that stand as text; each of the others becomes one slot.
+        Chunks, numbered through the batch, that stand as text; the others become slots.
     encoder_tokenizer : PreTrainedTokenizerBase
     position_ids : {"contiguous", "original", "parallel"}
     encoder_special_tokens : bool
         Both as in RefragConfig.
     chunk_embeds : Tensor [N, d_enc], optional
         The chunks' embeddings where they are known: then nothing is tokenized for the encoder.
+    latents : int
+        Slots of a compressed chunk.
 
     Returns
     -------
@@ -72,11 +75,11 @@ def pack_spans(
             if isinstance(span, Chunk):
                 slot = -1 if len(chunks) in expanded else len(chunks)
                 chunks.append(span)
-            rows = 1 if slot >= 0 else len(own_tokens)
-            token_ids += [0] if slot >= 0 else own_tokens
-            slots += [slot] * rows
+            rows = latents if slot >= 0 else len(own_tokens)
+            token_ids += [0] * rows if slot >= 0 else own_tokens
+            slots += [slot * latents + latent for latent in range(rows)] if slot >= 0 else [-1] * rows
             if slot >= 0 and position_ids == "original":
-                position += len(own_tokens) - 1
+                position += max(len(own_tokens) - rows, 0)
             positions += range(position, position + rows)
             position += rows
             furthest = max(furthest, position)
@@ -96,4 +99,5 @@ def pack_spans(
             special_tokens=encoder_special_tokens,
         ),
         chunk_embeds=chunk_embeds,
+        latents=latents,
     )

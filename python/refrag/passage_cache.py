@@ -247,7 +247,7 @@ def _content(prompt: MixedPrompt, spans: list[int]) -> bytes:
     """Return a digest of all that the spans' embeddings and the distances in them follow from."""
     rows = _rows(prompt, spans)
     slots, positions = prompt.slot_of_row[rows], prompt.position_ids[rows]
-    chunks = slots[slots >= 0].tolist()
+    chunks = (slots[slots >= 0] // prompt.latents).unique().tolist()
     if prompt.chunk_embeds is not None:
         behind = [b"embedding", *(_bytes(prompt.chunk_embeds[chunk]) for chunk in chunks)]
     else:

@@ -42,6 +42,8 @@ class RefragProcessor:
         As in RefragConfig.
     chunker : {"fixed", "sentence"} or Chunker
         Cuts passages: FixedChunks(tokenizer, k), SentenceChunks(tokenizer), or one of your own.
+    latents : int
+        Slots of a compressed chunk, as in RefragConfig.
     start_token : bool
         Whether a prompt that would begin with a slot gets the decoder's start token before it, where its tokenizer has
         one (``bos_token``). Decoders attend to their first row whatever it holds and read next to nothing from it
@@ -77,6 +79,7 @@ class RefragProcessor:
         position_ids: str = "contiguous",
         encoder_special_tokens: bool = True,
         chunker: str | Chunker = "fixed",
+        latents: int = 1,
         start_token: bool = True,
     ) -> None:
         if position_ids not in ("contiguous", "original", "parallel"):
@@ -87,6 +90,7 @@ class RefragProcessor:
         self.window = window
         self.position_ids = position_ids
         self.encoder_special_tokens = encoder_special_tokens
+        self.latents = latents
         self.start_token = start_token
         self.chunker_name = chunker if isinstance(chunker, str) else None
         self.chunker = self._chunker(chunker) if isinstance(chunker, str) else chunker
@@ -115,6 +119,7 @@ class RefragProcessor:
             position_ids=config.position_ids,
             encoder_special_tokens=config.encoder_special_tokens,
             chunker=chunker,
+            latents=config.latents,
             start_token=start_token,
         )
 
@@ -131,7 +136,7 @@ class RefragProcessor:
         root = Path(folder)
         self.tokenizer.save_pretrained(root / "decoder_tokenizer")
         self.encoder_tokenizer.save_pretrained(root / "encoder_tokenizer")
-        fields = ("k", "window", "position_ids", "encoder_special_tokens", "start_token")
+        fields = ("k", "window", "position_ids", "encoder_special_tokens", "latents", "start_token")
         settings = {name: getattr(self, name) for name in fields}
         settings["chunker"] = self.chunker_name
         (root / "refrag_processor.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -256,6 +261,7 @@ class RefragProcessor:
             position_ids=self.position_ids,
             encoder_special_tokens=self.encoder_special_tokens,
             chunk_embeds=chunk_embeds,
+            latents=self.latents,
         )
         self._check_window(sequences, expanded, packed, max_new_tokens)
         return packed
@@ -362,15 +368,16 @@ class RefragProcessor:
             chunk += 1
         fits = []
         text = plain + sum(as_text)
-        if self.chunker_name == "fixed" and compressed and text + len(compressed) <= room:
+        slots = self.latents
+        if self.chunker_name == "fixed" and compressed and text + slots * len(compressed) <= room:
             k = self.k + 1
-            while text + sum(-(-sum(lengths) // k) for lengths in compressed.values()) > room:
+            while text + slots * sum(-(-sum(lengths) // k) for lengths in compressed.values()) > room:
                 k += 1
             fits.append(f"k = {k}")
         # Whichever of the expanded chunks stay so: the longest are counted.
-        left = room - plain - len(as_text) - sum(map(len, compressed.values()))
+        left = room - plain - slots * (len(as_text) + sum(map(len, compressed.values())))
         if as_text and left >= 0:
-            longest = itertools.accumulate(length - 1 for length in sorted(as_text, reverse=True))
+            longest = itertools.accumulate(length - slots for length in sorted(as_text, reverse=True))
             fits.append(f"{sum(more <= left for more in longest)} of its {len(as_text)} expanded chunks")
         if fits:
             return " or ".join(fits) + " would fit"

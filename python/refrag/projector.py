@@ -11,7 +11,8 @@ from refrag.config import RefragConfig
 class ChunkProjector(nn.Module):
     """The weights of phi, a two-layer MLP whose hidden size is the decoder's width (REFRAG, B.2).
 
-    It has no forward of its own: ``embed_mixed`` applies the two layers while it writes the mixed sequence.
+    Its second layer makes ``latents`` embeddings of a chunk, one after another. It has no forward of its own:
+    ``embed_mixed`` applies the two layers while it writes the mixed sequence.
     """
 
     def __init__(self, config: RefragConfig) -> None:
@@ -20,7 +21,7 @@ class ChunkProjector(nn.Module):
         self.activation = config.projector_activation
         self.norm = _norm(config.projector_norm, encoder_width)
         self.up = nn.Linear(encoder_width, decoder_width, bias=config.projector_bias)
-        self.down = nn.Linear(decoder_width, decoder_width, bias=config.projector_bias)
+        self.down = nn.Linear(decoder_width, config.latents * decoder_width, bias=config.projector_bias)
 
     def weights(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         """Return w1, b1, w2, b2 as ``embed_mixed`` takes them."""

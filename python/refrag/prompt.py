@@ -88,7 +88,7 @@ class MixedPrompt:
     token_ids : Tensor, int64 [T]
         Token of each row; 0 in a slot.
     slot_of_row : Tensor, int32 [T]
-        Which chunk's embedding stands in this row, -1 for text.
+        Which embedding stands in this row: with m latents, number j of chunk c is c * m + j; -1 for text.
     position_ids : Tensor, int64 [T]
     layout : ChunkLayout
         Sequences, and in them the spans: text, slots, expanded chunks.
@@ -102,6 +102,8 @@ class MixedPrompt:
         The N chunks' texts for the encoder; none of them where ``chunk_embeds`` is given.
     chunk_embeds : Tensor [N, d_enc], optional
         The chunks' embeddings, from a ``ChunkStore``.
+    latents : int
+        m, the slots of a compressed chunk.
     """
 
     token_ids: torch.Tensor
@@ -113,6 +115,7 @@ class MixedPrompt:
     expanded: frozenset[int]
     encoder_input: PackedTexts
     chunk_embeds: torch.Tensor | None = None
+    latents: int = 1
 
     @property
     def device(self) -> torch.device:
@@ -134,9 +137,11 @@ class MixedPrompt:
             [row for span in spans for row in range(offsets[span], offsets[span + 1])], dtype=torch.int64
         )
         rows = rows.to(self.device)
-        slots = torch.full((len(self.chunks) + 1,), -1, dtype=torch.int32, device=self.device)  # -1 stays -1
-        slots[torch.tensor(chunks, dtype=torch.int64, device=self.device)] = torch.arange(
-            len(chunks), dtype=torch.int32, device=self.device
+        latents = self.latents
+        slots = torch.full((len(self.chunks) * latents + 1,), -1, dtype=torch.int32, device=self.device)  # -1 stays -1
+        taken = [chunk * latents + latent for chunk in chunks for latent in range(latents)]
+        slots[torch.tensor(taken, dtype=torch.int64, device=self.device)] = torch.arange(
+            len(taken), dtype=torch.int32, device=self.device
         )
         given = self.chunk_embeds is not None
         return MixedPrompt(
@@ -149,6 +154,7 @@ class MixedPrompt:
             expanded=frozenset(index for index, chunk in enumerate(chunks) if chunk in self.expanded),
             encoder_input=self.encoder_input.take([] if given else chunks),
             chunk_embeds=self.chunk_embeds[chunks] if given else None,
+            latents=latents,
         )
 
     def to(self, device: torch.device | str) -> MixedPrompt:
@@ -156,6 +162,6 @@ class MixedPrompt:
         tensors = {
             field.name: getattr(self, field.name).to(device)
             for field in dataclasses.fields(self)
-            if field.name not in ("chunks", "expanded") and getattr(self, field.name) is not None
+            if field.name not in ("chunks", "expanded", "latents") and getattr(self, field.name) is not None
         }
         return dataclasses.replace(self, **tensors)

@@ -156,7 +156,7 @@ def append(model: Any, state: GenerationState, prompt: MixedPrompt | None, chunk
     if prompt is None:
         if not state.unread:
             return
-        prompt = text_prompt(state.unread)
+        prompt = text_prompt(state.unread, model.config.latents)
     else:
         if prompt.layout.num_sequences != 1 or not prompt.layout.total_rows:
             raise ValueError(
@@ -232,8 +232,8 @@ def first_step(state: GenerationState) -> CausalLMOutputWithPast:
     return CausalLMOutputWithPast(logits=state.last_logits(), past_key_values=state.cache)
 
 
-def text_prompt(token_ids: Sequence[int]) -> MixedPrompt:
-    """Return a prompt of one span of text."""
+def text_prompt(token_ids: Sequence[int], latents: int = 1) -> MixedPrompt:
+    """Return a prompt of one span of text, for a model of so many latents."""
     rows = len(token_ids)
     return MixedPrompt(
         token_ids=torch.tensor(token_ids, dtype=torch.int64),
@@ -244,6 +244,7 @@ def text_prompt(token_ids: Sequence[int]) -> MixedPrompt:
         chunks=(),
         expanded=frozenset(),
         encoder_input=PackedTexts(torch.zeros(0, dtype=torch.int64), ChunkLayout.from_lengths([[]])),
+        latents=latents,
     )
 
 

@@ -31,6 +31,7 @@ TrainedPart = Annotated[
 K = Annotated[int, typer.Option("--k", help="Tokens of a chunk.")]
 Preset = Annotated[str, typer.Option(help="paper, lclm or tokens: see RefragConfig.")]
 Pooling = Annotated[str | None, typer.Option(help="first, mean, last or concat; the preset's when it isn't given.")]
+Latents = Annotated[int, typer.Option(help="Slots of a compressed chunk.")]
 Start = Annotated[Path | None, typer.Option(help="Output folder of an earlier stage to go on from.")]
 TrainEncoder = Annotated[str, typer.Option(help="What to train of the encoder: all, lora or none.")]
 TrainDecoder = Annotated[str, typer.Option(help="What to train of the decoder: all, lora or none.")]
@@ -58,6 +59,7 @@ def reconstruct(
     k: K = 16,
     preset: Preset = "paper",
     pooling: Pooling = None,
+    latents: Latents = 1,
     start: Start = None,
     train_encoder: TrainEncoder = "all",
     train_decoder: TrainDecoder = "none",
@@ -92,6 +94,7 @@ def pretrain(
     k: K = 16,
     preset: Preset = "paper",
     pooling: Pooling = None,
+    latents: Latents = 1,
     start: Start = None,
     train_encoder: TrainEncoder = "all",
     train_decoder: TrainDecoder = "all",
@@ -125,6 +128,7 @@ def finetune(
     k: K = 16,
     preset: Preset = "paper",
     pooling: Pooling = None,
+    latents: Latents = 1,
     start: Start = None,
     train_encoder: TrainEncoder = "all",
     train_decoder: TrainDecoder = "all",
@@ -203,7 +207,9 @@ def _run_stage(objective: str, options: dict[str, Any]) -> None:
         )
         say(console, "loading encoder and decoder")
         encoder, decoder = folders(options["encoder"], options["decoder"], options["preset"])
-        fields = {} if options["pooling"] is None else {"pooling": options["pooling"]}
+        fields = {"latents": options["latents"]}
+        if options["pooling"] is not None:
+            fields["pooling"] = options["pooling"]
         parts = Parts.load(encoder, decoder, options["k"], options["preset"], **fields)
         common = {"start": options["start"], "accelerator": _accelerator(options["precision"])}
         try:

@@ -238,10 +238,16 @@ def mixed_cache_key(prompt: MixedPrompt, *, name: str = "", chunk_embeds: torch.
     token_ids, slots = prompt.token_ids.tolist(), prompt.slot_of_row.tolist()
     lengths = prompt.layout.chunk_offsets.diff().long()
     passages = prompt.passage_of_span.repeat_interleave(lengths).tolist()
-    contents = _slot_contents(prompt, {slot for slot in slots if slot >= 0}, chunk_embeds)
+    latents = prompt.latents
+    contents = _slot_contents(prompt, {slot // latents for slot in slots if slot >= 0}, chunk_embeds)
+
+    def latent(slot: int) -> list[int]:  # none where a chunk has one slot
+        return [] if latents == 1 else [slot % latents]
+
     # Every entry is as long as it says, so that no two lists of entries run together to the same bytes.
     entries = [
-        b"text" + _numbers([token]) if slot < 0 else b"slot" + contents[slot] for token, slot in zip(token_ids, slots)
+        b"text" + _numbers([token]) if slot < 0 else b"slot" + contents[slot // latents] + _numbers(latent(slot))
+        for token, slot in zip(token_ids, slots)
     ]
     keys = []
     bounds = prompt.layout.sequence_offsets.tolist()
@@ -256,16 +262,16 @@ def mixed_cache_key(prompt: MixedPrompt, *, name: str = "", chunk_embeds: torch.
     return keys
 
 
-def _slot_contents(prompt: MixedPrompt, slots: set[int], chunk_embeds: torch.Tensor | None) -> dict[int, bytes]:
+def _slot_contents(prompt: MixedPrompt, chunks: set[int], chunk_embeds: torch.Tensor | None) -> dict[int, bytes]:
     """Return a digest of 16 bytes for each chunk that stands in a slot."""
     if chunk_embeds is not None:
         rows = chunk_embeds.detach().cpu().contiguous()
         kind = f"{rows.dtype} {list(rows.shape[1:])}".encode()
         as_bytes = rows.view(torch.uint8).numpy()
-        return {slot: _digest(b"row", kind, as_bytes[slot].tobytes()) for slot in slots}
+        return {chunk: _digest(b"row", kind, as_bytes[chunk].tobytes()) for chunk in chunks}
     offsets = prompt.encoder_input.layout.chunk_offsets.tolist()
     ids = prompt.encoder_input.token_ids.tolist()
-    return {slot: _digest(b"ids", b"", _numbers(ids[offsets[slot] : offsets[slot + 1]])) for slot in slots}
+    return {chunk: _digest(b"ids", b"", _numbers(ids[offsets[chunk] : offsets[chunk + 1]])) for chunk in chunks}
 
 
 def _digest(kind: bytes, details: bytes, content: bytes) -> bytes:

@@ -113,7 +113,7 @@ def _spans_alike(prompt: MixedPrompt, labels: torch.Tensor, lengths: list[list[i
     if len(lengths) < 2:
         return 0
     chunks = len(prompt.chunks) // len(lengths)
-    unlike = prompt.slot_of_row.new_tensor([chunks])
+    unlike = prompt.slot_of_row.new_tensor([chunks * prompt.latents])
     alike = 0
     row = 0
     for span, own in enumerate(zip(*lengths)):

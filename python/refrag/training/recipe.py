@@ -100,6 +100,7 @@ class Parts:
             self.encoder_tokenizer,
             position_ids=config.position_ids,
             special_tokens=config.encoder_special_tokens,
+            latents=config.latents,
         )
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
@@ -110,7 +111,10 @@ class Parts:
     def signature(self) -> dict[str, Any]:
         """Say what a checkpoint of these parts belongs to."""
         decoder, encoder = self.model.decoder.config, self.model.encoder.config
+        # Not where a chunk has one slot: checkpoints of before there were others stay valid.
+        latents = self.model.config.latents
         return {
+            **({"latents": latents} if latents > 1 else {}),
             "k": self.k,
             "pooling": self.model.config.pooling,
             "decoder": [decoder.model_type, decoder.hidden_size, decoder.num_hidden_layers],
@@ -137,7 +141,8 @@ def start_projector(model: RefragForCausalLM) -> None:
             block = torch.randn(max(share, own), min(share, own), generator=generator)
             block = torch.linalg.qr(block)[0].to(up.weight)
             up.weight[rows, columns] += block if share >= own else block.T * (own / share) ** 0.5
-        down.weight.mul_(0.02).add_(torch.eye(width, dtype=down.weight.dtype))
+        same = torch.eye(width, dtype=down.weight.dtype)
+        down.weight.mul_(0.02).add_(same.repeat(model.config.latents, 1))
     for layer in (up, down):
         if layer.bias is not None:
             layer.bias.zero_()
@@ -280,8 +285,13 @@ def _train(
     folder: str | os.PathLike[str],
     accelerator: Accelerator | None,
 ) -> list[dict[str, Any]]:
+    latents = parts.model.config.latents
+
+    def counted(index: int) -> Sample:  # how many rows it has decides how samples are put together
+        return dataclasses.replace(sampler(index), latents=latents)
+
     trainer = Trainer(
-        parts.model, sampler, parts.collate, stage.settings, folder,
+        parts.model, counted, parts.collate, stage.settings, folder,
         evaluate=evaluate,
         signature={**parts.signature(), "objective": stage.objective, "trained": dataclasses.asdict(stage.trained)},
         accelerator=accelerator,

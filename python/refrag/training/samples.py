@@ -30,11 +30,14 @@ class Sample:
         The span that the model learns to write: text, after what it is written from.
     expanded : frozenset of int
         Which of its chunks stand as text.
+    latents : int
+        Slots of a compressed chunk.
     """
 
     spans: tuple[Span, ...]
     target: int
     expanded: frozenset[int] = frozenset()
+    latents: int = 1
 
     @property
     def num_chunks(self) -> int:
@@ -52,7 +55,7 @@ class Sample:
         rows, chunk = 0, 0
         for _, span in self.spans:
             if isinstance(span, Chunk):
-                rows += len(span.token_ids) if chunk in self.expanded else 1
+                rows += len(span.token_ids) if chunk in self.expanded else self.latents
                 chunk += 1
             else:
                 rows += len(span)
@@ -199,7 +202,12 @@ def answer_sampler(
 
 
 def collate(
-    samples: Sequence[Sample], encoder_tokenizer: PreTrainedTokenizerBase, *, position_ids: str, special_tokens: bool
+    samples: Sequence[Sample],
+    encoder_tokenizer: PreTrainedTokenizerBase,
+    *,
+    position_ids: str,
+    special_tokens: bool,
+    latents: int = 1,
 ) -> tuple[MixedPrompt, torch.Tensor]:
     """Pack samples.
 
@@ -219,6 +227,7 @@ def collate(
         encoder_tokenizer,
         position_ids=position_ids,
         encoder_special_tokens=special_tokens,
+        latents=latents,
     )
     counted = [index == sample.target for sample in samples for index in range(len(sample.spans))]
     lengths = prompt.layout.chunk_offsets.diff().long()
