@@ -2,17 +2,15 @@
 #include "cuda/attention.cuh"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <tuple>
 #include <vector>
 
-#include "cuda/launch.h"
+#include "cuda/attention_launch.h"
 
 namespace refrag::cuda {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr const char* kOp = "mixed_attention";
@@ -32,42 +30,27 @@ void launch_tiles(const AttentionParams& params, const AttentionGrid& grid, cuda
   }
 }
 
-template <class T>
-void launch_width(int64_t width, const AttentionParams& params, const AttentionGrid& grid, cudaStream_t stream) {
-  if (width == 64) return launch_tiles<T, 64>(params, grid, stream);
-  if (width == 96) return launch_tiles<T, 96>(params, grid, stream);
-  launch_tiles<T, 128>(params, grid, stream);
-}
-
 std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                            const std::vector<Tensor>& plan, double scale, double softcap,
                                            const std::optional<Tensor>& sinks) {
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k, v: need three dimensions");
-  const int64_t rows = q.size(0), heads = q.size(1), width = q.size(2), kv_heads = k.size(1);
-  STD_TORCH_CHECK(width == 64 || width == 96 || width == 128, "q: got a head width of ", width,
-                  ", needs 64, 96 or 128");
-  STD_TORCH_CHECK(k.size(2) == width && v.size(0) == k.size(0) && v.size(1) == kv_heads && v.size(2) == width,
+  const int64_t kv_heads = k.size(1);
+  check_queries(q, kv_heads);
+  STD_TORCH_CHECK(k.size(2) == q.size(2) && v.size(0) == k.size(0) && v.size(1) == kv_heads && v.size(2) == q.size(2),
                   "k, v: need the same shape, and the head width of q");
-  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "q: needs a multiple of the key/value heads");
-  check_16_bit("q", q);
-  check_rows("q", q, q);
   check_rows("k", k, q);
   check_rows("v", v, q);
   // The first tensors of AttentionPlan; the lists of tiles that follow them are for other kernels.
   STD_TORCH_CHECK(plan.size() >= 14, "plan: got ", plan.size(), " tensors, needs 14");
-  STD_TORCH_CHECK(plan[1].numel() == rows && plan[2].numel() == k.size(0), "plan: was made for other row counts");
+  STD_TORCH_CHECK(plan[1].numel() == q.size(0) && plan[2].numel() == k.size(0), "plan: was made for other row counts");
 
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  Tensor out = torch::stable::new_empty(q, {rows, heads, width});
-  Tensor lse = torch::stable::new_empty(q, {rows, heads}, ScalarType::Float);
-  if (out.numel() == 0) return {out, lse};
+  auto [out, lse] = empty_results(q);
+  if (q.numel() == 0) return {out, lse};
   AttentionParams params = {};
-  params.q = q.const_data_ptr();
+  set_queries(params, q, kv_heads, out, lse, sinks, scale, softcap);
   params.k = k.const_data_ptr();
   params.v = v.const_data_ptr();
-  params.out = out.mutable_data_ptr();
-  params.lse = static_cast<float*>(lse.mutable_data_ptr());
-  params.sinks = sinks_of(sinks, q);
   params.sizes = indices("plan", plan[0], q);
   params.q_blocks = reinterpret_cast<const int4*>(indices("plan", plan[3], q));
   params.full_offsets = indices("plan", plan[4], q);
@@ -80,26 +63,15 @@ std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, con
                       reinterpret_cast<uintptr_t>(params.full_ranges) % 8 == 0 &&
                       reinterpret_cast<uintptr_t>(params.partial_bits) % 16 == 0,
                   "plan: needs tensors that start at multiples of 16 bytes");
-  params.q_row = q.stride(0);
-  params.q_head = q.stride(1);
   params.k_row = k.stride(0);
   params.k_head = k.stride(1);
   params.v_row = v.stride(0);
   params.v_head = v.stride(1);
-  params.q_rows = static_cast<int32_t>(rows);
   params.kv_rows = static_cast<int32_t>(k.size(0));
   params.num_blocks = static_cast<int32_t>(plan[3].size(0));
-  params.q_heads = static_cast<int32_t>(heads);
-  params.group = static_cast<int32_t>(heads / kv_heads);
-  params.scale = static_cast<float>(scale);
-  params.softcap = static_cast<float>(softcap);
   const AttentionGrid grid = divide_attention(params, static_cast<int>(kv_heads));
   const cudaStream_t stream = current_stream(q);
-  if (q.scalar_type() == ScalarType::Half) {
-    launch_width<__half>(width, params, grid, stream);
-  } else {
-    launch_width<__nv_bfloat16>(width, params, grid, stream);
-  }
+  for_queries(q, [&]<class T, int D>() { launch_tiles<T, D>(params, grid, stream); });
   return {out, lse};
 }
 

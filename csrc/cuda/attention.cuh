@@ -11,13 +11,9 @@
 
 namespace refrag::cuda {
 
-struct AttentionParams {
-  const void* q;  // [q_rows, q_heads, D]
+struct AttentionParams : QueryParams {
   const void* k;  // [kv_rows, kv_heads, D]
   const void* v;
-  void* out;           // [q_rows, q_heads, D], contiguous
-  float* lse;          // [q_rows, q_heads]
-  const float* sinks;  // [q_heads] or null
   // The plan, see refrag_kernels/plan.py.
   const int32_t* sizes;
   const int4* q_blocks;
@@ -27,12 +23,10 @@ struct AttentionParams {
   const int32_t* partial_keys;
   const int32_t* partial_bits;
   // Elements from one row or head to the next.
-  int64_t q_row, q_head, k_row, k_head, v_row, v_head;
-  int32_t q_rows, kv_rows, num_blocks, q_heads;
-  int32_t group;  // query heads of a key/value head
+  int64_t k_row, k_head, v_row, v_head;
+  int32_t kv_rows, num_blocks;
   int32_t heads_per_group, blocks_per_group;
   int32_t head_groups;  // groups of heads of a key/value head
-  float scale, softcap;
 };
 
 constexpr int kMaxBlocksPerGroup = 4;

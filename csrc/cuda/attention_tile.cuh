@@ -25,6 +25,18 @@ struct Tile {
   }
 };
 
+// What every attention kernel is told of its queries and of what it writes.
+struct QueryParams {
+  const void* q;          // [q_rows, q_heads, D]
+  void* out;              // [q_rows, q_heads, D], contiguous
+  float* lse;             // [q_rows, q_heads]
+  const float* sinks;     // [q_heads] or null
+  int64_t q_row, q_head;  // elements from one row or head of q to the next
+  int32_t q_rows, q_heads;
+  int32_t group;  // query heads of a key/value head
+  float scale, softcap;
+};
+
 // How scores become exponents of 2: x = log2(e) * scale * s, or log2(e) * softcap * tanh(scale * s / softcap).
 struct ScoreScale {
   float inner;

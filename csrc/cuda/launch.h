@@ -8,7 +8,6 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
-#include <optional>
 
 #include "cuda/device.cuh"
 
@@ -88,15 +87,6 @@ inline const int32_t* indices(const char* name, const torch::stable::Tensor& ten
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
                   ": needs the device of the first argument");
   return static_cast<const int32_t*>(tensor.const_data_ptr());
-}
-
-// sinks [heads], or null.
-inline const float* sinks_of(const std::optional<torch::stable::Tensor>& sinks, const torch::stable::Tensor& q) {
-  if (!sinks) return nullptr;
-  STD_TORCH_CHECK(sinks->scalar_type() == torch::headeronly::ScalarType::Float && sinks->is_contiguous() &&
-                      sinks->numel() == q.size(1) && sinks->get_device_index() == q.get_device_index(),
-                  "sinks: needs a contiguous float32 tensor [H_q] on the device of q");
-  return static_cast<const float*>(sinks->const_data_ptr());
 }
 
 }  // namespace refrag::cuda

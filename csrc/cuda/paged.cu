@@ -7,7 +7,7 @@
 #include <array>
 #include <tuple>
 
-#include "cuda/launch.h"
+#include "cuda/attention_launch.h"
 #include "cuda/paged_rows.cuh"
 
 namespace refrag::cuda {
@@ -48,29 +48,18 @@ void launch_paged(const PagedParams& params, const PagedGrid& grid, cudaStream_t
          params);
 }
 
-template <class T>
-void launch_width(int64_t width, const PagedParams& params, const PagedGrid& grid, cudaStream_t stream) {
-  if (width == 64) return launch_paged<T, 64>(params, grid, stream);
-  if (width == 96) return launch_paged<T, 96>(params, grid, stream);
-  launch_paged<T, 128>(params, grid, stream);
-}
-
 std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                                            const Tensor& page_table, const Tensor& kv_lengths,
                                            std::optional<Tensor> q_offsets, std::optional<Tensor> visible_indptr,
                                            std::optional<Tensor> visible_ranges, double scale, double softcap,
                                            int64_t window_left, int64_t, std::optional<Tensor> sinks) {
   STD_TORCH_CHECK(q.dim() == 3 && k_pages.dim() == 4 && v_pages.dim() == 4, "q needs 3 dimensions, pages need 4");
-  const int64_t rows = q.size(0), heads = q.size(1), width = q.size(2), kv_heads = k_pages.size(2);
-  STD_TORCH_CHECK(width == 64 || width == 96 || width == 128, "q: got a head width of ", width,
-                  ", needs 64, 96 or 128");
-  STD_TORCH_CHECK(k_pages.size(3) == width && kv_heads > 0 && heads % kv_heads == 0,
-                  "k_pages: needs the head width of q, and a divisor of its heads");
+  const int64_t rows = q.size(0), kv_heads = k_pages.size(2);
+  check_queries(q, kv_heads);
+  STD_TORCH_CHECK(k_pages.size(3) == q.size(2), "k_pages: needs the head width of q");
   for (int64_t i = 0; i < 4; ++i) {
     STD_TORCH_CHECK(v_pages.size(i) == k_pages.size(i), "v_pages: needs the shape of k_pages");
   }
-  check_16_bit("q", q);
-  check_rows("q", q, q);
   check_rows("k_pages", k_pages, q);
   check_rows("v_pages", v_pages, q);
   PagedParams params = {};
@@ -92,17 +81,11 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_page
                     "visible.ranges: needs to start at a multiple of 8 bytes");
   }
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  Tensor out = torch::stable::new_empty(q, {rows, heads, width});
-  Tensor lse = torch::stable::new_empty(q, {rows, heads}, ScalarType::Float);
-  if (out.numel() == 0) return {out, lse};
-  params.q = q.const_data_ptr();
+  auto [out, lse] = empty_results(q);
+  if (q.numel() == 0) return {out, lse};
+  set_queries(params, q, kv_heads, out, lse, sinks, scale, softcap);
   params.k_pages = k_pages.const_data_ptr();
   params.v_pages = v_pages.const_data_ptr();
-  params.sinks = sinks_of(sinks, q);
-  params.out = out.mutable_data_ptr();
-  params.lse = static_cast<float*>(lse.mutable_data_ptr());
-  params.q_row = q.stride(0);
-  params.q_head = q.stride(1);
   params.k_page = k_pages.stride(0);
   params.k_slot = k_pages.stride(1);
   params.k_head = k_pages.stride(2);
@@ -110,30 +93,21 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_page
   params.v_slot = v_pages.stride(1);
   params.v_head = v_pages.stride(2);
   params.table_row = page_table.stride(0);
-  params.q_rows = static_cast<int32_t>(rows);
-  params.q_heads = static_cast<int32_t>(heads);
   params.num_sequences = static_cast<int32_t>(kv_lengths.numel());
   params.num_pages = static_cast<int32_t>(k_pages.size(0));
   params.page_size = static_cast<int32_t>(k_pages.size(1));
   params.max_pages = static_cast<int32_t>(page_table.size(1));
-  params.group = static_cast<int32_t>(heads / kv_heads);
   params.window_left = window_left < 0 || window_left > INT32_MAX ? -1 : static_cast<int32_t>(window_left);
-  params.scale = static_cast<float>(scale);
-  params.softcap = static_cast<float>(softcap);
   const PagedGrid grid = divide_paged(params, static_cast<int>(kv_heads));
   std::optional<Tensor> split_out, split_lse;
   if (grid.z > 1) {
-    split_out = torch::stable::new_empty(q, {grid.z, rows, heads, width}, ScalarType::Float);
-    split_lse = torch::stable::new_empty(q, {grid.z, rows, heads}, ScalarType::Float);
+    split_out = torch::stable::new_empty(q, {grid.z, rows, q.size(1), q.size(2)}, ScalarType::Float);
+    split_lse = torch::stable::new_empty(q, {grid.z, rows, q.size(1)}, ScalarType::Float);
     params.split_out = static_cast<float*>(split_out->mutable_data_ptr());
     params.split_lse = static_cast<float*>(split_lse->mutable_data_ptr());
   }
   const cudaStream_t stream = current_stream(q);
-  if (q.scalar_type() == ScalarType::Half) {
-    launch_width<__half>(width, params, grid, stream);
-  } else {
-    launch_width<__nv_bfloat16>(width, params, grid, stream);
-  }
+  for_queries(q, [&]<class T, int D>() { launch_paged<T, D>(params, grid, stream); });
   return {out, lse};
 }
 

@@ -11,8 +11,7 @@
 
 namespace refrag::cuda {
 
-struct PagedParams {
-  const void* q;        // [q_rows, q_heads, D]
+struct PagedParams : QueryParams {
   const void* k_pages;  // [num_pages, page_size, kv_heads, D]
   const void* v_pages;
   const int32_t* page_table;  // [num_sequences, max_pages]
@@ -20,21 +19,16 @@ struct PagedParams {
   const int32_t* q_offsets;   // [num_sequences + 1], or null: one row a sequence
   const int32_t* indptr;      // [q_rows + 1], or null: no ranges
   const int2* ranges;         // [num_ranges]
-  const float* sinks;         // [q_heads] or null
-  void* out;                  // [q_rows, q_heads, D]
-  float* lse;                 // [q_rows, q_heads]
   float* split_out;           // [splits, q_rows, q_heads, D] and
   float* split_lse;           // [splits, q_rows, q_heads]; both null with one split
   // Elements from one to the next.
-  int64_t q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row;
-  int32_t q_rows, q_heads, num_sequences, num_pages, page_size, max_pages, num_ranges;
-  int32_t group;           // query heads of a key/value head
-  int32_t heads_per_tile;  // of these, in one tile of 16 rows
+  int64_t k_page, k_slot, k_head, v_page, v_slot, v_head, table_row;
+  int32_t num_sequences, num_pages, page_size, max_pages, num_ranges;
+  int32_t heads_per_tile;  // of a group, in one tile of 16 rows
   int32_t head_tiles;
   int32_t rows_per_tile;  // query rows of a tile
   int32_t splits, split_keys;
   int32_t window_left;  // -1: no bound
-  float scale, softcap;
 };
 
 constexpr int kPagedStages = 2;
