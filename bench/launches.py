@@ -21,35 +21,32 @@ class Case:
     dtype: torch.dtype
     call: Callable[[], object]
     always: bool = False  # part of `make test`
-    unlisted: bool = False  # too many for docs/gpu-resources.md
     width: int = 0  # of a head
     spills_reported: bool = False  # rather than refused
-    matrix: bool = True  # tiles of 64 rows and more: the architecture's own matrix instruction is asked for
-
-    @property
-    def listed(self) -> bool:
-        """Whether the page docs/gpu-resources.md has it."""
-        return self.dtype == _BF16 and not self.unlisted
+    matrix: bool = True  # where a tile has 64 rows and more, the architecture's own matrix instruction is asked for
 
     def __str__(self):
         return self.name
 
 
-def _attention(width: int, group: int, dtype: torch.dtype, **options) -> Case:
-    # Softcap and sinks are the longest variant in their kernels, but the rarer one: it has a case of its own.
+def _attention(width: int, group: int, dtype: torch.dtype, few_keys: bool = False, **options) -> Case:
+    # Softcap and sinks are the longest variant in their kernels, but the rarer one: it has cases of its own.
     softcap, sinks = (30.0, torch.zeros(2 * group)) if options.pop("softcap", False) else (0.0, None)
 
     def call():
-        plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[64, 64]])).tensors()
+        if few_keys:  # the chunk encoder's
+            plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[16] * 8]), rk.ChunkMask.diagonal(), causal=False)
+        else:
+            plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[64, 64]]))
         q, kv = torch.empty(128, 2 * group, width, dtype=dtype), torch.empty(128, 2, width, dtype=dtype)
-        out, lse = attention.mixed_attention(q, kv, kv, plan, 0.1, softcap, sinks)
-        attention.mixed_attention_backward(q, lse, q, kv, kv, out, lse, plan, 0.1, softcap, sinks)
+        out, lse = attention.mixed_attention(q, kv, kv, plan.tensors(), 0.1, softcap, sinks)
+        attention.mixed_attention_backward(q, lse, q, kv, kv, out, lse, plan.tensors(), 0.1, softcap, sinks)
 
-    name = f"attention-{str(dtype)[6:]}-D{width}-group{group}{'-softcap' if softcap else ''}"
-    reported = width == 256 or dtype == _FP32 or softcap > 0
+    name = f"attention-{str(dtype)[6:]}-D{width}-group{group}{'-softcap' * bool(softcap)}{'-few_keys' * few_keys}"
     return Case(
-        name, dtype, call, spills_reported=reported, unlisted=group != 4 or width == 256, width=width, **options
-    )
+        name, dtype, call, spills_reported=width == 256 or dtype == _FP32, width=width,
+        matrix=not few_keys or group >= 4, **options,
+    )  # fmt: skip
 
 
 def _projection(rows: int, dtype: torch.dtype, backward: bool = False, **options) -> Case:
@@ -103,7 +100,17 @@ CASES = [
         for group in (1, 2, 4, 8)
         for dtype in (_BF16, _FP16, _FP32)
     ),
-    _attention(128, 4, _BF16, softcap=True),
+    *(
+        _attention(width, group, _BF16, softcap=True, always=width == 128 and group == 4)
+        for width, group in ((64, 1), (64, 4), (96, 1), (96, 4), (128, 1), (128, 2), (128, 4), (128, 8))
+    ),
+    *(
+        _attention(width, group, dtype, few_keys=True, always=dtype == _BF16 and width == 64 and group == 1)
+        for width in (64, 96, 128, 256)
+        for group in (1, 4)
+        for dtype in (_BF16, _FP16, _FP32)
+    ),
+    _attention(64, 1, _BF16, few_keys=True, softcap=True),
     *(
         _projection(rows, dtype, always=rows == 512 and dtype == _BF16)
         for rows in (8, 48, 200, 512)

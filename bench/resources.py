@@ -57,6 +57,7 @@ class Row:
     shared: int
     warps: int
     matrix: str = ""
+    tile: str = ""
 
     @property
     def blocks(self) -> int:
@@ -80,7 +81,7 @@ def triton_rows(architectures: Sequence[str] = ARCHITECTURES, progress: bool = F
     """Return a row for each kernel of Triton's that an op launches, by head width, dtype and architecture."""
     rows: dict[Row, None] = {}
     for case in launches.CASES:
-        for architecture in architectures if case.listed else ():
+        for architecture in architectures:
             if progress:
                 print(f"{case} {architecture}", file=sys.stderr, flush=True)
             for recorded in ahead_of_time.record(case.call, architecture):
@@ -88,22 +89,26 @@ def triton_rows(architectures: Sequence[str] = ARCHITECTURES, progress: bool = F
                 matrix = ", ".join(f"{count} {name}" for name, count in built.matrix.items() if count)
                 taken = (built.registers, built.spilled, built.shared, built.warps, matrix)
                 name = recorded.kernel.__name__.removesuffix("_kernel")
-                rows[Row(name, _shape(case, recorded), str(case.dtype)[6:], architecture, *taken)] = None
+                shape, tile = _shape(case, recorded)
+                rows[Row(name, shape, str(case.dtype)[6:], architecture, *taken, tile)] = None
     return list(rows)
 
 
-def _shape(case: launches.Case, recorded: ahead_of_time.Launch) -> str:
-    """Return what a kernel is specialised for: the head width, and the size of its tiles."""
+def _shape(case: launches.Case, recorded: ahead_of_time.Launch) -> tuple[str, str]:
+    """Return what a kernel is specialised for by a call, and the tile that was chosen for it."""
     a = recorded.arguments
     parts = [f"D {case.width}"] if case.width else []
+    tile = ""
     if "GROUP" in a and "STEP" in a:
         # The gradients of keys go by tiles of 64 keys, all others by tiles of query rows.
         rows = a["HEADS"] * a.get("ROWS", a.get("BLOCKS", 1) * 16) if "HEADS" in a else 64
-        parts += [f"{a['GROUP']} heads a key", f"tile {rows} x {a['STEP']}"]
-        parts += ["softcap"] if a["SOFTCAP"] else []
+        tile = f"{rows} x {a['STEP']}"
+        parts += [f"{a['GROUP']} heads a key", *(["softcap"] if a["SOFTCAP"] else [])]
+        parts += ["few keys"] if a.get("BLOCKS") == 1 and a["STEP"] == 16 else []
     elif "BM" in a:
-        parts += [f"tile {a['BM']} x {a['BN']} x {a['BK']}", *(["listed rows"] if a["LISTED"] else [])]
-    return ", ".join(parts)
+        tile = f"{a['BM']} x {a['BN']} x {a['BK']}"
+        parts += [case.name.split("-")[2].replace("N", "N "), *(["listed rows"] if a["LISTED"] else [])]
+    return ", ".join(parts), tile
 
 
 def triton_tables() -> str:
@@ -112,30 +117,40 @@ def triton_tables() -> str:
 
 
 def tables(rows: Iterable[Row]) -> str:
-    """Return a table of each kernel, as Markdown."""
-    rows, lines = list(rows), []
-    for kernel in dict.fromkeys(row.kernel for row in rows):
-        lines += [f"### {kernel}", ""]
-        lines += ["| shape | dtype | architecture | registers | spilled | shared | warps | blocks | matrix |"]
-        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-        for row in rows:
-            if row.kernel == kernel:
-                counts = (row.registers, row.spilled, row.shared, row.warps, row.blocks)
-                cells = (row.shape, row.dtype, row.architecture, *map(str, counts), row.matrix)
-                lines.append("| " + " | ".join(cells) + " |")
+    """Return a table of each kernel with a column for each architecture, as Markdown. See ``page`` for the cells."""
+    found: dict[str, dict[tuple[str, str], dict[str, list[str]]]] = {}
+    architectures: dict[str, None] = {}
+    for row in rows:
+        architectures[row.architecture] = None
+        line = found.setdefault(row.kernel, {}).setdefault((row.shape, row.dtype), {})
+        spilled = f"**{row.spilled}**" if row.spilled else "0"
+        parts = [str(row.registers), spilled, str(row.shared), f"{row.blocks} x {row.warps}"]
+        parts += [part for part in (row.matrix, row.tile) if part]
+        line.setdefault(row.architecture, []).append(" / ".join(parts))
+    lines = []
+    for kernel, shapes in found.items():
+        lines += [f"### {kernel}", "", "| shape | dtype | " + " | ".join(architectures) + " |"]
+        lines += ["| --- " * (2 + len(architectures)) + "|"]
+        for (shape, dtype), cells in shapes.items():
+            # A call may launch a kernel twice, such as both layers of the projection.
+            each = ["<br>".join(dict.fromkeys(cells.get(architecture, ["-"]))) for architecture in architectures]
+            lines.append("| " + " | ".join([shape, dtype, *each]) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
-def cuda_tables(release: bool = False) -> str:
-    """Return the table of the CUDA C++ kernels, of this build or of a release's architectures, as Markdown."""
+def cuda_section(release: bool = False) -> tuple[str, str]:
+    """Return title and table of the CUDA C++ kernels, of this build or of a release's architectures, as Markdown."""
     # Of the tests, which check the same.
     spec = importlib.util.spec_from_file_location("cuda_resources", PAGE.parent.parent / "tests" / "cuda_resources.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.markdown(*([module.compile_release()] if release else []))
+    before = "A cell: registers of a thread / spilled bytes / blocks of threads at once; - where the launchers choose\n"
+    before += "another one for the architecture.\n\n"
+    binaries = [module.compile_release()] if release else []
+    return f"CUDA C++, {module.compiler()}", before + module.markdown(*binaries)
 
 
 def page(sections: dict[str, str]) -> str:
@@ -143,10 +158,13 @@ def page(sections: dict[str, str]) -> str:
     lines = [
         "# GPU resources",
         "",
-        "What the compiled kernels take, read from the code: registers of a thread, spills, bytes of shared memory and",
-        "warps of a block, blocks that a multiprocessor (AMD: compute unit) has room for, matrix instructions.",
-        "No figure here is a time: **not yet measured on a GPU**. Written by `python -m bench.resources`;",
-        "`make test-gpu-proof` compiles more than is listed: float16, float32, gradients at D 256, other head counts.",
+        "What the compiled kernels take, read from the code. No figure here is a time: **not yet measured on a GPU**.",
+        "Written by `python -m bench.resources --release`; `make test-gpu-proof` checks that it is up to date.",
+        "",
+        "A cell of Triton's tables: registers of a thread / spills, in bold where there are any / bytes of shared",
+        "memory of a block / blocks that a multiprocessor (AMD: compute unit) has room for x warps of a block / matrix",
+        "instructions / the tile that is chosen for the architecture. Spills are refused in bfloat16 and float16 up to",
+        "D 128, and reported for float32 and D 256.",
     ]
     for title, body in sections.items():
         lines += ["", f"## {title}", "", body.strip()]
@@ -161,7 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     triton_rows(progress=True)
     # Another backend's kernels join by a title and the tables under it.
-    sections = {f"Triton {triton.__version__}": triton_tables(), "CUDA C++": cuda_tables(options.release)}
+    cuda, table = cuda_section(options.release)
+    sections = {f"Triton {triton.__version__}": triton_tables(), cuda: table}
     options.output.write_text(page(sections))
     return 0
 

@@ -67,8 +67,10 @@ def problems() -> Iterator[Problem]:
             yield Problem(name, passages.layout(), mask, False, preset)
         prompt = Prompt(16384, 16, 0.0).layout()
         yield Problem(f"prompt of {prompt.total_rows} rows, causal", prompt, rk.ChunkMask.full(), True, preset)
-    chunks = rk.ChunkLayout.from_lengths([[16] * 128])
-    yield Problem("encoder, 128 chunks of 16", chunks, rk.ChunkMask.diagonal(), False, "smollm2-135m", True)
+    for length in (8, 16, 32):
+        chunks = rk.ChunkLayout.from_lengths([[length] * (2048 // length)])
+        name = f"encoder, {2048 // length} chunks of {length}"
+        yield Problem(name, chunks, rk.ChunkMask.diagonal(), False, "smollm2-135m", True)
 
 
 def by_plan(plan: rk.AttentionPlan) -> int:
@@ -78,19 +80,18 @@ def by_plan(plan: rk.AttentionPlan) -> int:
 
 def by_triton(plan: rk.AttentionPlan, group: int, width: int) -> float:
     """Return the pairs that Triton's forward kernel issues for a query head, its tiles filled with heads and blocks."""
-    from refrag_kernels.triton_kernels import attention, configs, launch
+    from refrag_kernels.triton_kernels import attention, launch
 
-    config = configs.attention("forward", _ARCHITECTURE, launch.width(width), 2)
-    heads, blocks = attention.tile_of(group, config.rows)
-    first = 3 * tile_lists.TILE_LISTS.index(tile_lists.TileList(False, blocks))
+    tiles = attention.tiles_of("forward", _ARCHITECTURE, plan.tensors(), group, launch.width(width), 2, False)
+    first = 3 * tile_lists.TILE_LISTS.index(tile_lists.TileList(False, tiles.blocks))
     offsets, ranges, _ = plan.tiles[first : first + 3]
-    steps = config.step // TILE
+    steps = tiles.step // TILE
     lengths = torch.cat([torch.zeros(1, dtype=torch.int64), (ranges[:, 1] - ranges[:, 0]).long().cumsum(0)])
     full = lengths[offsets[1:, 0].long()] - lengths[offsets[:-1, 0].long()]
     entries = offsets[:, 1].long().diff()
-    keys = full + (entries + steps - 1) // steps * config.step
-    programs = -(-group // heads)  # of a tile; the last one may lack heads
-    return float(keys.sum()) * 16 * blocks * heads * programs / group
+    keys = full + (entries + steps - 1) // steps * tiles.step
+    programs = -(-group // tiles.heads)  # of a tile; the last one may lack heads
+    return float(keys.sum()) * 16 * tiles.blocks * tiles.heads * programs / group
 
 
 def by_blocks(dense: torch.Tensor, side: int) -> int:
@@ -142,7 +143,9 @@ counted, not timed. **Not yet measured on a GPU.** Written by `python -m bench.w
 """
 _AFTER = """
 C++ are the kernels of `csrc/cuda`, Triton the forward kernel at 16 bits as it is configured for sm_90. A tile of
-Triton's holds the rows of four blocks of 16 where a key has one or two query heads, and reads up to 64 keys at a time.
+Triton's holds the rows of four blocks of 16 where a key has one or two query heads, and reads up to 64 keys at a time;
+where blocks see 48 keys or fewer on average, as in the chunk encoder, it holds one block and reads 16. Chunks of 8
+share a tile by twos, with twice the work that they need: matrix instructions (m16n8k16; 16 x 16 on AMD) have 16 rows.
 FlashInfer is its VariableBlockSparseAttentionWrapper, rows of equal masks as blocks, its keys rounded to 16 only, which
 is the least it can do. flex_attention's count is that of its own `create_block_mask`.
 

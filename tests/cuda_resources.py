@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import importlib.util
 import re
 import subprocess
@@ -141,12 +142,18 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+@functools.cache
+def _setup_py():
+    spec = importlib.util.spec_from_file_location("setup_py", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def compile_release() -> list[Path]:
     """Compile csrc/cuda for all that a release has, and return the objects. The first time takes minutes."""
-    spec = importlib.util.spec_from_file_location("setup_py", ROOT / "setup.py")
-    setup_py = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = setup_py
-    spec.loader.exec_module(setup_py)
+    setup_py = _setup_py()
     toolkit = setup_py.Cuda.find()
     if toolkit is None:
         raise SystemExit("compiling the CUDA kernels needs nvcc (CUDA_HOME or PATH)")
@@ -197,30 +204,33 @@ def instructions(architecture: str, binaries: Sequence[Path] = (LIBRARY,)) -> di
     return found
 
 
-HEADER = ("kernel", "architecture", "threads", "registers", "spilled bytes", "shared bytes", "blocks at once")
-
-
-def table(binaries: Sequence[Path] = (LIBRARY,)) -> list[tuple[str | int, ...]]:
-    """Return a row for each kernel that the launchers choose on each architecture, in the order of ``HEADER``."""
-    order = list(MULTIPROCESSORS)
-    rows = []
-    for kernel in sorted(read(binaries), key=lambda k: (k.name, k.types, k.numbers, order.index(k.architecture))):
-        if kernel.chosen:
-            arguments = ", ".join(map(str, (*kernel.types, *kernel.numbers)))
-            shared = kernel.configuration.shared + kernel.static_shared
-            rows.append(
-                (
-                    f"{kernel.name}<{arguments}>", kernel.architecture, kernel.configuration.threads, kernel.registers,
-                    kernel.stack, shared, kernel.occupancy,
-                )
-            )  # fmt: skip
-    return rows
-
-
 def markdown(binaries: Sequence[Path] = (LIBRARY,)) -> str:
-    """Return ``table`` in Markdown."""
-    rows = [HEADER, ("---",) * 2 + ("---:",) * 5, *table(binaries)]
+    """Return a table in Markdown: a line for each kernel, and a column for each architecture.
+
+    A cell says: registers of a thread / spilled bytes / blocks of threads at once; "-" where the launchers choose
+    another one.
+    """
+    kernels = read(binaries)
+    architectures = [name for name in MULTIPROCESSORS if any(k.architecture == name for k in kernels)]
+    header = ["kernel", "threads", "shared bytes", *architectures]
+    lines = {}
+    for kernel in sorted(kernels, key=lambda k: (k.name, k.types, k.numbers)):
+        name = f"{kernel.name}<{', '.join(map(str, (*kernel.types, *kernel.numbers)))}>"
+        shared = kernel.configuration.shared + kernel.static_shared
+        cells = lines.setdefault((name, kernel.configuration.threads, shared), {})
+        if kernel.chosen:
+            cells[kernel.architecture] = f"{kernel.registers} / {kernel.stack} / {kernel.occupancy}"
+    rows = [header, ["---", *["---:"] * (len(header) - 1)]]
+    rows += [[*line, *(cells.get(name, "-") for name in architectures)] for line, cells in lines.items()]
     return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
+
+
+def compiler() -> str:
+    """Return the release of nvcc, on which registers hang."""
+    toolkit = _setup_py().Cuda.find()
+    text = subprocess.run([toolkit.nvcc, "--version"], capture_output=True, text=True).stdout if toolkit else ""
+    match = re.search(r"release ([\d.]+)", text)
+    return f"nvcc {match.group(1)}" if match else "no nvcc"
 
 
 if __name__ == "__main__":

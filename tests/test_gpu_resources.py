@@ -53,10 +53,18 @@ def test_as_many_blocks_at_once_as_laid_out(kernels):
 
 
 def test_the_table(kernels, binaries):
-    rows = resources.table(binaries)
-    assert len(rows) == sum(kernel.chosen for kernel in kernels)
-    assert all(len(row) == len(resources.HEADER) for row in rows)
-    assert len(resources.markdown(binaries).splitlines()) == len(rows) + 2
+    lines = resources.markdown(binaries).splitlines()
+    names = {(k.name, k.types, k.numbers) for k in kernels}
+    assert len(lines) == len(names) + 2
+    assert "".join(lines[2:]).count(" / ") == 2 * sum(kernel.chosen for kernel in kernels)
+
+
+@pytest.mark.skipif(not ALL, reason="compiles for every architecture of a release: make test-gpu-proof")
+def test_the_page_is_up_to_date(binaries):
+    page = (ROOT / "docs" / "gpu-resources.md").read_text()
+    if f"CUDA C++, {resources.compiler()}\n" not in page:
+        pytest.skip(f"written with another compiler than {resources.compiler()}")
+    assert resources.markdown(binaries).strip() in page, "run python -m bench.resources --release"
 
 
 def accesses(counts, instruction: str, size: int) -> int:

@@ -31,6 +31,16 @@ def test_the_goal_of_passages_at_12_percent():
             assert needed <= ours <= 1.35 * needed and ours <= work.by_blocks(dense, 128) / 2
 
 
+@pytest.mark.parametrize(("length", "ratio"), [(8, 2), (16, 1), (32, 1)])
+def test_short_chunks_have_tiles_of_their_own(length, ratio):
+    """Chunks of 8 share the 16 rows of a matrix instruction by twos; longer ones issue what they need."""
+    problem = PROBLEMS[f"encoder, {2048 // length} chunks of {length}", 1]
+    plan, needed = problem.plan(), 2048 * length
+    assert int(problem.dense().sum()) == needed
+    for group in (1, 2, 4, 8):
+        assert work.by_triton(plan, group, 64) == ratio * needed == work.by_plan(plan)
+
+
 def test_blocks_are_those_of_flex_attention(small):
     mask = peers.block_mask(SMALL, 128, "cpu")
     blocks = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -42,38 +43,64 @@ def _list(plan: Sequence[torch.Tensor], which: TileList) -> Sequence[torch.Tenso
     return plan[first : first + 3]
 
 
-def tile_of(group: int, rows: int) -> tuple[int, int]:
-    """Return how many heads and blocks share a tile of up to ``rows`` rows, for ``group`` query heads per key head.
+class Tiles(NamedTuple):
+    """How a kernel that works by tiles of query rows divides its work."""
+
+    heads: int  # of a tile, that share a key/value head
+    blocks: int  # of a tile, of 16 rows each
+    step: int  # keys that are taken at a time
+    warps: int
+    stages: int
+
+
+def tiles_of(
+    kernel: str, target: str, plan: Sequence[torch.Tensor], group: int, width: int, element_size: int, softcap: bool
+) -> Tiles:
+    """Return how ``kernel`` ("forward", "dq") divides a plan's work for ``group`` query heads per key/value head.
 
     Four heads and more fill a tile with the rows of one block, whose keys are exactly those that the plan lists; fewer
-    take the rows of four blocks, which share most of their keys.
+    take the rows of four blocks, which share most of their keys. Where blocks see few keys they don't: each is a tile.
     """
     heads = min(8, launch.power_of_2(group))
-    if heads <= 2:
-        return max(1, min(heads, rows // 64)), 4
-    return min(heads, rows // 16), 1
+    if _few_keys(plan):
+        config = configs.few_keys(heads, target, width, element_size, softcap)
+        return Tiles(config.rows // 16, 1, config.step, config.warps, config.stages)
+    config = configs.attention(kernel, target, width, element_size, softcap)
+    blocks = 4 if heads <= 2 else 1
+    heads = max(1, min(heads, config.rows // (16 * blocks)))
+    # A tile that is smaller than the configuration allows needs fewer warps; four share a matrix unit's work evenly.
+    warps = min(config.warps, max(4, config.warps * heads * blocks * 16 // config.rows))
+    return Tiles(heads, blocks, config.step, warps, config.stages)
 
 
-def _query_tiles(kernel: str, q: torch.Tensor, k: torch.Tensor, plan: Sequence[torch.Tensor]):
+def _few_keys(plan: Sequence[torch.Tensor]) -> bool:
+    """Whether blocks of 16 rows see 48 keys or fewer on average, as in the chunk encoder, whose chunks see themselves.
+
+    Told from the sizes of lists, so nothing is read from the device. Lists are never shorter than 2, so plans of a few
+    blocks don't tell; and under a capacity they are as long as any batch needs.
+    """
+    blocks = plan[3].shape[0]
+    _, ranges, entries = _list(plan, TileList(False, 1))
+    return blocks >= 8 and ranges.shape[0] <= 2 and entries.shape[0] <= 3 * blocks
+
+
+def _query_tiles(kernel: str, q: torch.Tensor, k: torch.Tensor, plan: Sequence[torch.Tensor], softcap: float):
     """Return grid, plan arguments, constants and options of a kernel that works by tiles of query rows."""
     target = launch.architecture(q.device)
     group, width = q.shape[1] // k.shape[1], launch.width(q.shape[2])
-    config = configs.attention(kernel, target, width, q.element_size())
-    heads, blocks = tile_of(group, config.rows)
-    offsets, ranges, entries = _list(plan, TileList(False, blocks))
-    grid = (offsets.shape[0] - 1, k.shape[1] * -(-group // heads))
+    tiles = tiles_of(kernel, target, plan, group, width, q.element_size(), softcap > 0)
+    offsets, ranges, entries = _list(plan, TileList(False, tiles.blocks))
+    grid = (offsets.shape[0] - 1, k.shape[1] * -(-group // tiles.heads))
     constants = dict(
         GROUP=group,
-        HEADS=heads,
-        BLOCKS=blocks,
-        STEP=config.step,
+        HEADS=tiles.heads,
+        BLOCKS=tiles.blocks,
+        STEP=tiles.step,
         D=q.shape[2],
         BD=width,
         PRECISION=launch.precision(q.dtype, target),
     )
-    # A tile that is smaller than the configuration allows needs fewer warps; four share a matrix unit's work evenly.
-    warps = min(config.warps, max(4, config.warps * heads * blocks * 16 // config.rows))
-    options = dict(num_warps=warps, num_stages=config.stages)
+    options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
     return grid, (plan[0], plan[3], plan[8], offsets, ranges, entries), constants, options
 
 
@@ -92,7 +119,7 @@ def mixed_attention(
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if not out.numel():
         return out, lse
-    grid, walk, constants, options = _query_tiles("forward", q, k, plan)
+    grid, walk, constants, options = _query_tiles("forward", q, k, plan, softcap)
     with launch.on(q.device):
         mixed_attention_fwd_kernel[grid](
             q, k, v, out, lse, lse if sinks is None else sinks.contiguous(), *walk, scale, softcap, q.shape[0],
@@ -128,7 +155,7 @@ def mixed_attention_backward(
     delta, dsinks = _delta(grad_out, grad_lse.contiguous(), out, lse.contiguous(), plan[0], sinks)
     inputs = (q, k, v, grad_out, lse.contiguous(), delta)
     with launch.on(q.device):
-        grid, walk, constants, options = _query_tiles("dq", q, k, plan)
+        grid, walk, constants, options = _query_tiles("dq", q, k, plan, softcap)
         mixed_attention_bwd_dq_kernel[grid](
             *inputs, dq, *walk, scale, softcap, q.shape[0], plan[3].shape[0], *_strides(q, k, v, grad_out, dq),
             **constants, SOFTCAP=softcap > 0, **options,
@@ -154,7 +181,7 @@ def _delta(grad_out, grad_lse, out, lse, sizes, sinks) -> tuple[torch.Tensor, to
 def _key_gradients(inputs, dk, dv, plan, scale, softcap) -> None:
     q, k, v, grad_out, *_ = inputs
     target, width = launch.architecture(q.device), launch.width(q.shape[2])
-    config = configs.attention("dkv", target, width, q.element_size())
+    config = configs.attention("dkv", target, width, q.element_size(), softcap > 0)
     tiles = _list(plan, TileList(True, 4))
     mixed_attention_bwd_dkv_kernel[(tiles[0].shape[0] - 1, k.shape[1])](
         *inputs, dk, dv, plan[0], plan[9], plan[8], *tiles, scale, softcap, k.shape[0], plan[9].shape[0],

@@ -53,12 +53,36 @@ _ATTENTION_OTHER: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
 }
 
 
-def attention(kernel: str, architecture: str, width: int, element_size: int) -> Config:
+# The same where scores have a softcap, whose slope and tanh take registers too.
+_ATTENTION_SOFTCAP: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
+    ("sm_80", 2): {"forward": {64: Config(32, 8, 3, 128)}, "dq": {128: Config(32, 8, 2)}},
+    ("sm_86", 2): {"forward": {64: Config(32, 8, 3, 128)}, "dq": {128: Config(32, 8, 2)}},
+    ("sm_90", 2): {"forward": {128: Config(32, 8, 2, 128)}, "dkv": {128: Config(32, 8, 1)}},
+}
+
+
+def attention(kernel: str, architecture: str, width: int, element_size: int, softcap: bool = False) -> Config:
     """Return the configuration of an attention kernel for heads of ``width``, a power of 2 up to 256."""
     bucket = max(64, width)
-    table = _ATTENTION_16_BIT if element_size == 2 else _ATTENTION_32_BIT
-    other = _ATTENTION_OTHER.get((architecture, element_size), {}).get(kernel, {})
-    return other.get(bucket, table[kernel][bucket])
+    tables = [_ATTENTION_16_BIT if element_size == 2 else _ATTENTION_32_BIT]
+    tables += [_ATTENTION_OTHER.get((architecture, element_size), {})]
+    tables += [_ATTENTION_SOFTCAP.get((architecture, element_size), {})] if softcap else []
+    return next(found[bucket] for found in (table.get(kernel, {}) for table in reversed(tables)) if bucket in found)
+
+
+def few_keys(heads: int, architecture: str, width: int, element_size: int, softcap: bool = False) -> Config:
+    """Return the configuration of tiles of one block, for up to so many heads, that see few keys: 16 of them at a time.
+
+    A warp takes the 16 rows of a head, of up to 128 bytes each; rows of more bytes are shared by more warps, for their
+    registers.
+    """
+    row = width * element_size  # bytes
+    # What the rows take of shared memory: float32 is split in two for its three passes of TF32.
+    rows = min(16 * heads, (32 if element_size == 2 else 16) * 1024 // row)
+    share = max(1, row // 128)
+    if softcap and row == 128 and architecture in ("sm_80", "sm_86", "sm_100"):
+        share = 2  # ptxas leaves itself 128 registers for one warp, and spills
+    return Config(16, min(8, rows // 16 * share), 1, rows)
 
 
 class LinearConfig(NamedTuple):

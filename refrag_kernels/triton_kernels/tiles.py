@@ -43,7 +43,8 @@ def entry_bits(p_bits, p_entries, o_entry, end, o_block, o_row, WIDTH: tl.conste
 def visible_keys(p_bits, p_entries, entry, end, o_block, o_row, o_n, WIDTH: tl.constexpr, STEP: tl.constexpr):
     """Return which keys each row of a tile of query rows sees, [rows, STEP]."""
     low = entry_bits(p_bits, p_entries, entry, end, o_block, o_row, WIDTH)
-    low |= entry_bits(p_bits, p_entries, entry + 1, end, o_block, o_row, WIDTH) << 16
+    if STEP > 16:
+        low |= entry_bits(p_bits, p_entries, entry + 1, end, o_block, o_row, WIDTH) << 16
     word = low[:, None]
     if STEP == 64:
         high = entry_bits(p_bits, p_entries, entry + 2, end, o_block, o_row, WIDTH)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import refrag_kernels as rk
@@ -20,6 +21,28 @@ class Attention(torch.nn.Module):
 class Embed(torch.nn.Module):
     def forward(self, ids, table, chunks, slots, w1, w2):
         return rk.embed_mixed(ids, table, chunks, slots, w1, None, w2, None, backend="triton")
+
+
+class Project(torch.nn.Module):
+    def forward(self, chunks, w1, b1, w2, b2):
+        return rk.project_chunks(chunks, w1, b1, w2, b2, backend="triton")
+
+
+class Pool(torch.nn.Module):
+    def forward(self, hidden, offsets):
+        return rk.pool_chunks(hidden, offsets, "mean", backend="triton")
+
+
+class Merge(torch.nn.Module):
+    def forward(self, out_a, lse_a, out_b, lse_b):
+        return rk.merge_states(out_a, lse_a, out_b, lse_b, backend="triton")
+
+
+class Append(torch.nn.Module):
+    def forward(self, k, pages, table, lengths, offsets):
+        written = pages.clone()
+        rk.append_kv(k, k, written, pages.clone(), table, lengths, offsets, backend="triton")
+        return written
 
 
 class Decode(torch.nn.Module):
@@ -50,21 +73,69 @@ def decode_inputs():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
+def project_inputs():
+    return lambda: (empty(5, 16), empty(24, 16), empty(24), empty(32, 24), empty(32))
+
+
+def pool_inputs():
+    return lambda: (empty(30, 16), empty(4, dtype=torch.int32))
+
+
+def merge_inputs():
+    state = lambda: (empty(6, 2, 16), empty(6, 2, dtype=torch.float32))  # noqa: E731
+    return lambda: (*state(), *state())
+
+
+def append_inputs():
+    tables = lambda: (empty(2, 4, dtype=torch.int32), empty(2, dtype=torch.int32), empty(3, dtype=torch.int32))  # noqa: E731
+    return lambda: (empty(7, 2, 64), empty(9, 16, 2, 64), *tables())
+
+
+CALLS = pytest.mark.parametrize(
     ("module", "inputs", "op"),
     [
         (Attention, attention_inputs, "mixed_attention"),
         (Embed, embed_inputs, "embed_mixed"),
+        (Project, project_inputs, "project_chunks"),
+        (Pool, pool_inputs, "pool_chunks"),
+        (Merge, merge_inputs, "merge_states"),
+        (Append, append_inputs, "append_kv"),
         (Decode, decode_inputs, "paged_attention"),
     ],
 )
+
+
+def check(graphs, op):
+    """The op is in the graph once, with its backend, and says that its results are on the GPU."""
+    wanted = getattr(torch.ops.refrag, op).default
+    # An op that writes its arguments is the first argument of a functional form of it.
+    nodes = [node for graph in graphs for node in graph.nodes if wanted in (node.target, *node.args[:1])]
+    assert len(nodes) == 1 and nodes[0].kwargs["backend"] == "triton"
+    values = nodes[0].meta.get("val")
+    for value in values if isinstance(values, tuple) else (values,):
+        assert value is None or value.device.type == "cuda"
+
+
+@CALLS
 def test_export_with_fake_cuda_tensors(module, inputs, op):
     make = inputs()
     with FakeTensorMode():
         args = make()
         program = torch.export.export(module(), args)
-    nodes = [node for node in program.graph.nodes if node.target == getattr(torch.ops.refrag, op).default]
-    assert len(nodes) == 1 and nodes[0].kwargs["backend"] == "triton"
-    values = nodes[0].meta["val"]
-    for value in values if isinstance(values, tuple) else (values,):
-        assert value.device.type == "cuda"
+    check([program.graph], op)
+
+
+@CALLS
+def test_compiles_in_one_graph_with_fake_cuda_tensors(module, inputs, op):
+    make, graphs = inputs(), []
+
+    def keep(graph, example_inputs):
+        graphs.append(graph.graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with FakeTensorMode():
+        args = make()
+        out = torch.compile(module(), fullgraph=True, backend=aot_autograd(fw_compiler=keep))(*args)
+    check(graphs, op)
+    assert all(value.device.type == "cuda" for value in (out if isinstance(out, tuple) else (out,)))

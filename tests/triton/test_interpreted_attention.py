@@ -10,6 +10,7 @@ from factory import random_attention_problem
 from modes import ALL
 
 import refrag_kernels as rk
+from refrag_kernels.triton_kernels import attention
 
 # The interpreter takes a second for a few hundred rows.
 LIMITS = {"max_sequences": 2, "max_chunks": 5}
@@ -67,6 +68,28 @@ def test_heads_that_share_keys(group):
         results += [out.detach(), *torch.autograd.grad((out * out).sum(), leaves)]
     for a, b in zip(got, want):
         assert relative_error(a, b) < 2e-6
+
+
+@pytest.mark.parametrize("group", (1, 2, 3, 4, 8, 11) if ALL else (3,))
+@pytest.mark.parametrize(
+    "lengths", ([[8] * 17], [[16] * 5, [32] * 2, [7]], [[3, 12, 1, 16, 4, 12, 3, 18, 7, 9, 20, 16]]), ids=str
+)
+def test_chunks_that_see_themselves(lengths, group):
+    """The chunk encoder's masks: each block of 16 rows is a tile, and takes 16 keys at a time."""
+    layout = rk.ChunkLayout.from_lengths(lengths)
+    plan = rk.plan_attention(layout, rk.ChunkMask.diagonal(), causal=False)
+    for kernel in ("forward", "dq"):
+        tiles = attention.tiles_of(kernel, "sm_90", plan.tensors(), group, 16, 4, False)
+        assert (tiles.blocks, tiles.step) == (1, 16)
+    rows = layout.total_rows
+    q, k, v = torch.randn(rows, 2 * group, 16), torch.randn(rows, 2, 16), torch.randn(rows, 2, 16)
+    got, want = [], []
+    for results, dtype, backend in ((got, torch.float32, "triton"), (want, torch.float64, "reference")):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        out, lse = rk.mixed_attention(*leaves, plan, softcap=3.0, return_lse=True, backend=backend)
+        results += [out.detach(), lse.detach(), *torch.autograd.grad((out * out).sum() + lse.sum(), leaves)]
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want):
+        assert relative_error(a, b) <= (LSE if name == "lse" else GRADIENT)[torch.float32], name
 
 
 @pytest.mark.parametrize("sinks", (False, True))

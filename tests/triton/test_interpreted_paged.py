@@ -76,3 +76,9 @@ def test_merge_of_empty_huge_and_nan():
     test_merge_states.test_huge_log_sums_do_not_overflow("triton")
     for nan in range(4):
         test_merge_states.test_nan_comes_through(nan, "triton")
+
+
+def test_opcheck():
+    test_paged.test_opcheck("decode", "triton")
+    test_append_kv.test_opcheck("triton")
+    test_merge_states.test_opcheck("triton")

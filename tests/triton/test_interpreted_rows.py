@@ -63,3 +63,8 @@ def test_bad_indices_make_rows_of_zeros():
     args = (ids, table, chunks, slots, weight, None, weight, None, "none", 1.0, None)
     out = torch.ops.refrag.embed_mixed(*args, backend="triton")
     assert not out[:3].any() and torch.allclose(out[3], chunks[1])
+
+
+def test_opcheck():
+    test_pooling.test_opcheck("triton", "mean")
+    test_projection.test_opcheck("triton")

@@ -55,11 +55,13 @@ def test_a_result_is_kept_until_the_source_changes(tmp_path, monkeypatch):
 
 
 def test_other_backends_join_the_page_by_a_call():
-    row = Row("some", "D 64", "bfloat16", "sm_80", 255, 0, 4096, 4, "8 HMMA")
-    rows = [row, dataclasses.replace(row, architecture="sm_90")]
+    row = Row("some", "D 64", "bfloat16", "sm_80", 255, 0, 4096, 4, "8 HMMA", "64 x 32")
+    rows = [row, dataclasses.replace(row, architecture="sm_90", spilled=7), dataclasses.replace(row, dtype="float32")]
     text = resources.page({"Triton": resources.tables([row]), "C++": resources.tables(rows)})
     assert text.count("## C++") == 1 and text.count("### some") == 2
-    assert "| D 64 | bfloat16 | sm_80 | 255 | 0 | 4096 | 4 | 2 | 8 HMMA |" in text
+    cell = "255 / 0 / 4096 / 2 x 4 / 8 HMMA / 64 x 32"
+    assert f"| D 64 | bfloat16 | {cell} |\n" in text
+    assert f"| D 64 | bfloat16 | {cell} | {cell.replace(' 0 ', ' **7** ')} |\n| D 64 | float32 | {cell} | - |\n" in text
     assert "not yet measured on a GPU" in text
 
 
