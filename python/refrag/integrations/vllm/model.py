@@ -1,0 +1,115 @@
+"""The model in vLLM's worker: vLLM's own decoder, with transformers' encoder and the projector before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+import refrag_kernels as rk
+from refrag.encoder import encode_packed
+from refrag.integrations.prompt_embeds import require_plain_decoder
+from refrag.integrations.vllm.folder_encoder import POOLER, empty_encoder
+from refrag.integrations.vllm.passages import MARK, MODALITY
+from refrag.integrations.vllm.processing import ENCODER_ROWS, DummyPassages, PassageInfo, PassageProcessor
+from refrag.projector import ChunkProjector
+from refrag.prompt import PackedTexts
+from refrag_kernels import ChunkLayout
+
+
+@MULTIMODAL_REGISTRY.register_processor(PassageProcessor, info=PassageInfo, dummy_inputs=DummyPassages)
+class RefragForVllm(nn.Module, SupportsMultiModal):
+    """RefragForCausalLM's weights, under the names that ``save_pretrained`` gives them."""
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        return MARK if modality == MODALITY else None
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        require_plain_decoder(config)
+        self.config = config
+        with self._mark_tower_model(vllm_config, MODALITY):
+            self.encoder = empty_encoder(config)
+            self.projector = ChunkProjector(config)
+        text = config.text_config
+        with self._mark_language_model(vllm_config):
+            self.decoder = init_vllm_registered_model(
+                vllm_config=vllm_config,
+                hf_config=text,
+                prefix=maybe_prefix(prefix, "decoder"),
+                architectures=text.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]],
+            )
+
+    def embed_multimodal(
+        self,
+        encoder_ids: Sequence[torch.Tensor] | None = None,
+        encoder_lengths: Sequence[torch.Tensor] | None = None,
+        embeds: Sequence[torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Sequence[torch.Tensor]:
+        """Return each passage's slots in the decoder's space, [n * latents, d_dec] each.
+
+        Parameters
+        ----------
+        encoder_ids, encoder_lengths, embeds : sequences of Tensor
+            Of each passage, as in ``ReadPassage``.
+        """
+        if encoder_ids is None or encoder_lengths is None or embeds is None:
+            return []
+        weight = self.projector.up.weight
+        lengths = [own.tolist() for own in encoder_lengths]
+        to_encode = [index for index, own in enumerate(embeds) if not len(own) and lengths[index]]
+        encoded = self._encode(
+            torch.cat([encoder_ids[index] for index in to_encode]) if to_encode else None,
+            [length for index in to_encode for length in lengths[index]],
+        ).split([len(lengths[index]) for index in to_encode])
+        rows = [own.to(weight) for own in embeds]
+        for index, own in zip(to_encode, encoded):
+            rows[index] = own.to(weight)
+        projected = rk.project_chunks(
+            self.projector.norm(torch.cat(rows)), *self.projector.weights(), activation=self.projector.activation
+        )
+        latents = self.config.latents
+        return projected.view(-1, projected.shape[1] // latents).split([latents * len(own) for own in rows])
+
+    def _encode(self, token_ids: torch.Tensor | None, lengths: list[int]) -> torch.Tensor:
+        """Encode chunks, [N, d_enc], in passes of no more tokens than memory was measured for."""
+        results = [self.projector.up.weight.new_zeros(0, self.config.chunk_width)]
+        first = start = 0
+        while first < len(lengths):
+            last, tokens = first, 0
+            while last < len(lengths) and (last == first or tokens + lengths[last] <= ENCODER_ROWS):
+                tokens += lengths[last]
+                last += 1
+            layout = ChunkLayout.from_lengths([lengths[first:last]]).to(token_ids.device)
+            texts = PackedTexts(token_ids[start : start + tokens], layout)
+            results.append(encode_packed(self.encoder, texts, self.config.pooling, self.config.pool_segments))
+            first, start = last, start + tokens
+        return torch.cat(results)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        return self.decoder(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.decoder.compute_logits(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(
+            (name, tensor) for name, tensor in weights if not name.startswith(f"encoder.{POOLER}.")
+        )

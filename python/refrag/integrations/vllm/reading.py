@@ -1,0 +1,211 @@
+"""The passages of a request as the decoder reads them: which rows are text, and what the slots' embeddings are made of.
+
+Nothing of vLLM is needed here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from refrag import choosers
+from refrag.choosers import Embed
+from refrag.encoder import pack_texts
+from refrag.expansion import expanded_chunks
+from refrag.integrations.vllm.passages import GivenPassage
+from refrag.processor import RefragProcessor
+from refrag.prompt import Chunk, Passage
+from refrag.store import ChunkStore
+
+# What a request may say, and of which types. Numbers that JSON may write either way come as int or float.
+_OPTIONS: dict[str, tuple[type, ...]] = {
+    "expand": (int, float, list, tuple),
+    "expand_count": (int,),
+    "chooser": (str,),
+    "question": (str,),
+    "threshold": (int, float),
+    "seed": (int,),
+}
+# Those that need no decoder: the process that reads requests has none.
+_CHOOSERS = ("nothing", "everything", "random", "cosine", "threshold")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadPassage:
+    """A passage as the decoder reads it; from ``read_passages``.
+
+    Attributes
+    ----------
+    token_ids : list of int
+        Of its rows; 0 in a slot.
+    is_slot : list of bool
+        Which rows are slots: of each of the n compressed chunks as many as the config's ``latents``.
+    encoder_ids : Tensor, int64 [R]
+        What the encoder reads for the compressed chunks, one after another; empty where their embeddings are known.
+    encoder_lengths : Tensor, int64 [n]
+        Encoder tokens of each; all 0 where their embeddings are known.
+    embeds : Tensor [n, d_enc]
+        Their embeddings; [0, d_enc] where the encoder makes them.
+    """
+
+    token_ids: list[int]
+    is_slot: list[bool]
+    encoder_ids: torch.Tensor
+    encoder_lengths: torch.Tensor
+    embeds: torch.Tensor
+
+    def content(self) -> dict[str, Any]:
+        """Return all that the passage's rows depend on, for hashing: which are text, and what the others hold."""
+        return {
+            "token_ids": torch.tensor(self.token_ids, dtype=torch.int64),
+            "is_slot": torch.tensor(self.is_slot, dtype=torch.uint8),
+            "encoder_ids": self.encoder_ids,
+            "encoder_lengths": self.encoder_lengths,
+            "embeds": self.embeds,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _CutPassage:
+    """Its chunks, and their embeddings where they are known; chunks of a passage without text have no tokens."""
+
+    chunks: list[Chunk]
+    embeds: torch.Tensor | None
+
+
+def read_passages(
+    given: Sequence[GivenPassage],
+    processor: RefragProcessor,
+    width: int,
+    options: Mapping[str, Any] | None = None,
+    store: ChunkStore | None = None,
+    embed: Embed | None = None,
+) -> list[ReadPassage]:
+    """Cut the passages of one request into chunks and settle which of them stand as text.
+
+    Parameters
+    ----------
+    given : sequence of GivenPassage
+    processor : RefragProcessor
+    width : int
+        d_enc.
+    options : dict, optional
+        The request's: "expand" (a share, or a list of chunks, numbered through the request, and of passages' ids),
+        "expand_count", "chooser" (nothing, everything, random, cosine, threshold), "question" and "threshold" for the
+        last two, "seed" for random; as for ``RefragProcessor.__call__``. Chunks that are given by their embeddings
+        alone always stay slots, and choosers don't see them.
+    store : ChunkStore, optional
+        Where passages without text are found, by id; and the embeddings of those with text that it holds.
+    embed : callable, optional
+        For cosine and threshold: texts -> embeddings.
+
+    Raises
+    ------
+    ValueError
+        Names the passage or the option that doesn't fit.
+    """
+    options = _checked(options or {})
+    cut = [_cut(passage, index, processor, store) for index, passage in enumerate(given)]
+    expanded = _expanded([chunk for passage in cut for chunk in passage.chunks], options, embed)
+    read, first = [], 0
+    for passage in cut:
+        last = first + len(passage.chunks)
+        own = {chunk - first for chunk in expanded if first <= chunk < last}
+        read.append(_read(passage, own, processor, width))
+        first = last
+    return read
+
+
+def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    for option, value in options.items():
+        if option not in _OPTIONS:
+            raise ValueError(f"mm_processor_kwargs: got {option!r}, needs some of {', '.join(_OPTIONS)}")
+        if value is not None and type(value) not in _OPTIONS[option]:  # isinstance would take True for 1
+            kinds = " or ".join(kind.__name__ for kind in _OPTIONS[option])
+            raise ValueError(f"{option}: got {type(value).__name__}, needs {kinds}")
+    chosen = {option: value for option, value in options.items() if value is not None}
+    names = chosen.get("expand")
+    if isinstance(names, (list, tuple)) and not all(type(name) in (int, str) for name in names):
+        raise ValueError("expand: got a list of other things, needs chunk numbers and passage ids")
+    if chosen.get("chooser", "nothing") not in _CHOOSERS:
+        raise ValueError(
+            f"chooser: got {chosen['chooser']!r}, needs one of {', '.join(_CHOOSERS)}, or expand with a list of chunks"
+        )
+    if chosen.get("chooser") in ("cosine", "threshold") and "question" not in chosen:
+        raise ValueError(f"question: got None, the chooser {chosen['chooser']!r} needs it")
+    return chosen
+
+
+def _cut(passage: GivenPassage, index: int, processor: RefragProcessor, store: ChunkStore | None) -> _CutPassage:
+    if passage.embeds is not None and not passage.text:
+        return _CutPassage([Chunk("", (), passage.id)] * len(passage.embeds), passage.embeds)
+    wanted = Passage(passage.text, passage.id)
+    if passage.embeds is None and store is not None and (_holds(store, wanted) or not passage.text):
+        return _CutPassage(_named(store.chunks([wanted])[0], passage.id), store.get(wanted))
+    if not passage.text:
+        raise ValueError(f"passage {index}: id: got {passage.id!r} without text, needs a server with a chunk store")
+    chunks = _named(processor.chunker(passage.text), passage.id)
+    if passage.embeds is not None and len(chunks) != len(passage.embeds):
+        raise ValueError(
+            f"passage {index}: embeds: got {len(passage.embeds)} rows, needs {len(chunks)}, one for each chunk"
+        )
+    return _CutPassage(chunks, passage.embeds)
+
+
+def _holds(store: ChunkStore, passage: Passage) -> bool:
+    # What another process has written since is looked for only where a passage is missed.
+    return passage in store or (not passage.text and bool(store.refresh()) and passage in store)
+
+
+def _named(chunks: Sequence[Chunk], passage: str | None) -> list[Chunk]:
+    return [dataclasses.replace(chunk, passage=passage) for chunk in chunks]
+
+
+def _expanded(chunks: list[Chunk], options: dict[str, Any], embed: Embed | None) -> frozenset[int]:
+    """Return which of the request's chunks stand as text."""
+    expand, name = options.get("expand"), options.get("chooser")
+    if isinstance(expand, (list, tuple)):
+        if name is not None:
+            raise ValueError(f"chooser: got {name!r} beside a list of chunks to expand, needs one of the two")
+        expanded = expanded_chunks([chunks], [""], expand, options.get("expand_count"), None)
+        bare = sorted(chunk for chunk in expanded if not chunks[chunk].token_ids)
+        if bare:
+            raise ValueError(f"expand: got chunk {bare[0]}, which is given by its embedding alone, needs one with text")
+        return expanded
+    with_text = [number for number, chunk in enumerate(chunks) if chunk.token_ids]
+    chooser = None
+    if name is not None:
+        chooser = choosers.by_name(name, embed=embed, threshold=options.get("threshold"), seed=options.get("seed", 0))
+    picks = expanded_chunks(
+        [[chunks[number] for number in with_text]],
+        [options.get("question", "")],
+        expand,
+        options.get("expand_count"),
+        chooser,
+    )
+    return frozenset(with_text[pick] for pick in picks)
+
+
+def _read(passage: _CutPassage, expanded: set[int], processor: RefragProcessor, width: int) -> ReadPassage:
+    token_ids: list[int] = []
+    is_slot: list[bool] = []
+    for number, chunk in enumerate(passage.chunks):
+        own = chunk.token_ids if number in expanded else (0,) * processor.latents
+        token_ids += own
+        is_slot += [number not in expanded] * len(own)
+    compressed = [number for number in range(len(passage.chunks)) if number not in expanded]
+    if passage.embeds is not None:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return ReadPassage(
+            token_ids, is_slot, nothing, torch.zeros(len(compressed), dtype=torch.int64), passage.embeds[compressed]
+        )
+    packed = pack_texts(
+        processor.encoder_tokenizer,
+        [passage.chunks[number].text for number in compressed],
+        special_tokens=processor.encoder_special_tokens,
+    )
+    lengths = packed.layout.chunk_offsets.diff().long()
+    return ReadPassage(token_ids, is_slot, packed.token_ids, lengths, torch.zeros(0, width))

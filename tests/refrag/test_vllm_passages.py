@@ -1,0 +1,275 @@
+"""What the vLLM plugin does before vLLM: requests checked, chunks chosen, passages taken out of messages."""
+
+import base64
+import dataclasses
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from refrag import ChunkRecipe, ChunkStore, Passage, RefragProcessor
+from refrag.choosers import AllChunks, CosineChooser, NoChunks, RandomChooser, ThresholdChooser
+from refrag.integrations.vllm.folder_encoder import FolderEncoder
+from refrag.integrations.vllm.messages import take_passages
+from refrag.integrations.vllm.passages import MARK, GivenPassage, parse_passage
+from refrag.integrations.vllm.reading import read_passages
+
+BRIDGE = "The bridge of Orla was built in 1871 by masons from the north."
+MILL = "The mill of Orla was pulled down in the year of the flood."
+WIDTH = 32
+
+
+@pytest.fixture(scope="module")
+def processor(tokenizer, encoder_tokenizer):
+    return RefragProcessor(tokenizer, encoder_tokenizer, k=4, start_token=False)
+
+
+@pytest.fixture(scope="module")
+def two_latents(tokenizer, encoder_tokenizer):
+    return RefragProcessor(tokenizer, encoder_tokenizer, k=4, start_token=False, latents=2)
+
+
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_a_passage_is_given_in_each_way():
+    rows = torch.randn(3, WIDTH)
+    assert parse_passage(BRIDGE, 0, WIDTH) == GivenPassage(BRIDGE)
+    assert parse_passage({"text": BRIDGE, "id": None, "embeds": None}, 0, WIDTH) == GivenPassage(BRIDGE)
+    for item in (rows, {"embeds": rows}, {"embeds": saved(rows)}):
+        assert torch.equal(parse_passage(item, 0, WIDTH).embeds, rows)
+
+
+class Evil:
+    """What a pickle could run."""
+
+    def __reduce__(self):
+        return print, ("ran",)
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (3, "passage 2: got int, needs a text, a tensor or a dict"),
+        ({}, "passage 2: is empty, needs one of text, id, embeds"),
+        ({"text": None}, "passage 2: is empty"),
+        ({"body": "x"}, "passage 2: got 'body', needs some of text, id, embeds"),
+        ({"text": 5}, "passage 2: text: got int, needs a string"),
+        ({"text": "\n "}, "passage 2: text: has no text"),
+        ({"id": ["a"]}, "passage 2: id: got list, needs a string"),
+        ({"embeds": "no base64!"}, "passage 2: embeds: is no base64"),
+        ({"embeds": base64.b64encode(b"abc").decode()}, "passage 2: embeds: is no tensor written by torch.save"),
+        ({"embeds": saved(Evil())}, "passage 2: embeds: is no tensor written by torch.save"),
+        ({"embeds": saved([1.0])}, "passage 2: embeds: got list, needs a tensor"),
+        (
+            {"embeds": saved(torch.zeros(1, WIDTH).expand(9, WIDTH))},
+            r"embeds: got strides \[0, 1\], needs a contiguous",
+        ),
+        ({"embeds": torch.zeros(3, WIDTH, dtype=torch.int64)}, "needs a dense floating-point tensor"),
+        ({"embeds": torch.zeros(3, WIDTH).to_sparse()}, "needs a dense floating-point tensor"),
+        ({"embeds": torch.zeros(3, 5)}, r"embeds: got shape \[3, 5\], needs \[chunks, 32\]"),
+        ({"embeds": torch.zeros(0, WIDTH)}, r"embeds: got shape \[0, 32\]"),
+        ({"embeds": torch.full((2, WIDTH), torch.inf)}, "embeds: holds values that aren't finite"),
+    ],
+)
+def test_a_malformed_passage_is_refused(item, message, capsys):
+    with pytest.raises(ValueError, match=message):
+        parse_passage(item, 2, WIDTH)
+    assert capsys.readouterr().out == ""
+
+
+def rows_of(prompt):
+    """Return each row of a packed prompt: its token, or what the encoder reads for its slot, and which of it it is."""
+    offsets = prompt.encoder_input.layout.chunk_offsets.tolist()
+    ids = prompt.encoder_input.token_ids.tolist()
+    return [
+        token
+        if slot < 0
+        else (slot % prompt.latents, *ids[offsets[slot // prompt.latents] : offsets[slot // prompt.latents + 1]])
+        for token, slot in zip(prompt.token_ids.tolist(), prompt.slot_of_row.tolist())
+    ]
+
+
+def rows_of_read(passages, latents=1):
+    rows = []
+    for passage in passages:
+        chunks = passage.encoder_ids.split(passage.encoder_lengths.tolist())
+        slots = iter([(latent, *ids.tolist()) for ids in chunks for latent in range(latents)])
+        rows += [next(slots) if slot else token
+                 for token, slot in zip(passage.token_ids, passage.is_slot)]  # fmt: skip
+        assert next(slots, None) is None and passage.embeds.shape == (0, WIDTH)
+    return rows
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"expand": [0, 3, 5]}, {"expand": 1.0}, {"expand": 0}, {"expand": ["mill"]}, {"expand": [1, "mill"]}],
+    ids=str,
+)
+def test_rows_are_those_of_the_processor(options, processor):
+    given = [GivenPassage(BRIDGE, "bridge"), GivenPassage(MILL, "mill")]
+    prompt = processor([Passage(BRIDGE, "bridge"), Passage(MILL, "mill")], **options)
+    assert rows_of_read(read_passages(given, processor, WIDTH, options)) == rows_of(prompt)
+
+
+def test_a_chunk_takes_as_many_slots_as_the_model_has_latents(two_latents):
+    prompt = two_latents([Passage(BRIDGE), Passage(MILL)], expand=[1])
+    read = read_passages([GivenPassage(BRIDGE), GivenPassage(MILL)], two_latents, WIDTH, {"expand": [1]})
+    assert rows_of_read(read, latents=2) == rows_of(prompt)
+
+
+def letters(texts):
+    """Embed texts by how often each letter is in them."""
+    return torch.tensor([[float(text.count(letter)) for letter in "abcdefghijklmnop"] for text in texts])
+
+
+@pytest.mark.parametrize(
+    ("options", "chooser"),
+    [
+        ({"chooser": "nothing"}, NoChunks()),
+        ({"chooser": "everything"}, AllChunks()),
+        ({"chooser": "random", "expand_count": 2, "seed": 5}, RandomChooser(5)),
+        ({"chooser": "random", "expand": 0.5}, RandomChooser(0)),
+        ({"chooser": "cosine", "expand_count": 3, "question": MILL}, CosineChooser(letters)),
+        ({"chooser": "threshold", "threshold": 0.7, "question": MILL}, ThresholdChooser(letters, 0.7)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_choosers_choose_as_for_the_processor(options, chooser, processor):
+    given = [GivenPassage(BRIDGE), GivenPassage(MILL)]
+    asked = {name: value for name, value in options.items() if name in ("expand", "expand_count", "question")}
+    prompt = processor([Passage(BRIDGE), Passage(MILL)], chooser=chooser, **asked)
+    assert rows_of_read(read_passages(given, processor, WIDTH, options, embed=letters)) == rows_of(prompt)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"expanding": 1}, "mm_processor_kwargs: got 'expanding', needs some of expand, expand_count"),
+        ({"expand": "all"}, "expand: got str, needs int or float or list or tuple"),
+        ({"expand": True}, "expand: got bool"),
+        ({"expand": [1.5]}, "expand: got a list of other things"),
+        ({"expand": [True]}, "expand: got a list of other things"),
+        ({"expand": [99]}, "expand: got chunk 99, needs 0 to"),
+        ({"expand": [-1]}, "expand: got chunk -1"),
+        ({"expand": ["nobody"]}, "expand: got passage 'nobody'"),
+        ({"expand": [0], "expand_count": 1}, "expand_count: got 1 beside expand"),
+        ({"expand": [0], "chooser": "random"}, "chooser: got 'random' beside a list of chunks"),
+        ({"expand": 0.5}, "chooser: got None, needs a Chooser"),
+        ({"expand": 2.0}, "expand: got 2.0, needs a share"),
+        ({"expand_count": 99, "chooser": "random"}, "expand_count: got 99"),
+        ({"chooser": "policy"}, "chooser: got 'policy', needs one of nothing, everything, random, cosine, threshold"),
+        ({"chooser": "cosine", "expand_count": 1}, "question: got None, the chooser 'cosine' needs it"),
+        ({"seed": "x"}, "seed: got str, needs int"),
+    ],
+    ids=str,
+)
+def test_a_malformed_option_is_refused(options, message, processor):
+    with pytest.raises(ValueError, match=message):
+        read_passages([GivenPassage(BRIDGE)], processor, WIDTH, options)
+
+
+def test_embeddings_stay_slots_and_text_beside_them_can_be_expanded(processor):
+    chunks = len(processor([Passage(BRIDGE)]).chunks)
+    rows = torch.randn(chunks, WIDTH)
+    bare, both = GivenPassage(embeds=rows), GivenPassage(BRIDGE, embeds=rows)
+    first, second = read_passages([bare, both], processor, WIDTH, {"expand": [chunks + 1]})
+    assert all(first.is_slot) and torch.equal(first.embeds, rows) and not first.encoder_ids.numel()
+    assert second.is_slot == [True] + [False] * 4 + [True] * (chunks - 2)
+    assert torch.equal(second.embeds, rows[[chunk for chunk in range(chunks) if chunk != 1]])
+    first, second = read_passages([bare, both], processor, WIDTH, {"chooser": "everything"})
+    assert all(first.is_slot) and not any(second.is_slot)
+    with pytest.raises(ValueError, match="expand: got chunk 1, which is given by its embedding alone"):
+        read_passages([bare, both], processor, WIDTH, {"expand": [1]})
+    with pytest.raises(ValueError, match=f"passage 0: embeds: got 2 rows, needs {chunks}, one for each chunk"):
+        read_passages([GivenPassage(BRIDGE, embeds=rows[:2])], processor, WIDTH)
+
+
+def test_a_store_gives_chunks_and_embeddings(processor, tmp_path):
+    recipe = ChunkRecipe("tiny", "1", "2", "3", "fixed, k = 4", "mean", True, width=WIDTH)
+    store = ChunkStore.create(tmp_path / "store", recipe)
+    chunks = list(processor.chunker(BRIDGE))
+    rows = torch.randn(len(chunks), WIDTH)
+    served = ChunkStore.open(tmp_path / "store")  # opened before anything was in it
+    store.put([Passage(BRIDGE, "bridge")], [chunks], rows)
+    by_id, by_text, other = read_passages(
+        [GivenPassage(id="bridge"), GivenPassage(BRIDGE), GivenPassage(MILL)], processor, WIDTH, {"expand": [0]}, served
+    )
+    assert torch.equal(by_id.embeds, rows[1:]) and by_id.token_ids[:4] == list(chunks[0].token_ids)
+    assert torch.equal(by_text.embeds, rows) and other.encoder_ids.numel()
+    with pytest.raises(ValueError, match="passage 'mill'|mill"):
+        read_passages([GivenPassage(id="mill")], processor, WIDTH, {}, served)
+    with pytest.raises(ValueError, match="passage 0: id: got 'bridge' without text, needs a server with a chunk store"):
+        read_passages([GivenPassage(id="bridge")], processor, WIDTH)
+
+
+def test_whatever_differs_is_in_the_content_for_hashing(processor):
+    rows = torch.randn(len(processor([Passage(BRIDGE)]).chunks), WIDTH)
+    cases = [
+        (GivenPassage(BRIDGE), {}),
+        (GivenPassage(BRIDGE.replace("1871", "1872")), {}),
+        (GivenPassage(BRIDGE), {"expand": [0]}),
+        (GivenPassage(BRIDGE), {"expand": [1]}),
+        (GivenPassage(BRIDGE, embeds=rows), {}),
+        (GivenPassage(BRIDGE, embeds=rows + 1), {}),
+    ]
+    passages = [read_passages([passage], processor, WIDTH, options)[0] for passage, options in cases]
+    # A text of token 0, which stands in slots too, and a slot: vLLM's issue 56655.
+    nothing = passages[0].encoder_ids[:0]
+    passages += [
+        dataclasses.replace(passages[0], token_ids=[0, 0], is_slot=is_slot, encoder_ids=nothing)
+        for is_slot in ([True, False], [False, True])
+    ]
+    contents = {json.dumps({name: value.tolist() for name, value in passage.content().items()}) for passage in passages}
+    assert len(contents) == len(cases) + 2
+
+
+def test_passages_are_taken_out_of_messages():
+    system = {"role": "system", "content": "Be brief."}
+    parts = [
+        {"type": "text", "text": "Read "},
+        {"type": "passage", "id": "a"},
+        " and ",
+        {"type": "passage", "text": "b"},
+    ]
+    messages, passages = take_passages([system, {"role": "user", "content": parts, "name": "Veit"}])
+    assert messages == [system, {"role": "user", "content": f"Read {MARK} and {MARK}", "name": "Veit"}]
+    assert passages == [{"id": "a"}, {"text": "b"}]
+    untouched = [{"role": "user", "content": [{"type": "text", "text": "x"}]}, {"role": "assistant", "content": None}]
+    assert take_passages(untouched) == (untouched, [])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f"a {MARK}", "message 0: its text holds"),
+        ([{"type": "text", "text": MARK}], "message 0: its text holds"),
+        ([{"type": "passage", "text": "a"}, {"type": "image_url", "image_url": {}}], "got a part 'image_url' beside"),
+        ([{"type": "passage", "text": "a"}, 3], "got a part 'int' beside passages"),
+    ],
+)
+def test_messages_are_refused(content, message):
+    with pytest.raises(ValueError, match=message):
+        take_passages([{"role": "user", "content": content}])
+
+
+def test_the_folder_s_encoder_is_the_model_s(tmp_path):
+    model = tiny.refrag("llama")
+    model.save_pretrained(tmp_path)
+    texts = tiny.prompt(tiny.MIXED).encoder_input
+    loaded = FolderEncoder(tmp_path)
+    assert torch.equal(loaded.encode_chunks(texts), model.encode_chunks(texts))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="holds no encoder in safetensors files"):
+        FolderEncoder(tmp_path)
+
+
+def test_the_package_needs_no_vllm():
+    code = "import sys, refrag.integrations.vllm, refrag.integrations.vllm.reading; assert 'vllm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,47 @@
+"""A saved model for vLLM to serve: SmolLM2 and MiniLM in float32. `make test-vllm` runs this folder.
+
+Where vLLM isn't installed nothing is collected here.
+"""
+
+import importlib.util
+import os
+
+import pytest
+
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+# Before vLLM is imported.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # of what the tests run in their own process
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory():
+    """Vllm reads rows of its buffers that nobody wrote, and drops them: not what tests/conftest.py is to find."""
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The model as ``refrag`` runs it."""
+    from refrag.loading import load_model
+
+    return load_model(None, 16)
+
+
+@pytest.fixture(scope="session")
+def processor():
+    from refrag.loading import load_processor
+
+    return load_processor(None, 16)
+
+
+@pytest.fixture(scope="session")
+def folder(model, processor, tmp_path_factory):
+    """The folder that vLLM serves."""
+    folder = tmp_path_factory.mktemp("served") / "model"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
