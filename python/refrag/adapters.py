@@ -24,7 +24,7 @@ _DECODER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 # Attention only: the encoder's feed-forward layers run fused, from their weights as they lie.
 _ENCODER_LAYERS = ("query", "key", "value", "q_proj", "k_proj", "v_proj", "Wqkv")
 _FIELDS = ("chunk_size", "pooling", "encoder_special_tokens", "projector_norm", "projector_activation",
-           "projector_bias", "position_ids", "decoder_mask", "pool_segments", "latents")  # fmt: skip
+           "projector_bias", "position_ids", "decoder_mask", "pool_segments", "latents", "encoder_window")  # fmt: skip
 _FORMAT = 1
 
 

@@ -16,9 +16,9 @@ _CHOICES = {
 }
 
 # What the paper leaves open, each set chosen as a whole. "paper": REFRAG, section 2 and B.2, with the first token
-# ([CLS]) as a chunk's embedding. "lclm": arXiv 2606.09659, the mean of a chunk's own tokens and a norm before the MLP.
-# "tokens": ours, for refrag.token_encoder: the chunk's tokens in their order and a projector without an activation,
-# which learns from far less text.
+# ([CLS]) as a chunk's embedding. "lclm": arXiv 2606.09659, windows of 1,024 tokens read together, the mean of a
+# chunk's own tokens, and a norm before the MLP. "tokens": ours, for refrag.token_encoder: the chunk's tokens in their
+# order and a projector without an activation, which learns from far less text.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "pooling": "first",
@@ -29,6 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "lclm": {
         "pooling": "mean",
         "encoder_special_tokens": False,
+        "encoder_window": 1024,
         "projector_norm": "rms",
         "projector_activation": "gelu",
     },
@@ -61,6 +62,11 @@ class RefragConfig(PreTrainedConfig):
     encoder_special_tokens : bool
         Whether the encoder reads each chunk between its special tokens ([CLS] and [SEP]); pooling "first" needs them.
         Without them, an encoder that is trained along reads 2 rows less per chunk: at k = 16 a ninth of its work.
+    encoder_window : int
+        Encoder tokens that are read together: chunks of a passage that stand side by side see each other in the
+        encoder, as many of them as fit into so many tokens, or into the encoder's positions where these are fewer. A
+        chunk's embedding then depends on its neighbours. 0 reads each chunk alone, as the paper does. Needs
+        ``encoder_special_tokens=False``.
     projector_norm : {"none", "rms", "layer"}
         Norm of the chunk embeddings before the MLP.
     projector_activation : {"gelu", "gelu_tanh", "silu", "relu", "tanh", "none"}
@@ -101,6 +107,7 @@ class RefragConfig(PreTrainedConfig):
     pooling: str = "first"
     pool_segments: int = 8
     encoder_special_tokens: bool = True
+    encoder_window: int = 0
     projector_norm: str = "none"
     projector_activation: str = "gelu"
     projector_bias: bool = True
@@ -119,6 +126,13 @@ class RefragConfig(PreTrainedConfig):
             raise ValueError(f"chunk_size: got {self.chunk_size!r}, needs an integer of 1 or more")
         if not isinstance(self.pool_segments, int) or self.pool_segments < 1:
             raise ValueError(f"pool_segments: got {self.pool_segments!r}, needs an integer of 1 or more")
+        if not isinstance(self.encoder_window, int) or self.encoder_window < 0:
+            raise ValueError(f"encoder_window: got {self.encoder_window!r}, needs an integer of 0 or more")
+        if self.encoder_window and self.encoder_special_tokens:
+            raise ValueError(
+                f"encoder_window: got {self.encoder_window} beside encoder_special_tokens, needs 0: special tokens "
+                "would stand between the chunks of a window"
+            )
         if not isinstance(self.latents, int) or not 1 <= self.latents <= self.chunk_size:
             raise ValueError(f"latents: got {self.latents!r}, needs 1 to the chunk_size of {self.chunk_size}")
         for field, choices in _CHOICES.items():
@@ -129,6 +143,14 @@ class RefragConfig(PreTrainedConfig):
     def chunk_width(self) -> int:
         """d_enc, the width of a chunk's embedding."""
         return self.encoder_config.hidden_size * (self.pool_segments if self.pooling == "concat" else 1)
+
+    @property
+    def window(self) -> int:
+        """Encoder tokens of a window: ``encoder_window``, or the encoder's positions where these are fewer."""
+        positions = getattr(self.encoder_config, "max_position_embeddings", None) or self.encoder_window
+        if "roberta" in self.encoder_config.model_type:  # its table holds rows for padding, and counts on from there
+            positions -= (self.encoder_config.pad_token_id or 0) + 1
+        return min(self.encoder_window, positions)
 
     @classmethod
     def from_preset(

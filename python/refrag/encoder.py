@@ -20,6 +20,8 @@ def pack_texts(
     *,
     special_tokens: bool = True,
     truncate_to: int | None = None,
+    window: int = 0,
+    passages: Sequence[int] | None = None,
 ) -> PackedTexts:
     """Tokenize ``texts`` for the encoder, one after another.
 
@@ -32,6 +34,10 @@ def pack_texts(
         Whether each text stands between the encoder's special tokens; a text without tokens of its own always does.
     truncate_to : int, optional
         Cut texts to so many tokens; without it, a text that is too long is an error.
+    window : int
+        Tokens that are read together, as in RefragConfig; 0 reads each text alone.
+    passages : sequence of int, optional
+        Passage of each text: a window holds texts of one passage only. Needed with a window.
 
     Raises
     ------
@@ -52,11 +58,27 @@ def pack_texts(
             f"{tokenizer.model_max_length}; take a smaller k"
         )
     flat = torch.tensor([token for ids in token_ids for token in ids], dtype=torch.int64)
-    return PackedTexts(flat, ChunkLayout.from_lengths([lengths]))
+    windows = None if not window else _windows(lengths, passages or range(len(lengths)), window)
+    return PackedTexts(flat, ChunkLayout.from_lengths([lengths]), windows)
+
+
+def _windows(lengths: Sequence[int], passages: Sequence[int], most: int) -> torch.Tensor:
+    """Return the window of each text: as many texts of a passage as have ``most`` tokens, one at least."""
+    windows: list[int] = []
+    rows, before, window = 0, None, -1
+    for length, passage in zip(lengths, passages, strict=True):
+        if passage != before or rows + length > most:
+            window, rows, before = window + 1, 0, passage
+        rows += length
+        windows.append(window)
+    return torch.tensor(windows, dtype=torch.int32)
 
 
 class TextEmbedder:
-    """Embeds texts as the model embeds chunks: what choosers compare and policies read.
+    """Embeds texts as the model embeds chunks, each alone: what choosers compare and policies read.
+
+    Of a model that reads chunks in windows (``encoder_window``), the processor has the chunks of a prompt embedded in
+    their windows, and lets this take note of them.
 
     The last results are kept, so that chunks that a chooser has embedded needn't be encoded again for the model: hand
     ``embedder([chunk.text for chunk in prompt.chunks])`` on as ``chunk_embeds``.
@@ -129,11 +151,12 @@ def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str, se
         width = encoder.config.hidden_size * (segments if pooling == "concat" else 1)
         return torch.zeros(0, width, dtype=encoder.dtype, device=encoder.device)
     texts = texts.to(encoder.device)
+    mask = ChunkMask.diagonal() if texts.windows is None else ChunkMask.passages(texts.windows)
     hidden = encoder(
         input_ids=texts.token_ids[None],
-        position_ids=_positions(texts.layout, _first_position(encoder))[None],
+        position_ids=_positions(texts, _first_position(encoder))[None],
         attention_mask=no_mask(encoder.device),
-        refrag_plans=AttentionPlans(texts.layout, ChunkMask.diagonal(), causal=False),
+        refrag_plans=AttentionPlans(texts.layout, mask, causal=False),
     ).last_hidden_state[0]
     if pooling == "concat":
         return _pool_segments(hidden, texts.layout, segments)
@@ -157,10 +180,15 @@ def _pool_segments(hidden: torch.Tensor, layout: ChunkLayout, segments: int) -> 
     return rk.pool_chunks(hidden, offsets, "mean").unflatten(0, (-1, segments)).flatten(1)
 
 
-def _positions(layout: ChunkLayout, first: int) -> torch.Tensor:
-    """Return position ids that start again at ``first`` in every chunk."""
+def _positions(texts: PackedTexts, first: int) -> torch.Tensor:
+    """Return position ids that start again at ``first`` in every text, or in every window."""
+    layout = texts.layout
     starts = layout.chunk_offsets[:-1].long()
     lengths = layout.chunk_offsets.diff().long()
+    if texts.windows is not None:
+        begins = torch.ones_like(texts.windows, dtype=torch.bool)
+        begins[1:] = texts.windows[1:] != texts.windows[:-1]
+        starts = starts[begins][begins.cumsum(0) - 1]
     rows = torch.arange(layout.total_rows, device=layout.device)
     return rows - starts.repeat_interleave(lengths, output_size=layout.total_rows) + first
 

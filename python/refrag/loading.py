@@ -72,7 +72,7 @@ def load_processor(folder: Path | None, k: int | None = None, chunker: str = "fi
         return RefragProcessor(
             processor.tokenizer, processor.encoder_tokenizer, processor.k, window=processor.window, chunker=chunker,
             position_ids=processor.position_ids, encoder_special_tokens=processor.encoder_special_tokens,
-            latents=processor.latents, start_token=processor.start_token,
+            latents=processor.latents, encoder_window=processor.encoder_window, start_token=processor.start_token,
         )  # fmt: skip
     own = DEFAULT_K if k is None else k
     trained = weights.adapter_file(own)

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from refrag.encoder import pack_texts
-from refrag.prompt import Chunk, MixedPrompt
+from refrag.prompt import Chunk, MixedPrompt, PackedTexts
 from refrag_kernels import ChunkLayout
 
 # The passage's number in its sequence, -1 for text; and the text's tokens, or the chunk.
@@ -24,6 +24,7 @@ def pack_spans(
     encoder_special_tokens: bool = True,
     chunk_embeds: torch.Tensor | None = None,
     latents: int = 1,
+    encoder_window: int = 0,
 ) -> MixedPrompt:
     """Pack a batch.
 
@@ -40,6 +41,8 @@ def pack_spans(
         The chunks' embeddings where they are known: then nothing is tokenized for the encoder.
     latents : int
         Slots of a compressed chunk.
+    encoder_window : int
+        Encoder tokens that are read together.
 
     Returns
     -------
@@ -93,11 +96,43 @@ def pack_spans(
         passage_of_span=torch.tensor(passage_of_span, dtype=torch.int32),
         chunks=tuple(chunks),
         expanded=frozenset(expanded),
-        encoder_input=pack_texts(
+        encoder_input=pack_chunks(
+            [] if chunk_embeds is not None else sequences,
             encoder_tokenizer,
-            [chunk.text for chunk in chunks] if chunk_embeds is None else [],
             special_tokens=encoder_special_tokens,
+            window=encoder_window,
         ),
         chunk_embeds=chunk_embeds,
         latents=latents,
     )
+
+
+def pack_chunks(
+    sequences: Sequence[Sequence[Span]],
+    encoder_tokenizer: PreTrainedTokenizerBase,
+    *,
+    special_tokens: bool = True,
+    window: int = 0,
+) -> PackedTexts:
+    """Tokenize the chunks of a batch for the encoder.
+
+    Parameters
+    ----------
+    sequences : sequence of sequences of Span
+    encoder_tokenizer : PreTrainedTokenizerBase
+    special_tokens : bool
+    window : int
+        Encoder tokens that are read together.
+
+    Returns
+    -------
+    PackedTexts
+    """
+    texts, passages = [], []
+    numbers: dict[tuple[int, int], int] = {}
+    for index, spans in enumerate(sequences):
+        for passage, span in spans:
+            if isinstance(span, Chunk):
+                texts.append(span.text)
+                passages.append(numbers.setdefault((index, passage), len(numbers)))
+    return pack_texts(encoder_tokenizer, texts, special_tokens=special_tokens, window=window, passages=passages)

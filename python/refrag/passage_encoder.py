@@ -13,10 +13,9 @@ from refrag.config import RefragConfig
 from refrag.encoder import encode_packed, pack_texts
 from refrag.model import RefragForCausalLM
 from refrag.processor import RefragProcessor
-from refrag.prompt import Chunk, PackedTexts, Passage
+from refrag.prompt import Chunk, Passage
 from refrag.recipe import ChunkRecipe
 from refrag.store import ChunkStore, PutCounts
-from refrag_kernels import ChunkLayout
 
 _BATCH_TOKENS = 8192  # 455 chunks of 16 tokens and the two special ones: past it, packing more no longer pays on a CPU
 
@@ -32,7 +31,7 @@ class PassageEncoder:
     config : RefragConfig
         Its pooling is what counts here.
     batch_tokens : int
-        Encoder tokens that are read at once; a chunk is never split.
+        Encoder tokens that are read at once; a chunk, or a window of them, is never split.
 
     Attributes
     ----------
@@ -105,16 +104,20 @@ class PassageEncoder:
             self.processor.encoder_tokenizer,
             [chunk.text for own in chunks for chunk in own],
             special_tokens=self.processor.encoder_special_tokens,
+            window=self.processor.encoder_window,
+            passages=[number for number, own in enumerate(chunks) for _ in own],
         )
         lengths = texts.layout.chunk_offsets.diff()
         rows = torch.empty(len(lengths), self.recipe.width, dtype=self.encoder.dtype)
-        tokens = texts.token_ids.split(lengths.tolist())
+        # What is read together stays together.
+        together = torch.arange(len(lengths)) if texts.windows is None else texts.windows.long()
+        windows = together.bincount() if len(lengths) else together
+        members = torch.arange(len(lengths)).split(windows.tolist())
+        tokens = torch.zeros(len(windows), dtype=torch.int64).index_add_(0, together, lengths.long())
         with torch.inference_mode():
-            for picked in _batches(lengths, self.batch_tokens):
-                batch = PackedTexts(
-                    torch.cat([tokens[index] for index in picked]),
-                    ChunkLayout.from_lengths([[len(tokens[index]) for index in picked]]),
-                )
+            for numbers in _batches(tokens, self.batch_tokens):
+                picked = torch.cat([members[number] for number in numbers]).tolist()
+                batch = texts.take(picked)
                 rows[picked] = encode_packed(self.encoder, batch, self.config.pooling, self.config.pool_segments).to(
                     "cpu"
                 )
@@ -163,7 +166,8 @@ class PassageEncoder:
 
 
 def _batches(lengths: torch.Tensor, most: int) -> Iterator[list[int]]:
-    """Yield the numbers of chunks that are encoded together: chunks of one length beside each other, the longest first.
+    """Yield the numbers of chunks, or windows, that are encoded together: those of one length side by side, the longest
+    first.
 
     So the largest batch comes first, and runs out of memory at once if at all.
     """

@@ -9,13 +9,15 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from refrag.choosers import Chooser
 from refrag.chunking import Chunker, FixedChunks, SentenceChunks
 from refrag.config import RefragConfig
+from refrag.encoder import TextEmbedder
 from refrag.expansion import expanded_chunks
-from refrag.packing import Span, pack_spans
+from refrag.packing import Span, pack_chunks, pack_spans
 from refrag.prompt import Chunk, MixedPrompt, Passage, PromptTooLongError
 from refrag.recipe import describe_chunker
 from refrag.store import ChunkStore, StoreError
@@ -40,6 +42,8 @@ class RefragProcessor:
         As in RefragConfig.
     encoder_special_tokens : bool
         As in RefragConfig.
+    encoder_window : int
+        Encoder tokens that are read together, at most the encoder's positions: RefragConfig's ``window``.
     chunker : {"fixed", "sentence"} or Chunker
         Cuts passages: FixedChunks(tokenizer, k), SentenceChunks(tokenizer), or one of your own.
     latents : int
@@ -80,6 +84,7 @@ class RefragProcessor:
         encoder_special_tokens: bool = True,
         chunker: str | Chunker = "fixed",
         latents: int = 1,
+        encoder_window: int = 0,
         start_token: bool = True,
     ) -> None:
         if position_ids not in ("contiguous", "original", "parallel"):
@@ -91,6 +96,7 @@ class RefragProcessor:
         self.position_ids = position_ids
         self.encoder_special_tokens = encoder_special_tokens
         self.latents = latents
+        self.encoder_window = encoder_window
         self.start_token = start_token
         self.chunker_name = chunker if isinstance(chunker, str) else None
         self.chunker = self._chunker(chunker) if isinstance(chunker, str) else chunker
@@ -120,6 +126,7 @@ class RefragProcessor:
             encoder_special_tokens=config.encoder_special_tokens,
             chunker=chunker,
             latents=config.latents,
+            encoder_window=config.window,
             start_token=start_token,
         )
 
@@ -136,7 +143,7 @@ class RefragProcessor:
         root = Path(folder)
         self.tokenizer.save_pretrained(root / "decoder_tokenizer")
         self.encoder_tokenizer.save_pretrained(root / "encoder_tokenizer")
-        fields = ("k", "window", "position_ids", "encoder_special_tokens", "latents", "start_token")
+        fields = ("k", "window", "position_ids", "encoder_special_tokens", "encoder_window", "latents", "start_token")
         settings = {name: getattr(self, name) for name in fields}
         settings["chunker"] = self.chunker_name
         (root / "refrag_processor.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -249,6 +256,8 @@ class RefragProcessor:
             stored, chunk_embeds = iter(store.chunks(passages)), store.get_many(passages).rows
         sequences = [self._spans(index, prompt, stored, begin) for index, prompt in enumerate(batch)]
         chunks = [[span for _, span in spans if isinstance(span, Chunk)] for spans in sequences]
+        if chunk_embeds is None and self.encoder_window:
+            chunk_embeds = self._embedded(sequences, chooser)
         questions = self._questions(batch, question)
         expanded = expanded_chunks(chunks, questions, expand, expand_count, chooser, chunk_embeds)
         if begin:
@@ -262,9 +271,21 @@ class RefragProcessor:
             encoder_special_tokens=self.encoder_special_tokens,
             chunk_embeds=chunk_embeds,
             latents=self.latents,
+            encoder_window=self.encoder_window,
         )
         self._check_window(sequences, expanded, packed, max_new_tokens)
         return packed
+
+    def _embedded(self, sequences: Sequence[Sequence[Span]], chooser: Chooser | None) -> torch.Tensor | None:
+        """Return the chunks' embeddings where the chooser compares by them: in their windows, not each alone."""
+        embedder = getattr(chooser, "embed", None)
+        if not isinstance(embedder, TextEmbedder):
+            return None
+        texts = pack_chunks(
+            sequences, self.encoder_tokenizer, special_tokens=self.encoder_special_tokens, window=self.encoder_window
+        )
+        with torch.no_grad():
+            return embedder.model.encode_chunks(texts)
 
     def _check_store(self, store: ChunkStore) -> None:
         own = describe_chunker(self.chunker)

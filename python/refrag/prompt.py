@@ -59,24 +59,29 @@ class PackedTexts:
     token_ids : Tensor, int64 [R]
     layout : ChunkLayout
         One sequence with a chunk per text.
+    windows : Tensor, int32 [N], optional
+        Window of each text: texts of one window stand side by side and see each other. Without it each is read alone.
     """
 
     token_ids: torch.Tensor
     layout: ChunkLayout
+    windows: torch.Tensor | None = None
 
     def take(self, texts: Sequence[int]) -> PackedTexts:
-        """Return some of the texts."""
+        """Return some of the texts; those of one window still see each other, but not those that are left out."""
         offsets = self.layout.host().chunk_offsets.tolist()
         lengths = [offsets[text + 1] - offsets[text] for text in texts]
         rows = [self.token_ids[offsets[text] : offsets[text + 1]] for text in texts]
         return PackedTexts(
             torch.cat(rows) if rows else self.token_ids[:0],
             ChunkLayout.from_lengths([lengths]).to(self.token_ids.device),
+            None if self.windows is None else self.windows[list(texts)],
         )
 
     def to(self, device: torch.device | str) -> PackedTexts:
         """Return it on ``device``."""
-        return PackedTexts(self.token_ids.to(device), self.layout.to(device))
+        windows = None if self.windows is None else self.windows.to(device)
+        return PackedTexts(self.token_ids.to(device), self.layout.to(device), windows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +106,7 @@ class MixedPrompt:
     encoder_input : PackedTexts
         The N chunks' texts for the encoder; none of them where ``chunk_embeds`` is given.
     chunk_embeds : Tensor [N, d_enc], optional
-        The chunks' embeddings, from a ``ChunkStore``.
+        The chunks' embeddings where they are known, from a ``ChunkStore``, say.
     latents : int
         m, the slots of a compressed chunk.
     """

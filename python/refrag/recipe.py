@@ -73,7 +73,8 @@ class ChunkRecipe:
             encoder_tokenizer=tokenizer_digest(processor.encoder_tokenizer),
             tokenizer=tokenizer_digest(processor.tokenizer),
             chunker=describe_chunker(processor.chunker),
-            pooling=config.pooling if config.pooling != "concat" else f"concat, {config.pool_segments} segments",
+            pooling=(config.pooling if config.pooling != "concat" else f"concat, {config.pool_segments} segments")
+            + (f", windows of {processor.encoder_window} tokens" if processor.encoder_window else ""),
             encoder_special_tokens=processor.encoder_special_tokens,
             width=config.chunk_width,
         )

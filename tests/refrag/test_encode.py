@@ -133,7 +133,7 @@ def test_a_saved_model(run, corpus, tmp_path, model_folder):
     model, processor = RefragForCausalLM.from_pretrained(model_folder), RefragProcessor.from_pretrained(model_folder)
     check(tmp_path / "store", PassageEncoder.from_model(model.eval(), processor))
     store = ChunkStore.open(tmp_path / "store")
-    assert store.recipe.chunker.startswith("sentence") and store.recipe.pooling == "mean"
+    assert store.recipe.chunker.startswith("sentence") and store.recipe.pooling == "mean, windows of 96 tokens"
     parts = ["Read: ", *PASSAGES[:4], "So?"]
     encoded = model(prompt=processor(parts)).logits
     looked_up = model(prompt=processor([Passage(id=p.id) if isinstance(p, Passage) else p for p in parts], store=store))
@@ -183,7 +183,7 @@ def test_the_demos_encoders_are_the_defaults(run, tmp_path):
     assert run(tmp_path, "--preset", "lclm", encoder=False).exit_code == 0
     recipe = ChunkStore.open(tmp_path / "store").recipe
     assert recipe.encoder == str(weights.encoder_folder())
-    assert recipe.pooling == "mean" and recipe.chunker == "fixed, k = 16"
+    assert recipe.pooling == "mean, windows of 512 tokens" and recipe.chunker == "fixed, k = 16"
     assert run(tmp_path, "--k", "16", encoder=False).exit_code == 0  # for this k there is no adapter: the same encoder
     assert len(list((tmp_path / "store").glob("shard-*"))) == 1
 

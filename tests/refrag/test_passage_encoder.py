@@ -29,7 +29,7 @@ def model(minilm, tokenizer):
     config.vocab_size, config.max_position_embeddings = len(tokenizer), 1024
     torch.manual_seed(0)
     decoder = AutoModelForCausalLM.from_config(config).eval()
-    return RefragForCausalLM.from_parts(copy.deepcopy(minilm), decoder, 16, preset="lclm")
+    return RefragForCausalLM.from_parts(copy.deepcopy(minilm), decoder, 16, preset="lclm", encoder_window=0)
 
 
 @pytest.fixture

@@ -153,11 +153,9 @@ class PromptOptions:
 
     def chunk_embeds(self, prompt: MixedPrompt) -> Any:
         """Return the embeddings that a chooser has made of the prompt's chunks already, or None."""
-        return (
-            None
-            if self._embedder is None or self.store is not None
-            else self._embedder([chunk.text for chunk in prompt.chunks])
-        )
+        if self._embedder is None or prompt.chunk_embeds is not None:
+            return None
+        return self._embedder([chunk.text for chunk in prompt.chunks])
 
     def _chooser(self, processor: RefragProcessor) -> Chooser | None:
         from refrag import choosers

@@ -269,8 +269,26 @@ def _slot_contents(prompt: MixedPrompt, chunks: set[int], chunk_embeds: torch.Te
         kind = f"{rows.dtype} {list(rows.shape[1:])}".encode()
         as_bytes = rows.view(torch.uint8).numpy()
         return {chunk: _digest(b"row", kind, as_bytes[chunk].tobytes()) for chunk in chunks}
-    offsets = prompt.encoder_input.layout.chunk_offsets.tolist()
-    ids = prompt.encoder_input.token_ids.tolist()
+    texts = prompt.encoder_input
+    offsets = texts.layout.chunk_offsets.tolist()
+    ids = texts.token_ids.tolist()
+    if texts.windows is not None:
+        # The whole window is what an embedding depends on, and the chunk's place in it.
+        _, counts = texts.windows.unique_consecutive(return_counts=True)
+        ends = counts.cumsum(0)
+        bounds = [
+            (offsets[first], offsets[last])
+            for first, last, count in zip((ends - counts).tolist(), ends.tolist(), counts.tolist())
+            for _ in range(count)
+        ]
+        return {
+            chunk: _digest(
+                b"window",
+                _numbers([offsets[edge] - bounds[chunk][0] for edge in (chunk, chunk + 1)]),
+                _numbers(ids[slice(*bounds[chunk])]),
+            )
+            for chunk in chunks
+        }
     return {chunk: _digest(b"ids", b"", _numbers(ids[offsets[chunk] : offsets[chunk + 1]])) for chunk in chunks}
 
 

@@ -125,10 +125,15 @@ def measure(
         prompt, _ = parts.collate([sample])
         embeds = parts.model.encode_chunks(prompt.encoder_input)
         chunks = [span for _, span in sample.spans if isinstance(span, Chunk)]
+
+        def embed(texts: Sequence[str], chunks: Sequence[Chunk] = chunks, own: torch.Tensor = embeds) -> torch.Tensor:
+            # The chunks as the model has them, in their windows; anything else alone.
+            return own if list(texts) == [chunk.text for chunk in chunks] else parts.embed(texts)
+
         for rate in conditions.rates:
             count = round(share_for_rate(min(rate, k), k) * len(chunks))
             for name in conditions.choosers if count else ():
-                chooser = by_name(name, model=parts.model, embed=parts.embed, policy=policy, seed=seed + index)
+                chooser = by_name(name, model=parts.model, embed=embed, policy=policy, seed=seed + index)
                 # There is no question: the context's last chunk is what the output goes on from.
                 expansions[f"{name}, {rate:g}x"] = frozenset(chooser(chunks[-1].text, chunks, count))
         variants = [dataclasses.replace(sample, expanded=picks) for picks in expansions.values()]

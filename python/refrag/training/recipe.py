@@ -101,6 +101,7 @@ class Parts:
             position_ids=config.position_ids,
             special_tokens=config.encoder_special_tokens,
             latents=config.latents,
+            encoder_window=config.window,
         )
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:

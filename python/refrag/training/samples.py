@@ -208,6 +208,7 @@ def collate(
     position_ids: str,
     special_tokens: bool,
     latents: int = 1,
+    encoder_window: int = 0,
 ) -> tuple[MixedPrompt, torch.Tensor]:
     """Pack samples.
 
@@ -228,6 +229,7 @@ def collate(
         position_ids=position_ids,
         encoder_special_tokens=special_tokens,
         latents=latents,
+        encoder_window=encoder_window,
     )
     counted = [index == sample.target for sample in samples for index in range(len(sample.spans))]
     lengths = prompt.layout.chunk_offsets.diff().long()
