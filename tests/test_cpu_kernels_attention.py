@@ -1,15 +1,12 @@
 """What is particular to the C++ attention: its instruction sets, its threads, and how it reads memory."""
 
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accuracy import DTYPES, GRADIENT, LSE, OUTPUT, relative_error
 from factory import random_attention_problem, random_plan_problem
+from instruction_sets import LOWER, run_on
 from plan_bruteforce import plan_tensors
 
 import refrag_kernels as rk
@@ -17,8 +14,6 @@ from refrag_kernels import backends
 
 if "cpu" not in backends.available("mixed_attention", "attention", torch.device("cpu")):
     pytest.skip("built without the C++ kernels", allow_module_level=True)
-
-ISAS = ("avx512", "avx2", "portable")  # below the best one, which all other tests run on
 
 
 def check(problem, dtype, label):
@@ -36,16 +31,9 @@ def check_all():
             check(random_attention_problem(seed, dtype), dtype, f"random_attention_problem({seed}, {dtype})")
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", LOWER)
 def test_instruction_sets(isa):
-    here = Path(__file__).parent
-    environment = os.environ | {"REFRAG_KERNELS_ISA": isa, "OMP_NUM_THREADS": "2"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(here), *filter(None, sys.path)])
-    command = [sys.executable, "-c", "import test_cpu_kernels_attention as t; t.check_all()"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    if "can't run" in done.stderr:
-        pytest.skip(f"this machine can't run {isa}")
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_on(isa, "test_cpu_kernels_attention", "check_all")
 
 
 def run(q, k, v, plan, grad_out, **options):

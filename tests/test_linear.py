@@ -1,13 +1,11 @@
 """linear_rows: every backend and dtype against float64, and the op as torch sees it."""
 
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 from accuracy import DTYPES, OUTPUT, relative_error
+from instruction_sets import LOWER, run_on
 
 import refrag_kernels as rk
 from refrag_kernels import backends
@@ -52,24 +50,9 @@ def test_against_float64():
     check_all()
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", LOWER)
 def test_against_float64_on_every_instruction_set(isa):
-    code = f"""
-import torch
-from refrag_kernels import extension
-try:
-    extension.cpu_missing() or torch.ops.refrag_cpu.active_isa()
-except RuntimeError:
-    raise SystemExit(77)  # not on this machine
-import test_linear
-assert torch.ops.refrag_cpu.active_isa() == {isa!r}
-test_linear.check_all()
-"""
-    environment = {**os.environ, "REFRAG_KERNELS_ISA": isa, "PYTHONPATH": os.pathsep.join([*sys.path, "tests"])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    if done.returncode == 77:
-        pytest.skip(f"this machine has no {isa}")
-    assert done.returncode == 0, done.stderr
+    run_on(isa, "test_linear", "check_all")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

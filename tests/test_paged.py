@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch._dynamo.testing
 from accuracy import LSE, OUTPUT
+from instruction_sets import LOWER, run_on
 from paged_problems import BACKENDS, COMBINATIONS, Problem, assert_rows_close, at_the_edge, make_problem, name_of
 
 import refrag_kernels as rk
@@ -148,24 +146,10 @@ def check_all_at_the_edge():
             check_problem(problem, "cpu", dtype)
 
 
-@pytest.mark.parametrize("isa", ["", "avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["", *LOWER])
 def test_every_instruction_set(isa):
     """The choice is made once a process, so the table runs again in another; without a name, on the best one."""
-    run = subprocess.run(
-        [sys.executable, "-c", "import test_paged; test_paged.check_all_at_the_edge()"],
-        env={
-            **os.environ,
-            "REFRAG_KERNELS_ISA": isa,
-            "OMP_NUM_THREADS": "2",
-            "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)]),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "can't run" in run.stderr:
-        pytest.skip(f"this machine can't run {isa}")
-    assert run.returncode == 0, f"exit status {run.returncode}: {run.stderr[-2000:]}"
+    run_on(isa, "test_paged", "check_all_at_the_edge")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

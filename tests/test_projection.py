@@ -1,17 +1,14 @@
 """project_chunks and embed_mixed: every backend and dtype against float64, and the ops as torch sees them."""
 
 import dataclasses
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import DTYPES, GRADIENT, OUTPUT, relative_error
 from factory import random_lengths
+from instruction_sets import LOWER, run_on
 
 import refrag_kernels as rk
 from refrag_kernels import backends
@@ -26,7 +23,6 @@ ACTIVATIONS = {
     "none": lambda x: x,
 }
 SEEDS = range(18)
-ISAS = ("avx512", "avx2", "portable")  # below the best one, which all other tests run on
 
 
 @pytest.fixture(autouse=True)
@@ -144,16 +140,9 @@ def check_all():
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="built without the C++ kernels")
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", LOWER)
 def test_instruction_sets(isa):
-    here = Path(__file__).parent
-    environment = os.environ | {"REFRAG_KERNELS_ISA": isa, "OMP_NUM_THREADS": "2"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(here), *filter(None, sys.path)])
-    command = [sys.executable, "-c", "import test_projection as t; t.check_all()"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    if "can't run" in done.stderr:
-        pytest.skip(f"this machine can't run {isa}")
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_on(isa, "test_projection", "check_all")
 
 
 @pytest.mark.parametrize("widths", [(0, 5, 3), (4, 0, 3), (4, 5, 0)], ids=str)

@@ -41,6 +41,7 @@ inline constexpr int kParts = kLanes / kPartLanes;
 
 using PartF [[gnu::vector_size(kPartLanes * 4)]] = float;
 using PartI [[gnu::vector_size(kPartLanes * 4)]] = int32_t;
+using PartU [[gnu::vector_size(kPartLanes * 4)]] = uint32_t;
 
 struct Vec {
   PartF part[kParts];
@@ -79,12 +80,22 @@ REFRAG_BINARY(Vec, +)
 REFRAG_BINARY(Vec, -)
 REFRAG_BINARY(Vec, *)
 REFRAG_BINARY(Vec, /)
-REFRAG_BINARY(VecI, +)
-REFRAG_BINARY(VecI, -)
 REFRAG_BINARY(VecI, &)
 REFRAG_BINARY(VecI, |)
 REFRAG_BINARY(VecI, ^)
 #undef REFRAG_BINARY
+
+// As unsigned numbers: sums of the bits of floats may overflow, and then wrap.
+#define REFRAG_WRAPPING(op)                                                                                \
+  REFRAG_INLINE VecI operator op(const VecI a, const VecI b) {                                             \
+    VecI r;                                                                                                \
+    REFRAG_EACH_PART r.part[i] =                                                                           \
+        reinterpret_cast<PartI>(reinterpret_cast<PartU>(a.part[i]) op reinterpret_cast<PartU>(b.part[i])); \
+    return r;                                                                                              \
+  }
+REFRAG_WRAPPING(+)
+REFRAG_WRAPPING(-)
+#undef REFRAG_WRAPPING
 
 REFRAG_INLINE Vec broadcast(float x) {
   Vec r;

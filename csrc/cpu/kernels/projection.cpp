@@ -151,6 +151,7 @@ Scratch carve(const ProjectionParams& p, char* memory, int64_t* bytes) {
 template <class T, class Math>
 void gather_chunks(const ProjectionParams& p, int first, int count, int panels, const Scratch& scratch) {
   const int words = padded_words<Math>(p.d_enc);
+  if (words == 0) return;  // tensors of no width have no memory to point to
   for (int panel = 0; panel < panels; ++panel) {
     std::memset(scratch.rows, 0, int64_t{4} * 16 * words);
     for (int c = 0; c < 16 && 16 * panel + c < count; ++c) {
@@ -192,6 +193,7 @@ int64_t projection_row_bytes(Element element, int32_t width) {
 void projection_copy(Element element, const Matrix& source, int32_t width, int32_t begin, int32_t end, char* copy) {
   with_types(element, [&](auto number, auto math) {
     const int64_t row_bytes = int64_t{4} * padded_words<decltype(math)>(width);
+    if (row_bytes == 0) return;
     for (int32_t row = begin; row < end; ++row) {
       char* to = copy + row * row_bytes;
       if constexpr (decltype(math)::kPairs) {
