@@ -71,6 +71,8 @@ def problems() -> Iterator[Problem]:
         chunks = rk.ChunkLayout.from_lengths([[length] * (2048 // length)])
         name = f"encoder, {2048 // length} chunks of {length}"
         yield Problem(name, chunks, rk.ChunkMask.diagonal(), False, "smollm2-135m", True)
+    sentences = rk.ChunkLayout.from_lengths([[16 + 7 * i % 17 for i in range(85)]])  # 2040 rows
+    yield Problem("encoder, 85 chunks of 16 to 32", sentences, rk.ChunkMask.diagonal(), False, "smollm2-135m", True)
 
 
 def by_plan(plan: rk.AttentionPlan) -> int:
@@ -144,8 +146,9 @@ counted, not timed. **Not yet measured on a GPU.** Written by `python -m bench.w
 _AFTER = """
 C++ are the kernels of `csrc/cuda`, Triton the forward kernel at 16 bits as it is configured for sm_90. A tile of
 Triton's holds the rows of four blocks of 16 where a key has one or two query heads, and reads up to 64 keys at a time;
-where blocks see 48 keys or fewer on average, as in the chunk encoder, it holds one block and reads 16. Chunks of 8
+where blocks see fewer than 64 keys on average, as in the chunk encoder, it holds one block and reads 16. Chunks of 8
 share a tile by twos, with twice the work that they need: matrix instructions (m16n8k16; 16 x 16 on AMD) have 16 rows.
+Chunks of uneven lengths begin inside blocks of 16 rows, which then see the keys of two chunks or three.
 FlashInfer is its VariableBlockSparseAttentionWrapper, rows of equal masks as blocks, its keys rounded to 16 only, which
 is the least it can do. flex_attention's count is that of its own `create_block_mask`.
 

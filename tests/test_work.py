@@ -41,6 +41,14 @@ def test_short_chunks_have_tiles_of_their_own(length, ratio):
         assert work.by_triton(plan, group, 64) == ratio * needed == work.by_plan(plan)
 
 
+def test_chunks_of_uneven_lengths_have_tiles_of_their_own():
+    """They begin inside blocks of 16 rows; issued are the tiles of 16 by 16 that hold an allowed pair, no more."""
+    problem = PROBLEMS["encoder, 85 chunks of 16 to 32", 1]
+    plan = problem.plan()
+    for group in (1, 2, 4, 8):
+        assert work.by_triton(plan, group, 64) == work.by_plan(plan) == work.by_blocks(problem.dense(), 16)
+
+
 def test_blocks_are_those_of_flex_attention(small):
     mask = peers.block_mask(SMALL, 128, "cpu")
     blocks = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())

@@ -74,14 +74,17 @@ def tiles_of(
 
 
 def _few_keys(plan: Sequence[torch.Tensor]) -> bool:
-    """Whether blocks of 16 rows see 48 keys or fewer on average, as in the chunk encoder, whose chunks see themselves.
+    """Whether blocks of 16 rows see fewer than 64 keys on average, as in the encoder, whose chunks see themselves.
+
+    Four blocks that share a tile would then share few of them, and 64 keys are what other tiles take at a time. Chunks
+    of up to 32 rows are such, wherever they begin: a block of 16 rows lies in two or three of them.
 
     Told from the sizes of lists, so nothing is read from the device. Lists are never shorter than 2, so plans of a few
     blocks don't tell; and under a capacity they are as long as any batch needs.
     """
     blocks = plan[3].shape[0]
     _, ranges, entries = _list(plan, TileList(False, 1))
-    return blocks >= 8 and ranges.shape[0] <= 2 and entries.shape[0] <= 3 * blocks
+    return blocks >= 8 and ranges.shape[0] <= 2 and entries.shape[0] < 4 * blocks
 
 
 def _query_tiles(kernel: str, q: torch.Tensor, k: torch.Tensor, plan: Sequence[torch.Tensor], softcap: float):

@@ -72,7 +72,9 @@ def test_heads_that_share_keys(group):
 
 @pytest.mark.parametrize("group", (1, 2, 3, 4, 8, 11) if ALL else (3,))
 @pytest.mark.parametrize(
-    "lengths", ([[8] * 17], [[16] * 5, [32] * 2, [7]], [[3, 12, 1, 16, 4, 12, 3, 18, 7, 9, 20, 16]]), ids=str
+    "lengths",
+    ([[8] * 17], [[16] * 5, [32] * 2, [7]], [[3, 12, 1, 16, 4, 12, 3, 18, 7, 9, 20, 16]], [[30, 28, 31, 32, 29, 3]]),
+    ids=str,
 )
 def test_chunks_that_see_themselves(lengths, group):
     """The chunk encoder's masks: each block of 16 rows is a tile, and takes 16 keys at a time."""
