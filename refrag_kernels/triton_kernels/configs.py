@@ -58,6 +58,7 @@ _ATTENTION_SOFTCAP: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
     ("sm_80", 2): {"forward": {64: Config(32, 8, 3, 128)}, "dq": {128: Config(32, 8, 2)}},
     ("sm_86", 2): {"forward": {64: Config(32, 8, 3, 128)}, "dq": {128: Config(32, 8, 2)}},
     ("sm_90", 2): {"forward": {128: Config(32, 8, 2, 128)}, "dkv": {128: Config(32, 8, 1)}},
+    ("sm_120", 2): {"dkv": {64: Config(32, 4, 1)}},
 }
 
 
