@@ -73,7 +73,7 @@ bench: $(VENV)/.model build ## Time the ops against their peers, in turns, each 
 # All that can be shown of the GPU kernels without a GPU: the sources on the CPU on more problems, and what the compiler makes
 # of them for each architecture of a release. What Triton compiled is kept in build/gpu-resources, under a hash of its source:
 # only what changed is compiled again.
-test-gpu-proof: $(VENV)/.test build ## Test the GPU kernels without a GPU, in full
+test-gpu-proof: $(VENV)/.test $(VENV)/.ttsem build ## Test the GPU kernels without a GPU, in full
 	REFRAG_GPU_PROOF=all OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) tests/cuda_host tests/test_gpu_resources.py tests/triton $(ARGS)
 
 # The device code of csrc/cuda on the CPU under a sanitizer, which ends the run with a report at the first error.
@@ -124,6 +124,13 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml setup.py
 	$(call say,installing the package and what the tests need; compiling)
 	@$(PIP) --no-build-isolation -e '.[test]'
 	@touch $@ $(VENV)/.model
+
+# A second interpreter of Triton's kernels. Its release asks for another Python and has no Triton, so pip is told not to look,
+# and it can be in no extra. Where it can't be had its test is skipped.
+$(VENV)/.ttsem: $(VENV)/.torch
+	$(call say,installing ttsem)
+	-@$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0
+	@touch $@
 
 $(VENV)/.docs: $(VENV)/.model pyproject.toml
 	$(call say,installing mkdocs)

@@ -1,7 +1,7 @@
 """What Triton's compiler makes of the kernels, run on the CPU by ttsem: values, bounds, races between programs.
 
 ttsem 0.1.0 asks for Python 3.12 and has no release for this Triton; it works nonetheless, installed by
-``pip install --no-deps --ignore-requires-python ttsem``. It is not among the packages that the tests install.
+``pip install --no-deps --ignore-requires-python ttsem``, as ``make test-gpu-proof`` does. No extra can ask for it so.
 """
 
 import importlib.util
