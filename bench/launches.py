@@ -23,7 +23,6 @@ class Case:
     always: bool = False  # part of `make test`
     width: int = 0  # of a head
     spills_reported: bool = False  # rather than refused
-    matrix: bool = True  # where a tile has 64 rows and more, the architecture's own matrix instruction is asked for
 
     def __str__(self):
         return self.name
@@ -43,10 +42,7 @@ def _attention(width: int, group: int, dtype: torch.dtype, few_keys: bool = Fals
         attention.mixed_attention_backward(q, lse, q, kv, kv, out, lse, plan.tensors(), 0.1, softcap, sinks)
 
     name = f"attention-{str(dtype)[6:]}-D{width}-group{group}{'-softcap' * bool(softcap)}{'-few_keys' * few_keys}"
-    return Case(
-        name, dtype, call, spills_reported=width == 256 or dtype == _FP32, width=width,
-        matrix=not few_keys or group >= 4, **options,
-    )  # fmt: skip
+    return Case(name, dtype, call, spills_reported=width == 256 or dtype == _FP32, width=width, **options)
 
 
 def _projection(rows: int, dtype: torch.dtype, backward: bool = False, **options) -> Case:
@@ -60,7 +56,7 @@ def _projection(rows: int, dtype: torch.dtype, backward: bool = False, **options
             projection.project_chunks_backward(torch.empty(rows, 4096, dtype=dtype), chunks, w1, b1, w2, b2, "gelu")
 
     name = f"projection-{str(dtype)[6:]}-N{rows}{'-backward' if backward else ''}"
-    return Case(name, dtype, call, matrix=rows >= 64, **options)
+    return Case(name, dtype, call, **options)
 
 
 def _pooling(dtype: torch.dtype, **options) -> Case:
@@ -88,9 +84,7 @@ def _paged(width: int, group: int, dtype: torch.dtype, rows: int, visible: bool 
         paged.merge_states_backward(out, lse, out, lse, *paged.merge_states(out, lse, out, lse))
 
     name = f"paged-{str(dtype)[6:]}-D{width}-group{group}-rows{rows}{'-visible' if visible else ''}"
-    # sm_90 and sm_100 leave tiles of fewer than 64 or 128 rows to the instructions of sm_80.
-    reported = width == 256 or dtype == _FP32
-    return Case(name, dtype, call, matrix=False, spills_reported=reported, width=width, **options)
+    return Case(name, dtype, call, spills_reported=width == 256 or dtype == _FP32, width=width, **options)
 
 
 CASES = [
@@ -98,8 +92,8 @@ CASES = [
         _attention(width, group, dtype, always=dtype == _BF16 and width == 128 and group == 4)
         for width in (64, 96, 128, 256)
         for dtype in (_BF16, _FP16, _FP32)
-        # Each way in which heads fill tiles in bfloat16, and the two most different ones in the others.
-        for group in ((1, 2, 4, 8) if dtype == _BF16 else (1, 4))
+        # Each way in which heads fill tiles in bfloat16; float16 has the same kernels.
+        for group in {_BF16: (1, 2, 4, 8), _FP16: (4,), _FP32: (1, 4)}[dtype]
     ),
     *(
         _attention(width, group, _BF16, softcap=True, always=width == 128 and group == 4)
@@ -108,8 +102,8 @@ CASES = [
     *(
         _attention(width, group, dtype, few_keys=True, always=dtype == _BF16 and width == 64 and group == 1)
         for width in (64, 96, 128, 256)
-        for group in (1, 4)
         for dtype in (_BF16, _FP16, _FP32)
+        for group in ((1, 4) if dtype == _BF16 else (1,))
     ),
     _attention(64, 1, _BF16, few_keys=True, softcap=True),
     *(

@@ -94,15 +94,22 @@ def triton_rows(architectures: Sequence[str] = ARCHITECTURES, progress: bool = F
     return list(rows)
 
 
+def tile_rows(recorded: ahead_of_time.Launch) -> int:
+    """Return how many rows the tiles have that a kernel multiplies."""
+    a = recorded.arguments
+    if "BM" in a:
+        return a["BM"]
+    # The gradients of keys go by tiles of 64 keys, all others by tiles of query rows.
+    return a["HEADS"] * a.get("ROWS", a.get("BLOCKS", 1) * 16) if "HEADS" in a else 64
+
+
 def _shape(case: launches.Case, recorded: ahead_of_time.Launch) -> tuple[str, str]:
     """Return what a kernel is specialised for by a call, and the tile that was chosen for it."""
     a = recorded.arguments
     parts = [f"D {case.width}"] if case.width else []
     tile = ""
     if "GROUP" in a and "STEP" in a:
-        # The gradients of keys go by tiles of 64 keys, all others by tiles of query rows.
-        rows = a["HEADS"] * a.get("ROWS", a.get("BLOCKS", 1) * 16) if "HEADS" in a else 64
-        tile = f"{rows} x {a['STEP']}"
+        tile = f"{tile_rows(recorded)} x {a['STEP']}"
         parts += [f"{a['GROUP']} heads a key", *(["softcap"] if a["SOFTCAP"] else [])]
         parts += ["few keys"] if a.get("BLOCKS") == 1 and a["STEP"] == 16 else []
     elif "BM" in a:
