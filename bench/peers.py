@@ -141,3 +141,23 @@ def late(make: Callable[[], Attention]) -> Attention:
         return made[0]()
 
     return call
+
+
+def vllm_overlay(rows: torch.Tensor, embeds: torch.Tensor, is_text: torch.Tensor) -> Callable[[], None]:
+    """Return the call of vLLM's kernel that writes a request's prompt embeddings over the rows of a batch.
+
+    ``rows`` and ``embeds`` are ``[N, d]``; ``is_text`` is uint8 ``[N]``, where the rows stay. One request, whole.
+    """
+    library = _library("vllm.v1.worker.gpu.model_states.prompt_embeds", rows)
+    count, device = len(rows), rows.device
+    pointers = [torch.tensor([t.data_ptr()], dtype=torch.uint64, device=device) for t in (embeds, is_text)]
+    lengths, none = (torch.tensor([n], dtype=torch.int32, device=device) for n in (count, 0))
+    starts = torch.tensor([0, count], dtype=torch.int32, device=device)
+    block = library.TOKEN_BLOCK
+    kernel = library._apply_prompt_embeds_kernel[(1, -(-count // block))]
+    arguments = (rows, rows.stride(0), *pointers, lengths, none, starts, none, rows.shape[1])
+
+    def call(_alive: object = (embeds, is_text)) -> None:  # the kernel is given their addresses alone
+        kernel(*arguments, TOKEN_BLOCK=block, BLOCK_SIZE=1024)
+
+    return call

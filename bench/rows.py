@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
 import refrag_kernels as rk
 from bench.case import Case, Entry, Skip, Sweep, bound_of
+from bench.peers import late, vllm_overlay
 from bench.presets import PRESETS, Preset
 
 _WEIGHT_SCALE = 0.05  # keeps the projection's outputs near 1
@@ -83,11 +84,24 @@ def _embed(preset: str, context: int, k: int, dtype: torch.dtype, device: str) -
         out[is_slot] = _eager(chunks, *weights)
         return out
 
+    def overlaid() -> Callable[[], torch.Tensor]:
+        out, embeds = torch.empty(len(ids), table.shape[1], dtype=dtype, device=device), torch.empty_like(table[ids])
+        overlay = vllm_overlay(out, embeds, (~is_slot).to(torch.uint8))
+
+        def call() -> torch.Tensor:
+            torch.index_select(table, 0, ids, out=out)
+            embeds.index_copy_(0, slots, _eager(chunks, *weights))
+            overlay()
+            return out
+
+        return call
+
     return Case(
         ours=lambda: rk.embed_mixed(ids, table, chunks, slot_of_row, packed),
         peers={
             "Linear, GELU, Linear, gather, scatter": lambda: scattered(chunks, table, *weights),
             "Linear, GELU, Linear, bool index": masked,
+            "Linear, GELU, Linear, vLLM's overlay": late(overlaid),
         },
         expected=lambda: scattered(chunks.double(), table.double(), *(w.double() for w in weights)),
         bound=bound_of(dtype),
