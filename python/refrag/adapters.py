@@ -72,18 +72,23 @@ def prepare(model: RefragForCausalLM, trained: Trained) -> RefragForCausalLM:
         elif how == "lora":
             _inject_lora(part, layers, trained.rank)
     model.projector.requires_grad_(True)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if "pooler" in name.split("."):
+            parameter.requires_grad_(False)  # nothing reads it, and DDP would wait for its gradient
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the tensors that training changes, by name."""
-    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    """Return the tensors that training changes, by name; whole where processes hold shares (all have to call then)."""
+    own = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in own.items()}
 
 
-def save_adapter(model: RefragForCausalLM, folder: str | os.PathLike[str]) -> Path:
+def save_adapter(
+    model: RefragForCausalLM, folder: str | os.PathLike[str], trained: Mapping[str, torch.Tensor] | None = None
+) -> Path:
     """Write what was trained, in bfloat16, and what it belongs to.
 
     Parameters
@@ -92,6 +97,8 @@ def save_adapter(model: RefragForCausalLM, folder: str | os.PathLike[str]) -> Pa
         Prepared by ``prepare``.
     folder : path
         Made where it isn't there.
+    trained : mapping of str to Tensor, optional
+        What ``trained_state`` gave.
 
     Returns
     -------
@@ -106,7 +113,7 @@ def save_adapter(model: RefragForCausalLM, folder: str | os.PathLike[str]) -> Pa
         # Where they came from; empty for an encoder that was made of the decoder's embeddings.
         "sources": {"encoder": _source(model.encoder), "decoder": _source(model.decoder)},
     }
-    return _write(folder, trained_state(model), about)
+    return _write(folder, trained_state(model) if trained is None else trained, about)
 
 
 def add_policy(source: str | os.PathLike[str], policy: ExpansionPolicy, folder: str | os.PathLike[str]) -> Path:

@@ -164,12 +164,13 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         token_scale = 1.0 if scale is None else float(scale.to(table.weight.dtype))
         chunks = self.projector.norm(chunk_embeds.to(table.weight.dtype))
         weights, activation = self.projector.weights(), self.projector.activation
-        if self.config.latents == 1:
+        # Sharded tables are whole only while their module runs.
+        if self.config.latents == 1 and not hasattr(table.weight, "full_tensor"):
             return rk.embed_mixed(
                 prompt.token_ids, table.weight, chunks, prompt.slot_of_row, *weights,
                 activation=activation, token_scale=token_scale,
             )  # fmt: skip
-        text = torch.nn.functional.embedding(prompt.token_ids, table.weight) * token_scale
+        text = table(prompt.token_ids)
         if not len(chunks):
             return text
         slots = rk.project_chunks(chunks, *weights, activation=activation).view(-1, text.shape[1])

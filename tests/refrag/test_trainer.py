@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from refrag.adapters import AdapterError, Trained, load_adapter, prepare, save_a
 from refrag.training.measures import reconstruction_accuracy
 from refrag.training.recipe import Stage, run_stage
 from refrag.training.trainer import Trainer, TrainingError, TrainSettings
+from safetensors.torch import load_file
 from train_once import train
 
 FIGURES = ("step", "loss", "tokens", "learning_rate", "held_out_loss")
@@ -107,21 +109,35 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path):
     assert len(list((folder / "checkpoints").glob("step-*"))) == 2  # older ones make room
 
 
-def test_two_processes_take_the_same_steps(tmp_path):
-    """Each takes its share of a step's samples; the mean is over the tokens of both."""
-    alone = figures(train(tmp_path / "alone", dropout=False))
+def in_two_processes(folder, *options):
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-        *(Path(__file__).with_name("train_once.py"), tmp_path / "both", "--no-dropout"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(Path(__file__).with_name("train_once.py"), folder, "--no-dropout", *options),
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    both = figures([json.loads(line) for line in (tmp_path / "both" / "log.jsonl").read_text().splitlines()])
-    assert len(both) == len(alone) == 12
-    for one, two in zip(alone, both):
-        assert two == tuple(value and pytest.approx(value, rel=2e-4) for value in one)
+    about = "FSDP 2" if "--shard" in options else "MULTI_CPU 2"
+    assert [(folder / f"process-{index}").read_text() for index in range(2)] == [about, about]
+    return figures([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
+
+
+@pytest.mark.parametrize("options", [(), ("--shard",)], ids=["DDP", "FSDP"])
+def test_two_processes_take_the_same_steps(tmp_path, options):
+    """Each takes its share of a step's samples; the mean is over the tokens of both."""
+    alone = figures(train(tmp_path / "alone", dropout=False))
+    adapter = load_file(tmp_path / "alone" / "adapter.safetensors")
+    close = [tuple(value and pytest.approx(value, rel=2e-4) for value in one) for one in alone]
+    assert len(close) == 12 and in_two_processes(tmp_path / "both", *options) == close
+    # Checkpoints are whole: one process's is gone on from in two.
+    shutil.rmtree(max((tmp_path / "alone" / "checkpoints").iterdir()))
+    (tmp_path / "alone" / "adapter.safetensors").unlink()
+    assert in_two_processes(tmp_path / "alone", *options) == close
+    for folder in ("both", "alone"):
+        written = load_file(tmp_path / folder / "adapter.safetensors")
+        assert written.keys() == adapter.keys()
+        for name, value in adapter.items():
+            torch.testing.assert_close(written[name], value, rtol=2e-2, atol=2e-4, msg=name)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, tokenizer, encoder_tokenizer):

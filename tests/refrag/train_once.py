@@ -1,9 +1,12 @@
-"""Train small models in a process of its own: ``python train_once.py FOLDER [--no-dropout]``."""
+"""Train small models in processes of its own: ``python train_once.py FOLDER [--no-dropout] [--shard]``."""
 
 import sys
+from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from refrag import weights
 from refrag.adapters import Trained
 from refrag.training.recipe import Stage, run_stage
@@ -28,7 +31,19 @@ def stage(**settings):
     )  # fmt: skip
 
 
-def train(folder, *, mixed_precision="no", model=None, dropout=True, **settings):
+def sharding():
+    """Return an Accelerator with FSDP, which it takes from its config on accelerators and refuses on CPUs."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    return accelerator
+
+
+def train(folder, *, accelerator=None, mixed_precision="no", model=None, dropout=True, **settings):
     tokenizer = AutoTokenizer.from_pretrained(weights.decoder_folder())
     encoder_tokenizer = AutoTokenizer.from_pretrained(weights.encoder_folder())
     own = model or parts(tokenizer, encoder_tokenizer)
@@ -37,11 +52,13 @@ def train(folder, *, mixed_precision="no", model=None, dropout=True, **settings)
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
     texts = documents(tokenizer), documents(tokenizer, seed=1)
-    return run_stage(
-        own, stage(**settings), *texts, folder, accelerator=Accelerator(cpu=True, mixed_precision=mixed_precision)
-    )
+    accelerator = accelerator or Accelerator(cpu=True, mixed_precision=mixed_precision)
+    return run_stage(own, stage(**settings), *texts, folder, accelerator=accelerator)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(sys.argv[1], dropout="--no-dropout" not in sys.argv)
+    accelerator = sharding() if "--shard" in sys.argv else Accelerator(cpu=True)
+    train(sys.argv[1], dropout="--no-dropout" not in sys.argv, accelerator=accelerator)
+    about = f"{accelerator.distributed_type.value} {accelerator.num_processes}"
+    Path(sys.argv[1], f"process-{accelerator.process_index}").write_text(about)

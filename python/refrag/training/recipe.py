@@ -298,8 +298,9 @@ def _train(
         accelerator=accelerator,
     )  # fmt: skip
     log = trainer.train()
+    trained = trained_state(parts.model)  # in every process: each may hold a share
     if trainer.accelerator.is_main_process:
-        save_adapter(parts.model, folder)
+        save_adapter(parts.model, folder, trained)
         (Path(folder) / "stage.json").write_text(json.dumps(dataclasses.asdict(stage), indent=1) + "\n")
     return log
 

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from refrag.adapters import trained_state
 from refrag.model import RefragForCausalLM
 from refrag.prompt import MixedPrompt
 from refrag.training.pause import wait_while_paused
 from refrag.training.samples import Sample, Sampler
+
+# What is trained, whole and by the model's own names, however Accelerate wraps or shards it.
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 Collate = Callable[[Sequence[Sample]], tuple[MixedPrompt, torch.Tensor]]
 
@@ -232,7 +235,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast(), _gathered(self.plain):
             return self.evaluate(self.plain)  # type: ignore[misc]
 
     def _log(self, entry: dict[str, Any]) -> None:
@@ -244,17 +247,19 @@ class Trainer:
     # Checkpoints: a folder is written under another name and renamed once it is whole.
 
     def _save(self) -> None:
-        self.accelerator.wait_for_everyone()
+        # Every process takes part: it may hold a share of the parameters, which come whole to the first.
+        trained, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=_WHOLE)
         if not self.accelerator.is_main_process:
             return
         final = self.folder / "checkpoints" / f"step-{self.step:08d}"
         part = final.with_name(".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        state = {name: value.contiguous() for name, value in trained_state(self.plain).items()}
-        save_file(state, part / "trained.safetensors")
+        own = {name for name, _ in self.plain.named_parameters()}  # tied weights once
+        kept = {name: value.contiguous() for name, value in trained.items() if name in own}
+        save_file(kept, part / "trained.safetensors")
         torch.save(
-            {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "step": self.step,
+            {"optimizer": optimizer, "schedule": self.schedule.state_dict(), "step": self.step,
              "tokens": self.tokens, "random": torch.get_rng_state(), "log_entries": len(self.read_log())},
             part / "state.pt",
         )  # fmt: skip
@@ -282,10 +287,10 @@ class Trainer:
                 )
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
         trained = load_file(checkpoint / "trained.safetensors")
-        with torch.no_grad():
-            for name, value in trained_state(self.plain).items():
-                value.copy_(trained[name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        set_state_dict(
+            self.model, self.optimizer.optimizer, model_state_dict=trained, optim_state_dict=state["optimizer"],
+            options=dataclasses.replace(_WHOLE, strict=False),  # the frozen parameters are in no checkpoint
+        )  # fmt: skip
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.tokens = state["step"], state["tokens"]
         torch.set_rng_state(state["random"])
@@ -293,6 +298,19 @@ class Trainer:
             # What was logged after the checkpoint will be logged again.
             kept = log.read_text().splitlines(keepends=True)[: state["log_entries"]]
             log.write_text("".join(kept))
+
+
+@contextlib.contextmanager
+def _gathered(model: RefragForCausalLM) -> Iterator[None]:
+    """Gather what FSDP shards and is read outside of a whole forward pass; layers gather their own when they run."""
+    sharded = [part for part in (model, model.get_input_embeddings()) if hasattr(part, "unshard")]
+    for part in sharded:
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in sharded:
+            part.reshard()
 
 
 def _parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
