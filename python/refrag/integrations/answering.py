@@ -1,0 +1,292 @@
+"""Question and passages in, answer out: what the adapters of the RAG frameworks have in common."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+from refrag import choosers, weights
+from refrag.adapters import load_policy
+from refrag.choosers import Chooser
+from refrag.encoder import TextEmbedder
+from refrag.loading import is_adapter, load_model, load_processor, load_trained
+from refrag.model import RefragForCausalLM
+from refrag.policy import ExpansionPolicy
+from refrag.processor import Part, RefragProcessor
+from refrag.prompt import Chunk, MixedPrompt, Passage
+from refrag.store import ChunkStore
+
+TEMPLATE = "Answer the question with the help of these documents.\n\n{passages}\nQuestion: {question}"
+
+
+class Answerer:
+    """A model, its processor and the choices of a prompt, ready to be asked.
+
+    One answer is generated at a time; whoever asks meanwhile, from any thread, waits.
+
+    Parameters
+    ----------
+    model : RefragForCausalLM
+    processor : RefragProcessor
+        That goes with the model.
+    template : str
+        What the user says, with ``{passages}`` and then ``{question}`` in it once each; it is put into the decoder's
+        chat template where it has one.
+    chooser : str or Chooser, optional
+        Picks the chunks that stand as text: one of ``refrag.choosers.NAMES`` or an object. Cosine if ``expand`` is a
+        share above 0 or ``expand_count`` is given, else none.
+    expand : float or collection of int and str, optional
+        Share of the chunks to expand, or which, as ``RefragProcessor`` takes it.
+    expand_count : int, optional
+        Instead of a share: how many chunks, or all where there are fewer.
+    policy : ExpansionPolicy, optional
+        For the chooser "policy".
+    store : ChunkStore, optional
+        Where all passages are found, by their text, or by their id where they have none.
+    max_new_tokens : int
+        Length of an answer.
+    **generation
+        Further arguments of ``model.generate``, such as ``do_sample`` and ``temperature``.
+
+    Raises
+    ------
+    ValueError
+        If the template lacks a place, a number is out of range, or the chooser is unknown or lacks something.
+
+    Examples
+    --------
+    The demo's model, whose adapter was trained for about an hour:
+
+    >>> answerer = Answerer.from_pretrained(max_new_tokens=16)
+    >>> passages = [Passage("The bridge of Orla was built in 1871.", "orla.txt")]
+    >>> answer = answerer.answer("When was the bridge built?", passages)
+    >>> answer == "".join(answerer.stream("When was the bridge built?", passages))
+    True
+    """
+
+    def __init__(
+        self,
+        model: RefragForCausalLM,
+        processor: RefragProcessor,
+        *,
+        template: str = TEMPLATE,
+        chooser: str | Chooser | None = None,
+        expand: float | Collection[int | str] | None = None,
+        expand_count: int | None = None,
+        policy: ExpansionPolicy | None = None,
+        store: ChunkStore | None = None,
+        max_new_tokens: int = 256,
+        **generation: Any,
+    ) -> None:
+        self._frame = _frame(template)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: got {max_new_tokens}, needs 1 or more")
+        if expand_count is not None and (expand is not None or expand_count < 0):
+            beside = "" if expand is None else f" beside expand = {expand}"
+            raise ValueError(f"expand_count: got {expand_count}{beside}, needs 0 or more, and no expand")
+        self.model = model
+        self.processor = processor
+        self.expand = expand
+        self.store = store
+        self.max_new_tokens = max_new_tokens
+        self.generation = generation
+        if chooser is None and (expand_count or (isinstance(expand, float) and 0 < expand < 1)):
+            chooser = "cosine"
+        # The chunks that a chooser has embedded needn't be encoded again; with a store nothing need be.
+        self._embedder: TextEmbedder | None = None
+        if chooser in ("cosine", "policy"):
+            self._embedder = TextEmbedder(model, processor.encoder_tokenizer)
+        if isinstance(chooser, str):
+            chooser = choosers.by_name(chooser, model=model, embed=self._embedder, policy=policy)
+        self.chooser = chooser if chooser is None or expand_count is None else _AtMost(chooser, expand_count)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path | None = None, *, k: int | None = None, chunker: str = "fixed", **options: Any
+    ) -> Answerer:
+        """Load a model and its processor.
+
+        Parameters
+        ----------
+        folder : str or Path, optional
+            What ``save_pretrained`` or a stage of ``refrag train`` wrote; without it the demo's model.
+        k : int, optional
+            Tokens of a chunk; that of the model, or 8.
+        chunker : {"fixed", "sentence"}
+        **options
+            As for ``Answerer``.
+
+        Raises
+        ------
+        ValueError
+            If the folder holds no model, or one made for another k.
+        """
+        path = None if folder is None else Path(folder)
+        policy = None
+        if path is not None and is_adapter(path):
+            model, processor, policy = load_trained(path, k, chunker)
+        else:
+            model, processor = load_model(path, k), load_processor(path, k, chunker)
+            adapter = weights.adapter_file(processor.k) if path is None else None
+            if adapter is not None and options.get("chooser") == "policy":
+                policy = load_policy(adapter)
+        return cls(model, processor, **{"policy": policy, **options})
+
+    def prompt(self, question: str, passages: Sequence[Passage]) -> MixedPrompt:
+        """Make the prompt of a question over passages.
+
+        Raises
+        ------
+        ValueError
+            If the question is empty, a passage has no text, or ``expand`` names what isn't there.
+        PromptTooLongError
+            If it doesn't fit the decoder's window with the answer.
+        """
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"question: got {question!r}, needs text")
+        before, between, after = self._frame
+        parts: list[Part] = [before]
+        for one in passages:
+            if self.store is None:
+                # As in training, a blank line parts passages and belongs to the one before it.
+                parts.append(Passage(one.text.rstrip() + "\n\n" if one.text else "", one.id))
+            else:
+                parts += [one, "\n\n"]  # a store knows them as they are
+        parts.append(between + question.strip() + after)
+        if self.processor.tokenizer.chat_template:
+            parts = self.processor.apply_chat_template([{"role": "user", "content": parts}])
+        return self.processor(
+            parts,
+            expand=self.expand,
+            chooser=self.chooser,
+            question=question.strip(),
+            store=self.store,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+    def answer(self, question: str, passages: Sequence[Passage]) -> str:
+        """Return the answer; errors are those of ``prompt``."""
+        with self._lock:
+            tokens = self._generate(self.prompt(question, passages))
+        return str(self.processor.tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+    def stream(self, question: str, passages: Sequence[Passage]) -> AnswerStream:
+        """Return the answer piece by piece as it is generated; errors of ``prompt`` come at once."""
+        with self._lock:
+            prompt = self.prompt(question, passages)
+        return AnswerStream(self, prompt)
+
+    async def aanswer(self, question: str, passages: Sequence[Passage]) -> str:
+        """As ``answer``, in a thread. If the caller is cancelled, generation stops too."""
+        return "".join([piece async for piece in self.astream(question, passages)])
+
+    async def astream(self, question: str, passages: Sequence[Passage]) -> AsyncIterator[str]:
+        """As ``stream``, from a thread."""
+        pieces = await asyncio.to_thread(self.stream, question, passages)
+        try:
+            while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+                yield piece
+        finally:
+            pieces.close()
+
+    def _generate(self, prompt: MixedPrompt, **more: Any) -> torch.Tensor:
+        embeds = None
+        if self._embedder is not None and self.store is None:
+            embeds = self._embedder([chunk.text for chunk in prompt.chunks])
+        return self.model.generate(
+            prompt, chunk_embeds=embeds, max_new_tokens=self.max_new_tokens, **{**self.generation, **more}
+        )
+
+
+class AnswerStream(Iterator[str]):
+    """An answer's pieces, generated by a thread of its own; from ``Answerer.stream``.
+
+    The thread starts at the first ``next``. ``close``, or dropping the object, ends it at its next token.
+    """
+
+    def __init__(self, answerer: Answerer, prompt: MixedPrompt) -> None:
+        self._answerer = answerer
+        self._prompt = prompt
+        self._streamer = TextIteratorStreamer(answerer.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._stop = threading.Event()
+        self._failure: list[BaseException] = []
+        self._thread: threading.Thread | None = None
+
+    def __next__(self) -> str:
+        if self._thread is None:
+            # Given what it needs and not self, so that dropping the stream is seen.
+            arguments = (self._answerer, self._prompt, self._streamer, self._stop, self._failure)
+            self._thread = threading.Thread(target=_generate_into, args=arguments, daemon=True)
+            self._thread.start()
+        while not self._stop.is_set():
+            try:
+                piece = next(self._streamer)
+            except StopIteration:
+                self._stop.set()
+                self._thread.join()
+                if self._failure:
+                    raise self._failure[0] from None
+                break
+            if piece:
+                return piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """Generate no further; to be called from any thread, at any time."""
+        self._stop.set()
+
+    def __del__(self) -> None:
+        self._stop.set()
+
+
+class _AtMost:
+    """A chooser told to pick so many chunks; how many there are changes with what was retrieved."""
+
+    def __init__(self, chooser: Chooser, most: int) -> None:
+        self.chooser = chooser
+        self.most = most
+
+    def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
+        return self.chooser(question, chunks, min(self.most, len(chunks)))
+
+
+class _Stopped(StoppingCriteria):
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+def _generate_into(
+    answerer: Answerer,
+    prompt: MixedPrompt,
+    streamer: TextIteratorStreamer,
+    stop: threading.Event,
+    failure: list[BaseException],
+) -> None:
+    criteria = StoppingCriteriaList([*answerer.generation.get("stopping_criteria", ()), _Stopped(stop)])
+    try:
+        with answerer._lock:
+            if not stop.is_set():
+                answerer._generate(prompt, streamer=streamer, stopping_criteria=criteria)
+    except BaseException as error:
+        failure.append(error)
+    finally:
+        streamer.on_finalized_text("", stream_end=True)  # whoever waits is let go, whatever happened
+
+
+def _frame(template: str) -> tuple[str, str, str]:
+    """Return what stands before the passages, between them and the question, and behind it."""
+    before, passages, rest = template.partition("{passages}")
+    between, question, after = rest.partition("{question}")
+    if not (passages and question) or "{passages}" in rest or "{question}" in after:
+        raise ValueError(f"template: got {template!r}, needs {{passages}} and then {{question}}, once each")
+    return before, between, after

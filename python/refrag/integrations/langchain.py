@@ -1,0 +1,112 @@
+"""REFRAG as a Runnable of LangChain: question and documents in, answer out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+from refrag.integrations.answering import Answerer
+from refrag.prompt import Passage
+
+try:
+    from langchain_core.documents import Document
+    from langchain_core.runnables import Runnable, RunnableConfig
+except ImportError as error:
+    raise ImportError(f"{__name__} needs LangChain: pip install 'refrag-kernels[langchain]'") from error
+
+
+class RefragChain(Runnable[dict[str, Any], str]):
+    """Answers the question of a dict over its documents, each of them a passage; other keys are ignored.
+
+    Invoked, batched, streamed and awaited as any Runnable. With question_key="input" and documents_key="context" it
+    stands where ``create_stuff_documents_chain`` does, in ``create_retrieval_chain`` say.
+
+    Parameters
+    ----------
+    answerer : Answerer
+        The model and the choices of the prompt, its template too.
+    question_key, documents_key : str
+        Where they are in the dict.
+    name : str
+        For traces.
+
+    Examples
+    --------
+    >>> from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+    >>> chain = RefragChain(Answerer.from_pretrained(max_new_tokens=8))
+    >>> find = RunnableLambda(lambda asked: [Document("The bridge of Orla was built in 1871.", id="orla")])
+    >>> rag = RunnablePassthrough.assign(documents=find).assign(answer=chain)
+    >>> result = rag.invoke({"question": "When was the bridge built?"})
+    >>> isinstance(result["answer"], str), result["documents"][0].id
+    (True, 'orla')
+    """
+
+    def __init__(
+        self,
+        answerer: Answerer,
+        *,
+        question_key: str = "question",
+        documents_key: str = "documents",
+        name: str = "RefragChain",
+    ) -> None:
+        self.answerer = answerer
+        self.question_key = question_key
+        self.documents_key = documents_key
+        self.name = name
+
+    def invoke(self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any) -> str:
+        """Return the answer.
+
+        Raises
+        ------
+        ValueError
+            If a key is missing, or as ``Answerer.prompt``.
+        TypeError
+            If a document is none.
+        """
+        return self._call_with_config(lambda asked: self.answerer.answer(*self._asked(asked)), input, config)
+
+    async def ainvoke(self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any) -> str:
+        """As ``invoke``; the model runs in a thread."""
+
+        async def answer(asked: dict[str, Any]) -> str:
+            return await self.answerer.aanswer(*self._asked(asked))
+
+        return await self._acall_with_config(answer, input, config)
+
+    def stream(self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[str]:
+        """Yield the answer as it is generated."""
+
+        def pieces(inputs: Iterator[dict[str, Any]]) -> Iterator[str]:
+            for asked in inputs:
+                yield from self.answerer.stream(*self._asked(asked))
+
+        yield from self._transform_stream_with_config(iter([input]), pieces, config)
+
+    async def astream(
+        self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any
+    ) -> AsyncIterator[str]:
+        """As ``stream``; the model runs in a thread."""
+
+        async def inputs() -> AsyncIterator[dict[str, Any]]:
+            yield input
+
+        async def pieces(given: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+            async for asked in given:
+                async for piece in self.answerer.astream(*self._asked(asked)):
+                    yield piece
+
+        async for piece in self._atransform_stream_with_config(inputs(), pieces, config):
+            yield piece
+
+    def _asked(self, asked: dict[str, Any]) -> tuple[str, list[Passage]]:
+        if not isinstance(asked, dict):
+            raise TypeError(f"input: got {type(asked).__name__}, needs a dict")
+        for key in (self.question_key, self.documents_key):
+            if key not in asked:
+                raise ValueError(f"input: got the keys {sorted(asked)}, needs {key!r} too")
+        documents = asked[self.documents_key]
+        for index, document in enumerate(documents):
+            if not isinstance(document, Document):
+                raise TypeError(f"{self.documents_key}: item {index}: got {type(document).__name__}, needs a Document")
+        return asked[self.question_key], [Passage(document.page_content, document.id) for document in documents]

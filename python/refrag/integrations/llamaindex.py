@@ -1,0 +1,121 @@
+"""REFRAG as a response synthesizer of LlamaIndex: the retrieved nodes are read as chunks, most of them compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from refrag.integrations.answering import Answerer
+from refrag.prompt import Passage
+
+try:
+    from llama_index.core.base.response.schema import RESPONSE_TYPE
+    from llama_index.core.llms import MockLLM
+    from llama_index.core.prompts.mixin import PromptDictType
+    from llama_index.core.response_synthesizers import BaseSynthesizer
+    from llama_index.core.schema import MetadataMode, NodeWithScore, QueryType
+    from llama_index.core.types import RESPONSE_TEXT_TYPE
+except ImportError as error:
+    raise ImportError(f"{__name__} needs LlamaIndex: pip install 'refrag-kernels[llamaindex]'") from error
+
+
+class RefragSynthesizer(BaseSynthesizer):
+    """Answers a query over nodes, each of them a passage.
+
+    Response, source nodes, metadata, events and the response to no nodes at all are LlamaIndex's own.
+
+    Parameters
+    ----------
+    answerer : Answerer
+        The model and the choices of the prompt, its template too.
+    streaming : bool
+        Whether responses are streams.
+    metadata_mode : MetadataMode
+        Which metadata a passage begins with. NONE where the answerer has a store, which knows the text alone.
+    **options
+        ``callback_manager`` and ``empty_response``, as for any synthesizer.
+
+    Examples
+    --------
+    >>> from llama_index.core.schema import NodeWithScore, TextNode
+    >>> synthesizer = RefragSynthesizer(Answerer.from_pretrained(max_new_tokens=8))
+    >>> nodes = [NodeWithScore(node=TextNode(id_="orla", text="The bridge of Orla was built in 1871."), score=0.9)]
+    >>> response = synthesizer.synthesize("When was the bridge built?", nodes)
+    >>> isinstance(response.response, str), response.source_nodes[0].node_id
+    (True, 'orla')
+
+    With a retriever: ``RetrieverQueryEngine(retriever, response_synthesizer=synthesizer)``.
+    """
+
+    def __init__(
+        self,
+        answerer: Answerer,
+        *,
+        streaming: bool = False,
+        metadata_mode: MetadataMode = MetadataMode.LLM,
+        **options: Any,
+    ) -> None:
+        # The base class would make an OpenAI client where it gets no LLM; this one is never asked.
+        super().__init__(llm=MockLLM(), streaming=streaming, **options)
+        self._answerer = answerer
+        self._metadata_mode = metadata_mode
+
+    def synthesize(
+        self,
+        query: QueryType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """As the base class does it, with the nodes' ids as those of the passages."""
+        return super().synthesize(
+            query, nodes, additional_source_nodes, passages=self._passages(nodes), **response_kwargs
+        )
+
+    async def asynthesize(
+        self,
+        query: QueryType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """As ``synthesize``; the model runs in a thread."""
+        return await super().asynthesize(
+            query, nodes, additional_source_nodes, passages=self._passages(nodes), **response_kwargs
+        )
+
+    def get_response(
+        self,
+        query_str: str,
+        text_chunks: Sequence[str],
+        passages: Sequence[Passage] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TEXT_TYPE:
+        """Answer over texts, or over ``passages`` where they are given."""
+        passages = [Passage(text) for text in text_chunks] if passages is None else passages
+        if self._streaming:
+            return (piece for piece in self._answerer.stream(query_str, passages))
+        return self._answerer.answer(query_str, passages)
+
+    async def aget_response(
+        self,
+        query_str: str,
+        text_chunks: Sequence[str],
+        passages: Sequence[Passage] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TEXT_TYPE:
+        """As ``get_response``; the model runs in a thread."""
+        passages = [Passage(text) for text in text_chunks] if passages is None else passages
+        if self._streaming:
+            return self._answerer.astream(query_str, passages)
+        return await self._answerer.aanswer(query_str, passages)
+
+    def _passages(self, nodes: Sequence[NodeWithScore]) -> list[Passage]:
+        return [Passage(one.node.get_content(metadata_mode=self._metadata_mode), one.node.node_id) for one in nodes]
+
+    def _get_prompts(self) -> PromptDictType:
+        return {}  # the template is the answerer's
+
+    def _update_prompts(self, prompts: PromptDictType) -> None:
+        if prompts:
+            raise ValueError(f"prompts: got {sorted(prompts)}, needs none: the template is the Answerer's")
