@@ -99,8 +99,8 @@ def tile_rows(recorded: ahead_of_time.Launch) -> int:
     a = recorded.arguments
     if "BM" in a:
         return a["BM"]
-    # The gradients of keys go by tiles of 64 keys, all others by tiles of query rows.
-    return a["HEADS"] * a.get("ROWS", a.get("BLOCKS", 1) * 16) if "HEADS" in a else 64
+    # The gradients of keys go by tiles of keys, all others by tiles of query rows.
+    return a["HEADS"] * a.get("ROWS", a.get("BLOCKS", 1) * 16) if "HEADS" in a else a["KEYS"]
 
 
 def _shape(case: launches.Case, recorded: ahead_of_time.Launch) -> tuple[str, str]:

@@ -59,14 +59,15 @@ def tiles_of(
     """Return how ``kernel`` ("forward", "dq") divides a plan's work for ``group`` query heads per key/value head.
 
     Four heads and more fill a tile with the rows of one block, whose keys are exactly those that the plan lists; fewer
-    take the rows of four blocks, which share most of their keys. Where blocks see few keys they don't: each is a tile.
+    take the rows of four blocks, which share most of their keys. Where blocks see few keys they don't: each is a tile,
+    as it is where 64 rows don't fit in shared memory.
     """
     heads = min(8, launch.power_of_2(group))
     if _few_keys(plan):
         config = configs.few_keys(heads, target, width, element_size, softcap)
         return Tiles(config.rows // 16, 1, config.step, config.warps, config.stages)
     config = configs.attention(kernel, target, width, element_size, softcap)
-    blocks = 4 if heads <= 2 else 1
+    blocks = 4 if heads <= 2 and config.rows >= 64 else 1
     heads = max(1, min(heads, config.rows // (16 * blocks)))
     # A tile that is smaller than the configuration allows needs fewer warps; four share a matrix unit's work evenly.
     warps = min(config.warps, max(4, config.warps * heads * blocks * 16 // config.rows))
@@ -186,9 +187,10 @@ def _key_gradients(inputs, dk, dv, plan, scale, softcap) -> None:
     target, width = launch.architecture(q.device), launch.width(q.shape[2])
     config = configs.attention("dkv", target, width, q.element_size(), softcap > 0)
     tiles = _list(plan, TileList(True, 4))
-    mixed_attention_bwd_dkv_kernel[(tiles[0].shape[0] - 1, k.shape[1])](
+    parts = 64 // config.rows
+    mixed_attention_bwd_dkv_kernel[((tiles[0].shape[0] - 1) * parts, k.shape[1])](
         *inputs, dk, dv, plan[0], plan[9], plan[8], *tiles, scale, softcap, k.shape[0], plan[9].shape[0],
-        *_strides(q, k, v, grad_out, dk), GROUP=q.shape[1] // k.shape[1], STEP=config.step, D=q.shape[2], BD=width,
-        SOFTCAP=softcap > 0, PRECISION=launch.precision(q.dtype, target), num_warps=config.warps,
-        num_stages=config.stages,
+        *_strides(q, k, v, grad_out, dk), GROUP=q.shape[1] // k.shape[1], KEYS=config.rows, STEP=config.step,
+        D=q.shape[2], BD=width, SOFTCAP=softcap > 0, PRECISION=launch.precision(q.dtype, target),
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

@@ -175,7 +175,7 @@ def _dkv_step(
     b_k, b_v, b_dk, b_dv, p_q, p_grad_out, p_lse, p_delta, o_query, m_query, visible, o_d, stride_qt, stride_gt,
     heads, scale, softcap, D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add a step of query rows of one head to the gradients of a tile of keys. Scores are transposed, [64, STEP]."""
+    """Add a step of query rows of one head to the gradients of a tile of keys. Scores are transposed, [KEYS, STEP]."""
     EXACT: tl.constexpr = b_k.dtype == tl.float32
     b_q = load_rows(p_q, o_query, m_query, o_d, stride_qt, D, MASKED)  # [STEP, BD]
     b_do = load_rows(p_grad_out, o_query, m_query, o_d, stride_gt, D, MASKED)
@@ -231,26 +231,28 @@ def mixed_attention_bwd_dkv_kernel(
     stride_dt,
     stride_dh,
     GROUP: tl.constexpr,
+    KEYS: tl.constexpr,  # 64 or, where those don't fit in shared memory, a part of them
     STEP: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of the keys and values of a tile of four blocks, over all query heads of their head."""
+    """Gradients of the keys and values of a tile of four blocks, or of a part of one, over all query heads."""
     WIDTH: tl.constexpr = 6
+    PARTS: tl.constexpr = 64 // KEYS
     # Under a causal mask the first tiles are seen by the most rows: they start first, as they are numbered.
-    tile = tl.program_id(0)
+    tile = tl.program_id(0) // PARTS
     kv_head = tl.program_id(1).to(tl.int64)
     heads = tl.num_programs(1) * GROUP
-    o_m = tl.arange(0, 64)
+    o_m = tl.program_id(0) % PARTS * KEYS + tl.arange(0, KEYS)
     o_n = tl.arange(0, STEP)
     o_d = tl.arange(0, BD)
     rows, m_rows = block_rows(p_blocks, tile * 4 + o_m // 16, o_m % 16, num_blocks)
-    b_k = load_rows(p_k + kv_head * stride_kh, rows, m_rows, o_d, stride_kt, D, True)  # [64, BD]
+    b_k = load_rows(p_k + kv_head * stride_kh, rows, m_rows, o_d, stride_kt, D, True)  # [KEYS, BD]
     b_v = load_rows(p_v + kv_head * stride_vh, rows, m_rows, o_d, stride_vt, D, True)
-    b_dk = tl.zeros([64, BD], tl.float32)
-    b_dv = tl.zeros([64, BD], tl.float32)
+    b_dk = tl.zeros([KEYS, BD], tl.float32)
+    b_dv = tl.zeros([KEYS, BD], tl.float32)
     first_range = tl.load(p_offsets + tile * 2)
     first_entry = tl.load(p_offsets + tile * 2 + 1)
     last_range = tl.load(p_offsets + tile * 2 + 2)
@@ -278,7 +280,7 @@ def mixed_attention_bwd_dkv_kernel(
     tl.store(p_dv + at, b_dv.to(p_dv.dtype.element_ty), mask=m_tile)
 
     first = tl.load(p_sizes + 1) + tile * 64
-    step = tl.num_programs(0) * 64
-    o_head = tl.zeros([64], tl.int64) + kv_head
+    step = tl.num_programs(0) // PARTS * 64
+    o_head = tl.zeros([KEYS], tl.int64) + kv_head
     fill_rows(p_dk, first, kv_rows, step, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)
     fill_rows(p_dv, first, kv_rows, step, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)

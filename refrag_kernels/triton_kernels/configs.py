@@ -25,16 +25,17 @@ _ATTENTION_16_BIT = {
     "dq": {64: Config(32, 8, 2, 128), 128: Config(32, 8, 2, 128), 256: Config(32, 8, 1)},
     "dkv": {64: Config(32, 4, 2), 128: Config(32, 8, 2), 256: Config(32, 8, 1)},
 }
+# float32 is split in two for its three passes of TF32: wider heads leave room for fewer rows.
 _ATTENTION_32_BIT = {
-    "forward": {64: Config(32, 4, 2), 128: Config(32, 8, 2), 256: Config(32, 8, 1)},
-    "dq": {64: Config(32, 4, 1), 128: Config(32, 8, 1), 256: Config(32, 8, 1)},
-    "dkv": {64: Config(32, 4, 1), 128: Config(32, 8, 1), 256: Config(32, 8, 1)},
+    "forward": {64: Config(32, 4, 2), 128: Config(32, 8, 1, 32), 256: Config(32, 8, 1, 16)},
+    "dq": {64: Config(32, 4, 1), 128: Config(32, 8, 1, 32), 256: Config(32, 8, 1, 16)},
+    "dkv": {64: Config(32, 4, 1), 128: Config(32, 8, 1, 32), 256: Config(16, 8, 1, 16)},
 }
 # By architecture and element size, where another choice is better than the tables above.
 _ATTENTION_OTHER: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
     # A second stage spills, but for one head a key.
     ("sm_80", 2): {"dkv": {64: Config(32, 4, 1)}},
-    ("sm_86", 2): {"dkv": {64: Config(32, 4, 1)}},
+    ("sm_86", 2): {"dq": {128: Config(32, 8, 2)}, "dkv": {64: Config(32, 4, 1)}},
     # Matrix instructions of sm_90 and sm_100 read shared memory: registers are left for longer steps.
     ("sm_90", 2): {"forward": {128: Config(64, 8, 2, 128)}},
     ("sm_100", 2): {"forward": {128: Config(64, 8, 2, 128)}, "dq": {64: Config(32, 8, 1, 128), 128: Config(32, 8, 2)}},

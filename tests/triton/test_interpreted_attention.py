@@ -10,7 +10,7 @@ from factory import random_attention_problem
 from modes import ALL
 
 import refrag_kernels as rk
-from refrag_kernels.triton_kernels import attention
+from refrag_kernels.triton_kernels import attention, configs
 
 # The interpreter takes a second for a few hundred rows.
 LIMITS = {"max_sequences": 2, "max_chunks": 5}
@@ -92,6 +92,26 @@ def test_chunks_that_see_themselves(lengths, group):
         results += [out.detach(), lse.detach(), *torch.autograd.grad((out * out).sum() + lse.sum(), leaves)]
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want):
         assert relative_error(a, b) <= (LSE if name == "lse" else GRADIENT)[torch.float32], name
+
+
+@pytest.mark.parametrize(("width", "group"), ((128, 1), (128, 8), (256, 2)) if ALL else ((128, 3),))
+def test_wide_heads_in_float32(width, group):
+    """Of which 64 rows don't fit in shared memory: tiles of one block, and parts of a tile of keys."""
+    assert configs.attention("dkv", "sm_80", width, 4).rows < 64
+    layout = rk.ChunkLayout.from_lengths([[50, 1, 1, 30], [20]])
+    rows = layout.total_rows
+    plan = rk.plan_attention(layout, capacity=rk.PlanCapacity.for_rows(130, sequences=2, ranges_per_block=8))
+    assert attention.tiles_of("dq", "sm_80", plan.tensors(), group, width, 4, False).blocks == 1
+    q, k, v, grad = (torch.randn(130, heads, width) for heads in (group, 1, 1, group))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out, lse = rk.mixed_attention(*leaves, plan, return_lse=True, backend="triton")
+    got = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad)]
+    exact = [t[:rows].detach().double().requires_grad_() for t in leaves]
+    out, lse = rk.mixed_attention(*exact, rk.plan_attention(layout), return_lse=True, backend="reference")
+    want = [out.detach(), lse.detach(), *torch.autograd.grad(out, exact, grad[:rows].double())]
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want):
+        assert relative_error(a[:rows], b) <= (LSE if name == "lse" else GRADIENT)[torch.float32], name
+        assert (a[rows:].isneginf() if name == "lse" else a[rows:] == 0).all(), name
 
 
 @pytest.mark.parametrize("sinks", (False, True))
