@@ -1,7 +1,7 @@
 """Mixed prompts as the prompt embeddings that vLLM and SGLang take, and a key that names their content.
 
-The server runs the decoder alone (``model.decoder.save_pretrained(folder)``); encoder and projector run here. Written
-from the sources of vLLM 0.32 and SGLang 0.5.23.
+The server runs the decoder alone (``model.decoder.save_pretrained(folder)``); encoder and projector run here. Tested on
+vLLM 0.32 for CPUs (``make test-vllm``); what SGLang takes is written from the source of 0.5.23.
 """
 
 from __future__ import annotations
