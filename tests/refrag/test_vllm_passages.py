@@ -32,6 +32,13 @@ def two_latents(tokenizer, encoder_tokenizer):
     return RefragProcessor(tokenizer, encoder_tokenizer, k=4, start_token=False, latents=2)
 
 
+@pytest.fixture(scope="module")
+def windowed(tokenizer, encoder_tokenizer):
+    return RefragProcessor(
+        tokenizer, encoder_tokenizer, k=4, start_token=False, encoder_special_tokens=False, encoder_window=8
+    )
+
+
 def saved(value):
     buffer = io.BytesIO()
     torch.save(value, buffer)
@@ -100,6 +107,7 @@ def rows_of_read(passages, latents=1):
     rows = []
     for passage in passages:
         chunks = passage.encoder_ids.split(passage.encoder_lengths.tolist())
+        chunks = [ids for ids, is_slot in zip(chunks, passage.encoder_slots.tolist(), strict=True) if is_slot]
         slots = iter([(latent, *ids.tolist()) for ids in chunks for latent in range(latents)])
         rows += [next(slots) if slot else token
                  for token, slot in zip(passage.token_ids, passage.is_slot)]  # fmt: skip
@@ -124,6 +132,22 @@ def test_a_chunk_takes_as_many_slots_as_the_model_has_latents(two_latents):
     assert rows_of_read(read, latents=2) == rows_of(prompt)
 
 
+@pytest.mark.parametrize("options", [{}, {"expand": [1, 7]}], ids=str)
+def test_with_windows_neighbours_are_read_too(options, windowed):
+    given = [GivenPassage(BRIDGE), GivenPassage(MILL)]
+    prompt, read = windowed([Passage(BRIDGE), Passage(MILL)], **options), read_passages(given, windowed, WIDTH, options)
+    assert rows_of_read(read) == rows_of(prompt)
+    texts = prompt.encoder_input
+    assert texts.token_ids.tolist() == [token for passage in read for token in passage.encoder_ids.tolist()]
+    assert texts.windows[-1] > 2  # more than one in a passage
+    first = 0
+    for passage in read:
+        own = texts.windows[first : first + len(passage.encoder_windows)]
+        assert (own - own[0]).tolist() == passage.encoder_windows.tolist()
+        first += len(own)
+    assert first == len(texts.windows)
+
+
 def letters(texts):
     """Embed texts by how often each letter is in them."""
     return torch.tensor([[float(text.count(letter)) for letter in "abcdefghijklmnop"] for text in texts])
@@ -145,7 +169,7 @@ def test_choosers_choose_as_for_the_processor(options, chooser, processor):
     given = [GivenPassage(BRIDGE), GivenPassage(MILL)]
     asked = {name: value for name, value in options.items() if name in ("expand", "expand_count", "question")}
     prompt = processor([Passage(BRIDGE), Passage(MILL)], chooser=chooser, **asked)
-    assert rows_of_read(read_passages(given, processor, WIDTH, options, embed=letters)) == rows_of(prompt)
+    assert rows_of_read(read_passages(given, processor, WIDTH, options, embedder=lambda: letters)) == rows_of(prompt)
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_the_embeddings_are_read(decoder, model, processor):
 def test_the_prefix_cache_mixes_no_two_prompts(name, turned, decoder, model, processor):
     pair = PAIRS[name][::-1] if turned else PAIRS[name]
     prompts = [ours(processor, model, *surrounded(*prompt)) for prompt in pair]
-    few = SamplingParams(temperature=0, max_tokens=6)
+    few = SamplingParams(temperature=0, max_tokens=6, logprobs=1)
     outputs = [
         decoder.generate(built(model, prompt), few, use_tqdm=False)[0]
         for prompt in (prompts[0], prompts[0], prompts[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -53,6 +54,8 @@ class RefragForVllm(nn.Module, SupportsMultiModal):
         self,
         encoder_ids: Sequence[torch.Tensor] | None = None,
         encoder_lengths: Sequence[torch.Tensor] | None = None,
+        encoder_windows: Sequence[torch.Tensor] | None = None,
+        encoder_slots: Sequence[torch.Tensor] | None = None,
         embeds: Sequence[torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> Sequence[torch.Tensor]:
@@ -60,40 +63,49 @@ class RefragForVllm(nn.Module, SupportsMultiModal):
 
         Parameters
         ----------
-        encoder_ids, encoder_lengths, embeds : sequences of Tensor
+        encoder_ids, encoder_lengths, encoder_windows, encoder_slots, embeds : sequences of Tensor
             Of each passage, as in ``ReadPassage``.
         """
-        if encoder_ids is None or encoder_lengths is None or embeds is None:
+        if encoder_ids is None or encoder_lengths is None or encoder_windows is None:
             return []
-        weight = self.projector.up.weight
-        lengths = [own.tolist() for own in encoder_lengths]
-        to_encode = [index for index, own in enumerate(embeds) if not len(own) and lengths[index]]
-        encoded = self._encode(
-            torch.cat([encoder_ids[index] for index in to_encode]) if to_encode else None,
-            [length for index in to_encode for length in lengths[index]],
-        ).split([len(lengths[index]) for index in to_encode])
-        rows = [own.to(weight) for own in embeds]
-        for index, own in zip(to_encode, encoded):
-            rows[index] = own.to(weight)
+        rows = [own.to(self.projector.up.weight) for own in embeds]
+        to_encode = [index for index, ids in enumerate(encoder_ids) if len(ids)]
+        if to_encode:
+            windows, next_window = [], 0
+            for index in to_encode:
+                windows += [next_window + window for window in encoder_windows[index].tolist()]
+                next_window = windows[-1] + 1
+            encoded = self._encode(
+                torch.cat([encoder_ids[index] for index in to_encode]),
+                [length for index in to_encode for length in encoder_lengths[index].tolist()],
+                windows,
+            ).split([len(encoder_lengths[index]) for index in to_encode])
+            for index, own in zip(to_encode, encoded):
+                rows[index] = own[encoder_slots[index].bool()].to(rows[index])
         projected = rk.project_chunks(
             self.projector.norm(torch.cat(rows)), *self.projector.weights(), activation=self.projector.activation
         )
         latents = self.config.latents
         return projected.view(-1, projected.shape[1] // latents).split([latents * len(own) for own in rows])
 
-    def _encode(self, token_ids: torch.Tensor | None, lengths: list[int]) -> torch.Tensor:
-        """Encode chunks, [N, d_enc], in passes of no more tokens than memory was measured for."""
-        results = [self.projector.up.weight.new_zeros(0, self.config.chunk_width)]
-        first = start = 0
-        while first < len(lengths):
-            last, tokens = first, 0
-            while last < len(lengths) and (last == first or tokens + lengths[last] <= ENCODER_ROWS):
-                tokens += lengths[last]
-                last += 1
-            layout = ChunkLayout.from_lengths([lengths[first:last]]).to(token_ids.device)
-            texts = PackedTexts(token_ids[start : start + tokens], layout)
+    def _encode(self, token_ids: torch.Tensor, lengths: list[int], windows: list[int]) -> torch.Tensor:
+        """Encode chunks, [N, d_enc], whole windows in passes of no more tokens than memory was measured for."""
+        results = []
+        chunk = token = 0
+        while chunk < len(lengths):
+            first, start = chunk, token
+            while chunk < len(lengths):
+                end = bisect.bisect_right(windows, windows[chunk], chunk)
+                own = sum(lengths[chunk:end])
+                if chunk > first and token - start + own > ENCODER_ROWS:
+                    break
+                chunk, token = end, token + own
+            texts = PackedTexts(
+                token_ids[start:token],
+                ChunkLayout.from_lengths([lengths[first:chunk]]).to(token_ids.device),
+                torch.tensor(windows[first:chunk], dtype=torch.int32) if self.config.encoder_window else None,
+            )
             results.append(encode_packed(self.encoder, texts, self.config.pooling, self.config.pool_segments))
-            first, start = last, start + tokens
         return torch.cat(results)
 
     def forward(

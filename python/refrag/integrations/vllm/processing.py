@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,13 @@ from refrag.store import ChunkStore
 
 ENCODER_ROWS = 8192  # of one pass of the encoder: bounds its memory whatever a request holds
 
-_FIELDS = ("encoder_ids", "encoder_lengths", "embeds")  # of a ReadPassage: what travels to the worker
+_FIELDS = (
+    "encoder_ids",
+    "encoder_lengths",
+    "encoder_windows",
+    "encoder_slots",
+    "embeds",
+)  # of a ReadPassage: what travels to the worker
 
 
 class PassageItems(ProcessorBatchItems[Any]):
@@ -121,9 +127,9 @@ class PassageInfo(BaseProcessingInfo):
         own.pop("store", None)
         return {**own, **asked}
 
-    def embed(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return the texts' embeddings [N, d_enc]; the encoder is loaded when a chooser first asks."""
-        return self._embedder(texts)
+    def embedder(self) -> TextEmbedder:
+        """Return what choosers compare by; the encoder is loaded when one first asks."""
+        return self._embedder
 
     @functools.cached_property
     def _encoder(self) -> FolderEncoder:
@@ -162,7 +168,10 @@ class DummyPassages(BaseDummyInputsBuilder[PassageInfo]):
         slots = max(1, seq_len // max(count, 1))
         lengths = torch.full((slots,), max(1, ENCODER_ROWS // (slots * max(count, 1))), dtype=torch.int64)
         ids = torch.zeros(int(lengths.sum()), dtype=torch.int64)
-        passage = ReadPassage([0] * slots, [True] * slots, ids, lengths, torch.zeros(0, self.info.width))
+        windows, wanted = torch.arange(slots), torch.ones(slots, dtype=torch.uint8)
+        passage = ReadPassage(
+            [0] * slots, [True] * slots, ids, lengths, windows, wanted, torch.zeros(0, self.info.width)
+        )
         return {MODALITY: [passage] * count}
 
 
@@ -184,7 +193,7 @@ class PassageProcessor(BaseMultiModalProcessor[PassageInfo]):
         if not all(isinstance(item, ReadPassage) for item in read):
             info = self.info
             options = info.options(inputs.hf_processor_mm_kwargs)
-            read = read_passages(read, info.processor, info.width, options, info.store, info.embed)
+            read = read_passages(read, info.processor, info.width, options, info.store, info.embedder)
         prompt, kept = self._spliced(inputs.prompt, read)
         if not kept:
             return tokens_input(prompt)

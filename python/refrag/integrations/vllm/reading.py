@@ -6,18 +6,17 @@ Nothing of vLLM is needed here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from refrag import choosers
-from refrag.choosers import Embed
-from refrag.encoder import pack_texts
+from refrag.encoder import TextEmbedder, pack_texts
 from refrag.expansion import expanded_chunks
 from refrag.integrations.vllm.passages import GivenPassage
 from refrag.processor import RefragProcessor
-from refrag.prompt import Chunk, Passage
+from refrag.prompt import Chunk, PackedTexts, Passage
 from refrag.store import ChunkStore
 
 # What a request may say, and of which types. Numbers that JSON may write either way come as int or float.
@@ -44,17 +43,23 @@ class ReadPassage:
     is_slot : list of bool
         Which rows are slots: of each of the n compressed chunks as many as the config's ``latents``.
     encoder_ids : Tensor, int64 [R]
-        What the encoder reads for the compressed chunks, one after another; empty where their embeddings are known.
-    encoder_lengths : Tensor, int64 [n]
-        Encoder tokens of each; all 0 where their embeddings are known.
+        What the encoder reads, chunk by chunk; empty where the embeddings are known.
+    encoder_lengths : Tensor, int64 [N]
+        Encoder tokens of each chunk that is read: the compressed ones, or with windows all.
+    encoder_windows : Tensor, int64 [N]
+        Which of them are read together.
+    encoder_slots : Tensor, uint8 [N]
+        Which of them are compressed.
     embeds : Tensor [n, d_enc]
-        Their embeddings; [0, d_enc] where the encoder makes them.
+        Embeddings of the compressed chunks; [0, d_enc] where the encoder makes them.
     """
 
     token_ids: list[int]
     is_slot: list[bool]
     encoder_ids: torch.Tensor
     encoder_lengths: torch.Tensor
+    encoder_windows: torch.Tensor
+    encoder_slots: torch.Tensor
     embeds: torch.Tensor
 
     def content(self) -> dict[str, Any]:
@@ -64,6 +69,8 @@ class ReadPassage:
             "is_slot": torch.tensor(self.is_slot, dtype=torch.uint8),
             "encoder_ids": self.encoder_ids,
             "encoder_lengths": self.encoder_lengths,
+            "encoder_windows": self.encoder_windows,
+            "encoder_slots": self.encoder_slots,
             "embeds": self.embeds,
         }
 
@@ -82,7 +89,7 @@ def read_passages(
     width: int,
     options: Mapping[str, Any] | None = None,
     store: ChunkStore | None = None,
-    embed: Embed | None = None,
+    embedder: Callable[[], TextEmbedder] | None = None,
 ) -> list[ReadPassage]:
     """Cut the passages of one request into chunks and settle which of them stand as text.
 
@@ -99,8 +106,8 @@ def read_passages(
         alone always stay slots, and choosers don't see them.
     store : ChunkStore, optional
         Where passages without text are found, by id; and the embeddings of those with text that it holds.
-    embed : callable, optional
-        For cosine and threshold: texts -> embeddings.
+    embedder : callable, optional
+        Called where cosine or threshold has to compare texts.
 
     Raises
     ------
@@ -109,7 +116,7 @@ def read_passages(
     """
     options = _checked(options or {})
     cut = [_cut(passage, index, processor, store) for index, passage in enumerate(given)]
-    expanded = _expanded([chunk for passage in cut for chunk in passage.chunks], options, embed)
+    expanded = _expanded(cut, options, processor, embedder)
     read, first = [], 0
     for passage in cut:
         last = first + len(passage.chunks)
@@ -164,8 +171,14 @@ def _named(chunks: Sequence[Chunk], passage: str | None) -> list[Chunk]:
     return [dataclasses.replace(chunk, passage=passage) for chunk in chunks]
 
 
-def _expanded(chunks: list[Chunk], options: dict[str, Any], embed: Embed | None) -> frozenset[int]:
+def _expanded(
+    cut: Sequence[_CutPassage],
+    options: dict[str, Any],
+    processor: RefragProcessor,
+    embedder: Callable[[], TextEmbedder] | None,
+) -> frozenset[int]:
     """Return which of the request's chunks stand as text."""
+    chunks = [chunk for passage in cut for chunk in passage.chunks]
     expand, name = options.get("expand"), options.get("chooser")
     if isinstance(expand, (list, tuple)):
         if name is not None:
@@ -176,7 +189,14 @@ def _expanded(chunks: list[Chunk], options: dict[str, Any], embed: Embed | None)
             raise ValueError(f"expand: got chunk {bare[0]}, which is given by its embedding alone, needs one with text")
         return expanded
     with_text = [number for number, chunk in enumerate(chunks) if chunk.token_ids]
-    chooser = None
+    chooser = embed = embeds = None
+    if name in ("cosine", "threshold") and embedder is not None:
+        embed = embedder()
+        if processor.encoder_window:  # each chunk beside its neighbours, as the model reads it
+            passages = [index for index, passage in enumerate(cut) for _ in passage.chunks]
+            texts = _packed(processor, [chunks[i].text for i in with_text], [passages[i] for i in with_text])
+            with torch.no_grad():
+                embeds = embed.model.encode_chunks(texts)
     if name is not None:
         chooser = choosers.by_name(name, embed=embed, threshold=options.get("threshold"), seed=options.get("seed", 0))
     picks = expanded_chunks(
@@ -185,6 +205,7 @@ def _expanded(chunks: list[Chunk], options: dict[str, Any], embed: Embed | None)
         expand,
         options.get("expand_count"),
         chooser,
+        embeds,
     )
     return frozenset(with_text[pick] for pick in picks)
 
@@ -197,15 +218,24 @@ def _read(passage: _CutPassage, expanded: set[int], processor: RefragProcessor, 
         token_ids += own
         is_slot += [number not in expanded] * len(own)
     compressed = [number for number in range(len(passage.chunks)) if number not in expanded]
-    if passage.embeds is not None:
+    if passage.embeds is not None or not compressed:
         nothing = torch.zeros(0, dtype=torch.int64)
-        return ReadPassage(
-            token_ids, is_slot, nothing, torch.zeros(len(compressed), dtype=torch.int64), passage.embeds[compressed]
-        )
-    packed = pack_texts(
+        known = torch.zeros(0, width) if passage.embeds is None else passage.embeds[compressed]
+        return ReadPassage(token_ids, is_slot, nothing, nothing, nothing, nothing.to(torch.uint8), known)
+    # Neighbours that stand as text are read too where chunks are read together.
+    numbers = range(len(passage.chunks)) if processor.encoder_window else compressed
+    texts = _packed(processor, [passage.chunks[number].text for number in numbers], [0] * len(numbers))
+    lengths = texts.layout.chunk_offsets.diff().long()
+    windows = torch.arange(len(numbers)) if texts.windows is None else texts.windows.long()
+    slots = torch.tensor([number not in expanded for number in numbers], dtype=torch.uint8)
+    return ReadPassage(token_ids, is_slot, texts.token_ids, lengths, windows, slots, torch.zeros(0, width))
+
+
+def _packed(processor: RefragProcessor, texts: Sequence[str], passages: Sequence[int]) -> PackedTexts:
+    return pack_texts(
         processor.encoder_tokenizer,
-        [passage.chunks[number].text for number in compressed],
+        texts,
         special_tokens=processor.encoder_special_tokens,
+        window=processor.encoder_window,
+        passages=passages,
     )
-    lengths = packed.layout.chunk_offsets.diff().long()
-    return ReadPassage(token_ids, is_slot, packed.token_ids, lengths, torch.zeros(0, width))

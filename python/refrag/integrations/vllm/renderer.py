@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 
 from refrag.integrations.vllm.messages import take_passages
@@ -28,7 +29,10 @@ class RefragRenderer(HfRenderer):
         # vLLM calls this on what the decoder is about to read. The mark is behind its vocabulary: one that no passage
         # has taken the place of would read beyond its embedding table.
         if self.tokenizer is not None and self.tokenizer.convert_tokens_to_ids(MARK) in token_ids:
-            raise ValueError(f"prompt: holds {MARK}, which stands for a passage, and no passage is given for it")
+            # The server answers other errors that are raised this late by HTTP 500.
+            raise VLLMValidationError(
+                f"prompt: holds {MARK}, which stands for a passage, and no passage is given for it", parameter=parameter
+            )
         super().validate_token_ids(token_ids, parameter=parameter)
 
 
