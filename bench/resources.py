@@ -119,8 +119,27 @@ def _shape(case: launches.Case, recorded: ahead_of_time.Launch) -> tuple[str, st
 
 
 def triton_tables() -> str:
-    """Return a table of each of Triton's kernels, as Markdown."""
-    return tables(triton_rows())
+    """Return a summary and a table of each of Triton's kernels, as Markdown."""
+    rows = triton_rows()
+    return f"{summary(rows)}\n{tables(rows)}"
+
+
+def summary(rows: Iterable[Row]) -> str:
+    """Return how many variants spill, and how many warps find room, by architecture, as Markdown."""
+    kinds: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        kind = "float32" if row.dtype == "float32" else "16 bits, D 256" if "D 256" in row.shape else "16 bits"
+        kinds.setdefault(kind, {}).setdefault(row.architecture, []).append(row)
+    architectures = dict.fromkeys(architecture for found in kinds.values() for architecture in found)
+    lines = ["| variants / that spill / fewest warps at once | " + " | ".join(architectures) + " |"]
+    lines += ["| --- " * (1 + len(architectures)) + "|"]
+    for kind, found in sorted(kinds.items()):
+        cells = []
+        for of_kind in (found.get(architecture, []) for architecture in architectures):
+            spilling, warps = sum(row.spilled > 0 for row in of_kind), [row.blocks * row.warps for row in of_kind]
+            cells.append(f"{len(of_kind)} / {spilling} / {min(warps)}" if of_kind else "-")
+        lines.append("| " + " | ".join([kind, *cells]) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def tables(rows: Iterable[Row]) -> str:
@@ -168,9 +187,12 @@ def page(sections: dict[str, str]) -> str:
         "What the compiled kernels take, read from the code. No figure here is a time: **not yet measured on a GPU**.",
         "Written by `python -m bench.resources --release`; `make test-gpu-proof` checks that it is up to date.",
         "",
+        "The first table sums up the others: kernels compiled for shapes and dtypes, how many of them spill, and the",
+        "fewest warps that a multiprocessor (AMD: compute unit) has room for at once.",
+        "",
         "A cell of Triton's tables: registers of a thread / spills, in bold where there are any / bytes of shared",
-        "memory of a block / blocks that a multiprocessor (AMD: compute unit) has room for x warps of a block / matrix",
-        "instructions / the tile that is chosen for the architecture. Spills are refused in bfloat16 and float16 up to",
+        "memory of a block / blocks that a multiprocessor has room for x warps of a block / matrix instructions / the",
+        "tile that is chosen for the architecture. Spills are refused in bfloat16 and float16 up to",
         "D 128, and reported for float32 and D 256.",
     ]
     for title, body in sections.items():

@@ -35,11 +35,16 @@ _ATTENTION_32_BIT = {
 _ATTENTION_OTHER: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
     # A second stage spills, but for one head a key.
     ("sm_80", 2): {"dkv": {64: Config(32, 4, 1)}},
-    ("sm_86", 2): {"dq": {128: Config(32, 8, 2)}, "dkv": {64: Config(32, 4, 1)}},
+    # 99 KiB of shared memory hold 16 rows of width 256 beside a tile of keys.
+    ("sm_86", 2): {"dq": {128: Config(32, 8, 2)}, "dkv": {64: Config(32, 4, 1), 256: Config(16, 8, 1)}},
     # Matrix instructions of sm_90 and sm_100 read shared memory: registers are left for longer steps.
     ("sm_90", 2): {"forward": {128: Config(64, 8, 2, 128)}},
     ("sm_100", 2): {"forward": {128: Config(64, 8, 2, 128)}, "dq": {64: Config(32, 8, 1, 128), 128: Config(32, 8, 2)}},
-    ("sm_120", 2): {"forward": {128: Config(32, 8, 2, 128)}, "dq": {128: Config(32, 8, 2)}},
+    ("sm_120", 2): {
+        "forward": {128: Config(32, 8, 2, 128)},
+        "dq": {128: Config(32, 8, 2)},
+        "dkv": {256: Config(16, 8, 1)},
+    },
     # A wave has 512 registers if the block has 4; shared memory is 64 KiB.
     ("gfx942", 2): {
         "forward": {64: Config(64, 4, 2, 128), 128: Config(32, 4, 1), 256: Config(32, 4, 1)},
