@@ -89,7 +89,9 @@ def few_keys(heads: int, architecture: str, width: int, element_size: int, softc
     share = max(1, row // 128)
     if softcap and row == 128 and architecture in ("sm_80", "sm_86", "sm_100"):
         share = 2  # ptxas leaves itself 128 registers for one warp, and spills
-    return Config(16, min(8, rows // 16 * share), 1, rows)
+    # Eight warps get 128 registers each of ptxas for sm_120, and spill where a row is of 256 bytes.
+    most = 4 if architecture == "sm_120" and row == 256 else 8
+    return Config(16, min(most, rows // 16 * share), 1, rows)
 
 
 class LinearConfig(NamedTuple):
