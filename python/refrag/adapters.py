@@ -247,7 +247,7 @@ def _write(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], 
 
 
 def _source(part: PreTrainedModel) -> str:
-    name = part.name_or_path
+    name = part.name_or_path or ""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 

@@ -162,7 +162,9 @@ class PerplexityChooser:
     def log_perplexities(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Return the mean negative log-likelihood of each chunk's tokens, float32 [N]."""
         require_refrag("decoder", self.decoder)
-        result, batch, rows = [], [], 0
+        result: list[torch.Tensor] = []
+        batch: list[tuple[int, ...]] = []
+        rows = 0
         with torch.no_grad():
             for chunk in chunks:
                 if batch and rows + len(chunk.token_ids) > _ROWS:
@@ -262,13 +264,14 @@ def by_name(
     """
     if name not in NAMES:
         raise ValueError(f"chooser: got {name!r}, needs one of {', '.join(NAMES)}")
-    needs = {
+    needs_of: dict[str, dict[str, Any]] = {
         "cosine": {"embed": embed},
         "threshold": {"embed": embed, "threshold": threshold},
         "perplexity-asc": {"model": model},
         "perplexity-desc": {"model": model},
         "policy": {"policy": policy, "embed": embed},
-    }.get(name, {})
+    }
+    needs = needs_of.get(name, {})
     for argument, value in needs.items():
         if value is None:
             raise ValueError(f"{argument}: got None, the chooser {name!r} needs it")

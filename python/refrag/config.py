@@ -101,8 +101,9 @@ class RefragConfig(PreTrainedConfig):
     model_type = "refrag"
     sub_configs = {"text_config": AutoConfig, "encoder_config": AutoConfig}
 
-    text_config: dict | PreTrainedConfig | None = None
-    encoder_config: dict | PreTrainedConfig | None = None
+    # Given as a config, a dict of its fields or None, held as a config, whose fields depend on the model's kind.
+    text_config: Any = None
+    encoder_config: Any = None
     chunk_size: int = 16
     pooling: str = "first"
     pool_segments: int = 8
@@ -116,8 +117,8 @@ class RefragConfig(PreTrainedConfig):
     decoder_mask: str = "full"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.text_config = _own_config(self.text_config, "llama")
-        self.encoder_config = _own_config(self.encoder_config, "roberta")
+        self.text_config = _own_config("text_config", self.text_config, "llama")
+        self.encoder_config = _own_config("encoder_config", self.encoder_config, "roberta")
         # The two hold for the whole model, and transformers looks for them at the top.
         self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
         kwargs.pop("tie_word_embeddings", None)
@@ -168,12 +169,14 @@ class RefragConfig(PreTrainedConfig):
         return cls(text_config=text_config, encoder_config=encoder_config, **{**PRESETS[preset], **fields})
 
 
-def _own_config(config: dict | PreTrainedConfig | None, default: str) -> PreTrainedConfig:
+def _own_config(name: str, config: Any, default: str) -> PreTrainedConfig:
     if config is None:
         return AutoConfig.for_model(default)
     if isinstance(config, dict):
         fields = dict(config)
         return AutoConfig.for_model(fields.pop("model_type", default), **fields)
+    if not isinstance(config, PreTrainedConfig):
+        raise ValueError(f"{name}: got {type(config).__name__}, needs a config of transformers or a dict of its fields")
     return copy.deepcopy(config)
 
 

@@ -224,7 +224,7 @@ class Demo:
         return parts, full, compressed
 
     def _parts(self, passages: Sequence[Passage]) -> list[Part]:
-        content = [INSTRUCTION, *passages, f"\nQuestion: {self.settings.question.strip()}"]
+        content: list[Part] = [INSTRUCTION, *passages, f"\nQuestion: {self.settings.question.strip()}"]
         return self.processor.apply_chat_template([{"role": "user", "content": content}])
 
     def _count(self, parts: Sequence[Part]) -> int:

@@ -103,9 +103,10 @@ class EncodeJob:
     def passage_encoder(self) -> PassageEncoder:
         """Load the encoder and the tokenizers; of a decoder no weights, unless the encoder is made of them."""
         with weights.quiet_transformers():
-            if is_adapter(self.model):
-                sources = {"encoder": self.encoder, "decoder": self.decoder}
-                model, processor, _ = load_trained(self.model, chunker=self.chunker or "fixed", **sources)
+            if self.model is not None and is_adapter(self.model):
+                model, processor, _ = load_trained(
+                    self.model, chunker=self.chunker or "fixed", encoder=self.encoder, decoder=self.decoder
+                )
                 config, encoder = model.config, self._placed(model.encoder)
             elif self.model is not None:
                 config = RefragConfig.from_pretrained(self.model)

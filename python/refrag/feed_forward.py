@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from typing import Any
 
 import torch
 from torch import nn
@@ -45,10 +46,11 @@ def fuse_feed_forward(encoder: nn.Module) -> int:
     2
     """
     config = getattr(encoder, "config", None)
-    activation = _ACTIVATIONS.get(getattr(config, "hidden_act", None))
+    activation = _ACTIVATIONS.get(getattr(config, "hidden_act", ""))
     if activation is None:
         return 0
     changed = 0
+    layer: Any
     for layer in encoder.modules():
         if hasattr(layer, "feed_forward_chunk") and _is_fusible(layer):
             layer.refrag_activation = activation
@@ -72,7 +74,7 @@ def _is_fusible(layer: nn.Module) -> bool:
     return all(type(part) in kind for part, kind in zip(parts, kinds))
 
 
-def _feed_forward(self: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def _feed_forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:
     if not _is_fusible(self):
         return type(self).feed_forward_chunk(self, hidden)
     first, second = self.intermediate.dense, self.output.dense

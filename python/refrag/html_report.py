@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -143,7 +143,7 @@ def _key(*entries: tuple[str, str]) -> str:
     return f'<p class="key">{spans}</p>'
 
 
-def _table(heads: list[str], rows: list[tuple[str, ...]]) -> str:
+def _table(heads: list[str], rows: Sequence[tuple[str, ...]]) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in heads) if any(heads) else ""
     lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"

@@ -103,7 +103,7 @@ def draw(prompt: MixedPrompt, tokenizer: PreTrainedTokenizerBase, *, hidden: boo
             picture.append("\n\n" if picture else "")
         if chunk is None:
             end_run()
-            picture.append(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False))
+            picture.append(str(tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)))
         elif chunk in prompt.expanded:
             end_run()
             picture.append(f"[{chunk}: {prompt.chunks[chunk].text}]", EXPANDED)

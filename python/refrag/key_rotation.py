@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from refrag.state import key_values
+
 _PROBE = 4  # rows of the probe
 _SHIFT = 5  # how far it is moved
 
@@ -98,7 +100,7 @@ def _keys(decoder: Any, positions: torch.Tensor) -> list[torch.Tensor]:
         )  # fmt: skip
     finally:
         decoder.train(training)
-    return [layer.keys[0].float() for layer in cache.layers]
+    return [keys[0].float() for keys, _ in key_values(cache)]
 
 
 def _turn(frequencies: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
     >>> model.generate(prompt, max_new_tokens=32)  # doctest: +SKIP
     """
 
+    config: RefragConfig
     config_class = RefragConfig
     base_model_prefix = "refrag"
     main_input_name = "input_ids"
@@ -100,7 +102,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         model.generation_config = copy.deepcopy(decoder.generation_config)
         return model.train(decoder.training)
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.decoder.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -230,6 +232,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(prefill, GenerationState):
             return first_step(prefill)
         if prefill is not None:
+            assert inputs_embeds is not None  # generate hands its first step both
             copies = inputs_embeds.shape[0] // prefill.rows.shape[0]
             return packed_prefill(self.decoder, prefill, past_key_values, copies)
         if prompt is None:
@@ -264,7 +267,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return output
 
-    def generate(
+    def generate(  # type: ignore[override]  # prompt is a MixedPrompt too, and stands where transformers' inputs does
         self,
         prompt: MixedPrompt | torch.Tensor | None = None,
         *,
@@ -294,18 +297,22 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         Tensor, int64 [B, new tokens], or what ``return_dict_in_generate`` asks for
             New tokens only.
         """
+        # mypy doesn't see that PreTrainedModel and GenerationMixin together are what this method takes as self.
+        generate: Callable[..., Any] = super().generate  # type: ignore[misc]
         if state is not None:
+            if isinstance(prompt, torch.Tensor):
+                raise ValueError("prompt: got a tensor beside a state, needs a MixedPrompt")
             attention.require_refrag("decoder", self.decoder)
             with torch.no_grad(), state.restored_on_error():
                 append(self, state, prompt, chunk_embeds)
-                return generate_from(self, state, super().generate, kwargs)
+                return generate_from(self, state, generate, kwargs)
         if not isinstance(prompt, MixedPrompt):
-            return super().generate(prompt, **kwargs)
+            return generate(prompt, **kwargs)
         attention.require_refrag("decoder", self.decoder)
         with torch.no_grad():
             prompt = prompt.to(self.device)
             embeds = self.embed(prompt, chunk_embeds)
-            return super().generate(**padded_inputs(prompt, embeds, self.plans(prompt)), **kwargs)
+            return generate(**padded_inputs(prompt, embeds, self.plans(prompt)), **kwargs)
 
     def read(
         self,
@@ -361,16 +368,16 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         """
         self.read(text_prompt(state.tokens_of(chunk), self.config.latents), state)
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]  # the rest of transformers' arguments is in kwargs
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.LongTensor,
         inputs_embeds: torch.Tensor | None = None,
         prefill: PackedPrefill | GenerationState | None = None,
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         # generate() looks at this signature: without inputs_embeds in it, it takes none.
-        inputs = super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]  # as in generate
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if is_first_iteration and prefill is not None:

@@ -17,7 +17,7 @@ from refrag.attention import require_refrag
 from refrag.key_rotation import KeyRotation
 from refrag.model import RefragForCausalLM
 from refrag.prompt import MixedPrompt
-from refrag.state import GenerationState, append, require_room
+from refrag.state import GenerationState, append, key_values, require_room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +160,8 @@ class PassageCache:
             end = first + part.layout.total_rows
             rows = slice(first, end)
             entries[key] = _Entry(
-                [layer.keys[0, :, rows].clone() for layer in state.cache.layers],
-                [layer.values[0, :, rows].clone() for layer in state.cache.layers],
+                [keys[0, :, rows].clone() for keys, _ in key_values(state.cache)],
+                [values[0, :, rows].clone() for _, values in key_values(state.cache)],
                 part.position_ids.to(self.model.device),
             )
             first = end

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -174,7 +175,7 @@ class RefragProcessor:
             A prompt for ``__call__``.
         """
         passages: list[Passage] = []
-        plain = []
+        plain: list[dict[str, Any]] = []
         # Templates take strings, so a passage travels through as a mark that no text holds.
         everything = "".join(str(message["content"]) for message in messages)
         mark = "\ue000"
@@ -186,8 +187,8 @@ class RefragProcessor:
             passages.extend(part for part in parts if isinstance(part, Passage))
             text = "".join(mark if isinstance(part, Passage) else part for part in parts)
             plain.append({**message, "content": text})
-        rendered = self.tokenizer.apply_chat_template(
-            plain, tokenize=False, add_generation_prompt=add_generation_prompt
+        rendered = str(
+            self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
         ).split(mark)
         prompt: list[Part] = [rendered[0]]
         for passage, text in zip(passages, rendered[1:], strict=True):
@@ -248,7 +249,8 @@ class RefragProcessor:
         """
         if not prompts:
             raise ValueError("prompts: is empty, needs a prompt")
-        batch = [prompts] if any(isinstance(part, (str, Passage)) for part in prompts) else prompts
+        alone = any(isinstance(part, (str, Passage)) for part in prompts)
+        batch = cast(Sequence[Sequence[Part]], [prompts] if alone else prompts)
         stored, chunk_embeds = None, None
         if store is not None:
             self._check_store(store)
@@ -377,7 +379,9 @@ class RefragProcessor:
     def _what_fits(self, spans: list[Span], first: int, expanded: frozenset[int], room: int) -> str:
         if self.position_ids == "original":
             return 'original position ids run on through compressed chunks, so no k fits; position_ids="contiguous" may'
-        plain, as_text, compressed, chunk = 0, [], {}, first
+        plain, chunk = 0, first
+        as_text: list[int] = []
+        compressed: dict[int, list[int]] = {}
         for passage, span in spans:
             if not isinstance(span, Chunk):
                 plain += len(span)

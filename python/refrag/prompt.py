@@ -158,7 +158,7 @@ class MixedPrompt:
             chunks=tuple(self.chunks[chunk] for chunk in chunks),
             expanded=frozenset(index for index, chunk in enumerate(chunks) if chunk in self.expanded),
             encoder_input=self.encoder_input.take([] if given else chunks),
-            chunk_embeds=self.chunk_embeds[chunks] if given else None,
+            chunk_embeds=None if self.chunk_embeds is None else self.chunk_embeds[chunks],
             latents=latents,
         )
 

@@ -50,7 +50,7 @@ def run_on_ray(job: EncodeJob, slices: Sequence[Slice], *, workers: int | None =
     ray.data.DataContext.get_current().enable_progress_bars = False
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        ray.init(logging_level="ERROR", log_to_driver=False)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
     resource = "GPU" if job.device.startswith("cuda") else "CPU"
     has = int(ray.cluster_resources().get(resource, 0))
     workers = workers or (has if resource == "GPU" else len(ray.nodes()))

@@ -36,7 +36,7 @@ def print_answers(console: Console, settings: DemoSettings, answered: Answered, 
     panels = []
     for name, title in ((FULL, "from the full text"), (CACHED, "from compressed chunks")):
         rows = answered.readings[name].rows
-        text = models.tokenizer.decode(answered.continuations[name].token_ids, skip_special_tokens=True).strip()
+        text = str(models.tokenizer.decode(answered.continuations[name].token_ids, skip_special_tokens=True)).strip()
         panels.append(Panel(text or "(nothing)", title=f"{title}: {rows:,} rows", width=width))
     console.print(Columns(panels, padding=(0, 0)), markup=False)
     console.print(TRAINED if models.trained else UNTRAINED, highlight=False)

@@ -80,6 +80,7 @@ class Retriever:
 
 def _identity(encoder: PreTrainedModel) -> str:
     """Return what tells this encoder's weights from others'."""
-    folder = Path(encoder.name_or_path)
-    files = sorted(folder.glob("*.safetensors")) if encoder.name_or_path and folder.is_dir() else []
-    return f"{encoder.name_or_path} {[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]}"
+    name = encoder.name_or_path or ""
+    folder = Path(name)
+    files = sorted(folder.glob("*.safetensors")) if name and folder.is_dir() else []
+    return f"{name} {[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]}"

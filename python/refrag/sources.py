@@ -45,7 +45,8 @@ class Slice(Protocol):
         Its records.
     """
 
-    count: int
+    @property
+    def count(self) -> int: ...
 
     def read(self, fields: Fields) -> Iterator[Passage | PassageError]:
         """Yield its passages in order, and an error in the place of each record that is none."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from refrag.attention import AttentionPlans, no_mask
@@ -82,13 +82,14 @@ class GenerationState:
             if name != "cache"
         }
         # A dynamic layer never writes into its tensors: it replaces them by longer ones.
-        layers = [(layer, layer.keys, layer.values) for layer in self.cache.layers]
+        layers: list[Any] = self.cache.layers[:]
+        held = key_values(self.cache)
         try:
             yield
         except BaseException:
             vars(self).update(before)
-            self.cache.layers = [layer for layer, _, _ in layers]
-            for layer, keys, values in layers:
+            self.cache.layers = layers
+            for layer, (keys, values) in zip(layers, held):
                 layer.keys, layer.values = keys, values
             raise
 
@@ -134,6 +135,12 @@ class GenerationState:
             mask = ChunkMask.passages(torch.tensor([*self.passages, *self.numbered(prompt)], dtype=torch.int32))
         keys = ChunkLayout.from_lengths([[*self.lengths, *prompt.layout.lengths()[0]]]).to(prompt.device)
         return AttentionPlans(prompt.layout, mask, causal=True, kv_layout=keys)
+
+
+def key_values(cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the keys and the values [B, H, rows, D] of every layer of a cache, all of them attention layers."""
+    layers: list[Any] = cache.layers  # for mypy, some kinds of layers hold none
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def append(model: Any, state: GenerationState, prompt: MixedPrompt | None, chunk_embeds: torch.Tensor | None) -> None:
@@ -187,8 +194,10 @@ def require_room(model: Any, state: GenerationState, rows: int, positions: int) 
     PromptTooLongError
     """
     window = getattr(model.config.text_config, "max_position_embeddings", None)
+    if window is None:
+        return
     held = max(state.rows, state.next_position)
-    over = 0 if window is None else max(state.rows + rows, state.next_position + positions) - window
+    over = max(state.rows + rows, state.next_position + positions) - window
     if over > 0:
         raise PromptTooLongError(
             f"prompt: {rows} rows behind the {state.rows} that the state holds are {over} over the decoder's window of "

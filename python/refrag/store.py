@@ -372,7 +372,7 @@ class ChunkStore:
     def _places(self, state: StoreState, passages: Sequence[Passage]) -> np.ndarray:
         """Return the number of each passage, -1 for one that isn't there."""
         by_id = [passage.id for passage in passages if not passage.text and passage.id is not None]
-        of_ids = dict(zip(by_id, state.keys_of_ids(by_id))) if by_id else {}
+        of_ids: dict[str | None, bytes | None] = dict(zip(by_id, state.keys_of_ids(by_id))) if by_id else {}
         # No passage has the key of zeros, which stands for an id that isn't there (one in 2 ** 128 aside).
         nothing = bytes(KEY_BYTES)
         keys = [self._key(passage.text) if passage.text else of_ids.get(passage.id) or nothing for passage in passages]

@@ -13,6 +13,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from refrag.state import key_values
+
 Prefill = Callable[[], CausalLMOutputWithPast]
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 
@@ -57,13 +59,13 @@ def time_readings(readings: dict[str, Reading], rounds: int, track: Track = iter
     dict
         The last output of each reading.
     """
-    outputs = {}
+    outputs: dict[str, CausalLMOutputWithPast] = {}
     with torch.inference_mode():
         for name in track([*readings] * rounds):
             outputs.pop(name, None)  # the cache of the last round goes before the next is made
             start = time.perf_counter()
             output = readings[name].prefill()
-            output.logits.argmax(-1)
+            output["logits"].argmax(-1)
             readings[name].seconds.append(time.perf_counter() - start)
             outputs[name] = output
     return outputs
@@ -136,11 +138,12 @@ def continue_greedily(
     min_steps : int
         Decode steps to time even where the answer is shorter.
     """
-    cache = output.past_key_values
-    kv_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    token = output.logits[:, -1].argmax(-1, keepdim=True)
+    cache = output["past_key_values"]
+    kv_bytes = sum(keys.nbytes + values.nbytes for keys, values in key_values(cache))
+    token = output["logits"][:, -1].argmax(-1, keepdim=True)
     position = first_position
-    token_ids, steps = [int(token)], []
+    token_ids = [int(token)]
+    steps: list[float] = []
     with torch.inference_mode():
         while len(steps) < min_steps or (len(token_ids) < max_new_tokens and not end.intersection(token_ids)):
             start = time.perf_counter()

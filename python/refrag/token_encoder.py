@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 
@@ -41,7 +44,7 @@ def token_encoder(decoder: PreTrainedModel, *, layers: int = 0, places: int = 51
     """
     if layers < 0:
         raise ValueError(f"layers: got {layers}, needs 0 or more")
-    table = decoder.get_input_embeddings().weight
+    table = cast(nn.Embedding, decoder.get_input_embeddings()).weight
     heads = decoder.config.num_attention_heads
     config = BertConfig(
         vocab_size=table.shape[0],
@@ -64,4 +67,5 @@ def token_encoder(decoder: PreTrainedModel, *, layers: int = 0, places: int = 51
         size = table.float().pow(2).mean().sqrt()
         encoder.embeddings.position_embeddings.weight.mul_(0.1 * size / 0.02)
         encoder.embeddings.token_type_embeddings.weight.zero_()
-    return encoder.to(device=table.device, dtype=table.dtype).train(decoder.training)
+    # transformers' decorator of `to` keeps self among the arguments for mypy.
+    return encoder.to(device=table.device, dtype=table.dtype).train(decoder.training)  # type: ignore[call-arg]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from refrag.cache import build_once
 
@@ -80,7 +80,7 @@ def _convert_gguf(package: Path, folder: Path) -> None:
         # save_pretrained refuses a model that came from a GGUF file, so its weights move into one that didn't.
         config = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
         with torch.device("meta"):
-            model = LlamaForCausalLM(type(loaded.config).from_dict(config))
+            model = LlamaForCausalLM(LlamaConfig.from_dict(config))
         model.load_state_dict(loaded.state_dict(), assign=True)
         model.tie_weights()
         model.save_pretrained(folder)

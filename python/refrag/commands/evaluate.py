@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -70,6 +72,10 @@ def perplexity(
             plain = parts.model.decoder.name_or_path
             base = Parts.load(None, plain, k=parts.k, preset="tokens").model.eval()
         tables, raw = {}, {}
+
+        def reading(name: str, items: Iterable[Any]) -> Iterable[Any]:
+            return track(console, list(items), f"reading {name}")
+
         for domain in data:
             name, separator, source = domain.partition("=")
             if not separator:
@@ -80,7 +86,7 @@ def perplexity(
             with torch.autocast(parts.model.device.type, torch.bfloat16, enabled=precision == "bf16"):
                 raw[name] = table.measure(
                     parts, documents, conditions, samples=samples, seed=seed, policy=policy, base=base,
-                    track=lambda items, name=name: track(console, list(items), f"reading {name}"),
+                    track=functools.partial(reading, name),
                 )  # fmt: skip
             tables[name] = table.summary(raw[name])
             # After each domain: nothing is lost when a later one can't be read.

@@ -200,7 +200,7 @@ class PromptOptions:
         return ExpansionPolicy.from_pretrained(self.policy).eval()
 
 
-def amount(text: str | None) -> dict[str, float | int]:
+def amount(text: str | None) -> dict[str, Any]:
     """Return ``--expand`` as the processor takes it.
 
     Raises

@@ -66,7 +66,7 @@ class RefragGenerator:
         if answerer is not None and model is not None:
             raise ValueError(f"model: got {model!r} beside an answerer, needs one of the two")
         self.model = model
-        self.options = {
+        self.options: dict[str, Any] = {
             "k": k, "chunker": chunker, "template": template, "chooser": chooser, "expand": expand,
             "expand_count": expand_count, "max_new_tokens": max_new_tokens,
         }  # fmt: skip

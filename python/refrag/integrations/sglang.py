@@ -65,7 +65,8 @@ def generate_request(
         raise ValueError("prompts: is empty, needs a prompt")
     if isinstance(sampling_params, list) and (isinstance(prompts, PromptEmbeds) or len(sampling_params) != len(batch)):
         raise ValueError(f"sampling_params: got a list of {len(sampling_params)}, needs a dict, or one for each prompt")
-    ids, overrides = [], []
+    ids: list[list[int]] = []
+    overrides: list[PositionalEmbeds | None] = []
     for prompt in batch:
         if all(prompt.is_token):  # plain text, which SGLang may keep in its prefix cache
             ids.append(list(prompt.token_ids))

@@ -65,7 +65,7 @@ class Sample:
 def chunks_of(token_ids: Sequence[int], k: int, tokenizer: PreTrainedTokenizerBase) -> list[Chunk]:
     """Cut tokens into chunks of k, the last perhaps shorter, each with the text that it stands for."""
     pieces = [tuple(token_ids[start : start + k]) for start in range(0, len(token_ids), k)]
-    texts = tokenizer.batch_decode(pieces, clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode([list(piece) for piece in pieces], clean_up_tokenization_spaces=False)
     return [Chunk(text, piece) for text, piece in zip(texts, pieces)]
 
 

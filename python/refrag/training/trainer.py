@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -184,8 +184,8 @@ class Trainer:
         if not samples:
             raise TrainingError(f"batch_size: got {self.settings.batch_size}, needs one sample a process, {world}")
         passes = self._passes(samples)
-        targets = torch.tensor(sum(sample.num_targets for sample in samples), device=accelerator.device)
-        targets = int(accelerator.reduce(targets, "sum"))
+        own = torch.tensor(sum(sample.num_targets for sample in samples), device=accelerator.device)
+        targets = int(accelerator.reduce(own, "sum"))
         total = torch.zeros((), device=accelerator.device)
         self.model.train()
         for number, part in enumerate(passes):
@@ -256,7 +256,7 @@ class Trainer:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         own = {name for name, _ in self.plain.named_parameters()}  # tied weights once
-        kept = {name: value.contiguous() for name, value in trained.items() if name in own}
+        kept = {name: cast(torch.Tensor, value).contiguous() for name, value in trained.items() if name in own}
         save_file(kept, part / "trained.safetensors")
         torch.save(
             {"optimizer": optimizer, "schedule": self.schedule.state_dict(), "step": self.step,
@@ -286,7 +286,7 @@ class Trainer:
                     "take another folder, or the same settings"
                 )
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-        trained = load_file(checkpoint / "trained.safetensors")
+        trained: dict[str, Any] = load_file(checkpoint / "trained.safetensors")
         set_state_dict(
             self.model, self.optimizer.optimizer, model_state_dict=trained, optim_state_dict=state["optimizer"],
             options=dataclasses.replace(_WHOLE, strict=False),  # the frozen parameters are in no checkpoint
@@ -303,7 +303,7 @@ class Trainer:
 @contextlib.contextmanager
 def _gathered(model: RefragForCausalLM) -> Iterator[None]:
     """Gather what FSDP shards and is read outside of a whole forward pass; layers gather their own when they run."""
-    sharded = [part for part in (model, model.get_input_embeddings()) if hasattr(part, "unshard")]
+    sharded: list[Any] = [part for part in (model, model.get_input_embeddings()) if hasattr(part, "unshard")]
     for part in sharded:
         part.unshard()
     try:

@@ -44,7 +44,7 @@ class FolderEncoder:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.config = RefragConfig.from_pretrained(folder)
-        weights = {}
+        weights: dict[str, torch.Tensor] = {}
         for file in sorted(Path(folder).glob("*.safetensors")):
             with safe_open(file, "pt") as tensors:
                 own = [name for name in tensors.keys() if name.startswith(_PREFIX)]
@@ -52,7 +52,7 @@ class FolderEncoder:
         if not weights:
             raise ValueError(f"model: {folder} holds no encoder in safetensors files, needs one to compare texts with")
         dtype = next(iter(weights.values())).dtype
-        self.encoder = empty_encoder(self.config).to(dtype)
+        self.encoder = empty_encoder(self.config).to(dtype=dtype)  # type: ignore[call-arg]  # as in token_encoder
         self.encoder.load_state_dict(
             {name: tensor for name, tensor in weights.items() if not name.startswith(f"{POOLER}.")}
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from refrag.integrations.vllm.passages import MARK, MODALITY
 
@@ -54,7 +54,7 @@ def take_passages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str,
     return rewritten, taken
 
 
-def _is_passage(part: Any) -> bool:
+def _is_passage(part: Any) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(part, Mapping) and part.get("type") == MODALITY
 
 

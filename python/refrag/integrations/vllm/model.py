@@ -38,11 +38,11 @@ class RefragForVllm(nn.Module, SupportsMultiModal):
         config = vllm_config.model_config.hf_config
         require_plain_decoder(config)
         self.config = config
-        with self._mark_tower_model(vllm_config, MODALITY):
+        with SupportsMultiModal._mark_tower_model(self, vllm_config, MODALITY):
             self.encoder = empty_encoder(config)
             self.projector = ChunkProjector(config)
         text = config.text_config
-        with self._mark_language_model(vllm_config):
+        with SupportsMultiModal._mark_language_model(self, vllm_config):
             self.decoder = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=text,
@@ -66,7 +66,10 @@ class RefragForVllm(nn.Module, SupportsMultiModal):
         encoder_ids, encoder_lengths, encoder_windows, encoder_slots, embeds : sequences of Tensor
             Of each passage, as in ``ReadPassage``.
         """
-        if encoder_ids is None or encoder_lengths is None or encoder_windows is None:
+        if (
+            encoder_ids is None or encoder_lengths is None or encoder_windows is None
+            or encoder_slots is None or embeds is None
+        ):  # fmt: skip
             return []
         rows = [own.to(self.projector.up.weight) for own in embeds]
         to_encode = [index for index, ids in enumerate(encoder_ids) if len(ids)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ _FIELDS = (
 class PassageItems(ProcessorBatchItems[Any]):
     """Passages of a request: GivenPassage as parsed, ReadPassage once the choice of chunks is made."""
 
-    def __init__(self, passages: list[GivenPassage | ReadPassage]) -> None:
+    def __init__(self, passages: Sequence[GivenPassage | ReadPassage]) -> None:
         super().__init__(passages, MODALITY)
 
     def get_item_for_hash(self, index: int) -> object:
@@ -230,7 +230,7 @@ class PassageProcessor(BaseMultiModalProcessor[PassageInfo]):
     def _mark(self) -> int:
         return self.info.get_tokenizer().convert_tokens_to_ids(MARK)
 
-    def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
+    def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         # ProcessorBatchItems names its data by the modality's plural.
         passages = hf_data[f"{MODALITY}s"]
         return BatchFeature({field: [getattr(passage, field) for passage in passages] for field in _FIELDS})
