@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -185,6 +186,19 @@ def test_wheel_contents(wheel):
     assert "License-Expression: Apache-2.0" in metadata
     extras = set(re.findall(r"Provides-Extra: (\w+)", metadata))
     assert {"model", "train", "bench", "test"} <= extras
+
+
+def test_source_distribution_contents(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path]
+    subprocess.run(command, check=True, cwd=ROOT)
+    (path,) = tmp_path.glob("refrag_kernels-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("bench", "csrc", "python", "refrag_kernels", "tests"):
+        sources = (file for file in (ROOT / folder).rglob("*") if file.suffix in (".py", ".h", ".cpp", ".cu"))
+        assert {str(file.relative_to(ROOT)) for file in sources} <= names
+    assert {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "Makefile", "pyproject.toml"} <= names
+    assert not [name for name in names if name.startswith(("build/", ".")) or name.endswith((".so", ".pyc"))]
 
 
 def test_wheel_runs_without_a_compiler(wheel, tmp_path):

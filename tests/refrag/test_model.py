@@ -33,6 +33,12 @@ def test_presets():
     assert RefragConfig.from_preset("lclm", text, encoder, pooling="last").pooling == "last"
 
 
+@pytest.mark.parametrize("name", ["text_config", "encoder_config"])
+def test_config_refuses_what_is_no_config(name):
+    with pytest.raises(ValueError, match=f"{name}: got str, needs a config of transformers"):
+        RefragConfig(**{name: "llama"})
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -188,6 +188,8 @@ def test_refuses():
         model.read(tiny.prompt([[("text", 20)], [("text", 20)]]))
     with pytest.raises(ValueError, match="prompt: got 1 sequences of 0 rows"):
         model.read(tiny.prompt([[]]), state)
+    with pytest.raises(ValueError, match="prompt: got a tensor beside a state, needs a MixedPrompt"):
+        model.generate(torch.tensor([[1, 2]]), state=state)
     with pytest.raises(ValueError, match="state: holds nothing, needs a prompt"):
         model.generate(state=GenerationState(), max_new_tokens=1)
     for option in (
