@@ -115,6 +115,8 @@ def test_attention(seed, kilobytes):
     expected = problem.expected()
     assert relative_error(out, expected["out"]) <= OUTPUT[q.dtype]
     assert relative_error(lse, expected["lse"]) <= LSE[q.dtype]
+    if not len(q):  # nothing was launched: the library would tell of another test's launch
+        return
     threads, shared = launched(library)
     assert threads == (256 if q.shape[1] // k.shape[1] > 4 else 128)
     blocks = (kilobytes << 10) // (shared + 1024)
