@@ -1,5 +1,7 @@
 """The build: what setup.py asks the compilers to do, what comes out, and what a wheel holds."""
 
+import contextlib
+import fcntl
 import importlib.util
 import os
 import re
@@ -160,11 +162,21 @@ def test_cuda_kernels_are_there_when_nvcc_is(setup_py):
     assert registered == (cuda is not None)
 
 
+@contextlib.contextmanager
+def alone_in_the_checkout():
+    """Keep test processes from building in the checkout at the same time: they write the same files there."""
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build" / "tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", folder, ROOT]
-    subprocess.run(command, check=True)
+    with alone_in_the_checkout():
+        subprocess.run(command, check=True)
     (path,) = folder.glob("refrag_kernels-*.whl")
     return path
 
@@ -190,7 +202,8 @@ def test_wheel_contents(wheel):
 
 def test_source_distribution_contents(tmp_path):
     command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "-d", tmp_path]
-    subprocess.run(command, check=True, cwd=ROOT)
+    with alone_in_the_checkout():
+        subprocess.run(command, check=True, cwd=ROOT)
     (path,) = tmp_path.glob("refrag_kernels-*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
