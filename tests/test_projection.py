@@ -122,7 +122,8 @@ def test_against_float64(backend, dtype, seed, call):
         expected = torch.zeros_like(wide[name]) if expected is None else expected
         error = relative_error(grad, expected, upstream)
         # The gradient of one column is one sum of terms that a GPU has rounded for its product; it may cancel.
-        bound = GRADIENT[dtype] * (4 if name == "chunks" and wide[name].shape[1] == 1 else 1)
+        rounded = backend not in ("cpu", "reference") and dtype in (torch.bfloat16, torch.float16)
+        bound = GRADIENT[dtype] * (4 if rounded and name == "chunks" and wide[name].shape[1] == 1 else 1)
         assert error <= bound, f"{name}: error {error:.2e}; {label}"
 
 
