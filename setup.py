@@ -36,11 +36,12 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
-# The oldest torch whose stable ABI has all that csrc uses: 2.13, for Stream::nativeHandle.
-TORCH_TARGET_VERSION = "0x020d000000000000ULL"
+# The torch whose stable ABI is built for: that of the build, and no newer one than has all that csrc uses (2.13, for
+# Stream::nativeHandle, which csrc/cuda/launch.h does without before). What is built runs in that torch and in later ones.
+OLDEST_TORCH, TARGET_TORCH = (2, 11), (2, 13)
 
 # The triton release that each torch release asks for; torch's CPU wheels don't say it themselves.
-TRITON = {"2.13": "triton==3.7.1", "2.14": "triton~=3.8.0"}
+TRITON = {"2.11": "triton==3.6.0", "2.13": "triton==3.7.1", "2.14": "triton~=3.8.0"}
 
 # Device code for each, and for GPUs to come the PTX of the newest.
 RELEASE_ARCHS = "80,86,89,90,100,120+PTX"
@@ -106,6 +107,14 @@ def package_folder(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def target_torch() -> tuple[int, int]:
+    """Return the release of torch whose stable ABI is built for."""
+    major, minor = importlib.metadata.version("torch").split(".")[:2]
+    if (int(major), int(minor)) < OLDEST_TORCH:
+        raise SystemExit(f"torch: got {major}.{minor}, building refrag-kernels needs 2.11 or newer")
+    return min((int(major), int(minor)), TARGET_TORCH)
+
+
 class NinjaFile:
     """The text of build.ninja; paths of sources and outputs are relative to the root of the repository."""
 
@@ -123,7 +132,9 @@ class NinjaFile:
         prefixes = [f"-fmacro-prefix-map={folder}/=" for folder in (f"{torch}/include", python, pybind11)]
         host = ["-fPIC", "-fvisibility=hidden", "-Wall", *prefixes]
         self.cxx_flags = [*common, *host, "-Wextra", *sanitizers, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        self.torch_flags = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", f"{torch}/include"]
+        major, minor = target_torch()
+        target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000ULL"
+        self.torch_flags = [target, "-isystem", f"{torch}/include"]
         self.nvcc_flags = [*common, "-Xcompiler", ",".join(host), *self.torch_flags, "-DUSE_CUDA"]
 
         self.rule("cxx", [*cxx, "-MD", "-MF", "$out.d"], "$flags -c $in -o $out", "C++", depfile=True)
@@ -235,7 +246,7 @@ class BuildExtension(build_ext):
 def requirements() -> list[str]:
     """Return the wheel's requirements: torch, and the triton release that goes with the torch it is built with."""
     release = ".".join(importlib.metadata.version("torch").split(".")[:2])
-    return ["torch>=2.13", TRITON.get(release, "triton") + '; platform_system == "Linux"']
+    return ["torch>={}.{}".format(*target_torch()), TRITON.get(release, "triton") + '; platform_system == "Linux"']
 
 
 if __name__ == "__main__":

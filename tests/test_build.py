@@ -114,11 +114,26 @@ def test_sanitizers_reach_compiler_and_linker(setup_py, sources):
 
 @pytest.mark.parametrize(
     ("torch_version", "triton"),
-    [("2.13.0+cpu", "triton==3.7.1"), ("2.14.1+cu130", "triton~=3.8.0"), ("2.99.0", "triton")],
+    [
+        ("2.11.0+cu130", "triton==3.6.0"),
+        ("2.13.0+cpu", "triton==3.7.1"),
+        ("2.14.1+cu130", "triton~=3.8.0"),
+        ("2.99.0", "triton"),
+    ],
 )
 def test_triton_is_the_one_that_goes_with_torch(setup_py, monkeypatch, torch_version, triton):
     monkeypatch.setattr(setup_py.importlib.metadata, "version", lambda name: torch_version)
-    assert setup_py.requirements() == ["torch>=2.13", f'{triton}; platform_system == "Linux"']
+    target = "2.11" if torch_version.startswith("2.11") else "2.13"
+    assert setup_py.requirements() == [f"torch>={target}", f'{triton}; platform_system == "Linux"']
+
+
+def test_the_stable_abi_is_that_of_the_build_and_no_newer_than_what_is_used(setup_py, sources, monkeypatch):
+    for version, target in (("2.11.0", "0x020b"), ("2.13.0+cpu", "0x020d"), ("2.14.1", "0x020d"), ("3.0.0", "0x020d")):
+        monkeypatch.setattr(setup_py.importlib.metadata, "version", lambda name, version=version: version)
+        assert f"-DTORCH_TARGET_VERSION={target}000000000000ULL" in str(setup_py.NinjaFile(Path("build/x"), None))
+    monkeypatch.setattr(setup_py.importlib.metadata, "version", lambda name: "2.10.1")
+    with pytest.raises(SystemExit, match="torch: got 2.10, building refrag-kernels needs 2.11 or newer"):
+        setup_py.target_torch()
 
 
 def library() -> Path:
@@ -193,7 +208,7 @@ def test_wheel_contents(wheel):
     assert any(name.endswith("/LICENSE") for name in names)
     folders = (ROOT, Path(torch.__file__).parent, Path.home())
     assert len(compiled) == 2 and not [f for f in folders for data in compiled if f"{f}/".encode() in data]
-    assert "Requires-Dist: torch>=2.13\n" in metadata
+    assert re.search(r"Requires-Dist: torch>=2\.1[123]\n", metadata)
     assert re.search(r'Requires-Dist: triton[=~]=3\.[0-9.]+; platform_system == "Linux"\n', metadata)
     assert "License-Expression: Apache-2.0" in metadata
     extras = set(re.findall(r"Provides-Extra: (\w+)", metadata))

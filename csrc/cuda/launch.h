@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/csrc/stable/version.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -13,10 +15,24 @@
 
 namespace refrag::cuda {
 
+#if TORCH_FEATURE_VERSION >= ((2ULL << 56) | (13ULL << 48))
 inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
   const auto stream = torch::stable::accelerator::getCurrentStream(tensor.get_device_index());
   return static_cast<cudaStream_t>(stream.nativeHandle());
 }
+#else
+// Before torch 2.13 only its CUDA library tells. That is not linked, as builds without CUDA have none to load.
+inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
+  using Function = int32_t (*)(int32_t device, void** stream);
+  static const auto function = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  void* stream = nullptr;
+  STD_TORCH_CHECK(function && function(tensor.get_device_index(), &stream) == 0, "torch tells no current stream");
+  return static_cast<cudaStream_t>(stream);
+}
+#endif
 
 // Of an error that becomes an exception the runtime must forget: torch would take it for that of its own next launch.
 inline const char* take_error(cudaError_t error) {

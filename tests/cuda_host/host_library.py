@@ -8,7 +8,7 @@ import fcntl
 import functools
 import hashlib
 import os
-import re
+import runpy
 import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -66,7 +66,7 @@ def load(name: str) -> ctypes.CDLL:
 def compile_torch_library(source: Path, *extra: str) -> Path:
     """Compile a file of torch ops that includes csrc/cuda/launch.h, with a runtime of our own in place of CUDA's."""
     root = Path(torch.__file__).parent
-    target = re.search(r'^TORCH_TARGET_VERSION = "(\w+)"', (ROOT / "setup.py").read_text(), re.M).group(1)
+    target = "0x{:02x}{:02x}000000000000ULL".format(*runpy.run_path(str(ROOT / "setup.py"))["target_torch"]())
     flags = [f"-I{HERE / 'fake_runtime'}", "-isystem", str(root / "include"), "-DUSE_CUDA", *extra]
     flags += [f"-DTORCH_TARGET_VERSION={target}", "-Wl,--no-as-needed", f"-L{root / 'lib'}", "-ltorch_cpu"]
     return compile_library(source, *flags)
