@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import json
@@ -30,6 +31,7 @@ _OPS = (
     "project_chunks",
     "embed_mixed",
 )
+_BACKENDS = ("triton", "cuda")
 _PROCESSES = 8  # of the tests: their time goes into compiling, one kernel at a time each
 
 
@@ -38,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench/gpu_report.sh", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-report"), help="folder; default gpu-report")
     parser.add_argument("--only", nargs="+", metavar="PHASE", help="some of the phases; --list names them")
+    parser.add_argument("--seconds", type=float, help="share this time out among the phases; default what --list adds up")
     parser.add_argument("--list", action="store_true", help="name the phases and run nothing")
     parser.add_argument("--dry-run", action="store_true", help="rehearse on the CPU: the same phases, tiny shapes")
     options = parser.parse_args(arguments)
@@ -46,6 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(options.only or ()) - {phase.name for phase in planned}:
         parser.error(f"--only: got {', '.join(sorted(unknown))}, needs some of {', '.join(p.name for p in planned)}")
     planned = [phase for phase in planned if phase.name in (options.only or {p.name for p in planned})]
+    if options.seconds is not None:
+        if options.seconds <= 0:
+            parser.error(f"--seconds: got {options.seconds:g}, needs more than 0")
+        share = options.seconds / sum(phase.seconds for phase in planned)
+        planned = [dataclasses.replace(phase, seconds=phase.seconds * share) for phase in planned]
     if options.list:
         print("\n".join(f"{phase.name:<12} {phase.seconds:3.0f} s" for phase in planned))
         return 0
@@ -73,7 +81,7 @@ def on_gpu(folder: Path) -> list[Phase]:
         Phase("sample", 45, [_pytest(folder, "sample", 0, 1, "tests/gpu/test_gpu_sample.py")]),
         Phase("tests", 140, [_pytest(folder, "tests", number, shards, *tests) for number in range(shards)]),
         _sanitizer(folder, 50),
-        Phase("ops", 130, [bench("ops", "--op", *_OPS, "--preset", "llama3-8b", "llama2-7b")]),
+        Phase("ops", 130, [bench("ops", "--op", *_OPS, "--preset", "llama3-8b", "llama2-7b", "--backend", *_BACKENDS)]),
         Phase("model", 30, [bench("model", "--op", "ttft", "--preset", "llama2-7b-2-layers", "--rounds", "1")]),
         # What reads the full text doesn't depend on k: it is measured once.
         Phase("ttft", 80, [bench("ttft", *ttft, "--k", "16")]),

@@ -20,7 +20,8 @@ def markdown(report: dict[str, Any]) -> str:
         ("## Phases", _phases(report["phases"])),
         ("## Tests", _tests(report["tests"])),
         ("## What the machine can do", _rates(report["environment"])),
-        ("## Time to first token", _first_token(report["rows"])),
+        ("## Time to first token, on the GPU", _first_token(report["rows"], "median_s")),
+        ("## Time to first token, from the host's call", _first_token(report["rows"], "latency_s")),
         ("## Ops", results.tables([row for row in report["rows"] if row["phase"] in ("ops", "model")])),
     ]
     lines = [line for title, body in sections for line in (title, "", *body, "")]
@@ -99,16 +100,16 @@ def _rates(environment: dict[str, Any] | None) -> list[str]:
     return _table(("limit", "measured"), rows)
 
 
-def _first_token(rows: Iterable[dict[str, Any]]) -> list[str]:
+def _first_token(rows: Iterable[dict[str, Any]], time: str) -> list[str]:
     """Return a line for each context and k; the full text's time is that of its context, whatever the k."""
     timed: dict[tuple[int, int], dict[str, float]] = {}
     full: dict[int, dict[str, float]] = {}
     for row in rows:
-        if row["phase"] not in ("ttft", "ttft-k") or row["status"] != "ok":
+        if row["phase"] not in ("ttft", "ttft-k") or row["status"] != "ok" or not row[time]:
             continue
         context, k = int(row["parameters"]["context"]), int(row["parameters"]["k"])
         where = timed.setdefault((context, k), {}) if row["ours"] else full.setdefault(context, {})
-        where[row["contender"]] = 1e3 * row["median_s"]
+        where[row["contender"]] = 1e3 * row[time]
     if not timed:
         return ["Not measured."]
     peers = list(dict.fromkeys(name for times in full.values() for name in times))

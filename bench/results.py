@@ -75,6 +75,7 @@ def records(outcome: Outcome) -> list[dict[str, Any]]:
                 "p20_s": times and times.quantile(0.2),
                 "p80_s": times and times.quantile(0.8),
                 "min_s": times and times.least,
+                "latency_s": times and times.latency,
                 "rounds": times and len(times.rounds),
                 "gflops": _scaled(outcome.flops(name)),
                 "gbytes": _scaled(outcome.bytes(name)),
@@ -169,9 +170,9 @@ def tables(rows: list[dict[str, Any]]) -> list[str]:
             *([""] if lines else []),
             f"### {op}",
             "",
-            "| row | who | ms (p20 - p80) | against best peer | GF/s | GB/s | of limit | MiB |",
+            "| row | who | ms (p20 - p80) | against best peer | GF/s | GB/s | of limit | MiB | latency, ms |",
         ]
-        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
         for row in (row for row in rows if row["op"] == op):
             lines.append("| " + " | ".join(_cells(row)) + " |")
     return lines
@@ -181,9 +182,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
     name = row["row"].removeprefix(f"{row['op']}/")
     who = f"**{row['contender']}**" if row["ours"] else row["contender"]
     if row["status"] == "wrong":
-        return [name, who, f"wrong: error {row['error']:.1e}", *[""] * 5]
+        return [name, who, f"wrong: error {row['error']:.1e}", *[""] * 6]
     if row["status"] != "ok":
-        return [name, who, f"{row['status']}: {row['reason']}".replace("|", "\\|"), *[""] * 5]
+        return [name, who, f"{row['status']}: {row['reason']}".replace("|", "\\|"), *[""] * 6]
     p20, median, p80 = (1e3 * row[key] for key in ("p20_s", "median_s", "p80_s"))
     return [
         name,
@@ -194,6 +195,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['gbytes']:.1f}" if row["gbytes"] and row["limit"] in BANDWIDTH.values() else "",
         f"{row['share_of_limit']:.0%} of {row['limit']}" if row["share_of_limit"] else "",
         f"{row['peak_bytes'] / 2**20:.1f}" if row["peak_bytes"] is not None else "",
+        f"{1e3 * row['latency_s']:.3g}" if row.get("latency_s") else "",
     ]
 
 
@@ -216,6 +218,7 @@ def text(outcome: Outcome) -> str:
             parts += [f"{row['gbytes']:.1f} GB/s"] if row["gbytes"] and row["limit"] in BANDWIDTH.values() else []
             parts += [f"{row['share_of_limit']:.0%} of {row['limit']}"] if row["share_of_limit"] else []
             parts += [f"{row['peak_bytes'] / 2**20:.1f} MiB"] if row["peak_bytes"] is not None else []
+            parts += [f"latency {1e3 * row['latency_s']:.3f} ms"] if row["latency_s"] else []
             lines.append(lead + ", ".join(parts))
     lines += [f"  missed {miss}" for miss in outcome.misses()]
     return "\n".join(lines)

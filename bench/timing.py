@@ -15,9 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of each round."""
+    """Seconds of each round: of the call, and where that is a GPU's, from the host's call until the GPU is done."""
 
     rounds: tuple[float, ...]
+    whole: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
@@ -26,6 +27,11 @@ class Times:
     @property
     def least(self) -> float:
         return min(self.rounds)
+
+    @property
+    def latency(self) -> float | None:
+        """The median from the host's call until the GPU is done, None where the host did the work."""
+        return statistics.median(self.whole) if self.whole else None
 
     def quantile(self, share: float) -> float:
         return sorted(self.rounds)[round(share * (len(self.rounds) - 1))]
@@ -36,42 +42,51 @@ def interleave(
 ) -> dict[str, Times]:
     """Time each call once a round, in turns, for ``rounds`` rounds after ``warm_up`` that don't count."""
     clock = host_seconds if device == "cpu" else EventClock()
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
     for number in range(warm_up + rounds):
         for name, call in calls.items():
             elapsed = clock(call)
             if number >= warm_up:
                 seconds[name].append(elapsed)
-    return {name: Times(tuple(values)) for name, values in seconds.items()}
+    return {name: Times(*zip(*values)) for name, values in seconds.items()}
 
 
-def host_seconds(call: Callable[[], object]) -> float:
+def host_seconds(call: Callable[[], object]) -> tuple[float]:
     """Return what a call takes on the CPU."""
     start = time.perf_counter()
     call()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start,)
 
 
 class EventClock:
     """What a call takes on the GPU, between two CUDA events, when nothing that it reads is in the caches.
 
-    Overwriting the caches also keeps the GPU busy while the host queues the call, so that only host time beyond that
-    is in the figure.
+    The GPU overwrites its caches and then waits while the host queues the call, so that what the host takes is not in
+    the figure; a CUDA graph takes none of it. Beside it stands the time from the host's call until the GPU is done.
     """
 
     _CACHES = 1 << 29  # bytes, twice the 256 MB of an MI300X
+    _CLOCK = 2e9  # cycles of the GPU a second, at the most
 
     def __init__(self) -> None:
         self._overwritten = torch.empty(self._CACHES, dtype=torch.uint8, device="cuda")
+        self._queueing: dict[Callable[[], object], float] = {}  # seconds, of each call's last round
 
-    def __call__(self, call: Callable[[], object]) -> float:
+    def __call__(self, call: Callable[[], object]) -> tuple[float, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
         self._overwritten.zero_()
+        torch.cuda._sleep(int(self._CLOCK * min(0.1, max(1e-3, 1.5 * self._queueing.get(call, 0.0)))))
         start.record()
+        before = time.perf_counter()
         call()
+        self._queueing[call] = time.perf_counter() - before
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        before = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3, time.perf_counter() - before
 
 
 def rotated(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

@@ -49,7 +49,7 @@ def test_calls_are_timed_in_turns():
 
 
 def test_a_gpu_is_timed_between_events_with_cold_caches(monkeypatch):
-    """On a GPU: overwrite the caches, event, call, event, and wait for the last one before the next call."""
+    """On a GPU: overwrite the caches and wait, event, call, event, and wait for the last one before the next call."""
     order, now = [], [0.0]
 
     class Event:
@@ -72,10 +72,13 @@ def test_a_gpu_is_timed_between_events_with_cold_caches(monkeypatch):
 
     caches = type("Caches", (), {"zero_": lambda self: order.append("caches")})()
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("idle"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("busy") if cycles >= 2e6 else None)
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: caches if device == "cuda" and size > 1e8 else None)
     times = interleave({"a": call}, rounds=2, warm_up=1, device="cuda")
-    assert order == ["caches", "event", "call", "event", "wait"] * 3
+    assert order == ["idle", "caches", "busy", "event", "call", "event", "wait", "call", "idle"] * 3
     assert times["a"].rounds == (0.005, 0.005)
+    assert len(times["a"].whole) == 2 and 0 < times["a"].latency < 1
 
 
 def test_calls_take_turns_among_copies_of_their_tensors(monkeypatch):

@@ -115,12 +115,13 @@ def test_first_tokens_are_compared_with_the_full_text_of_their_context():
         row("ttft-k", 4096, 8, "refrag_kernels", 0.04),
         row("ops", 4096, 8, "refrag_kernels", 9.0),
     ]
-    lines = gpu_tables._first_token(rows)
+    lines = gpu_tables._first_token(rows, "median_s")
     assert lines[2:] == [
         "| 4,096 | 8 | 200.0 | 40.0 (5.0 x) |  |",
         "| 4,096 | 16 | 200.0 | 10.0 (20.0 x) | 20.0 (10.0 x) |",
     ]
-    assert gpu_tables._first_token([dict(rows[0], status="failed")]) == ["Not measured."]
+    assert gpu_tables._first_token([dict(rows[0], status="failed")], "median_s") == ["Not measured."]
+    assert gpu_tables._first_token([dict(row, latency_s=None) for row in rows], "latency_s") == ["Not measured."]
 
 
 def test_the_rehearsal(tmp_path):
