@@ -35,9 +35,11 @@ def _attention(width: int, group: int, dtype: torch.dtype, few_keys: bool = Fals
     def call():
         if few_keys:  # the chunk encoder's
             plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[16] * 8]), rk.ChunkMask.diagonal(), causal=False)
-        else:
-            plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[64, 64]]))
-        q, kv = torch.empty(128, 2 * group, width, dtype=dtype), torch.empty(128, 2, width, dtype=dtype)
+        else:  # a prefix that many passages see: its keys are shared out to several units
+            mask = rk.ChunkMask.passages(torch.tensor([-1, *range(15)]))
+            plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[64] * 16]), mask)
+        rows = plan.q_row_block.shape[0]
+        q, kv = torch.empty(rows, 2 * group, width, dtype=dtype), torch.empty(rows, 2, width, dtype=dtype)
         out, lse = attention.mixed_attention(q, kv, kv, plan.tensors(), 0.1, softcap, sinks)
         attention.mixed_attention_backward(q, lse, q, kv, kv, out, lse, plan.tensors(), 0.1, softcap, sinks)
 

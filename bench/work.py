@@ -85,13 +85,10 @@ def by_triton(plan: rk.AttentionPlan, group: int, width: int) -> float:
     from refrag_kernels.triton_kernels import attention, launch
 
     tiles = attention.tiles_of("forward", _ARCHITECTURE, plan.tensors(), group, launch.width(width), 2, False)
-    first = 3 * tile_lists.TILE_LISTS.index(tile_lists.TileList(False, tiles.blocks))
-    offsets, ranges, _ = plan.tiles[first : first + 3]
+    units, _, _ = tile_lists.tensors_of(plan.tiles, tile_lists.TileList(False, tiles.blocks))
+    _, entries, full, _, _ = units.long().diff(dim=0).unbind(1)
     steps = tiles.step // TILE
-    lengths = torch.cat([torch.zeros(1, dtype=torch.int64), (ranges[:, 1] - ranges[:, 0]).long().cumsum(0)])
-    full = lengths[offsets[1:, 0].long()] - lengths[offsets[:-1, 0].long()]
-    entries = offsets[:, 1].long().diff()
-    keys = full + (entries + steps - 1) // steps * tiles.step
+    keys = full * 64 + (entries + steps - 1) // steps * tiles.step
     programs = -(-group // tiles.heads)  # of a tile; the last one may lack heads
     return float(keys.sum()) * 16 * tiles.blocks * tiles.heads * programs / group
 

@@ -363,7 +363,7 @@ def _with_tiles(
     buffer: torch.Tensor, shapes: list[tuple[int, ...]], capacity: PlanCapacity | None, device: torch.device
 ) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
     """Return the buffer of a plan on the CPU, and its shapes, with tile lists appended."""
-    lists = tile_lists.derive(_views(buffer, shapes))
+    lists = tile_lists.derive(_views(buffer, shapes), split=capacity is None)
     if capacity is None:
         rows = tile_lists.sizes(lists)
     else:

@@ -22,15 +22,28 @@ def tile_lists_on_the_cpu(monkeypatch):
 def expand(plan, index):
     """Expand a tile list to a bool matrix [T_q, T_kv], in plain Python."""
     tile_list = TILE_LISTS[index]
-    offsets, ranges, entries = (tensor.tolist() for tensor in plan.tiles[3 * index : 3 * index + 3])
+    units, ranges, entries, *slots = (tensor.tolist() for tensor in tile_lists.tensors_of(plan.tiles, tile_list))
     sizes = plan.sizes.tolist()
     allowed = torch.zeros(sizes[0], sizes[1], dtype=torch.bool)
     seen = allowed.T if tile_list.keys else allowed
     blocks = (plan.kv_blocks if tile_list.keys else plan.q_blocks).tolist()[: sizes[3 if tile_list.keys else 2]]
     shifts = torch.arange(32)
-    for group, first in enumerate(range(0, len(blocks), tile_list.group)):
+    groups = -(-len(blocks) // tile_list.group)
+    assert [unit[3] for unit in units] == sorted(unit[3] for unit in units)
+    assert {unit[3] for unit in units} >= set(range(groups + 1))
+    slot_of = [unit[4] for unit in units[:-1] if unit[4] >= 0]
+    assert slot_of == list(range(len(slot_of)))
+    if tile_list.keys:
+        in_slots = [group for group in slots[0] if group >= 0]
+        assert in_slots == [unit[3] for unit in units[:-1] if unit[4] >= 0] and (len(slots[0]) > 2) == bool(slot_of)
+    for unit, after in zip(units, units[1:]):
+        group, split = unit[3], unit[4] >= 0
+        assert split == (sum(other[3] == group for other in units[:-1]) > 1)
+        first = group * tile_list.group
         mine = [slice(start, start + count) for start, count, *_ in blocks[first : first + tile_list.group]]
-        (first_range, first_entry), (last_range, last_entry) = offsets[group], offsets[group + 1]
+        first_range, first_entry, first_step, *_ = unit
+        last_range, last_entry, last_step, *_ = after
+        assert last_step - first_step == sum(end - start for start, end in ranges[first_range:last_range]) // STEP
         for start, end in ranges[first_range:last_range]:
             assert end > start and (end - start) % STEP == 0
             for rows in mine:
@@ -90,9 +103,10 @@ def test_a_refilled_plan_keeps_its_buffers():
 
 def work(plan, index):
     """Return the pairs that a kernel computes: whole tiles of rows, whole steps."""
-    offsets, ranges, _ = plan.tiles[3 * index : 3 * index + 3]
+    units, ranges, *_ = tile_lists.tensors_of(plan.tiles, TILE_LISTS[index])
     steps = (ranges[:, 1] - ranges[:, 0]).sum().item() // STEP
-    steps += (-(-offsets[:, 1].diff() // (STEP // 16))).sum().item()
+    assert units[-1, 2] == steps
+    steps += (-(-units[:, 1].diff() // (STEP // 16))).sum().item()
     return steps * STEP * 16 * TILE_LISTS[index].group
 
 

@@ -9,6 +9,7 @@ import refrag_kernels as rk
 from bench import peers, roofline, work
 from bench.presets import PRESETS
 from bench.prompts import Passages, Prompt
+from refrag_kernels import tile_lists
 
 PROBLEMS = {(problem.name, problem.group): problem for problem in work.problems()}
 SMALL = Passages(512, 16, 0.4)
@@ -61,19 +62,18 @@ def test_blocks_at_the_edge():
     assert work.by_blocks(dense, 64) == 2 * 64 * 64
 
 
-@pytest.mark.parametrize("heads", [(1, 4, 32), (4, 1, 64), (3, 1, 64)])
+@pytest.mark.parametrize("heads", [(1, 4, 32), (4, 1, 64), (3, 4, 64)])
 def test_triton_by_a_walk_over_its_lists(small, heads):
     """The steps that the kernel's two loops take for each tile, one by one."""
     group, blocks, _ = heads
     plan = small.plan()
-    lists = {1: plan.tiles[0:3], 4: plan.tiles[3:6]}
-    offsets, ranges, _ = lists[blocks]
+    units, ranges, _ = tile_lists.tensors_of(plan.tiles, tile_lists.TileList(False, blocks))
     pairs = 0
-    for tile in range(len(offsets) - 1):
-        first_range, first_entry, last_range, last_entry = offsets[tile : tile + 2].flatten().tolist()
+    for tile in range(len(units) - 1):
+        (first_range, first_entry), (last_range, last_entry) = units[tile : tile + 2, :2].tolist()
         steps = sum(len(range(*ranges[index].tolist(), 64)) for index in range(first_range, last_range))
         steps += len(range(first_entry, last_entry, 4))
-        filled = {1: 1, 3: 4, 4: 4}[group]  # heads of the tiles that serve a group
+        filled = {1: 1, 3: 3, 4: 4}[group]  # heads of the tiles that serve a group
         pairs += steps * 64 * 16 * blocks * filled
     assert work.by_triton(plan, group, 64) == pairs / group
     assert pairs / group >= int(small.dense().sum())

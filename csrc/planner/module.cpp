@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <stdexcept>
@@ -107,23 +108,33 @@ Side side_of(const std::array<uintptr_t, 14>& fields, bool keys) {
   return side;
 }
 
-std::array<int64_t, 3> rows_of(const TileLists& lists) {
-  return {static_cast<int64_t>(lists.offsets.size()), static_cast<int64_t>(lists.ranges.size()),
-          static_cast<int64_t>(lists.entries.size() / (2 + lists.group))};
+// Rows of units, ranges, entries and slots.
+std::array<int64_t, 4> rows_of(const TileLists& lists) {
+  return {static_cast<int64_t>(lists.units.size()), static_cast<int64_t>(lists.ranges.size()),
+          static_cast<int64_t>(lists.entries.size() / (2 + lists.group)), static_cast<int64_t>(lists.slots.size())};
 }
 
-// Writes offsets, ranges and entries to these words of the buffer, with room for `rows`; offsets repeat their last row.
-void write_lists(const TileLists& lists, uintptr_t buffer, const std::array<int64_t, 3>& offsets,
-                 const std::array<int64_t, 3>& rows) {
+// Writes units, ranges, entries and slots to these words of the buffer, with room for `rows`. Units beyond the last one have
+// nothing to do, for groups beyond the last one; slots beyond the last one are of none, -1. With room for fewer tensors
+// only the first ones are written.
+void write_lists(const TileLists& lists, uintptr_t buffer, const std::vector<int64_t>& offsets,
+                 const std::vector<int64_t>& rows) {
+  static_assert(sizeof(Unit) == 5 * sizeof(int32_t));
   const auto used = rows_of(lists);
-  const std::array<int64_t, 3> widths{2, 2, 2 + lists.group};
-  const std::array<const void*, 3> data{lists.offsets.data(), lists.ranges.data(), lists.entries.data()};
-  for (size_t i = 0; i < 3; ++i) {
+  const std::array<int64_t, 4> widths{5, 2, 2 + lists.group, 1};
+  const std::array<const void*, 4> data{lists.units.data(), lists.ranges.data(), lists.entries.data(), lists.slots.data()};
+  if (offsets.size() != rows.size() || rows.size() > used.size()) throw std::invalid_argument("tile list buffer is of no list");
+  for (size_t i = 0; i < rows.size(); ++i) {
     if (used[i] > rows[i]) throw std::invalid_argument("tile list buffer is too small");
     int32_t* out = reinterpret_cast<int32_t*>(buffer) + offsets[i];
     const int64_t words = used[i] * widths[i], room = rows[i] * widths[i];
     if (words) std::memcpy(out, data[i], words * sizeof(int32_t));
-    for (int64_t word = words; word < room; ++word) out[word] = i == 0 ? out[word - 2] : 0;
+    std::fill(out + words, out + room, i == 3 ? -1 : 0);
+  }
+  Unit* units = reinterpret_cast<Unit*>(reinterpret_cast<int32_t*>(buffer) + offsets[0]);
+  for (int64_t i = used[0]; i < rows[0]; ++i) {
+    units[i] = units[i - 1];
+    ++units[i].group;
   }
 }
 
@@ -144,9 +155,9 @@ PYBIND11_MODULE(_planner, m) {
     return make_plan(problem);
   });
   py::class_<TileLists>(m, "TileLists").def("rows", &rows_of).def("write", &write_lists);
-  m.def("tile_lists", [](const std::array<uintptr_t, 14>& fields, bool keys, int32_t group) {
+  m.def("tile_lists", [](const std::array<uintptr_t, 14>& fields, bool keys, int32_t group, bool split) {
     py::gil_scoped_release release;
-    return make_tile_lists(side_of(fields, keys), group);
+    return make_tile_lists(side_of(fields, keys), group, split);
   });
   py::class_<Visible>(m, "Visible")
       .def("num_ranges", [](const Visible& visible) { return visible.ranges.size(); })

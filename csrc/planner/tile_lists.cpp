@@ -30,13 +30,13 @@ struct Cursor {
   }
 };
 
-}  // namespace
-
-TileLists make_tile_lists(const Side& side, int32_t group) {
-  TileLists lists{group, {}, {}, {}};
+TileLists list_groups(const Side& side, int32_t group) {
+  TileLists lists{group, {}, {}, {}, {}};
+  int32_t steps = 0;
   const auto mark = [&] {
-    lists.offsets.push_back({static_cast<int32_t>(lists.ranges.size()),
-                             static_cast<int32_t>(lists.entries.size() / (2 + group))});
+    const int32_t number = static_cast<int32_t>(lists.units.size());
+    lists.units.push_back({static_cast<int32_t>(lists.ranges.size()),
+                           static_cast<int32_t>(lists.entries.size() / (2 + group)), steps, number, -1});
   };
   std::vector<Cursor> cursors;
   std::vector<int32_t> codes(group);
@@ -83,6 +83,7 @@ TileLists make_tile_lists(const Side& side, int32_t group) {
         if (all_full) {
           const int32_t steps_end = row + (run_end - row) / kStep * kStep;
           if (steps_end > row) lists.ranges.push_back({row, steps_end});
+          steps += (steps_end - row) / kStep;
           for (row = steps_end; row < run_end; row += kTile) emit(row);
           row = run_end;
         } else {
@@ -93,6 +94,61 @@ TileLists make_tile_lists(const Side& side, int32_t group) {
     }
     mark();
   }
+  return lists;
+}
+
+// Steps of a unit's ranges and of its entries, which fill a step by fours.
+int32_t work_of(const Unit& unit, const Unit& next) {
+  constexpr int32_t kEntries = kStep / kTile;
+  return next.steps - unit.steps + (next.entry - unit.entry + kEntries - 1) / kEntries;
+}
+
+// Cuts groups into parts of up to `most` steps: ranges at their steps, entries by fours.
+void split_groups(TileLists& lists, int32_t most) {
+  const std::vector<Unit> groups = std::move(lists.units);
+  const std::vector<Interval> ranges = std::move(lists.ranges);
+  lists.units.clear();
+  lists.ranges.clear();
+  int32_t steps = 0;
+  for (size_t i = 0; i + 1 < groups.size(); ++i) {
+    const Unit &group = groups[i], &next = groups[i + 1];
+    const bool cut = work_of(group, next) > most;
+    int32_t left = 0, entry = group.entry;  // steps that the current part may still take
+    const auto start = [&] {
+      const int32_t slot = cut ? static_cast<int32_t>(lists.slots.size()) : -1;
+      if (cut) lists.slots.push_back(group.group);
+      lists.units.push_back({static_cast<int32_t>(lists.ranges.size()), entry, steps, group.group, slot});
+      left = cut ? most : kNever;
+    };
+    start();
+    for (int32_t range = group.range; range < next.range; ++range) {
+      for (int32_t row = ranges[range].start; row < ranges[range].end;) {
+        if (left == 0) start();
+        const int32_t taken = std::min(left, (ranges[range].end - row) / kStep);
+        lists.ranges.push_back({row, row + taken * kStep});
+        row += taken * kStep;
+        steps += taken;
+        left -= taken;
+      }
+    }
+    for (; cut && entry < next.entry; --left) {
+      if (left == 0) start();
+      entry = std::min(entry + kStep / kTile, next.entry);
+    }
+  }
+  lists.units.push_back(groups.back());
+  lists.units.back().range = static_cast<int32_t>(lists.ranges.size());
+}
+
+}  // namespace
+
+TileLists make_tile_lists(const Side& side, int32_t group, bool split) {
+  TileLists lists = list_groups(side, group);
+  const int64_t groups = static_cast<int64_t>(lists.units.size()) - 1;
+  if (!split || groups == 0) return lists;
+  int64_t work = 0;
+  for (int64_t i = 0; i < groups; ++i) work += work_of(lists.units[i], lists.units[i + 1]);
+  split_groups(lists, static_cast<int32_t>(std::max<int64_t>(kLeastSplit, 2 * work / groups)));
   return lists;
 }
 

@@ -22,13 +22,24 @@ struct Side {
   std::vector<TransposedTile> partial_tiles;  // first row on the other side, index into partial_bits
 };
 
-struct TileLists {
-  int32_t group;                     // blocks per group
-  std::vector<Interval> offsets;     // [groups + 1]: first range, first entry
-  std::vector<Interval> ranges;      // rows that every block of the group sees whole; multiples of kStep long
-  std::vector<int32_t> entries;      // [E, 2 + group]: first row, number of rows, one code per block
+// What one program of a kernel does: a group, or a part of a group that has much more work than others.
+struct Unit {
+  int32_t range, entry;  // the first ones
+  int32_t steps;         // of ranges, in all units before this one
+  int32_t group;
+  int32_t slot;          // where the sums of a part go until they are added up; -1: the unit is its whole group
 };
 
-TileLists make_tile_lists(const Side& side, int32_t group);
+struct TileLists {
+  int32_t group;                  // blocks per group
+  std::vector<Unit> units;        // [units + 1]
+  std::vector<Interval> ranges;   // rows that every block of the group sees whole; multiples of kStep long
+  std::vector<int32_t> entries;   // [E, 2 + group]: first row, number of rows, one code per block
+  std::vector<int32_t> slots;     // the group of each slot, ascending
+};
+
+// With `split`, groups with more than twice the mean work, and at least kLeastSplit steps, are cut into parts.
+inline constexpr int32_t kLeastSplit = 8;
+TileLists make_tile_lists(const Side& side, int32_t group, bool split);
 
 }  // namespace refrag::planner

@@ -8,23 +8,25 @@ from typing import NamedTuple
 import torch
 
 from refrag_kernels import backends
-from refrag_kernels.tile_lists import TILE_LISTS, TileList
+from refrag_kernels.tile_lists import ROW_SHAPES, TileList, tensors_of
 from refrag_kernels.triton_kernels import configs, launch
 from refrag_kernels.triton_kernels.attention_backward import (
     mixed_attention_bwd_dkv_kernel,
     mixed_attention_bwd_dq_kernel,
+    mixed_attention_bwd_sum_kernel,
     mixed_attention_delta_kernel,
 )
 from refrag_kernels.triton_kernels.attention_forward import mixed_attention_fwd_kernel
 
 _PLAN_FIELDS = 14  # of AttentionPlan, before its tile lists
 _DELTA_ROWS = 32  # a warp's width, for the sum over rows of dsinks
+_SUM_ROWS = 16  # of a tile's 64, whose parts are added up by one program
 
 
 def _reason(tensor: torch.Tensor, plan: Sequence[torch.Tensor]) -> str | None:
     if tensor.dtype == torch.float64:
         return "dtype float64"
-    if len(plan) != _PLAN_FIELDS + 3 * len(TILE_LISTS):
+    if len(plan) != _PLAN_FIELDS + len(ROW_SHAPES):
         return "a plan without tile lists; make it with device='cuda' or move it there with .to"
     return None
 
@@ -38,9 +40,8 @@ def _unsupported_backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, so
 
 
 def _list(plan: Sequence[torch.Tensor], which: TileList) -> Sequence[torch.Tensor]:
-    """Return offsets, ranges and entries of a tile list."""
-    first = _PLAN_FIELDS + 3 * TILE_LISTS.index(which)
-    return plan[first : first + 3]
+    """Return units, ranges, entries and slots of a tile list."""
+    return tensors_of(plan[_PLAN_FIELDS:], which)
 
 
 class Tiles(NamedTuple):
@@ -59,10 +60,12 @@ def tiles_of(
     """Return how ``kernel`` ("forward", "dq") divides a plan's work for ``group`` query heads per key/value head.
 
     Four heads and more fill a tile with the rows of one block, whose keys are exactly those that the plan lists; fewer
-    take the rows of four blocks, which share most of their keys. Where blocks see few keys they don't: each is a tile,
-    as it is where 64 rows don't fit in shared memory.
+    take the rows of four blocks, which share most of their keys, as do heads that would leave a quarter of a tile empty.
+    Where blocks see few keys they don't: each is a tile, as it is where 64 rows don't fit in shared memory.
     """
     heads = min(8, launch.power_of_2(group))
+    if 4 * group <= 3 * heads:
+        heads = group & -group  # the largest power of 2 that divides it
     if _few_keys(plan):
         config = configs.few_keys(heads, target, width, element_size, softcap)
         return Tiles(config.rows // 16, 1, config.step, config.warps, config.stages)
@@ -88,13 +91,13 @@ def _few_keys(plan: Sequence[torch.Tensor]) -> bool:
     return blocks >= 8 and ranges.shape[0] <= 2 and entries.shape[0] < 4 * blocks
 
 
-def _query_tiles(kernel: str, q: torch.Tensor, k: torch.Tensor, plan: Sequence[torch.Tensor], softcap: float):
+def _query_tiles(kernel, q, k, v, plan: Sequence[torch.Tensor], softcap: float):
     """Return grid, plan arguments, constants and options of a kernel that works by tiles of query rows."""
     target = launch.architecture(q.device)
     group, width = q.shape[1] // k.shape[1], launch.width(q.shape[2])
     tiles = tiles_of(kernel, target, plan, group, width, q.element_size(), softcap > 0)
-    offsets, ranges, entries = _list(plan, TileList(False, tiles.blocks))
-    grid = (offsets.shape[0] - 1, k.shape[1] * -(-group // tiles.heads))
+    units, ranges, entries = _list(plan, TileList(False, tiles.blocks))
+    grid = (units.shape[0] - 1, k.shape[1] * -(-group // tiles.heads))
     constants = dict(
         GROUP=group,
         HEADS=tiles.heads,
@@ -102,10 +105,11 @@ def _query_tiles(kernel: str, q: torch.Tensor, k: torch.Tensor, plan: Sequence[t
         STEP=tiles.step,
         D=q.shape[2],
         BD=width,
+        WIDE=launch.wide(tiles.step, k.stride(0), v.stride(0)),
         PRECISION=launch.precision(q.dtype, target),
     )
     options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
-    return grid, (plan[0], plan[3], plan[8], offsets, ranges, entries), constants, options
+    return grid, (plan[0], plan[3], plan[8], units, ranges, entries), constants, options
 
 
 @backends.requires(_unsupported)
@@ -123,12 +127,12 @@ def mixed_attention(
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if not out.numel():
         return out, lse
-    grid, walk, constants, options = _query_tiles("forward", q, k, plan, softcap)
+    grid, walk, constants, options = _query_tiles("forward", q, k, v, plan, softcap)
     with launch.on(q.device):
         mixed_attention_fwd_kernel[grid](
             q, k, v, out, lse, lse if sinks is None else sinks.contiguous(), *walk, scale, softcap, q.shape[0],
             plan[3].shape[0], *_strides(q, k, v, out), **constants, SINKS=sinks is not None, SOFTCAP=softcap > 0,
-            **options,
+            FUSED=scale > 0 and not softcap, **options,
         )  # fmt: skip
     return out, lse
 
@@ -159,7 +163,7 @@ def mixed_attention_backward(
     delta, dsinks = _delta(grad_out, grad_lse.contiguous(), out, lse.contiguous(), plan[0], sinks)
     inputs = (q, k, v, grad_out, lse.contiguous(), delta)
     with launch.on(q.device):
-        grid, walk, constants, options = _query_tiles("dq", q, k, plan, softcap)
+        grid, walk, constants, options = _query_tiles("dq", q, k, v, plan, softcap)
         mixed_attention_bwd_dq_kernel[grid](
             *inputs, dq, *walk, scale, softcap, q.shape[0], plan[3].shape[0], *_strides(q, k, v, grad_out, dq),
             **constants, SOFTCAP=softcap > 0, **options,
@@ -183,14 +187,24 @@ def _delta(grad_out, grad_lse, out, lse, sizes, sinks) -> tuple[torch.Tensor, to
 
 
 def _key_gradients(inputs, dk, dv, plan, scale, softcap) -> None:
-    q, k, v, grad_out, *_ = inputs
-    target, width = launch.architecture(q.device), launch.width(q.shape[2])
+    q, k, v, grad_out, lse, _ = inputs
+    target, width, columns = launch.architecture(q.device), launch.width(q.shape[2]), q.shape[2]
     config = configs.attention("dkv", target, width, q.element_size(), softcap > 0)
-    tiles = _list(plan, TileList(True, 4))
-    parts = 64 // config.rows
-    mixed_attention_bwd_dkv_kernel[((tiles[0].shape[0] - 1) * parts, k.shape[1])](
-        *inputs, dk, dv, plan[0], plan[9], plan[8], *tiles, scale, softcap, k.shape[0], plan[9].shape[0],
-        *_strides(q, k, v, grad_out, dk), GROUP=q.shape[1] // k.shape[1], KEYS=config.rows, STEP=config.step,
-        D=q.shape[2], BD=width, SOFTCAP=softcap > 0, PRECISION=launch.precision(q.dtype, target),
+    units, ranges, entries, slots = _list(plan, TileList(True, 4))
+    parts, kv_heads, num_slots = 64 // config.rows, k.shape[1], slots.shape[0]
+    sums = lse  # not written: no unit has a slot
+    split = num_slots > 2  # two are what a list without any has
+    if split:
+        sums = torch.empty(2, num_slots, kv_heads, 64, columns, dtype=torch.float32, device=q.device)
+    mixed_attention_bwd_dkv_kernel[((units.shape[0] - 1) * parts, kv_heads)](
+        *inputs, dk, dv, sums, plan[0], plan[9], plan[8], units, ranges, entries, scale, softcap, k.shape[0],
+        plan[9].shape[0], num_slots, *_strides(q, k, v, grad_out, dk), GROUP=q.shape[1] // kv_heads, KEYS=config.rows,
+        STEP=config.step, D=columns, BD=width, WIDE=launch.wide(config.step, q.stride(0), grad_out.stride(0)),
+        SOFTCAP=softcap > 0, PRECISION=launch.precision(q.dtype, target),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
+    if split:
+        mixed_attention_bwd_sum_kernel[(num_slots, kv_heads, 64 // _SUM_ROWS)](
+            sums, slots, plan[9], dk, dv, num_slots, plan[9].shape[0], *dk.stride()[:2], ROWS=_SUM_ROWS, D=columns,
+            BD=width,
+        )  # fmt: skip

@@ -13,8 +13,11 @@ from refrag_kernels.triton_kernels.tiles import (
     entry_rows,
     fill_rows,
     load_rows,
+    load_step,
+    next_step,
     scores,
     seeing_rows,
+    unit_of,
     visible_keys,
 )
 
@@ -45,8 +48,8 @@ def mixed_attention_delta_kernel(
     o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_d = tl.arange(0, BD)
     m_row = o_row < tl.load(p_sizes)
-    b_grad = load_rows(p_grad_out + head.to(tl.int64) * stride_gh, o_row, m_row, o_d, stride_gt, D, True)
-    b_out = load_rows(p_out + head.to(tl.int64) * stride_oh, o_row, m_row, o_d, stride_ot, D, True)
+    b_grad = load_rows(p_grad_out + head.to(tl.int64) * stride_gh, o_row, m_row, o_d, stride_gt, D)
+    b_out = load_rows(p_out + head.to(tl.int64) * stride_oh, o_row, m_row, o_d, stride_ot, D)
     at = o_row.to(tl.int64) * heads + head
     b_delta = tl.sum(b_grad.to(tl.float32) * b_out.to(tl.float32), 1)
     b_delta -= tl.load(p_grad_lse + at, mask=m_row, other=0.0)
@@ -62,12 +65,10 @@ def mixed_attention_delta_kernel(
 
 @triton.jit
 def _dq_step(
-    b_q, b_do, b_lse, b_delta, b_dq, p_k, p_v, o_key, m_key, visible, o_d, stride_kt, stride_vt, scale, softcap,
-    D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    b_q, b_do, b_lse, b_delta, b_dq, b_k, b_v, visible, scale, softcap,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     EXACT: tl.constexpr = b_q.dtype == tl.float32
-    b_k = load_rows(p_k, o_key, m_key, o_d, stride_kt, D, MASKED)  # [STEP, BD]
-    b_v = load_rows(p_v, o_key, m_key, o_d, stride_vt, D, MASKED)
     b_s, slope = scores(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale, softcap, SOFTCAP, EXACT)
     b_p = tl.exp2(b_s - b_lse[:, None])
     if MASKED:
@@ -91,7 +92,7 @@ def mixed_attention_bwd_dq_kernel(
     p_sizes,  # [8], the plan from here on
     p_blocks,  # [NB, 4]
     p_bits,  # [P, 8]
-    p_offsets,  # [tiles + 1, 2]
+    p_units,  # [tiles + 1, 5]
     p_ranges,  # [R, 2]
     p_entries,  # [E, 2 + BLOCKS]
     scale,
@@ -114,6 +115,7 @@ def mixed_attention_bwd_dq_kernel(
     STEP: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
+    WIDE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -148,20 +150,22 @@ def mixed_attention_bwd_dq_kernel(
     p_v += kv_head.to(tl.int64) * stride_vh
 
     b_dq = tl.zeros([BLOCKS * 16 * HEADS, BD], tl.float32)
-    for index in range(tl.load(p_offsets + tile * 2), tl.load(p_offsets + tile * 2 + 2)):
-        for key in range(tl.load(p_ranges + index * 2), tl.load(p_ranges + index * 2 + 1), STEP):
-            b_dq = _dq_step(
-                b_q, b_do, b_lse, b_delta, b_dq, p_k, p_v, key + o_n, None, None, o_d, stride_kt, stride_vt, scale,
-                softcap, D, SOFTCAP, PRECISION, False,
-            )  # fmt: skip
-    end = tl.load(p_offsets + tile * 2 + 3)
-    for entry in range(tl.load(p_offsets + tile * 2 + 1), end, STEP // 16):
+    p_units += tile * 5
+    first_range, last_range, steps, key, key_end = unit_of(p_units, p_ranges, STEP)
+    index = first_range
+    for _ in range(0, steps):
+        b_k = load_step(p_k, key, o_n, o_d, stride_kt, D, WIDE)  # [STEP, BD]
+        b_v = load_step(p_v, key, o_n, o_d, stride_vt, D, WIDE)
+        b_dq = _dq_step(b_q, b_do, b_lse, b_delta, b_dq, b_k, b_v, None, scale, softcap, SOFTCAP, PRECISION, False)
+        index, key, key_end = next_step(p_ranges, first_range, last_range, index, key, key_end, STEP)
+    end = tl.load(p_units + 6)
+    for entry in range(tl.load(p_units + 1), end, STEP // 16):
         o_key, m_key = entry_rows(p_entries, entry, end, o_n, WIDTH)
         visible = visible_keys(p_bits, p_entries, entry, end, o_block, o_row, o_n, WIDTH, STEP)
-        b_dq = _dq_step(
-            b_q, b_do, b_lse, b_delta, b_dq, p_k, p_v, o_key, m_key, visible & m_key[None, :], o_d, stride_kt,
-            stride_vt, scale, softcap, D, SOFTCAP, PRECISION, True,
-        )  # fmt: skip
+        b_k = load_rows(p_k, o_key, m_key, o_d, stride_kt, D)
+        b_v = load_rows(p_v, o_key, m_key, o_d, stride_vt, D)
+        seen = visible & m_key[None, :]
+        b_dq = _dq_step(b_q, b_do, b_lse, b_delta, b_dq, b_k, b_v, seen, scale, softcap, SOFTCAP, PRECISION, True)
     p_rows = p_dq + rows[:, None] * stride_dt + head[:, None] * stride_dh + o_d[None, :]
     tl.store(p_rows, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_tile)
 
@@ -172,21 +176,11 @@ def mixed_attention_bwd_dq_kernel(
 
 @triton.jit
 def _dkv_step(
-    b_k, b_v, b_dk, b_dv, p_q, p_grad_out, p_lse, p_delta, o_query, m_query, visible, o_d, stride_qt, stride_gt,
-    heads, scale, softcap, D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    b_k, b_v, b_dk, b_dv, b_q, b_do, b_lse, b_delta, visible, scale, softcap,
+    SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add a step of query rows of one head to the gradients of a tile of keys. Scores are transposed, [KEYS, STEP]."""
     EXACT: tl.constexpr = b_k.dtype == tl.float32
-    b_q = load_rows(p_q, o_query, m_query, o_d, stride_qt, D, MASKED)  # [STEP, BD]
-    b_do = load_rows(p_grad_out, o_query, m_query, o_d, stride_gt, D, MASKED)
-    at = o_query.to(tl.int64) * heads
-    if MASKED:
-        b_lse = tl.load(p_lse + at, mask=m_query, other=0.0)
-        b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)
-        b_delta = tl.load(p_delta + at, mask=m_query, other=0.0)
-    else:
-        b_lse = tl.load(p_lse + at)
-        b_delta = tl.load(p_delta + at)
     b_s, slope = scores(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), scale, softcap, SOFTCAP, EXACT)
     b_p = tl.exp2(b_s - (b_lse * LOG2E)[None, :])
     if MASKED:
@@ -210,16 +204,18 @@ def mixed_attention_bwd_dkv_kernel(
     p_delta,  # [T_q, H_q] float32
     p_dk,  # [T_kv, H_kv, D]
     p_dv,  # [T_kv, H_kv, D]
+    p_sums,  # [2, slots, H_kv, 64, D] float32: dk and dv of parts of tiles
     p_sizes,  # [8], the plan from here on
     p_blocks,  # [NK, 4]
     p_bits,  # [P, 8]
-    p_offsets,  # [tiles + 1, 2]
+    p_units,  # [units + 1, 5]
     p_ranges,  # [R, 2]
     p_entries,  # [E, 6]
     scale,
     softcap,
     kv_rows,
     num_blocks,
+    slots,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -235,52 +231,129 @@ def mixed_attention_bwd_dkv_kernel(
     STEP: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
+    WIDE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of the keys and values of a tile of four blocks, or of a part of one, over all query heads."""
+    """Gradients of the keys and values of a tile of four blocks, or of a part of one, over all query heads.
+
+    A tile whose query rows are shared out to several units has the sums of each of them in a slot.
+    """
     WIDTH: tl.constexpr = 6
     PARTS: tl.constexpr = 64 // KEYS
     # Under a causal mask the first tiles are seen by the most rows: they start first, as they are numbered.
-    tile = tl.program_id(0) // PARTS
+    unit = tl.program_id(0) // PARTS
+    p_units += unit * 5
+    tile = tl.load(p_units + 3)
     kv_head = tl.program_id(1).to(tl.int64)
-    heads = tl.num_programs(1) * GROUP
+    kv_heads = tl.num_programs(1)
+    heads = kv_heads * GROUP
     o_m = tl.program_id(0) % PARTS * KEYS + tl.arange(0, KEYS)
     o_n = tl.arange(0, STEP)
     o_d = tl.arange(0, BD)
     rows, m_rows = block_rows(p_blocks, tile * 4 + o_m // 16, o_m % 16, num_blocks)
-    b_k = load_rows(p_k + kv_head * stride_kh, rows, m_rows, o_d, stride_kt, D, True)  # [KEYS, BD]
-    b_v = load_rows(p_v + kv_head * stride_vh, rows, m_rows, o_d, stride_vt, D, True)
+    b_k = load_rows(p_k + kv_head * stride_kh, rows, m_rows, o_d, stride_kt, D)  # [KEYS, BD]
+    b_v = load_rows(p_v + kv_head * stride_vh, rows, m_rows, o_d, stride_vt, D)
     b_dk = tl.zeros([KEYS, BD], tl.float32)
     b_dv = tl.zeros([KEYS, BD], tl.float32)
-    first_range = tl.load(p_offsets + tile * 2)
-    first_entry = tl.load(p_offsets + tile * 2 + 1)
-    last_range = tl.load(p_offsets + tile * 2 + 2)
-    last_entry = tl.load(p_offsets + tile * 2 + 3)
-    for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
-        p_q_head = p_q + head * stride_qh
-        p_grad_head = p_grad_out + head * stride_gh
-        for index in range(first_range, last_range):
-            for query in range(tl.load(p_ranges + index * 2), tl.load(p_ranges + index * 2 + 1), STEP):
-                b_dk, b_dv = _dkv_step(
-                    b_k, b_v, b_dk, b_dv, p_q_head, p_grad_head, p_lse + head, p_delta + head, query + o_n, None, None,
-                    o_d, stride_qt, stride_gt, heads, scale, softcap, D, SOFTCAP, PRECISION, False,
-                )  # fmt: skip
-        for entry in range(first_entry, last_entry, STEP // 16):
-            o_query, m_query = entry_rows(p_entries, entry, last_entry, o_n, WIDTH)
-            visible = seeing_rows(p_bits, p_entries, entry, last_entry, o_m, o_n, WIDTH)
-            b_dk, b_dv = _dkv_step(
-                b_k, b_v, b_dk, b_dv, p_q_head, p_grad_head, p_lse + head, p_delta + head, o_query, m_query,
-                visible & m_query[None, :], o_d, stride_qt, stride_gt, heads, scale, softcap, D, SOFTCAP, PRECISION,
-                True,
-            )  # fmt: skip
-    at = rows.to(tl.int64)[:, None] * stride_dt + kv_head * stride_dh + o_d[None, :]
-    m_tile = m_rows[:, None] & (o_d[None, :] < D)
-    tl.store(p_dk + at, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_tile)
-    tl.store(p_dv + at, b_dv.to(p_dv.dtype.element_ty), mask=m_tile)
+    first_range, last_range, steps, query, query_end = unit_of(p_units, p_ranges, STEP)
+    index = first_range
+    for step in range(0, steps * GROUP):  # all steps of a head, then those of the next
+        head = kv_head * GROUP + step // steps
+        b_q = load_step(p_q + head * stride_qh, query, o_n, o_d, stride_qt, D, WIDE)  # [STEP, BD]
+        b_do = load_step(p_grad_out + head * stride_gh, query, o_n, o_d, stride_gt, D, WIDE)
+        at = query.to(tl.int64) * heads + head + o_n * heads
+        b_dk, b_dv = _dkv_step(
+            b_k, b_v, b_dk, b_dv, b_q, b_do, tl.load(p_lse + at), tl.load(p_delta + at), None, scale, softcap,
+            SOFTCAP, PRECISION, False,
+        )  # fmt: skip
+        index, query, query_end = next_step(p_ranges, first_range, last_range, index, query, query_end, STEP)
+    # One entry at a time, and no copies ahead of it: the masks of longer steps, and more of them at once, spill.
+    o_e = tl.arange(0, 16)
+    first_entry = tl.load(p_units + 1)
+    last_entry = tl.load(p_units + 6)
+    head = kv_head * GROUP
+    entry = first_entry
+    for _ in tl.range(0, (last_entry - first_entry) * GROUP, num_stages=1):
+        o_query, m_query = entry_rows(p_entries, entry, last_entry, o_e, WIDTH)
+        visible = seeing_rows(p_bits, p_entries, entry, last_entry, o_m, o_e, WIDTH)
+        b_q = load_rows(p_q + head * stride_qh, o_query, m_query, o_d, stride_qt, D)
+        b_do = load_rows(p_grad_out + head * stride_gh, o_query, m_query, o_d, stride_gt, D)
+        at = o_query.to(tl.int64) * heads + head
+        b_lse = tl.load(p_lse + at, mask=m_query, other=0.0)
+        b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)
+        b_delta = tl.load(p_delta + at, mask=m_query, other=0.0)
+        b_dk, b_dv = _dkv_step(
+            b_k, b_v, b_dk, b_dv, b_q, b_do, b_lse, b_delta, visible & m_query[None, :], scale, softcap,
+            SOFTCAP, PRECISION, True,
+        )  # fmt: skip
+        entry += 1
+        head += (entry == last_entry).to(tl.int64)
+        entry = tl.where(entry == last_entry, first_entry, entry)
+    b_dk *= scale
+    slot = tl.load(p_units + 4)
+    if slot >= 0:
+        at = slot_rows(slot, kv_heads, kv_head, o_m, o_d, D)
+        m_d = (o_d < D)[None, :]
+        tl.store(p_sums + at, b_dk, mask=m_d)
+        tl.store(p_sums + slots.to(tl.int64) * kv_heads * 64 * D + at, b_dv, mask=m_d)
+    else:
+        at = rows.to(tl.int64)[:, None] * stride_dt + kv_head * stride_dh + o_d[None, :]
+        m_tile = m_rows[:, None] & (o_d[None, :] < D)
+        tl.store(p_dk + at, b_dk.to(p_dk.dtype.element_ty), mask=m_tile)
+        tl.store(p_dv + at, b_dv.to(p_dv.dtype.element_ty), mask=m_tile)
 
-    first = tl.load(p_sizes + 1) + tile * 64
-    step = tl.num_programs(0) // PARTS * 64
+    first = tl.load(p_sizes + 1) + unit * 64
+    stride = tl.num_programs(0) // PARTS * 64
     o_head = tl.zeros([KEYS], tl.int64) + kv_head
-    fill_rows(p_dk, first, kv_rows, step, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)
-    fill_rows(p_dv, first, kv_rows, step, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)
+    fill_rows(p_dk, first, kv_rows, stride, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)
+    fill_rows(p_dv, first, kv_rows, stride, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)
+
+
+@triton.jit
+def slot_rows(slot, kv_heads, kv_head, o_m, o_d, D: tl.constexpr):
+    """Return where rows ``o_m`` of a slot are in [slots, H_kv, 64, D]."""
+    row = (slot.to(tl.int64) * kv_heads + kv_head) * 64 + o_m
+    return row[:, None] * D + o_d[None, :]
+
+
+@triton.jit
+def mixed_attention_bwd_sum_kernel(
+    p_sums,  # [2, slots, H_kv, 64, D] float32
+    p_slots,  # [slots], ascending; -1 beyond the last
+    p_blocks,  # [NK, 4]
+    p_dk,  # [T_kv, H_kv, D]
+    p_dv,  # [T_kv, H_kv, D]
+    slots,
+    num_blocks,
+    stride_dt,
+    stride_dh,
+    ROWS: tl.constexpr,  # of the tile's 64
+    D: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Add up the slots of a tile, in their order: the program of a tile's first slot adds all of them."""
+    first = tl.program_id(0)
+    tile = tl.load(p_slots + first)
+    if (tile < 0) | (tl.load(p_slots + first - 1, mask=first > 0, other=-1) == tile):
+        return
+    kv_heads = tl.num_programs(1)
+    kv_head = tl.program_id(1).to(tl.int64)
+    o_m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    o_d = tl.arange(0, BD)
+    m_d = (o_d < D)[None, :]
+    distance = slots.to(tl.int64) * kv_heads * 64 * D
+    b_dk = tl.zeros([ROWS, BD], tl.float32)
+    b_dv = tl.zeros([ROWS, BD], tl.float32)
+    slot = first
+    same = tile
+    while same == tile:
+        at = slot_rows(slot, kv_heads, kv_head, o_m, o_d, D)
+        b_dk += tl.load(p_sums + at, mask=m_d, other=0.0)
+        b_dv += tl.load(p_sums + distance + at, mask=m_d, other=0.0)
+        slot += 1
+        same = tl.load(p_slots + slot, mask=slot < slots, other=-1)
+    rows, m_rows = block_rows(p_blocks, tile * 4 + o_m // 16, o_m % 16, num_blocks)
+    at = rows.to(tl.int64)[:, None] * stride_dt + kv_head * stride_dh + o_d[None, :]
+    tl.store(p_dk + at, b_dk.to(p_dk.dtype.element_ty), mask=m_rows[:, None] & m_d)
+    tl.store(p_dv + at, b_dv.to(p_dv.dtype.element_ty), mask=m_rows[:, None] & m_d)

@@ -10,21 +10,24 @@ from refrag_kernels.triton_kernels.tiles import (
     entry_rows,
     fill_rows,
     load_rows,
+    load_step,
+    next_step,
     scores,
+    unit_of,
     visible_keys,
 )
 
 
 @triton.jit
 def _step(
-    b_q, b_acc, b_max, b_sum, p_k, p_v, o_key, m_key, visible, o_d, stride_kt, stride_vt, scale, softcap,
-    D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    b_q, b_k, b_v, b_acc, b_max, b_sum, visible, scale, softcap,
+    SOFTCAP: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add a step of keys to the output of a tile, with the running maximum and sum of its rows."""
     EXACT: tl.constexpr = b_q.dtype == tl.float32
-    b_k = load_rows(p_k, o_key, m_key, o_d, stride_kt, D, MASKED)  # [STEP, BD]
-    b_v = load_rows(p_v, o_key, m_key, o_d, stride_vt, D, MASKED)
-    b_s, _ = scores(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale, softcap, SOFTCAP, EXACT)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if not FUSED:
+        b_s, _ = scores(b_s, scale, softcap, SOFTCAP, EXACT)
     if MASKED:
         b_s = tl.where(visible, b_s, float("-inf"))
     new_max = tl.maximum(b_max, tl.max(b_s, 1))
@@ -32,8 +35,14 @@ def _step(
     if MASKED:
         # A row that has seen nothing yet: -inf - -inf would be NaN.
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
-    b_p = tl.exp2(b_s - base[:, None])
-    decay = tl.exp2(b_max - base)
+    if FUSED:
+        # One instruction for each score beside its exponential.
+        factor = scale * LOG2E
+        b_p = tl.exp2(b_s * factor - (base * factor)[:, None])
+        decay = tl.exp2((b_max - base) * factor)
+    else:
+        b_p = tl.exp2(b_s - base[:, None])
+        decay = tl.exp2(b_max - base)
     b_sum = b_sum * decay + tl.sum(b_p, 1)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * decay[:, None], input_precision=PRECISION)
     return b_acc, new_max, b_sum
@@ -50,7 +59,7 @@ def mixed_attention_fwd_kernel(
     p_sizes,  # [8], the plan from here on
     p_blocks,  # [NB, 4]
     p_bits,  # [P, 8]
-    p_offsets,  # [tiles + 1, 2]
+    p_units,  # [tiles + 1, 5]
     p_ranges,  # [R, 2]
     p_entries,  # [E, 2 + BLOCKS]
     scale,
@@ -71,8 +80,10 @@ def mixed_attention_fwd_kernel(
     STEP: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
+    WIDE: tl.constexpr,
     SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    FUSED: tl.constexpr,  # the maximum is that of the products, which the scale keeps: it is positive, without a softcap
     PRECISION: tl.constexpr,
 ):
     WIDTH: tl.constexpr = 2 + BLOCKS
@@ -99,21 +110,29 @@ def mixed_attention_fwd_kernel(
     b_acc = tl.zeros([BLOCKS * 16 * HEADS, BD], tl.float32)
     b_max = tl.full([BLOCKS * 16 * HEADS], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCKS * 16 * HEADS], tl.float32)
-    for index in range(tl.load(p_offsets + tile * 2), tl.load(p_offsets + tile * 2 + 2)):
-        for key in range(tl.load(p_ranges + index * 2), tl.load(p_ranges + index * 2 + 1), STEP):
-            b_acc, b_max, b_sum = _step(
-                b_q, b_acc, b_max, b_sum, p_k, p_v, key + o_n, None, None, o_d, stride_kt, stride_vt, scale, softcap,
-                D, SOFTCAP, PRECISION, False,
-            )  # fmt: skip
-    end = tl.load(p_offsets + tile * 2 + 3)
-    for entry in range(tl.load(p_offsets + tile * 2 + 1), end, STEP // 16):
+    p_units += tile * 5
+    first_range, last_range, steps, key, key_end = unit_of(p_units, p_ranges, STEP)
+    index = first_range
+    for _ in range(0, steps):
+        b_k = load_step(p_k, key, o_n, o_d, stride_kt, D, WIDE)  # [STEP, BD]
+        b_v = load_step(p_v, key, o_n, o_d, stride_vt, D, WIDE)
+        b_acc, b_max, b_sum = _step(
+            b_q, b_k, b_v, b_acc, b_max, b_sum, None, scale, softcap, SOFTCAP, FUSED, PRECISION, False
+        )
+        index, key, key_end = next_step(p_ranges, first_range, last_range, index, key, key_end, STEP)
+    end = tl.load(p_units + 6)
+    for entry in range(tl.load(p_units + 1), end, STEP // 16):
         o_key, m_key = entry_rows(p_entries, entry, end, o_n, WIDTH)
         visible = visible_keys(p_bits, p_entries, entry, end, o_block, o_row, o_n, WIDTH, STEP)
+        b_k = load_rows(p_k, o_key, m_key, o_d, stride_kt, D)
+        b_v = load_rows(p_v, o_key, m_key, o_d, stride_vt, D)
         b_acc, b_max, b_sum = _step(
-            b_q, b_acc, b_max, b_sum, p_k, p_v, o_key, m_key, visible & m_key[None, :], o_d, stride_kt, stride_vt,
-            scale, softcap, D, SOFTCAP, PRECISION, True,
+            b_q, b_k, b_v, b_acc, b_max, b_sum, visible & m_key[None, :], scale, softcap, SOFTCAP, FUSED, PRECISION,
+            True,
         )  # fmt: skip
 
+    if FUSED:
+        b_max *= scale * LOG2E
     if SINKS:
         b_sink = tl.load(p_sinks + head, mask=m_head, other=float("-inf")) * LOG2E
         new_max = tl.maximum(b_max, b_sink)

@@ -59,3 +59,8 @@ def power_of_2(number: int) -> int:
 def width(columns: int) -> int:
     """Return the width of a tile that holds rows of ``columns``; matrix instructions need 16."""
     return max(16, power_of_2(columns))
+
+
+def wide(rows: int, *strides: int) -> bool:
+    """Return whether distances between ``rows`` rows that are ``strides`` elements apart need more than 32 bits."""
+    return rows * max(strides) >= 2**31

@@ -22,6 +22,33 @@ def block_rows(p_blocks, o_block, o_row, num_blocks):
 
 
 @triton.jit
+def unit_of(p_units, p_ranges, STEP: tl.constexpr):
+    """Return a unit's ranges [first, last), its steps of them, and where the first range starts and ends."""
+    first = tl.load(p_units)
+    last = tl.load(p_units + 5)
+    steps = (tl.load(p_units + 7) - tl.load(p_units + 2)) * (64 // STEP)
+    row = tl.load(p_ranges + first * 2, mask=steps > 0, other=0)
+    end = tl.load(p_ranges + first * 2 + 1, mask=steps > 0, other=0)
+    return first, last, steps, row, end
+
+
+@triton.jit
+def next_step(p_ranges, first, last, index, row, end, STEP: tl.constexpr):
+    """Return range, row and end of that range for the step after the one at ``row``; after the last, those of the first.
+
+    One loop walks all ranges of a unit: a passage's have two or three steps each, and what a loop loads only overlaps
+    the products of the same loop.
+    """
+    row += STEP
+    over = row >= end
+    index += over.to(tl.int32)
+    index = tl.where(index == last, first, index)
+    row = tl.load(p_ranges + index * 2, mask=over, other=row)
+    end = tl.load(p_ranges + index * 2 + 1, mask=over, other=end)
+    return index, row, end
+
+
+@triton.jit
 def entry_rows(p_entries, entry, end, o_n, WIDTH: tl.constexpr):
     """Return the rows of the other side that the entries from ``entry`` on list, 16 each, and which of them exist."""
     o_entry = entry + o_n // 16
@@ -66,13 +93,24 @@ def seeing_rows(p_bits, p_entries, entry, end, o_key, o_n, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_rows(p, o_row, m_row, o_d, stride, D: tl.constexpr, MASKED: tl.constexpr):
+def load_rows(p, o_row, m_row, o_d, stride, D: tl.constexpr):
     """Return rows ``o_row`` of a matrix, [rows, columns]; columns from D on, and rows out of ``m_row``, are 0."""
     p_rows = p + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
-    # A full step has no rows to leave out and, where D fills the tile, no test at all.
-    if MASKED:
-        return tl.load(p_rows, mask=m_row[:, None] & (o_d[None, :] < D), other=0.0)
-    elif o_d.shape[0] != D:
+    return tl.load(p_rows, mask=m_row[:, None] & (o_d[None, :] < D), other=0.0)
+
+
+@triton.jit
+def load_step(p, row, o_n, o_d, stride, D: tl.constexpr, WIDE: tl.constexpr):
+    """Return the rows from ``row`` on of a matrix, [rows, columns]; columns from D on are 0.
+
+    Distances within a step take 32 bits, unless they are ``WIDE`` (``launch.wide``): 64 bits take a quarter more time.
+    """
+    if WIDE:
+        p_rows = p + (row + o_n).to(tl.int64)[:, None] * stride + o_d[None, :]
+    else:
+        p_rows = p + row.to(tl.int64) * stride + (o_n[:, None] * stride + o_d[None, :])
+    # Where D fills the tile there is no test at all.
+    if o_d.shape[0] != D:
         return tl.load(p_rows, mask=(o_d[None, :] < D), other=0.0)
     else:
         return tl.load(p_rows)
