@@ -13,6 +13,7 @@ from refrag_kernels.plan import AttentionPlan
 from refrag_kernels.registration import register_op
 from refrag_kernels.validation import (
     FLOAT_DTYPES,
+    MAX_HEAD_WIDTH,
     check_dtype,
     check_heads,
     check_last_contiguous,
@@ -39,6 +40,31 @@ def _check(
             raise ValueError(
                 f"plan: got a plan for {rows.shape[0]} rows of {name}, needs one for the {tensor.shape[0]} rows passed"
             )
+
+
+def _fits(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Sequence[torch.Tensor], sinks: torch.Tensor | None
+) -> bool:
+    """Whether the arguments are of the common kind that ``_check`` has nothing to say about: a third of its time."""
+    if sinks is not None or not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor)):
+        return False
+    q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
+    return (
+        len(q_shape) == 3 == len(k_shape)
+        and isinstance(v, torch.Tensor)
+        and v.shape == k_shape
+        and q_shape[2] == k_shape[2]
+        and q_shape[2] % 8 == 0
+        and 0 < q_shape[2] <= MAX_HEAD_WIDTH
+        and k_shape[1] != 0
+        and q_shape[1] % k_shape[1] == 0
+        and plan[1].shape[0] == q_shape[0]
+        and plan[2].shape[0] == k_shape[0]
+        and k.dtype == dtype == v.dtype
+        and dtype in FLOAT_DTYPES
+        and device == k.device == v.device == plan[0].device
+        and q.stride(2) == k.stride(2) == v.stride(2) == 1
+    )
 
 
 def _fake(q, k, v, plan, scale, softcap, sinks, *, backend=None):
@@ -204,7 +230,8 @@ def mixed_attention(
     if not isinstance(plan, AttentionPlan):
         raise TypeError(f"plan: got {type(plan).__name__}, needs an AttentionPlan")
     tensors = plan.tensors()
-    _check(q, k, v, tensors, sinks)
+    if not _fits(q, k, v, tensors, sinks):
+        _check(q, k, v, tensors, sinks)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     if softcap is not None and not softcap > 0:

@@ -52,13 +52,36 @@ def test_what_attention_takes():
         assert attention.mixed_attention.unsupported(q, k, v) is None
 
 
-def test_what_the_projection_leaves_to_other_backends():
+def test_what_the_projection_leaves_to_torch_and_to_other_backends():
     w1, w2 = torch.zeros(64, 32).half(), torch.zeros(16, 64).half()
-    unsupported = projection.project_chunks.unsupported
-    assert unsupported(torch.zeros(64, 32).half(), w1, None, w2, None, "gelu", None) is None
-    assert unsupported(torch.zeros(65, 32).half(), w1, None, w2, None, "gelu", None) == "65 chunks"
-    assert unsupported(torch.zeros(2, 32), w1.float(), None, w2.float(), None, "gelu", None) == "dtype float32"
-    assert "width 12" in unsupported(torch.zeros(2, 12).half(), w1[:, :12], None, w2, None, "gelu", None)
+    not_skinny = projection._not_skinny
+    assert not_skinny(torch.zeros(64, 32).half(), w1, None, w2, None, "gelu", None) is None
+    assert not_skinny(torch.zeros(65, 32).half(), w1, None, w2, None, "gelu", None) == "65 chunks"
+    assert not_skinny(torch.zeros(2, 32), w1.float(), None, w2.float(), None, "gelu", None) == "dtype float32"
+    assert "width 12" in not_skinny(torch.zeros(2, 12).half(), w1[:, :12], None, w2, None, "gelu", None)
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        for op, first in ((projection.project_chunks, 0), (projection.embed_mixed, 1)):
+            leading = (None,) * first
+            for precision, said in (("highest", None), ("high", "single pass of TF32")):
+                torch.set_float32_matmul_precision(precision)
+                reason = op.unsupported(*leading, torch.zeros(65, 32), w1, None, w2, None, "gelu", None)
+                assert reason is None if said is None else said in reason
+                assert op.unsupported(*leading, torch.zeros(65, 32).half(), w1, None, w2, None, "gelu", None) is None
+            assert op.unsupported(*leading, torch.zeros(65, 32).double()) == "dtype float64"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_many_chunks_are_projected_by_torch(dtype):
+    torch.manual_seed(0)
+    chunks, *weights = (torch.randn(*shape) for shape in ((65, 32), (64, 32), (64,), (16, 64), (16,)))
+    args = [t.to(dtype) for t in (chunks, *weights)]
+    out = projection.project_chunks(*args, "gelu", None)
+    expected = rk.project_chunks(*(t.double() for t in args), backend="reference")
+    assert relative_error(out, expected) <= OUTPUT[dtype]
 
 
 def test_values_are_not_checked_within_a_graph(monkeypatch):
