@@ -22,7 +22,7 @@ def markdown(report: dict[str, Any]) -> str:
         ("## What the machine can do", _rates(report["environment"])),
         ("## Time to first token, on the GPU", _first_token(report["rows"], "median_s")),
         ("## Time to first token, from the host's call", _first_token(report["rows"], "latency_s")),
-        ("## Ops", results.tables([row for row in report["rows"] if row["phase"] in ("ops", "model")])),
+        ("## Ops", results.tables([row for row in report["rows"] if row["phase"] in ("ops", "ops-mha", "model")])),
     ]
     lines = [line for title, body in sections for line in (title, "", *body, "")]
     return "\n".join(lines).rstrip() + "\n"

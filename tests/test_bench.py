@@ -80,6 +80,17 @@ def test_a_gpu_is_timed_between_events_with_cold_caches(monkeypatch):
     assert times["a"].rounds == (0.005, 0.005)
     assert len(times["a"].whole) == 2 and 0 < times["a"].latency < 1
 
+    def long():
+        order.append("long")
+        now[0] += 100.0
+
+    order.clear()
+    times = interleave({"a": long}, rounds=1, warm_up=1, device="cuda")
+    assert order == ["idle", "caches", "busy", "event", "long", "event", "wait", "long", "idle"] + [
+        "idle", "event", "long", "event", "wait",
+    ]  # fmt: skip
+    assert times["a"].rounds == (0.1,)
+
 
 def test_calls_take_turns_among_copies_of_their_tensors(monkeypatch):
     order = []
