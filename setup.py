@@ -37,7 +37,7 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 
 # The torch whose stable ABI is built for: that of the build, and no newer one than has all that csrc uses (2.13, for
-# Stream::nativeHandle, which csrc/cuda/launch.h does without before). What is built runs in that torch and in later ones.
+# Stream::nativeHandle, which csrc/cuda/launch.h does without before). What is built runs in later ones too.
 OLDEST_TORCH, TARGET_TORCH = (2, 11), (2, 13)
 
 # The triton release that each torch release asks for; torch's CPU wheels don't say it themselves.

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench/gpu_report.sh", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-report"), help="folder; default gpu-report")
     parser.add_argument("--only", nargs="+", metavar="PHASE", help="some of the phases; --list names them")
-    parser.add_argument("--seconds", type=float, help="share this time out among the phases; default what --list adds up")
+    parser.add_argument("--seconds", type=float, help="time to share out among the phases; default what --list adds up")
     parser.add_argument("--list", action="store_true", help="name the phases and run nothing")
     parser.add_argument("--dry-run", action="store_true", help="rehearse on the CPU: the same phases, tiny shapes")
     options = parser.parse_args(arguments)
@@ -78,10 +78,10 @@ def on_gpu(folder: Path) -> list[Phase]:
         Phase(
             "environment", 20, [_python("bench.machine", "--device", "cuda", "--json", f"{folder}/environment.json")]
         ),
-        Phase("sample", 25, [_pytest(folder, "sample", 0, 1, "tests/gpu/test_gpu_sample.py")]),
-        Phase("tests", 80, [_pytest(folder, "tests", number, shards, *tests) for number in range(shards)]),
-        _sanitizer(folder, 60),
-        Phase("ops", 120, [bench("ops", "--op", *_OPS, "--preset", "llama3-8b", "--backend", *_BACKENDS)]),
+        Phase("sample", 45, [_pytest(folder, "sample", 0, 1, "tests/gpu/test_gpu_sample.py")]),
+        Phase("tests", 110, [_pytest(folder, "tests", number, shards, *tests) for number in range(shards)]),
+        _sanitizer(folder, 40),
+        Phase("ops", 90, [bench("ops", "--op", *_OPS, "--preset", "llama3-8b", "--backend", *_BACKENDS)]),
         # One query head a key; flex_attention, which takes long to compile, has been timed.
         Phase(
             "ops-mha",

@@ -61,7 +61,7 @@ def _phases(outcomes: Sequence[dict[str, Any]]) -> list[str]:
     ]
     lines = _table(("phase", "status", "seconds", "why"), rows)
     for phase in outcomes:
-        if phase["tail"]:
+        if phase["tail"] and phase["status"] == "failed":  # one that was ended tells where, which is anywhere
             lines += ["", f"The end of what {phase['name']} printed:", "", "```", phase["tail"], "```"]
     return lines
 

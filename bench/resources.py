@@ -184,7 +184,7 @@ def page(sections: dict[str, str]) -> str:
     lines = [
         "# GPU resources",
         "",
-        "What the compiled kernels take, read from the code. No figure here is a time: **not yet measured on a GPU**.",
+        "What the compiled kernels take, read from the code. No figure here is a time: [GPU results](gpu-results.md).",
         "Written by `python -m bench.resources --release`; `make test-gpu-proof` checks that it is up to date.",
         "",
         "The first table sums up the others: kernels compiled for shapes and dtypes, how many of them spill, and the",

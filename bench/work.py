@@ -136,13 +136,13 @@ def table() -> list[str]:
 _BEFORE = """# Work that GPU kernels issue
 
 Matrix work issued, which is whole tiles, over the work that a mask needs, which is the pairs of rows that it allows:
-counted, not timed. **Not yet measured on a GPU.** Written by `python -m bench.work`; how each column is counted is in
-`bench/work.py`, and `tests/test_work.py` checks the counts.
+counted, not timed (times: [GPU results](gpu-results.md)). Written by `python -m bench.work`; how each column is counted
+is in `bench/work.py`, and `tests/test_work.py` checks the counts.
 
 """
 _AFTER = """
 C++ are the kernels of `csrc/cuda`, Triton the forward kernel at 16 bits as it is configured for sm_90. A tile of
-Triton's holds the rows of four blocks of 16 where a key has one or two query heads, and reads up to 64 keys at a time;
+Triton's holds the rows of four blocks of 16 where a key has up to three query heads, and reads up to 64 keys at a time;
 where blocks see fewer than 64 keys on average, as in the chunk encoder, it holds one block and reads 16. Chunks of 8
 share a tile by twos, with twice the work that they need: matrix instructions (m16n8k16; 16 x 16 on AMD) have 16 rows.
 Chunks of uneven lengths begin inside blocks of 16 rows, which then see the keys of two chunks or three.

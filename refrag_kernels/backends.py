@@ -51,9 +51,9 @@ _BACKENDS: dict[str, _Backend] = {
     "reference": _Backend("reference", None, lambda: None),
 }
 
-# Where a backend is faster than those before it in the table: on an H100 Triton's attention takes half to a third of the
-# time of the C++ kernel, whose matrix instructions are those of sm_80.
-_PREFERRED = {"mixed_attention": "triton"}
+# Where a backend is faster than those before it in the table, by the time on an H100 (docs/gpu-results.md). The C++
+# attention's matrix instructions are those of sm_80.
+_PREFERRED = {"mixed_attention": "triton", "paged_attention": "triton", "append_kv": "triton"}
 
 _restriction: contextvars.ContextVar[tuple[str, ...] | None] = contextvars.ContextVar("refrag_backend", default=None)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from refrag_kernels import backends, validation
-from refrag_kernels.registration import register_op
+from refrag_kernels.registration import AUTOCAST_DEVICES, register_op
 
 if TYPE_CHECKING:
     from refrag_kernels.visible import VisibleRanges
@@ -226,7 +226,7 @@ def merge_states(
 
 def _autocast(rows: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     # torch's autocast would cast the whole cache at each call (and append_kv would then write into the copy).
-    if not isinstance(rows, torch.Tensor) or not torch.amp.is_autocast_available(rows.device.type):
+    if not isinstance(rows, torch.Tensor) or rows.device.type not in AUTOCAST_DEVICES:
         return rows
     return rows.to(pages.dtype) if torch.is_autocast_enabled(rows.device.type) else rows
 

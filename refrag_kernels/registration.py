@@ -9,6 +9,7 @@ import torch
 from refrag_kernels import backends
 
 _LIBRARY = torch.library.Library("refrag", "DEF")
+AUTOCAST_DEVICES = ("cpu", "cuda")
 
 # The module of a backend's folder that implements each op.
 FAMILY_OF_OP: dict[str, str] = {}
@@ -56,7 +57,7 @@ def register_op(
         )
     if autocast:
         positions = {names.index(argument) for argument in autocast}
-        for device_type in ("cpu", "cuda"):
+        for device_type in AUTOCAST_DEVICES:
             _register_autocast(name, op, device_type, positions)
     return op
 

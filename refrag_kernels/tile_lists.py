@@ -4,9 +4,9 @@ A GPU's tiles have 64 rows and more: several blocks of 16 rows share one. A list
 one side of the plan and says which rows of the other side the group has to do with:
 
 units [units + 1, 5]
-    What each program of a kernel does: its first range, its first entry, the steps of 64 rows in the ranges of all units
-    before it, its group, and its slot. A unit is a group (slot -1), or a part of one that has much more work than the
-    others, as the keys of a prefix have that all rows see; the sums of a part go to its slot, to be added up.
+    What each program of a kernel does: its first range, its first entry, the steps of 64 rows in the ranges of all
+    units before it, its group, and its slot. A unit is a group (slot -1), or a part of one that has much more work
+    than the others, as the keys of a prefix have that all rows see; the sums of a part go to its slot, to be added up.
 ranges [R, 2]
     Rows [start, end) of the other side that every row of the group sees, or is seen by. Multiples of 64 rows long, so
     that a kernel takes steps of up to 64 rows without a test.

@@ -80,3 +80,11 @@ def test_the_error_says_why_each_backend_did_not_serve():
     wide = q.double()
     with pytest.raises(RuntimeError, match="refrag::mixed_attention .*cuda: runs on cuda tensors, got cpu"):
         rk.mixed_attention(wide, wide, wide, plan, backend="cuda")
+
+
+def test_what_is_fastest_comes_first_and_the_rest_in_the_table_s_order():
+    assert backends._order("mixed_attention") == ("triton", "cuda", "cpu", "reference")
+    assert backends._order("pool_chunks") == tuple(backends._BACKENDS) == ("cuda", "triton", "cpu", "reference")
+    from refrag_kernels.registration import FAMILY_OF_OP
+
+    assert set(backends._PREFERRED) <= set(FAMILY_OF_OP)

@@ -1,1 +1,1 @@
-"""Triton kernels for CUDA and ROCm; imported on first use. Not yet measured on a GPU."""
+"""Triton kernels for CUDA and ROCm; imported on first use."""

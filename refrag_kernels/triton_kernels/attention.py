@@ -1,4 +1,4 @@
-"""mixed_attention on GPUs by Triton: forward and backward. Not yet measured on a GPU."""
+"""mixed_attention on GPUs by Triton: forward and backward."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def tiles_of(
     """Return how ``kernel`` ("forward", "dq") divides a plan's work for ``group`` query heads per key/value head.
 
     Four heads and more fill a tile with the rows of one block, whose keys are exactly those that the plan lists; fewer
-    take the rows of four blocks, which share most of their keys, as do heads that would leave a quarter of a tile empty.
-    Where blocks see few keys they don't: each is a tile, as it is where 64 rows don't fit in shared memory.
+    take the rows of four blocks, which share most of their keys, as do heads that would leave a quarter of a tile
+    empty. Where blocks see few keys they don't: each is a tile, as it is where 64 rows don't fit in shared memory.
     """
     heads = min(8, launch.power_of_2(group))
     if 4 * group <= 3 * heads:

@@ -83,7 +83,7 @@ def mixed_attention_fwd_kernel(
     WIDE: tl.constexpr,
     SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    FUSED: tl.constexpr,  # the maximum is that of the products, which the scale keeps: it is positive, without a softcap
+    FUSED: tl.constexpr,  # the maximum is that of the products: the scale is positive, and there is no softcap
     PRECISION: tl.constexpr,
 ):
     WIDTH: tl.constexpr = 2 + BLOCKS

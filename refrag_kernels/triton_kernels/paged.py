@@ -1,4 +1,4 @@
-"""paged_attention, append_kv and merge_states on GPUs by Triton. Not yet measured on a GPU.
+"""paged_attention, append_kv and merge_states on GPUs by Triton.
 
 A bad index counts as a key that no row sees, or as a row that has no place; REFRAG_KERNELS_CHECK=1 raises instead.
 """

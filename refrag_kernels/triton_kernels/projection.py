@@ -1,4 +1,4 @@
-"""project_chunks and embed_mixed on GPUs by Triton. Not yet measured on a GPU.
+"""project_chunks and embed_mixed on GPUs by Triton.
 
 The hidden layer is kept in the dtype of the weights, as torch.nn.Linear keeps it; sums are in float32.
 """

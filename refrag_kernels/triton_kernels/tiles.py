@@ -34,7 +34,7 @@ def unit_of(p_units, p_ranges, STEP: tl.constexpr):
 
 @triton.jit
 def next_step(p_ranges, first, last, index, row, end, STEP: tl.constexpr):
-    """Return range, row and end of that range for the step after the one at ``row``; after the last, those of the first.
+    """Return range, row and end of that range for the step after the one at ``row``; the first follows the last.
 
     One loop walks all ranges of a unit: a passage's have two or three steps each, and what a loop loads only overlaps
     the products of the same loop.
