@@ -1,4 +1,4 @@
-"""Triton's kernels on the CPU, in its interpreter, as the backend "triton" of tensors on the CPU.
+"""Triton's kernels on the CPU, in its interpreter or by ttsem, as the backend "triton" of tensors on the CPU.
 
 ``triton.jit`` reads TRITON_INTERPRET when it decorates: a process has either the interpreter or the compiler.
 """
@@ -7,10 +7,11 @@ import os
 import sys
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from refrag_kernels import backends, tile_lists
+from refrag_kernels import backends, plan, tile_lists
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TTSEM = "ttsem" in sys.modules  # ``python -m ttsem.sanitize pytest``: it runs what Triton's compiler makes of a kernel
@@ -29,6 +30,8 @@ def install(patch):
     backends._find.cache_clear()
     if INTERPRETED:
         _bfloat16(patch)
+    if TTSEM:  # it says that there is a GPU, but pins no memory for one
+        patch.setattr(plan, "_empty_buffer", lambda words, device: torch.empty(words, dtype=torch.int32))
 
 
 def _widen(handle):

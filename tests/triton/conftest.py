@@ -1,7 +1,7 @@
 """Run Triton's kernels on the CPU: see tests/triton_on_cpu.py.
 
-Files named test_interpreted_* need the interpreter, all others the compiler; each process collects its own.
-``tests/triton/test_interpreter.py`` starts the former from the latter. By hand:
+Files named test_interpreted_* need the interpreter or ttsem, all others the compiler; each process collects its own.
+``tests/triton/test_interpreter.py`` and ``test_second_opinion.py`` start the former from the latter. By hand:
 ``TRITON_INTERPRET=1 pytest tests/triton``. REFRAG_GPU_PROOF=all (``make test-gpu-proof``) tests more cases.
 """
 
@@ -14,15 +14,14 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))  # tests/: factor
 
 import triton_on_cpu  # noqa: E402
 
-collect_ignore_glob = (
-    ["test_[!i]*.py", "test_interpreter.py"] if triton_on_cpu.INTERPRETED else ["test_interpreted_*.py"]
-)
+RUNS_KERNELS = triton_on_cpu.INTERPRETED or triton_on_cpu.TTSEM
+collect_ignore_glob = ["test_[!i]*.py", "test_interpreter.py"] if RUNS_KERNELS else ["test_interpreted_*.py"]
 
 
 @pytest.fixture(autouse=True)
 def triton_on_the_cpu(monkeypatch):
-    """Let the CPU have plans with tile lists and, in the interpreter, the backend itself."""
-    if triton_on_cpu.INTERPRETED:
+    """Let the CPU have plans with tile lists and, where kernels run, the backend itself."""
+    if RUNS_KERNELS:
         triton_on_cpu.install(monkeypatch)
     else:
         triton_on_cpu.plans_have_tile_lists(monkeypatch)

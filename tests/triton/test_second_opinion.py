@@ -29,12 +29,41 @@ def sanitize(*arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-@pytest.mark.parametrize("number", [1, 3, 5])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_calls_of_each_op(dtype, number):
-    """The tests for a GPU, gradients among them, against float64."""
-    selected = f"test_against_float64 and triton and {dtype} and -{number}]"
-    done = sanitize("pytest", "tests/gpu/test_gpu_ops.py", "-q", "-p", "no:cacheprovider", "-k", selected)
+# The interpreter's tests, and those for a GPU: files, and into how many processes their tests are shared out.
+FILES = {
+    "tests/triton/test_interpreted_attention.py": 6,
+    "tests/triton/test_interpreted_bounds.py": 1,
+    "tests/triton/test_interpreted_paged.py": 2,
+    "tests/triton/test_interpreted_rows.py": 2,
+    "tests/gpu/test_gpu_ops.py": 8,
+}
+# What it can't run, and why.
+LEFT_OUT = {
+    "test_interpreted_replay.py": "records the launches of the interpreter",
+    "test_interpreted_work.py": "counts what the interpreter loads and stores",
+    "test_opcheck": "fake tensors don't take the tensors that stand for a GPU's",
+    "test_keys_far_into_a_tensor": "a tensor of gigabytes, of which it keeps a copy",
+    "test_pages_with_keys_far_apart": "the same",
+    "test_rows_are_appended_far_apart": "the same",
+    "test_states_with_heads_far_apart": "the same",
+    "test_a_product_over_rows_far_apart": "the same",
+    "test_values_are_checked_where_that_is_asked_for": "asks torch's CUDA part, which is not there, about graphs",
+}
+
+
+def test_every_file_is_run_or_left_out():
+    sources = {path.name: path.read_text() for path in (ROOT / "tests" / "triton").glob("test_interpreted_*.py")}
+    assert set(sources) == {pathlib.Path(f).name for f in FILES if "gpu" not in f} | set(LEFT_OUT) & set(sources)
+    tests = set(re.findall(r"^def (test_\w+)", "".join(sources.values()), re.M))
+    assert {name for name in LEFT_OUT if not name.endswith(".py")} <= tests
+
+
+@pytest.mark.parametrize(("file", "shard"), [(f, f"{n}/{count}") for f, count in FILES.items() for n in range(count)])
+def test_the_tests_of_the_interpreter_and_of_a_gpu(file, shard):
+    """Values against float64, forward and backward, by reads and writes that stay within tensors and don't race."""
+    wanted = " and ".join([*(["triton"] if "gpu" in file else []), *(f"not {name}" for name in LEFT_OUT)])
+    options = ("-q", "-p", "no:cacheprovider", "-p", "bench.pytest_record", "--shard", shard, "--show-capture=no")
+    done = sanitize("pytest", file, *options, "-k", wanted)
     passed = re.search(r"\b(\d+) passed", done.stdout)
     assert done.returncode == 0 and passed, done.stdout[-8000:] + done.stderr[-2000:]
     assert int(passed.group(1)) >= 6, done.stdout
