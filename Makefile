@@ -84,7 +84,8 @@ bench: $(VENV)/.model build ## Time the ops against their peers, in turns, each 
 # of them for each architecture of a release. What Triton compiled is kept in build/gpu-resources, under a hash of its source:
 # only what changed is compiled again.
 test-gpu-proof: $(VENV)/.test $(VENV)/.ttsem build ## Test the GPU kernels without a GPU, in full
-	REFRAG_GPU_PROOF=all OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) tests/cuda_host tests/test_gpu_resources.py tests/triton $(ARGS)
+	REFRAG_GPU_PROOF=all OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) tests/cuda_host tests/test_gpu_resources.py tests/test_hub_kernel.py \
+	  tests/triton $(ARGS)
 
 # The device code of csrc/cuda on the CPU under a sanitizer, which ends the run with a report at the first error.
 # AddressSanitizer finds accesses beyond shared memory and beyond tensors; ThreadSanitizer finds what no barrier orders.

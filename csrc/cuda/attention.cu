@@ -78,6 +78,6 @@ std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, con
 }  // namespace
 }  // namespace refrag::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(refrag_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(REFRAG_CUDA_OPS, CUDA, m) {
   m.impl("mixed_attention", TORCH_BOX(&refrag::cuda::mixed_attention));
 }

@@ -13,6 +13,13 @@
 
 #include "cuda/device.cuh"
 
+// The torch namespace of the ops. Hugging Face's kernel builder has one for each build.
+#ifdef TORCH_EXTENSION_NAME
+#define REFRAG_CUDA_OPS TORCH_EXTENSION_NAME
+#else
+#define REFRAG_CUDA_OPS refrag_cuda
+#endif
+
 namespace refrag::cuda {
 
 #if TORCH_FEATURE_VERSION >= ((2ULL << 56) | (13ULL << 48))

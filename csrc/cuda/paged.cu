@@ -218,7 +218,7 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a
 }  // namespace
 }  // namespace refrag::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(refrag_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(REFRAG_CUDA_OPS, CUDA, m) {
   m.impl("paged_attention", TORCH_BOX(&refrag::cuda::paged_attention));
   m.impl("append_kv", TORCH_BOX(&refrag::cuda::append_kv));
   m.impl("merge_states", TORCH_BOX(&refrag::cuda::merge_states));

@@ -79,4 +79,4 @@ Tensor pool_chunks(const Tensor& hidden, const Tensor& chunk_offsets, const std:
 }  // namespace
 }  // namespace refrag::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(refrag_cuda, CUDA, m) { m.impl("pool_chunks", TORCH_BOX(&refrag::cuda::pool_chunks)); }
+STABLE_TORCH_LIBRARY_IMPL(REFRAG_CUDA_OPS, CUDA, m) { m.impl("pool_chunks", TORCH_BOX(&refrag::cuda::pool_chunks)); }

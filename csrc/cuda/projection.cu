@@ -134,7 +134,7 @@ Tensor assemble_mixed(const Tensor& token_ids, const Tensor& token_table, const 
 }  // namespace
 }  // namespace refrag::cuda
 
-STABLE_TORCH_LIBRARY_IMPL(refrag_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(REFRAG_CUDA_OPS, CUDA, m) {
   m.impl("project_chunks", TORCH_BOX(&refrag::cuda::project_chunks));
   m.impl("assemble_mixed", TORCH_BOX(&refrag::cuda::assemble_mixed));
 }
