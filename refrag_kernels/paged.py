@@ -108,7 +108,9 @@ def paged_attention(
         softcap = 0.0
     elif not softcap > 0:
         raise ValueError(f"softcap: got {softcap}, needs a positive number or None")
-    _check_attention(q, k_pages, v_pages, page_table, kv_lengths, q_offsets, indptr, ranges, sinks)
+    plain = q_offsets is None and indptr is None and sinks is None
+    if not (plain and _fits_decode(q, k_pages, v_pages, page_table, kv_lengths)):
+        _check_attention(q, k_pages, v_pages, page_table, kv_lengths, q_offsets, indptr, ranges, sinks)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     out, lse = _paged_attention_op(
@@ -259,6 +261,39 @@ def _check_cache(
     validation.check_last_contiguous(**{rows_name: rows, "k_pages": k_pages, "v_pages": v_pages})
     _check_indices("kv_lengths", kv_lengths, "B")
     _check_indices("page_table", page_table, kv_lengths.shape[0], "max_pages")
+
+
+def _fits_decode(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    kv_lengths: torch.Tensor,
+) -> bool:
+    """Whether ``_check_attention`` has nothing to say about a plain decoding step: each layer makes one a token."""
+    tensors = (q, k_pages, v_pages, page_table, kv_lengths)
+    if not all([isinstance(tensor, torch.Tensor) for tensor in tensors]):
+        return False
+    q_shape, shape, dtype, device = q.shape, k_pages.shape, q.dtype, q.device
+    return (
+        len(q_shape) == 3
+        and len(shape) == 4
+        and v_pages.shape == shape
+        and q_shape[2] == shape[3]
+        and q_shape[2] % 8 == 0
+        and 0 < q_shape[2] <= validation.MAX_HEAD_WIDTH
+        and shape[1] != 0
+        and shape[2] != 0
+        and q_shape[1] % shape[2] == 0
+        and len(page_table.shape) == 2
+        and page_table.shape[0] == q_shape[0]
+        and kv_lengths.shape == q_shape[:1]
+        and dtype == k_pages.dtype == v_pages.dtype
+        and dtype in validation.FLOAT_DTYPES
+        and page_table.dtype == kv_lengths.dtype == torch.int32
+        and device == k_pages.device == v_pages.device == page_table.device == kv_lengths.device
+        and q.stride(2) == k_pages.stride(3) == v_pages.stride(3) == page_table.stride(1) == kv_lengths.stride(0) == 1
+    )
 
 
 def _check_attention(

@@ -15,6 +15,8 @@ from refrag_kernels import backends, plan, tile_lists
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TTSEM = "ttsem" in sys.modules  # ``python -m ttsem.sanitize pytest``: it runs what Triton's compiler makes of a kernel
+if TTSEM:  # it says that there is a GPU, but pins no memory for one
+    plan._empty_buffer = lambda words, device: torch.empty(words, dtype=torch.int32)
 
 
 def plans_have_tile_lists(patch):
@@ -30,8 +32,6 @@ def install(patch):
     backends._find.cache_clear()
     if INTERPRETED:
         _bfloat16(patch)
-    if TTSEM:  # it says that there is a GPU, but pins no memory for one
-        patch.setattr(plan, "_empty_buffer", lambda words, device: torch.empty(words, dtype=torch.int32))
 
 
 def _widen(handle):

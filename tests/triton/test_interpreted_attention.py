@@ -10,6 +10,7 @@ from factory import random_attention_problem
 from modes import ALL
 
 import refrag_kernels as rk
+from refrag_kernels import tile_lists
 from refrag_kernels.triton_kernels import attention, configs
 
 # The interpreter takes a second for a few hundred rows.
@@ -112,6 +113,35 @@ def test_wide_heads_in_float32(width, group):
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want):
         assert relative_error(a[:rows], b) <= (LSE if name == "lse" else GRADIENT)[torch.float32], name
         assert (a[rows:].isneginf() if name == "lse" else a[rows:] == 0).all(), name
+
+
+@pytest.mark.parametrize(("group", "width", "softcap"), ((2, 16, None), (1, 128, 3.0)) if ALL else ((1, 16, None),))
+def test_keys_that_many_rows_see_are_shared_out(group, width, softcap):
+    """A prefix that all passages see: its tile of keys has several units, whose sums are added up; with a negative scale."""
+    lengths = [64, *[72] * 14, 30] if group > 1 else [64, *[64] * 10, 40, 30, 30]
+    mask = rk.ChunkMask.passages(torch.tensor([-1, *range(len(lengths) - 2), -1]))
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([lengths]), mask, causal=False)
+    *_, slots = tile_lists.tensors_of(plan.tiles, tile_lists.TileList(True, 4))
+    assert len(slots) > 2 and slots[0] == slots[1] == 0
+    generator = torch.Generator().manual_seed(0)
+    rows = sum(lengths)
+    q, k, v = (torch.randn(rows, n, width, generator=generator) for n in (2 * group, 2, 2))
+    got, want = [], []
+    for results, dtype, backend in ((got, torch.float32, "triton"), (want, torch.float64, "reference")):
+        leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        out = rk.mixed_attention(*leaves, plan, softcap=softcap, scale=-0.3, backend=backend)
+        results += [out.detach(), *torch.autograd.grad((out * out).sum(), leaves)]
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want):
+        assert relative_error(a, b) <= GRADIENT[torch.float32], name
+        if name in ("dk", "dv"):  # of the shared tile alone, which the others would hide
+            assert relative_error(a[:64], b[:64]) <= GRADIENT[torch.float32], name
+
+
+def test_a_scale_of_zero():
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[5, 30]]))
+    v = torch.randn(35, 1, 16)
+    out = rk.mixed_attention(v, v, v, plan, scale=0.0, backend="triton")
+    assert relative_error(out, v.double().cumsum(0) / torch.arange(1, 36)[:, None, None]) <= OUTPUT[torch.float32]
 
 
 @pytest.mark.parametrize("sinks", (False, True))
