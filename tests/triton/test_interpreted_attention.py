@@ -117,7 +117,7 @@ def test_wide_heads_in_float32(width, group):
 
 @pytest.mark.parametrize(("group", "width", "softcap"), ((2, 16, None), (1, 128, 3.0)) if ALL else ((1, 16, None),))
 def test_keys_that_many_rows_see_are_shared_out(group, width, softcap):
-    """A prefix that all passages see: its tile of keys has several units, whose sums are added up; with a negative scale."""
+    """The keys of a prefix that all passages see have several units, whose sums are added up; with a negative scale."""
     lengths = [64, *[72] * 14, 30] if group > 1 else [64, *[64] * 10, 40, 30, 30]
     mask = rk.ChunkMask.passages(torch.tensor([-1, *range(len(lengths) - 2), -1]))
     plan = rk.plan_attention(rk.ChunkLayout.from_lengths([lengths]), mask, causal=False)
