@@ -103,7 +103,7 @@ def load_rows(p, o_row, m_row, o_d, stride, D: tl.constexpr):
 def load_step(p, row, o_n, o_d, stride, D: tl.constexpr, WIDE: tl.constexpr):
     """Return the rows from ``row`` on of a matrix, [rows, columns]; columns from D on are 0.
 
-    Distances within a step take 32 bits, unless they are ``WIDE`` (``launch.wide``): 64 bits take a quarter more time.
+    Distances within a step take 32 bits, unless they are ``WIDE`` (``launch.wide``): 64 bits took a third more time.
     """
     if WIDE:
         p_rows = p + (row + o_n).to(tl.int64)[:, None] * stride + o_d[None, :]
