@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def on_gpu(folder: Path) -> list[Phase]:
     """Return the phases on a machine with a GPU; their times add up to 530 s."""
     shards = max(1, min(_PROCESSES, (os.cpu_count() or 1) - 1))
-    tests = ("tests/gpu/test_gpu_ops.py", "tests/test_cuda_kernels.py", "tests/test_pooling_cuda.py")
+    # The many cases come last: they may be cut short.
+    tests = ("tests/test_cuda_kernels.py", "tests/test_pooling_cuda.py", "tests/gpu/test_gpu_ops.py")
     ttft = ("--op", "ttft", "--preset", "llama2-7b", "--no-refcheck", "--no-memory", "--rounds", "2")
     ttft += ("--context", "4096", "16384", "65536")
     bench = functools.partial(_bench, folder, "cuda", "bfloat16")

@@ -1,6 +1,6 @@
 """Every op on a GPU against float64: the tests of the CPU's backends, with the backends of the GPU.
 
-Tests of different ops take turns, so that a run that is cut short has something of each.
+Tests of different ops take turns, after those of edge cases, so that a run that is cut short has something of each.
 """
 
 import itertools
@@ -79,11 +79,6 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.parametrize(("op", "backend", "dtype", "case"), PROBLEMS)
-def test_against_float64(op, backend, dtype, case):
-    OPS[op][0](backend, dtype, case)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_that_see_nothing(backend):
     test_attention.test_rows_that_see_nothing(backend)
@@ -116,3 +111,8 @@ def test_empty_huge_and_nan_states(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_beyond_the_batch_under_a_capacity(dtype):
     test_attention.test_rows_beyond_the_batch_under_a_capacity_are_zero("triton", dtype)
+
+
+@pytest.mark.parametrize(("op", "backend", "dtype", "case"), PROBLEMS)
+def test_against_float64(op, backend, dtype, case):
+    OPS[op][0](backend, dtype, case)
