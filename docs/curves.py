@@ -1,5 +1,6 @@
-"""Draws the training curves of docs/results.md from the logs in docs/results: ``python docs/curves.py``."""
+"""Draws the curves of docs/results.md and docs/gpu-results.md from docs/results: ``python docs/curves.py``."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -20,6 +21,31 @@ def curve(axes, entries, name, label, **style):
     """Draw one figure against the tokens trained on."""
     points = [(entry["tokens"] / 1000, entry[name]) for entry in entries if name in entry]
     axes.plot(*zip(*points), label=label, **style)
+
+
+def first_token():
+    """Write docs/images/ttft-h100.png: from the host's call to the first token, by context."""
+    with (FOLDER / "gpu-h100.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["phase"].startswith("ttft")]
+    lines = {}
+    for row in rows:
+        name = row["contender"]
+        if row["ours"] == "True":
+            name = f"k = {row['k']}, " + ("with encoding" if "encoding" in name else "cached")
+        lines.setdefault(name, []).append((int(float(row["context"])), 1e3 * float(row["latency_s"])))
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, points in sorted(lines.items(), key=lambda line: -max(line[1])[1]):
+        style = "--" if "encoding" in name else ":" if "our attention" in name else "-"
+        axes.plot(*zip(*sorted(points)), style, marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="first token, ms")
+    axes.set_title("LLaMA-2-7B's shapes, bfloat16, one H100")
+    axes.set_xticks([4096, 16384, 65536], ["4k", "16k", "64k"])
+    axes.minorticks_off()
+    axes.set_yticks([30, 100, 300, 1000, 3000], ["30", "100", "300", "1,000", "3,000"])
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(FOLDER.parent / "images" / "ttft-h100.png", dpi=110)
 
 
 def main():
@@ -49,3 +75,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    first_token()
