@@ -4,6 +4,7 @@ The builder itself needs nix. Its format is that of edition 5; what it does with
 TORCH_EXTENSION_NAME and put ``_ops.py`` beside torch-ext's Python, is done by hand here.
 """
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -95,8 +96,8 @@ def load(folder, name):
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """The package on the CPU: its launchers start their kernels on the host."""
+def built(tmp_path_factory):
+    """The package on the CPU, whose launchers start their kernels on the host, and the library of one of them."""
     folder, name = tmp_path_factory.mktemp("hub"), "refrag_kernels_host"
     (folder / "registration.h").write_text(REGISTRATION)
     define = f"-DTORCH_EXTENSION_NAME={name}"
@@ -108,8 +109,17 @@ def hub(tmp_path_factory):
     for family in FAMILIES if ALL else ("pooling",):
         launcher = f'-DLAUNCHER="cuda/{family}.cu"'
         source = host_library.HERE / "launchers.cpp"
-        torch.ops.load_library(str(host_library.compile_torch_library(source, define, launcher)))
-    return load(folder, name)
+        library = str(host_library.compile_torch_library(source, define, launcher))
+        torch.ops.load_library(library)
+    return load(folder, name), ctypes.CDLL(library)
+
+
+@pytest.fixture
+def hub(built):
+    """The package, and a runtime in which no call fails: other tests of the process have the same, and let it fail."""
+    package, library = built
+    library.fail_at(b"")
+    return package
 
 
 def test_it_exports_its_ops_and_imports_torch_alone(hub):
