@@ -20,6 +20,23 @@ class Chunker(Protocol):
     def __call__(self, text: str) -> list[Chunk]: ...
 
 
+def describe_chunker(chunker: Chunker) -> str:
+    """Return a chunker's rule in words.
+
+    Raises
+    ------
+    ValueError
+        If it has none.
+    """
+    description = getattr(chunker, "description", None)
+    if not isinstance(description, str) or not description:
+        raise ValueError(
+            f"chunker: {type(chunker).__name__} has no description, needs a string attribute of that name with its "
+            "rule and settings: chunks that were cut otherwise must not be taken for its own"
+        )
+    return description
+
+
 class FixedChunks:
     """Chunks of k decoder tokens (REFRAG, section 2); a passage's last chunk may be shorter.
 

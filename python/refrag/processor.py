@@ -14,13 +14,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from refrag.choosers import Chooser
-from refrag.chunking import Chunker, FixedChunks, SentenceChunks
+from refrag.chunking import Chunker, FixedChunks, SentenceChunks, describe_chunker
 from refrag.config import RefragConfig
 from refrag.encoder import TextEmbedder
 from refrag.expansion import expanded_chunks
 from refrag.packing import Span, pack_chunks, pack_spans
 from refrag.prompt import Chunk, MixedPrompt, Passage, PromptTooLongError
-from refrag.recipe import describe_chunker
 from refrag.store import ChunkStore, StoreError
 
 Part = str | Passage

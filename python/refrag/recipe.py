@@ -6,9 +6,11 @@ import dataclasses
 import functools
 import hashlib
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+
+from refrag.chunking import describe_chunker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,23 +98,6 @@ class ChunkRecipe:
             if field.name not in ("encoder", "revision") and mine != theirs:
                 found.append(f"{field.name}: holds {mine}, got {theirs}")
         return found
-
-
-def describe_chunker(chunker: Any) -> str:
-    """Return a chunker's rule in words.
-
-    Raises
-    ------
-    ValueError
-        If it has none.
-    """
-    description = getattr(chunker, "description", None)
-    if not isinstance(description, str) or not description:
-        raise ValueError(
-            f"chunker: {type(chunker).__name__} has no description, needs a string attribute of that name with its "
-            "rule and settings: chunks that were cut otherwise must not be taken for its own"
-        )
-    return description
 
 
 def encoder_digest(encoder: PreTrainedModel) -> str:

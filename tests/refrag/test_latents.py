@@ -18,7 +18,7 @@ from refrag import (
 from refrag.adapters import Trained, load_adapter, prepare, save_adapter
 from refrag.inspection import PromptCounts, draw
 from refrag.integrations.prompt_embeds import mixed_cache_key
-from refrag.training.recipe import Parts, start_projector
+from refrag.training.parts import Parts, start_projector
 from refrag.training.samples import Sample
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, Gemma3TextConfig, LlamaConfig

@@ -10,7 +10,7 @@ from refrag.adapters import Trained, add_policy, prepare, save_adapter
 from refrag.cli import app
 from refrag.inspection import PromptCounts, draw
 from refrag.passage_files import read_passages
-from refrag.training.recipe import Parts
+from refrag.training.parts import Parts
 from transformers import BertConfig, LlamaConfig
 from typer.testing import CliRunner
 

@@ -8,7 +8,7 @@ import torch
 from refrag import ChunkStore, CosineChooser, Passage, TextEmbedder, encoder, loading, model, weights
 from refrag.adapters import Trained, prepare, save_adapter
 from refrag.cli import app
-from refrag.training.recipe import Parts
+from refrag.training.parts import Parts
 from typer.testing import CliRunner
 
 PASSAGES = {

@@ -8,8 +8,8 @@ from refrag.corpus import python_reference
 from refrag.loading import load_model, load_processor
 from refrag.training.documents import Documents
 from refrag.training.measures import reconstruction_accuracy
+from refrag.training.parts import Parts
 from refrag.training.perplexity import COMPRESSED, FULL, NONE, Conditions, measure
-from refrag.training.recipe import Parts
 
 
 @pytest.fixture(scope="module")

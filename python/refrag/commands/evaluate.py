@@ -56,7 +56,7 @@ def perplexity(
 
         from refrag.training import perplexity as table
         from refrag.training.documents import read_documents, split_documents
-        from refrag.training.recipe import Parts
+        from refrag.training.parts import Parts
 
         if precision not in ("bf16", "no"):
             raise ValueError(f"--precision: got {precision!r}, needs bf16 or no")

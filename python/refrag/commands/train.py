@@ -14,7 +14,7 @@ from refrag.console import clear_errors, say
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from refrag.training.recipe import Parts
+    from refrag.training.parts import Parts
 
 train = typer.Typer(no_args_is_help=True, help="Train the projector, encoder, decoder or policy, as the paper does.")
 
@@ -192,7 +192,8 @@ def _run_stage(objective: str, options: dict[str, Any]) -> None:
     with clear_errors(console):
         from refrag.adapters import Trained
         from refrag.training.documents import read_documents, split_documents
-        from refrag.training.recipe import Parts, Stage, run_fine_tuning, run_stage
+        from refrag.training.parts import Parts
+        from refrag.training.recipe import Stage, run_fine_tuning, run_stage
         from refrag.training.trainer import TrainingError, TrainSettings
 
         named = ("steps", "batch_size", "learning_rate", "projector_rate", "encoder_rate", "max_rows",
@@ -241,7 +242,7 @@ def folders(encoder: str | None, decoder: str | None, preset: str) -> tuple[str 
 def load_trained_parts(console: Console, adapter: Path, encoder: str | None, decoder: str | None) -> tuple[Parts, Any]:
     """Load the model of an adapter, and its policy or None; its encoder and decoder unless others are named."""
     from refrag.loading import trained_sources
-    from refrag.training.recipe import Parts
+    from refrag.training.parts import Parts
 
     encoder, decoder = trained_sources(adapter, encoder, decoder)
     if Path(decoder).is_dir():

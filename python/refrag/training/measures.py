@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,10 +11,8 @@ from refrag.attention import no_mask
 from refrag.model import RefragForCausalLM
 from refrag.training.documents import Documents, prefix_ids
 from refrag.training.likelihood import target_log_probs
+from refrag.training.parts import Parts
 from refrag.training.samples import Sample, next_paragraph, reconstruction
-
-if TYPE_CHECKING:
-    from refrag.training.recipe import Parts
 
 _SEED = 20_250_912  # of the measured samples: the same in every run
 

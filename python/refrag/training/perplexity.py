@@ -18,7 +18,7 @@ from refrag.policy import ExpansionPolicy
 from refrag.prompt import Chunk
 from refrag.training.documents import Documents, prefix_ids
 from refrag.training.likelihood import target_log_probs
-from refrag.training.recipe import Parts
+from refrag.training.parts import Parts
 from refrag.training.samples import Sample, next_paragraph
 
 FULL, NONE, LAST, COMPRESSED = "full context", "no context", "last s/k tokens", "compressed"

@@ -16,7 +16,7 @@ from refrag.adapters import add_policy
 from refrag.policy import ExpansionPolicy
 from refrag.training.documents import Documents, prefix_ids
 from refrag.training.expansion import PolicySettings, rollout_rewards, train_policy
-from refrag.training.recipe import Parts
+from refrag.training.parts import Parts
 from refrag.training.samples import Sample, next_paragraph
 
 
