@@ -129,6 +129,14 @@ def test_it_exports_its_ops_and_imports_torch_alone(hub):
     assert modules == {"__future__", "torch", "torch.nn.functional", "._ops"}
 
 
+@pytest.mark.parametrize("name, value, message", [("softcap", -1.0, "got -1.0, needs"), ("window", 0, "got 0, needs")])
+def test_settings_that_make_no_sense_are_refused(hub, name, value, message):
+    q, pages = torch.zeros(1, 2, 64), torch.zeros(1, 16, 2, 64)
+    page_table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        hub.paged_attention(q, pages, pages, page_table, lengths, **{name: value})
+
+
 @pytest.mark.parametrize("mode", ["mean", "first", "last"])
 def test_pooling(hub, mode):
     hidden, offsets = torch.randn(20, 64), torch.tensor([0, 1, 17, 20], dtype=torch.int32)

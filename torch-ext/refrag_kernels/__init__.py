@@ -44,6 +44,8 @@ def paged_attention(
     """
     if window is not None and window < 1:
         raise ValueError(f"window: got {window}, needs at least 1")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: got {softcap}, needs a positive number or None")
     indptr, ranges = (None, None) if visible is None else visible
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     left = -1 if window is None else window - 1
