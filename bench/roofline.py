@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("context", "k"):
         if min(getattr(options, name)) < 1:
             parser.error(f"--{name}: got {min(getattr(options, name))}, needs 1 or more")
-    print("One layer's kernel, one call: a model from published rates, not a measurement (docs/gpu-results.md).\n")
+    print("One call of a layer's kernel: a model from published rates, not a measurement.\n")
     for preset in options.preset:
         print("\n".join(table(preset, options.context, options.k)) + "\n")
     return 0

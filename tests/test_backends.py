@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import refrag_kernels as rk
-from refrag_kernels import backends
+from refrag_kernels import backends, extension
+from refrag_kernels.registration import FAMILY_OF_OP
 
 plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[20]]))
 q = torch.randn(20, 2, 8)
@@ -82,9 +83,14 @@ def test_the_error_says_why_each_backend_did_not_serve():
         rk.mixed_attention(wide, wide, wide, plan, backend="cuda")
 
 
+def test_every_op_has_cpu_kernels():
+    """Other tests ask what is available: without this one a library that does not load would leave them less to do."""
+    assert extension.load_error() is None
+    for op, family in FAMILY_OF_OP.items():
+        assert backends.available(op, family, torch.device("cpu")) == ["cpu", "reference"], op
+
+
 def test_what_is_fastest_comes_first_and_the_rest_in_the_table_s_order():
     assert backends._order("mixed_attention") == ("triton", "cuda", "cpu", "reference")
     assert backends._order("pool_chunks") == tuple(backends._BACKENDS) == ("cuda", "triton", "cpu", "reference")
-    from refrag_kernels.registration import FAMILY_OF_OP
-
     assert set(backends._PREFERRED) <= set(FAMILY_OF_OP)

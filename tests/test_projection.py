@@ -142,7 +142,6 @@ def check_all():
             assert relative_error(got, want) <= OUTPUT[dtype], f"pool_chunks; seed {seed}, {dtype}"
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="built without the C++ kernels")
 @pytest.mark.parametrize("isa", LOWER)
 def test_instruction_sets(isa):
     run_on(isa, "test_projection", "check_all")
