@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import gpu_report, gpu_tables, phases
-from bench.phases import Phase
+from bench.gpu_report import phases, tables
+from bench.gpu_report import report as gpu_report
+from bench.gpu_report.phases import Phase
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,13 +124,13 @@ def test_first_tokens_are_compared_with_the_full_text_of_their_context():
         row("ttft-k", 4096, 8, "refrag_kernels", 0.04),
         row("ops", 4096, 8, "refrag_kernels", 9.0),
     ]
-    lines = gpu_tables._first_token(rows, "median_s")
+    lines = tables._first_token(rows, "median_s")
     assert lines[2:] == [
         "| 4,096 | 8 | 200.0 | 40.0 (5.0 x) |  |",
         "| 4,096 | 16 | 200.0 | 10.0 (20.0 x) | 20.0 (10.0 x) |",
     ]
-    assert gpu_tables._first_token([dict(rows[0], status="failed")], "median_s") == ["Not measured."]
-    assert gpu_tables._first_token([dict(row, latency_s=None) for row in rows], "latency_s") == ["Not measured."]
+    assert tables._first_token([dict(rows[0], status="failed")], "median_s") == ["Not measured."]
+    assert tables._first_token([dict(row, latency_s=None) for row in rows], "latency_s") == ["Not measured."]
 
 
 def test_the_rehearsal(tmp_path):

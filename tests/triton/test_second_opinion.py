@@ -62,7 +62,8 @@ def test_every_file_is_run_or_left_out():
 def test_the_tests_of_the_interpreter_and_of_a_gpu(file, shard):
     """Values against float64, forward and backward, by reads and writes that stay within tensors and don't race."""
     wanted = " and ".join([*(["triton"] if "gpu" in file else []), *(f"not {name}" for name in LEFT_OUT)])
-    options = ("-q", "-p", "no:cacheprovider", "-p", "bench.pytest_record", "--shard", shard, "--show-capture=no")
+    plugins = ("-p", "no:cacheprovider", "-p", "bench.gpu_report.pytest_record")
+    options = ("-q", *plugins, "--shard", shard, "--show-capture=no")
     done = sanitize("pytest", file, *options, "-k", wanted)
     passed = re.search(r"\b(\d+) passed", done.stdout)
     assert done.returncode == 0 and passed, done.stdout[-8000:] + done.stderr[-2000:]

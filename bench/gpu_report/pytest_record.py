@@ -1,6 +1,6 @@
 """A pytest plugin for runs that may be cut short: results as lines of JSON, each as soon as it is there.
 
-``pytest -p bench.pytest_record --record results.jsonl --shard 0/4`` runs every fourth test.
+``pytest -p bench.gpu_report.pytest_record --record results.jsonl --shard 0/4`` runs every fourth test.
 """
 
 from __future__ import annotations

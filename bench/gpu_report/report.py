@@ -18,10 +18,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_tables, phases, results
-from bench.phases import Phase
+from bench import results
+from bench.gpu_report import phases, tables
+from bench.gpu_report.phases import Phase
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 _OPS = (
     "mixed_attention",
     "paged_attention",
@@ -140,7 +141,7 @@ def _python(module: str, *arguments: str) -> tuple[str, ...]:
 
 def _pytest(folder: Path, name: str, number: int, shards: int, *arguments: str) -> tuple[str, ...]:
     record = ("--record", f"{folder}/{name}-{number}.jsonl", "--shard", f"{number}/{shards}")
-    plugins = ("-p", "bench.pytest_record", "-p", "no:cacheprovider", "-p", "no:xdist")
+    plugins = ("-p", "bench.gpu_report.pytest_record", "-p", "no:cacheprovider", "-p", "no:xdist")
     return _python("pytest", "-q", *plugins, *record, *arguments)
 
 
@@ -176,7 +177,7 @@ def write(folder: Path, report: dict[str, Any]) -> None:
     """Write report.json, report.csv with the benchmarks' rows, and report.md."""
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     results.write_csv(folder / "report.csv", report["rows"])
-    (folder / "report.md").write_text(gpu_tables.markdown(report))
+    (folder / "report.md").write_text(tables.markdown(report))
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -192,7 +193,3 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield {"phase": path.stem.rpartition("-")[0], **json.loads(line)}
         except json.JSONDecodeError:  # the last line of a process that was ended
             continue
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

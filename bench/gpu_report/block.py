@@ -1,0 +1,64 @@
+"""What the blocks of the GPU report share: their options, and the file of results that they write as they go.
+
+A block is a module of ``bench.gpu_report.blocks`` with a function ``block(options, results)``. It runs in a process of
+its own, under a timeout, so each result is written as soon as it is known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a block runs.
+
+    Attributes
+    ----------
+    device : {"cuda", "cpu"}
+    deadline : float
+        ``time.monotonic()`` by which the block should have ended. Work that would not end in time is left out.
+    """
+
+    device: str
+    deadline: float
+
+    @property
+    def rehearsal(self) -> bool:
+        """Whether this is a dry run on the CPU, with tiny shapes."""
+        return self.device == "cpu"
+
+    @property
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+
+class Results:
+    """A file of JSON lines, one result each: the block, the case, and the case's values."""
+
+    def __init__(self, block: str, path: Path) -> None:
+        self._block, self._path = block, path
+
+    def add(self, case: str, **values: Any) -> None:
+        """Append a result. A value is a number, a string, a boolean, None, or a list or dict of those."""
+        line = json.dumps({"block": self._block, "case": case, **values}, allow_nan=False)
+        with self._path.open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+
+
+def run(name: str, block: Callable[[Options, Results], None], arguments: Sequence[str] | None = None) -> int:
+    """Run a block from the command line."""
+    parser = argparse.ArgumentParser(name, description=block.__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run with tiny shapes")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time to stay within; default 60")
+    parser.add_argument("--results", type=Path, required=True, help="file of JSON lines to append results to")
+    given = parser.parse_args(arguments)
+    block(Options(given.device, time.monotonic() + given.seconds), Results(name, given.results))
+    return 0

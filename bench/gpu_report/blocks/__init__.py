@@ -1,0 +1,1 @@
+"""The blocks of the GPU report, one module each."""
