@@ -231,10 +231,14 @@ def test_the_counters_of_ncu_are_read():
 
 def test_the_benchmarks_of_the_blocks_have_rows():
     """What a GPU would measure, listed without one."""
-    from bench.gpu_report.blocks import ops, ttft
+    from bench.gpu_report.blocks import ops, peers, ttft
 
     rows = [entry.name for entry in ops.entries("cuda")]
-    assert len(set(rows)) == len(rows) and {row.split("/")[0] for row in rows} == set(ops._OPS)
+    assert len(set(rows)) == len(rows) and {row.split("/")[0] for row in rows} == set(ops.OPS)
+    cases = {row.split("/")[1] for row in rows}
+    assert cases >= {"causal", "documents", "blocks", "interleaved", "random_passages", "batch"}
+    assert "paged_attention/batch/llama3-8b/context=65536/batch=32/table=131072/bfloat16" in rows
+    assert [entry.case for entry in peers.entries("cuda")] == [case for _, case in peers._ROWS]
     measured = {tuple(row.name.split("/")[2:5]) for rows, _ in ttft.groups("cuda") for row in rows}
     contexts = (4096, 16384, 65536)
     whole = {("llama2-7b", f"context={context}", f"k={k}") for context in contexts for k in (8, 16, 32)}
@@ -259,8 +263,13 @@ def test_the_rehearsal(tmp_path):
     assert {"test_sample[pool_chunks-triton]", "test_attention_replays_on_a_refilled_plan[triton]"} <= ran
     assert "test_against_float64[merge_states-triton-float32-1]" in ran
     rows = tables.rows(lines)
-    assert {row["op"] for row in rows} >= {"append_kv", "pool_chunks", "ttft"}
+    assert {row["op"] for row in rows} >= {"append_kv", "pool_chunks", "paged_attention", "mixed_attention", "ttft"}
     assert all(row["status"] == "ok" and row["median_s"] > 0 for row in rows if row["ours"])
     assert len(list(csv.DictReader((tmp_path / "report.csv").open()))) == len(rows)
     text = (tmp_path / "report.md").read_text()
-    assert "no figure here is a GPU's" in text and "### append_kv" in text and "| tiny | 256 | 16 |" in text
+    assert (
+        "no figure here is a GPU's" in text
+        and "### append_kv" in text
+        and "plan + one layer" in text
+        and "| tiny | 256 | 16 |" in text
+    )

@@ -48,7 +48,7 @@ CATALOGUE = (
     Block("graphs", 30, "whether plans under a capacity and captured graphs are right"),
     Block("sanitizers", 40, "whether kernels race, or touch memory that isn't theirs"),
     Block("tests", 60, "whether every op is right, against float64"),
-    Block("ops", 75, "how fast the ops are, against torch"),
+    Block("ops", 90, "how fast the ops are, against torch"),
     Block("ttft", 60, "time to first token of LLaMA-2-7B's shapes"),
     Block("peers", 60, "how fast attention is, against flex_attention and what wheels bring"),
     Block("training", 120, "how fast and how well the compression trains"),
