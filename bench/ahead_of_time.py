@@ -120,7 +120,8 @@ def build(recorded: Launch, architecture: str, cache: Path = CACHE) -> Resources
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(recorded.kernel.params):
         value = recorded.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             # Triton makes constants of these by itself.
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
@@ -129,7 +130,7 @@ def build(recorded: Launch, architecture: str, cache: Path = CACHE) -> Resources
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if special and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
