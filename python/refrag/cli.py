@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from refrag.commands import encode, generate, inspect
+from refrag.commands.data import data
 from refrag.commands.evaluate import evaluate
 from refrag.commands.train import train
 from refrag.console import clear_errors, say, track
@@ -118,6 +119,7 @@ app.command()(generate.generate)
 app.command()(inspect.inspect)
 app.add_typer(train, name="train")
 app.add_typer(evaluate, name="eval")
+app.add_typer(data, name="data")
 
 
 def main() -> None:
