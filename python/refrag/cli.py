@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from refrag.commands import encode, generate, inspect
+from refrag.commands import distill, encode, generate, inspect
 from refrag.commands.evaluate import evaluate
 from refrag.commands.train import train
 from refrag.console import clear_errors, say, track
@@ -116,6 +116,7 @@ def report(
 app.command()(encode.encode)
 app.command()(generate.generate)
 app.command()(inspect.inspect)
+train.command()(distill.distill)
 app.add_typer(train, name="train")
 app.add_typer(evaluate, name="eval")
 

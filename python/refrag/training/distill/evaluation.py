@@ -156,4 +156,3 @@ def domains_of(windows: Mapping[str, TokenWindows], length: int) -> dict[str, To
     for own in windows.values():
         own.draw(np.random.default_rng(0), 1, length)
     return dict(windows)
-

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,9 @@ class DistillationError(ValueError):
     """Distillation can't go on; the message says why, and what was kept."""
 
 
-def distill(options: DistillOptions) -> list[dict[str, Any]]:
+def distill(
+    options: DistillOptions, listener: Callable[[dict[str, Any]], None] = lambda entry: None
+) -> list[dict[str, Any]]:
     """Train slots that hold their chunks' meaning, and write the adapter.
 
     A run that was broken off goes on from its ``state.pt`` when it is started again with the same options.
@@ -38,6 +42,8 @@ def distill(options: DistillOptions) -> list[dict[str, Any]]:
     Parameters
     ----------
     options : DistillOptions
+    listener : callable
+        Gets each entry of the log when it is written.
 
     Returns
     -------
@@ -51,12 +57,12 @@ def distill(options: DistillOptions) -> list[dict[str, Any]]:
     ValueError
         If token files don't fit: too short documents, held-out domains among those to train on, foreign tokens.
     """
-    return _Run(options, time.monotonic()).run()
+    return _Run(options, time.monotonic(), listener).run()
 
 
 class _Run:
-    def __init__(self, options: DistillOptions, started: float) -> None:
-        self.options, self.started = options, started
+    def __init__(self, options: DistillOptions, started: float, listener: Callable[[dict[str, Any]], None]) -> None:
+        self.options, self.started, self.listener = options, started, listener
         self.device = torch.device(_device(options.device))
         if options.dtype == "auto":
             self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -90,7 +96,7 @@ class _Run:
             self.optimizer.load(state["optimizer"])
         warm = self._warm_up()
         began = time.monotonic()
-        first = self._note("evaluation", **self._evaluate(options.evaluate_samples))
+        first = self.note("evaluation", **self._evaluate(options.evaluate_samples))
         measured = time.monotonic() - began
         if options.minutes is not None:
             # The last measurement takes longer than the first by its samples, and something has to be in hand.
@@ -100,15 +106,15 @@ class _Run:
             # A run that goes on has the time that its first part left, if that is less.
             planned = state["seconds"] if state is not None else left
             self.progress.seconds = min(planned, self.progress.before + left)
-        self._note("start", device=str(self.device), dtype=str(self.dtype), warm_up_seconds=round(warm, 2),
+        self.note("start", device=str(self.device), dtype=str(self.dtype), warm_up_seconds=round(warm, 2),
                    evaluation_seconds=round(measured, 2), train_seconds=self.progress.seconds,
                    trained={name: sum(p.numel() for _, p in own) for name, own in self.model.trained.items()},
                    kept=first["figures"]["mean"]["kept"])  # fmt: skip
         self._train()
         self._save()
-        self._note("final", **self._evaluate(options.final_samples))
+        self.note("final", **self._evaluate(options.final_samples))
         self.writer.wait()
-        self._note("end", step=self.step, tokens=self.tokens, seconds=round(time.monotonic() - self.started, 1))
+        self.note("end", step=self.step, tokens=self.tokens, seconds=round(time.monotonic() - self.started, 1))
         return self.entries
 
     def _train(self) -> None:
@@ -142,7 +148,7 @@ class _Run:
                     saved = now
                     self._save()
                 if now - evaluated >= options.evaluate_seconds:
-                    self._note("evaluation", **self._evaluate(options.evaluate_samples, tuned_ends=False))
+                    self.note("evaluation", **self._evaluate(options.evaluate_samples, tuned_ends=False))
                     evaluated = time.monotonic()
             reader.flush()
         finally:
@@ -176,10 +182,8 @@ class _Run:
                     torch.cuda.synchronize()
                 break
             except torch.cuda.OutOfMemoryError:
-                import dataclasses
-
                 self.options = dataclasses.replace(self.options, step_tokens=self.options.step_tokens // 2)
-                self._note("memory", step_tokens=self.options.step_tokens)
+                self.note("memory", step_tokens=self.options.step_tokens)
                 torch.cuda.empty_cache()
         self.optimizer.zero_grad()
         return time.monotonic() - began
@@ -228,11 +232,9 @@ class _Run:
         return state
 
     def note(self, kind: str, **values: Any) -> dict[str, Any]:
-        return self._note(kind, **values)
-
-    def _note(self, kind: str, **values: Any) -> dict[str, Any]:
         entry = self.log.add(kind=kind, time=round(time.monotonic() - self.started, 2), **values)
         self.entries.append(entry)
+        self.listener(entry)
         return entry
 
     def _kept(self) -> str:

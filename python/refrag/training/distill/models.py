@@ -185,4 +185,3 @@ def _fuse_norms(part: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if type(child).__name__ == "LlamaRMSNorm":
                 setattr(module, name, _FusedNorm(child))
-
