@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -105,7 +105,7 @@ def first_layers(decoder: PreTrainedModel, layers: int) -> PreTrainedModel:
     """
     if not 1 <= layers <= decoder.config.num_hidden_layers:
         raise ValueError(f"layers: got {layers}, needs 1 to {decoder.config.num_hidden_layers}, the decoder's")
-    source = decoder.base_model
+    source: Any = decoder.base_model
     for name in ("embed_tokens", "layers", "norm"):
         if not hasattr(source, name):
             raise ValueError(f"decoder: got {type(decoder).__name__} without {name}, needs one of Llama's kind")
@@ -117,10 +117,10 @@ def first_layers(decoder: PreTrainedModel, layers: int) -> PreTrainedModel:
     config.decoder_layers = layers
     config.name_or_path = ""
     with torch.device("meta"):
-        encoder = AutoModel.from_config(config)
+        encoder: Any = AutoModel.from_config(config)
     encoder.embed_tokens = copy.deepcopy(source.embed_tokens)
     encoder.layers = nn.ModuleList(copy.deepcopy(layer) for layer in source.layers[:layers])
     encoder.norm = copy.deepcopy(source.norm)
     encoder.norm.weight.fill_(1.0)
     encoder.rotary_emb = copy.deepcopy(source.rotary_emb)
-    return encoder.train(decoder.training)
+    return encoder.train(decoder.training)  # type: ignore[no-any-return]

@@ -2,17 +2,20 @@
 
 import numpy as np
 import torch
+from refrag.training import token_files
 from refrag.training.distill.options import DistillOptions
+from refrag.training.token_files import TokenSet
 from transformers import LlamaConfig, LlamaForCausalLM
 
 WORDS = "the a of bridge river town stood built when who year stone arch old new near by was is and in to it".split()
 
 
-def write_tokens(path, documents):
+def write_tokens(path, documents, split="train", source="manuals"):
     """Write a token file."""
-    tokens = np.concatenate(documents).astype(np.uint16)
-    np.savez(path.with_suffix(".npz"), t=tokens, o=np.cumsum([0] + [len(document) for document in documents]))
-    return path.with_suffix(".npz")
+    tokens, lengths = np.concatenate(documents).astype(np.uint16), np.array([len(document) for document in documents])
+    return token_files.write_tokens(
+        path, TokenSet(tokens, lengths.astype(np.uint32), [source] * len(documents), split, "a" * 64)
+    )[0]
 
 
 def documents(count, seed, tokenizer=None):
@@ -41,13 +44,13 @@ def write(folder, tokenizer=None):
     if tokenizer is not None:
         tokenizer.save_pretrained(folder / "decoder")
     write_tokens(folder / "train.tok", documents(12, 0, tokenizer))
-    write_tokens(folder / "rivers.tok", documents(4, 1, tokenizer))
+    write_tokens(folder / "heldout-rivers.tok", documents(4, 1, tokenizer), "heldout-rivers")
 
 
 def options(folder, **changed):
     """Return options for a short run on what ``write`` wrote."""
     given = dict(
-        tokens=(folder / "train.npz",), heldout=(folder / "rivers.npz",), decoder=folder / "decoder",
+        tokens=(folder / "train.tok",), heldout=(folder / "heldout-rivers.tok",), decoder=folder / "decoder",
         output=folder / "out", steps=6, k=4, encoder_layers=2, encoder_rank=4, decoder_rank=4, contexts=(16, 32),
         output_tokens=8, step_tokens=160, reconstruction_chunks=(1, 2), log_every=2, save_seconds=0.0,
         evaluate_seconds=1e9, evaluate_samples=4, final_samples=4, device="cpu",

@@ -23,6 +23,7 @@ from refrag.training.distill.optimizer import rates_at
 from refrag.training.likelihood import target_log_probs
 from refrag.training.parts import Parts
 from refrag.training.samples import next_paragraph
+from refrag.training.token_files import load_tokens
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -135,7 +136,7 @@ def test_every_trained_tensor_has_a_gradient(place):
     for name, parameter in run.model.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.02)  # at their start of zero they hide the other factor's gradient
-    windows = batches.TokenWindows(*np.load(place / "train.npz").values(), "train")
+    windows = batches.TokenWindows(*load_tokens([place / "train.tok"])[:2], "train")
     run.loss(batches.batch_at(options, windows, 0, 0.0, 1, torch.device("cpu")))[0].backward()
     named = [(name, parameter) for group in run.trained.values() for name, parameter in group]
     assert len(named) == 2 + 2 * 7 * (2 + 3) and all(bool(parameter.grad.abs().sum() > 0) for _, parameter in named)
@@ -143,12 +144,24 @@ def test_every_trained_tensor_has_a_gradient(place):
     assert run.table.grad is None
 
 
+def test_either_attention_may_be_taken(place):
+    options = distill_files.options(place, output=place / "faster", steps=1, attention="faster")
+    (entry,) = [entry for entry in distill(options) if entry["kind"] == "attention"]
+    assert entry["agree"] and entry["cosine"] > 0.9999 and entry["taken"] in entry["seconds"]
+
+
+def test_rotary_frequencies_keep_their_precision(place):
+    run = Distillation(decoder_of(place), distill_files.options(place), torch.device("cpu"), torch.bfloat16)
+    assert {value.dtype for value in run.model.buffers()} == {torch.float32}
+    assert run.table.dtype == run.teacher.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
 def test_slots_become_readable(tmp_path):
     """Text of 20 tokens at random: 3.0 is the loss of one who doesn't read the slots."""
     generator = np.random.default_rng(0)
     distill_files.write_decoder(tmp_path, 40)
     distill_files.write_tokens(tmp_path / "train.tok", [generator.integers(20, 40, size=60)])
-    distill_files.write_tokens(tmp_path / "rivers.tok", [generator.integers(20, 40, size=60)])
+    distill_files.write_tokens(tmp_path / "heldout-rivers.tok", [generator.integers(20, 40, size=60)])
     options = distill_files.options(
         tmp_path, steps=60, contexts=(16,), reconstruction=0.6, first_reconstruction=0.6, encoder_rank=16,
         decoder_rank=16, linear_rate=1e-2, encoder_rate=1e-2, decoder_rate=1e-2, log_every=10, save_seconds=1e9,
@@ -178,7 +191,7 @@ def test_an_adapter_is_read_by_everything(tmp_path, tokenizer, monkeypatch):
     parts, _ = Parts.load_trained(tmp_path / "learnt", tmp_path / "decoder")
     parts.model.eval()
     assert len(parts.model.encoder.layers) == 2 and parts.model.config.window == 32
-    windows = batches.TokenWindows(*np.load(tmp_path / "rivers.npz").values(), "rivers")
+    windows = batches.TokenWindows(*load_tokens([tmp_path / "heldout-rivers.tok"])[:2], "rivers")
     drawn = windows.draw(np.random.default_rng(20_251_127), 4, 32 + 8)
     samples = [next_paragraph(tokens.tolist(), 32, 4, tokenizer, [1]) for tokens in drawn]
     with torch.no_grad():
@@ -301,11 +314,13 @@ def test_refused_files(place):
         with pytest.raises(ValueError, match=message):
             distill(distill_files.options(place, output=place / "refused", **changed))
 
-    file = place / "train.npz"
-    refused("tokens: got .*train.npz, which is among the held-out files too", heldout=(file,))
-    held = distill_files.write_tokens(place / "git-man.tok", distill_files.documents(2, 5))
-    refused("which holds git-man: a domain that stays held out", tokens=(file, held))
+    file = place / "train.tok"
+    refused("tokens: got .*train.tok, which is among the held-out files too", heldout=(file,))
+    held = distill_files.write_tokens(place / "held.tok", distill_files.documents(2, 5), "heldout-git")
+    refused("held.tok: is held out", tokens=(file, held))
+    held = distill_files.write_tokens(place / "named.tok", distill_files.documents(2, 5), source="git-man")
+    refused("holds git-man: a domain that stays held out", tokens=(file, held))
     copied = distill_files.write_tokens(place / "copied.tok", distill_files.documents(2, 0))
-    refused("document 0 of .*copied.npz is among those to train on", heldout=(copied,))
+    refused("document 0 of .*copied.tok is among those to train on", heldout=(copied,))
     foreign = distill_files.write_tokens(place / "foreign.tok", [np.full(200, 99)])
     refused("tokens: got token 99, needs those of the decoder, below 40", tokens=(foreign,))

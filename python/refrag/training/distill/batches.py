@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from refrag.attention import AttentionPlans
+from refrag.training.distill.attention import GroupedPlans
 from refrag.training.distill.options import DistillOptions
-from refrag_kernels import ChunkLayout, ChunkMask
 
 
 class TokenWindows:
@@ -144,16 +143,14 @@ class Rows:
 class Packed:
     """Sequences packed one after another: their attention plans and positions [1, T]."""
 
-    plans: AttentionPlans
+    plans: GroupedPlans
     positions: torch.Tensor
 
     @classmethod
     def of(cls, groups: list[tuple[int, int]], device: torch.device, *, causal: bool = True) -> Packed:
         """Pack groups of sequences, (number, rows of each)."""
-        lengths = [rows for count, rows in groups for _ in range(count)]
-        layout = ChunkLayout.from_lengths([[rows] for rows in lengths])
         positions = np.concatenate([np.tile(np.arange(rows), count) for count, rows in groups])
-        plans = AttentionPlans(layout.to(device), ChunkMask.full(), causal=causal)
+        plans = GroupedPlans(groups, device, causal=causal)
         return cls(plans, torch.from_numpy(positions).to(device)[None])
 
 

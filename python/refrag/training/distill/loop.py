@@ -8,7 +8,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from refrag.training.distill.models import Distillation
 from refrag.training.distill.optimizer import FlatAdamW, Progress, rates_at
 from refrag.training.distill.options import HELD_OUT_DOMAINS, DistillOptions
 from refrag.training.pause import wait_while_paused
-from refrag.training.token_files import load_tokens
+from refrag.training.token_files import load_tokens, read_header
 
 _STEPS_AHEAD = 2  # steps that the host may be ahead of the device
 _NAN_STEPS = 5  # steps without a finite gradient, one after another, that end a run
@@ -164,29 +163,70 @@ class _Run:
         Where the memory doesn't hold a step, steps are halved; the loop itself can't run out of memory then.
         """
         began = time.monotonic()
+        wanted = self.options.attention
+        if wanted == "auto":
+            wanted = "faster" if self.device.type == "cuda" else "refrag"
+        self.model.use_attention("torch" if wanted == "torch" else "refrag")
         while True:
-            shapes = all_shapes(self.options)
-            largest = [
-                max((shape for shape in shapes if shape.context == context), key=_size)
-                for context in self.options.contexts
-            ]
             try:
-                for index, shape in enumerate(sorted(largest, key=_size, reverse=True)):
-                    batch = self._batch(index, shape)
-                    if not index and self.step == 0 and self.options.start is None:
-                        self.model.fit_scale(batch.encoder_ids, self.model.rows(shape).encoder)
-                    loss, _ = self.model.loss(batch)
-                    loss.backward()
-                    del loss
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
+                batches = [self._batch(index, shape) for index, shape in enumerate(self._largest())]
+                if self.step == 0 and self.options.start is None:
+                    self.model.fit_scale(batches[0].encoder_ids, self.model.rows(batches[0].shape).encoder)
+                if wanted == "faster":
+                    self.model.use_attention(self._faster(batches[0]))
+                for batch in batches:
+                    self._gradient(batch)
                 break
             except torch.cuda.OutOfMemoryError:
                 self.options = dataclasses.replace(self.options, step_tokens=self.options.step_tokens // 2)
                 self.note("memory", step_tokens=self.options.step_tokens)
                 torch.cuda.empty_cache()
-        self.optimizer.zero_grad()
         return time.monotonic() - began
+
+    def _largest(self) -> list[Shape]:
+        """Return the largest shape of each context length, the largest of all first."""
+        shapes = all_shapes(self.options)
+        each = [max((shape for shape in shapes if shape.context == context), key=_size)
+                for context in self.options.contexts]  # fmt: skip
+        return sorted(each, key=_size, reverse=True)
+
+    def _gradient(self, batch: Batch) -> tuple[float, torch.Tensor]:
+        """Return the loss of a batch and its gradient; the optimizer's stays zero."""
+        loss, _ = self.model.loss(batch)
+        loss.backward()
+        gradient = self.optimizer.gradient()
+        self.optimizer.zero_grad()
+        return float(loss), gradient
+
+    def _faster(self, batch: Batch) -> str:
+        """Return the attention to take: refrag_kernels' unless it fails, differs from torch's, or is slower."""
+        losses, gradients, seconds, errors = {}, {}, {}, {}
+        for name in ("refrag", "torch"):
+            try:
+                self.model.use_attention(name)
+                losses[name], gradients[name] = self._gradient(batch)
+                began = time.monotonic()
+                for _ in range(2):
+                    self._gradient(batch)
+                seconds[name] = (time.monotonic() - began) / 2
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a kernel does on a machine it never ran on: the other may serve
+                errors[name] = f"{type(error).__name__}: {error}"[:300]
+        if len(seconds) < 2:
+            if not seconds:
+                raise DistillationError(f"attention: neither runs here: {errors}")
+            taken = next(iter(seconds))
+            self.note("attention", taken=taken, errors=errors)
+            return taken
+        alike = float(torch.nn.functional.cosine_similarity(gradients["refrag"], gradients["torch"], 0))
+        gap = abs(losses["refrag"] - losses["torch"])
+        agree = alike > 0.98 and gap < 0.02 * abs(losses["torch"])
+        taken = "refrag" if agree and seconds["refrag"] <= seconds["torch"] else "torch"
+        self.note("attention", taken=taken, agree=agree, cosine=round(alike, 5) if math.isfinite(alike) else None,
+                  losses={name: round(value, 5) if math.isfinite(value) else None for name, value in losses.items()},
+                  seconds={name: round(value, 4) for name, value in seconds.items()})  # fmt: skip
+        return taken
 
     def _evaluate(self, samples: int, *, tuned_ends: bool = True) -> dict[str, Any]:
         began = time.monotonic()
@@ -330,20 +370,20 @@ def read_files(options: DistillOptions) -> tuple[TokenWindows, dict[str, TokenWi
     ValueError
         If a file to train on holds one of ``HELD_OUT_DOMAINS``, or a document of a held-out file; names it.
     """
-    tokens, offsets, sources = load_tokens(list(options.tokens))
-    for source in map(str, [*sources, *options.tokens]):
-        held = next((name for name in HELD_OUT_DOMAINS if name in source), None)
-        if held is not None:
-            raise ValueError(f"tokens: got {source}, which holds {held}: a domain that stays held out")
+    tokens, offsets, sources = load_tokens(options.tokens, training=True)
+    for held in HELD_OUT_DOMAINS:
+        if held in sources:
+            raise ValueError(f"tokens: document {sources.index(held)} holds {held}: a domain that stays held out")
     train = TokenWindows(tokens, offsets, "tokens")
     own = {_digest(train, document) for document in range(len(train.offsets) - 1)}
+    tokenizer = read_header(options.tokens[0])["tokenizer"]
     domains = {}
     for path in options.heldout:
-        domain = TokenWindows(*load_tokens([path])[:2], f"heldout {path}")
+        domain = TokenWindows(*load_tokens([path], tokenizer=tokenizer)[:2], f"heldout {path}")
         same = [document for document in range(len(domain.offsets) - 1) if _digest(domain, document) in own]
         if same:
             raise ValueError(f"tokens: document {same[0]} of {path} is among those to train on, needs to be held out")
-        domains[Path(path).stem] = domain
+        domains[path.stem.removeprefix("heldout-")] = domain
     return train, domains
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from refrag.attention import no_mask
+from refrag.attention import NAME, no_mask
 from refrag.model import RefragForCausalLM
 from refrag.token_encoder import first_layers
+from refrag.training.distill.attention import GROUPED
 from refrag.training.distill.batches import Batch, Packed, Rows
 from refrag.training.distill.loss import distillation_loss
 from refrag.training.distill.low_rank import add_low_rank, update_names
@@ -54,15 +55,17 @@ class Distillation:
             encoder, decoder, options.k, preset="tokens", pooling=options.pooling, pool_segments=options.segments,
             projector_bias=False, encoder_window=max(options.contexts),
         )  # fmt: skip
-        self.model.requires_grad_(False).to(device=device, dtype=dtype).train()
+        self.model.requires_grad_(False).train()
+        self.model.to(device)  # type: ignore[call-arg, arg-type]  # transformers' decorator keeps self for mypy
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)  # not the buffers: rotary frequencies need their 24 bits
         self.teacher: Any = copy.deepcopy(decoder.base_model)
         add_low_rank(self.model.encoder, options.encoder_rank, _LINEARS)
         add_low_rank(self.model.decoder, options.decoder_rank, _LINEARS)
         for part in (self.teacher, self.model.encoder, self.model.decoder):
             _fuse_norms(part)
-            if options.compile:
-                for layer in part.get_submodule("layers" if hasattr(part, "layers") else "model.layers"):
-                    layer.compile()
+            for layer in part.base_model.layers if options.compile else ():
+                layer.compile()
         self.model.projector.float()
         self._start_projector()
         self.model.projector.up.requires_grad_(True)
@@ -83,6 +86,12 @@ class Distillation:
     def head(self) -> torch.Tensor:
         """The decoder's output layer [V, d]."""
         return self.model.get_output_embeddings().weight  # type: ignore[return-value]
+
+    def use_attention(self, name: str) -> None:
+        """Let all layers attend by "refrag", or by torch's own attention, "torch"."""
+        implementation = {"refrag": NAME, "torch": GROUPED}[name]
+        for part in (self.teacher, self.model.encoder, self.model.decoder):
+            part.set_attn_implementation(implementation)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss of a batch, and the sums of ``distillation_loss``."""

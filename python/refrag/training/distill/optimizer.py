@@ -76,6 +76,10 @@ class FlatAdamW:
         for flat in self._flat.values():
             flat.grad.zero_()  # type: ignore[union-attr]
 
+    def gradient(self) -> torch.Tensor:
+        """Return a copy of all gradients, one after another."""
+        return torch.cat([flat.grad for flat in self._flat.values()])  # type: ignore[arg-type, misc]
+
     def state(self) -> dict[str, Any]:
         """Return copies on the CPU of the weights and of Adam's moments."""
         state: dict[str, Any] = {"weights": {name: flat.cpu().clone() for name, flat in self._flat.items()}}

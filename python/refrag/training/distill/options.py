@@ -72,6 +72,9 @@ class DistillOptions:
         Whether the optimizer's state is written beside the adapter, so that a run can be resumed exactly.
     block_rows : int
         Rows whose logits are formed at once.
+    attention : {"auto", "refrag", "torch", "faster"}
+        refrag_kernels' or torch's own. "faster" compares them before the run, and takes the faster one of those that
+        agree; "auto" is that on a GPU, and refrag_kernels' on a CPU.
     compile : bool
         Whether the layers are compiled by torch.compile. Not needed: most of a step is matrix products.
     device, dtype : str
@@ -117,6 +120,7 @@ class DistillOptions:
     piece_bytes: int = 15 * 2**20
     keep_state: bool = True
     block_rows: int = 2048
+    attention: str = "auto"
     compile: bool = False
     device: str = "auto"
     dtype: str = "auto"
@@ -143,7 +147,11 @@ class DistillOptions:
                 raise ValueError(f"contexts: got {context}, needs multiples of k = {self.k}")
         if min(self.reconstruction_chunks) < 1:
             raise ValueError(f"reconstruction_chunks: got {self.reconstruction_chunks}, needs numbers of 1 or more")
-        for name, choices in (("pooling", ("concat", "mean")), ("dtype", ("auto", "float32", "bfloat16"))):
+        for name, choices in (
+            ("pooling", ("concat", "mean")),
+            ("attention", ("auto", "refrag", "torch", "faster")),
+            ("dtype", ("auto", "float32", "bfloat16")),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, needs one of {', '.join(choices)}")
         both = {path.resolve() for path in self.tokens} & {path.resolve() for path in self.heldout}
