@@ -86,9 +86,8 @@ def parse(given: Sequence[str] | None = None) -> DistillOptions:
             parser.add_argument(argument.flag, type=argument.type, required=needed, help=argument.help,
                                 default=None if needed else argument.default)  # fmt: skip
     values = vars(parser.parse_args(given))
-    return DistillOptions(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    )
+    fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return DistillOptions(**fields)
 
 
 def numbers(text: str | Sequence[int]) -> tuple[int, ...]:

@@ -49,9 +49,11 @@ def grouped_attention(
     parts, start = [], 0
     for count, rows in refrag_plans.groups:
         end = start + count * rows
-        own = [states[0, :, start:end].unflatten(1, (count, rows)).transpose(0, 1) for states in (query, key, value)]
+        q, k, v = (
+            states[0, :, start:end].unflatten(1, (count, rows)).transpose(0, 1) for states in (query, key, value)
+        )
         out = torch.nn.functional.scaled_dot_product_attention(
-            *own, is_causal=refrag_plans.causal, scale=scaling, enable_gqa=True
+            q, k, v, is_causal=refrag_plans.causal, scale=scaling, enable_gqa=True
         )
         parts.append(out.transpose(1, 2).flatten(0, 1))
         start = end

@@ -196,7 +196,7 @@ class _Run:
         loss.backward()
         gradient = self.optimizer.gradient()
         self.optimizer.zero_grad()
-        return float(loss), gradient
+        return float(loss.detach()), gradient
 
     def _faster(self, batch: Batch) -> str:
         """Return the attention to take: refrag_kernels' unless it fails, differs from torch's, or is slower."""

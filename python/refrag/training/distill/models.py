@@ -62,6 +62,7 @@ class Distillation:
         self.teacher: Any = copy.deepcopy(decoder.base_model)
         add_low_rank(self.model.encoder, options.encoder_rank, _LINEARS)
         add_low_rank(self.model.decoder, options.decoder_rank, _LINEARS)
+        part: Any
         for part in (self.teacher, self.model.encoder, self.model.decoder):
             _fuse_norms(part)
             for layer in part.base_model.layers if options.compile else ():
