@@ -30,8 +30,8 @@ class Config(NamedTuple):
     stages: int = 2  # steps of keys, and as many of values, in shared memory
     blocks: int = 4
     warpgroups: int = 2  # consumers: two in a block of threads, or one in each of two blocks
-    consumer_registers: int = 240
-    producer_registers: int = 24
+    consumer_registers: int = 232
+    producer_registers: int = 40  # 24 spill where a tile has eight blocks
 
     @property
     def heads(self) -> int:
@@ -91,8 +91,12 @@ def divide(
     config = config or Config()
     if config.step not in (64, 128) or config.warpgroups not in (1, 2) or config.stages < 2:
         raise ValueError(f"config: got {config}, needs a step of 64 or 128, 1 or 2 warpgroups, and 2 stages or more")
-    if config.blocks % config.warpgroups or config.heads < 1 or 16 * config.blocks * config.heads % _ROWS:
-        raise ValueError(f"config: got {config.blocks} blocks, needs whole blocks of 16 rows for each warpgroup")
+    allowed = [config.warpgroups * blocks for blocks in (1, 2, 4)]
+    if config.blocks not in allowed:
+        raise ValueError(
+            f"config: got {config.blocks} blocks, needs {allowed[0]}, {allowed[1]} or {allowed[2]} for "
+            f"{config.warpgroups} warpgroups"
+        )
     group = q_heads // kv_heads
     if q_heads % kv_heads or group % config.heads:
         raise ValueError(
@@ -112,8 +116,8 @@ def divide(
     if programs is None:
         programs = _multiprocessors(plan.device) * config.resident
     starts, items = _items(units, kv_heads * (group // config.heads), programs)
-    moved = (tensor.to(plan.device) for tensor in (starts, items, ranges))
-    return Work(*moved, plan.q_blocks[: sizes[2]], (rows[0], q_heads), (rows[1], kv_heads), config)
+    starts, items, ranges = (tensor.to(plan.device) for tensor in (starts, items, ranges))
+    return Work(starts, items, ranges, plan.q_blocks[: sizes[2]], (rows[0], q_heads), (rows[1], kv_heads), config)
 
 
 def _tile_list(plan: AttentionPlan, group: int) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -134,7 +138,7 @@ def _items(units: torch.Tensor, heads: int, programs: int) -> tuple[torch.Tensor
     first_range = units[:-1, 0].tolist()
     pieces = units[:, 2].diff().tolist()
     # Equal items go head by head, so that what runs at one time reads the same keys.
-    order = sorted(((-pieces[tile], head, tile) for head in range(heads) for tile in range(len(pieces))))
+    order = sorted((-pieces[tile], head, tile) for head in range(heads) for tile in range(len(pieces)))
     programs = max(1, min(programs, len(order)))
     of_program: list[list[tuple[int, int, int, int]]] = [[] for _ in range(programs)]
     busy = [(0, program) for program in range(programs)]
@@ -156,9 +160,11 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float)
             return f"{name}: got shape {list(tensor.shape)}, needs [T, H, {WIDTH}]"
         strides = [stride for stride, size in zip(tensor.stride()[:2], tensor.shape) if size > 1]
         if tensor.stride(2) != 1 or any(stride <= 0 or 2 * stride % _ALIGNMENT for stride in strides):
-            return f"{name}: got strides {tensor.stride()}, needs multiples of 8 elements and a contiguous last dimension"
+            return f"{name}: got strides {tensor.stride()}, needs multiples of 8, and 1 for the last"
         if tensor.data_ptr() % _ALIGNMENT:
-            return f"{name}: got memory that starts {tensor.data_ptr() % _ALIGNMENT} bytes off, needs {_ALIGNMENT} bytes"
+            return (
+                f"{name}: got memory that starts {tensor.data_ptr() % _ALIGNMENT} bytes off, needs {_ALIGNMENT} bytes"
+            )
         if tensor.device != q.device:
             return f"{name}: got a tensor on {tensor.device}, needs {q.device} as q"
     if k.shape != v.shape:

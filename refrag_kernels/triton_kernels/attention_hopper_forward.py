@@ -1,13 +1,13 @@
 """The forward kernel of mixed_attention for sm_90, in Gluon: TMA, wgmma, and warps with roles of their own.
 
-A program stays on its multiprocessor and works through the items that ``attention_hopper.divide`` gave it. An item is
-a tile of query rows for some heads of a key/value head, and all keys that the rows see, in steps of ``STEP``. One warp,
-the producer, copies query rows, keys and values to shared memory; each of the ``WARPGROUPS`` consumers computes 64 rows.
-They meet at mbarriers, in pairs: a buffer is ``ready`` once its bytes have arrived and ``empty`` once every consumer has
-read it. Step n uses stage n % STAGES of the buffers; the phase of its barriers, n // STAGES % 2, follows.
+A program stays on its multiprocessor and works through the items that ``attention_hopper.divide`` gave it. An item is a
+tile of query rows for some heads of a key/value head, and all keys that the rows see, in steps of ``STEP``. One warp,
+the producer, copies query rows, keys and values to shared memory; each of ``WARPGROUPS`` consumers computes 64 rows.
+They meet at mbarriers, in pairs: a buffer is ``ready`` once its bytes have arrived, and ``empty`` once all consumers
+have read it. Step n uses stage n % STAGES of the buffers; the phase of its barriers, n // STAGES % 2, follows.
 
-Row m of a tile belongs to block m // (16 * HEADS), to row m // HEADS % 16 of it, and to head m % HEADS, as in ``tiles``:
-a box of 16 rows and HEADS heads, as TMA copies it, is just that.
+Row m of a tile belongs to block m // (16 * HEADS), to row m // HEADS % 16 of it, and to head m % HEADS, as in
+``tiles``: a box of 16 rows and HEADS heads, as TMA copies it, is just that.
 
 Ranges of keys are multiples of 64 long, and so is what is copied: a step of 128 takes two pieces of 64, wherever they
 lie. If their number is odd, the first step takes one piece twice and masks the second: all others are without a test.
@@ -99,8 +99,11 @@ def _producer(
     PIECES: gl.constexpr = STEP // PIECE
     start = gl.load(p_starts + gl.program_id(0))
     last = gl.load(p_starts + gl.program_id(0) + 1)
-    n = 0  # steps copied
+    n = 0  # steps of keys copied
     tiles = 0  # items with keys
+    v_head = 0
+    v_first = 0
+    v_second = 0
     tile, head, index, pieces = _item(p_items, start, last)
     for at in range(start, last):
         next_tile, next_head, next_index, next_pieces = _item(p_items, at + 1, last)
@@ -115,18 +118,24 @@ def _producer(
                     index, key, end = _next_piece(p_ranges, index, key, end, left)
                     left -= 1
             _copy_step(k_desc, head // PARTS, first, key, k_empty, k_ready, k_bufs, n, STEP, STAGES)
+            # In the order in which buffers become empty: keys are read a step before their values.
+            if n > 0:
+                _copy_step(v_desc, v_head, v_first, v_second, v_empty, v_ready, v_bufs, n - 1, STEP, STAGES)
             if step == 0:
-                # The consumers may still read the rows of the item before: its successor's first keys come first.
                 _copy_queries(
                     q_desc, p_blocks, num_blocks, tile, head, q_empty, q_ready, q_bufs, tiles & 1,
                     GROUP, HEADS, BLOCKS, WARPGROUPS,
                 )  # fmt: skip
                 tiles += 1
-            _copy_step(v_desc, head // PARTS, first, key, v_empty, v_ready, v_bufs, n, STEP, STAGES)
+            v_head = head // PARTS
+            v_first = first
+            v_second = key
             index, key, end = _next_piece(p_ranges, index, key, end, left)
             left -= 1
             n += 1
         tile, head, index, pieces = next_tile, next_head, next_index, next_pieces
+    if n > 0:
+        _copy_step(v_desc, v_head, v_first, v_second, v_empty, v_ready, v_bufs, n - 1, STEP, STAGES)
 
 
 @gluon.jit
@@ -171,10 +180,10 @@ def _consumer(
     last = gl.load(p_starts + gl.program_id(0) + 1)
     n = 0  # steps computed
     tiles = 0  # items with keys
-    tile, head, first_range, pieces = _item(p_items, start, last)
+    tile, head, _, pieces = _item(p_items, start, last)
     for at in range(start, last):
         # Asked for before they are needed: a load takes as long as part of a step.
-        next_tile, next_head, next_range, next_pieces = _item(p_items, at + 1, last)
+        next_tile, next_head, _, next_pieces = _item(p_items, at + 1, last)
         block = tile * BLOCKS + o_block
         first_row = gl.load(p_blocks + block * 4, mask=block < num_blocks, other=0)
         count = gl.load(p_blocks + block * 4 + 1, mask=block < num_blocks, other=0)
@@ -231,7 +240,7 @@ def _consumer(
         p_rows = p_out + gl.expand_dims(row * stride_ot + o_head * stride_oh, 1) + gl.expand_dims(o_d, 0)
         gl.store(p_rows, gl.convert_layout(out.to(DTYPE), STORED), mask=gl.expand_dims(m_row, 1))
         gl.store(p_lse + row * total_heads + o_head, gl.convert_layout(lse, gl.SliceLayout(1, STORED)), mask=m_row)
-        tile, head, first_range, pieces = next_tile, next_head, next_range, next_pieces
+        tile, head, pieces = next_tile, next_head, next_pieces
 
 
 @gluon.jit(do_not_specialize=["num_blocks", "total_heads"])
