@@ -44,7 +44,7 @@ CATALOGUE = (
     Block("decode_sweep", 40, "how many buffers, and which page lookup, decoding takes"),
     Block("gluon", 60, "whether the warp-specialized forward kernel is right, and how fast"),
     Block("first_token", 45, "what a captured prefill saves before the first token"),
-    Block("sdpa", 20, "which kernels torch runs for dense attention, and what a new shape costs"),
+    Block("sdpa", 25, "which kernels torch runs for dense attention, and what a new shape costs"),
     Block("graphs", 30, "whether plans under a capacity and captured graphs are right"),
     Block("sanitizers", 40, "whether kernels race, or touch memory that isn't theirs"),
     Block("tests", 60, "whether every op is right, against float64"),

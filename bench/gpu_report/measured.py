@@ -48,6 +48,7 @@ def measure_rows(
             bad.append(entry.name)
         for record in records.records(outcome):
             results.add(**_finite(record))
+        del outcome  # and the tensors that its calls hold
     return bad
 
 

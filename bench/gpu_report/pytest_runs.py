@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from bench.gpu_report.block import Results
 
@@ -19,26 +20,29 @@ def command(results: Results, *arguments: str, tool: str = "", shard: str = "0/1
     return [sys.executable, "-m", "pytest", "-q", *plugins, *record, *arguments]
 
 
-def run(commands: Mapping[str, Sequence[str]], environment: Mapping[str, str] | None = None) -> list[str]:
-    """Run commands side by side, print what each said, and return the names of those that failed.
+def run(
+    commands: Mapping[str, Sequence[str]],
+    environment: Mapping[str, str] | None = None,
+    ended: Callable[[str, int, str], None] | None = None,
+) -> list[str]:
+    """Run commands side by side, print what each said as it ends, and return the names of those that failed.
 
-    They are in the block's group of processes, so that they end with it.
+    They are in the block's group of processes, so that they end with it. ``ended`` is called with each one's name, exit
+    code and output.
     """
-    running = {
-        name: subprocess.Popen(
-            words,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for name, words in commands.items()
-    }
+
+    def one(name: str) -> tuple[str, int, str]:
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(commands[name], env=environment, text=True, errors="replace", check=False, **pipes)
+        return name, done.returncode, done.stdout
+
     failed = []
-    for name, process in running.items():
-        said, _ = process.communicate()
-        print(f"--- {name}: exit code {process.returncode}\n{said}", flush=True)
-        if process.returncode not in (0, _NO_TESTS):
-            failed.append(name)
+    with ThreadPoolExecutor(max(1, len(commands))) as pool:
+        for future in as_completed([pool.submit(one, name) for name in commands]):
+            name, code, said = future.result()
+            print(f"--- {name}: exit code {code}\n{said}", flush=True)
+            if ended is not None:
+                ended(name, code, said)
+            if code not in (0, _NO_TESTS):
+                failed.append(name)
     return failed

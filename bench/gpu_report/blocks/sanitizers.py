@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from bench.gpu_report import cuda_tools, pytest_runs
 from bench.gpu_report.block import Options, Results, run
@@ -27,11 +28,13 @@ def block(options: Options, results: Results) -> None:
             ]
             for tool in _TOOLS
         }
+
+    def ended(tool: str, code: int, said: str) -> None:
+        summary = re.findall(r"^=+ (.*SUMMARY.*)$", said, re.M)
+        results.add(tool, clean=code == 0, exit_code=code, said="; ".join(summary))
+
     # Without torch's cache each tensor is an allocation of its own, whose ends are seen.
-    failed = pytest_runs.run(commands, {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-    for tool in commands:
-        results.add(tool, clean=tool not in failed)
-    if failed:
+    if failed := pytest_runs.run(commands, {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, ended):
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 
