@@ -33,6 +33,8 @@ class Config(NamedTuple):
     consumer_registers: int = 232
     producer_registers: int = 40  # 24 spill where a tile has eight blocks
 
+    in_turn: bool = False  # whether two consumers issue their products one after the other
+
     @property
     def heads(self) -> int:
         """Query heads of a tile."""
@@ -91,6 +93,8 @@ def divide(
     config = config or Config()
     if config.step not in (64, 128) or config.warpgroups not in (1, 2) or config.stages < 2:
         raise ValueError(f"config: got {config}, needs a step of 64 or 128, 1 or 2 warpgroups, and 2 stages or more")
+    if config.in_turn and config.warpgroups != 2:
+        raise ValueError(f"config: got in_turn for {config.warpgroups} warpgroup, needs 2")
     allowed = [config.warpgroups * blocks for blocks in (1, 2, 4)]
     if config.blocks not in allowed:
         raise ValueError(
@@ -254,6 +258,7 @@ def launch_arguments(q, k, v, out, lse, work: Work, scale: float) -> tuple[Any, 
         STEP=config.step,
         STAGES=config.stages,
         WARPGROUPS=config.warpgroups,
+        IN_TURN=config.in_turn,
         D=WIDTH,
         CONSUMER_REGISTERS=config.consumer_registers,
         PRODUCER_REGISTERS=config.producer_registers,

@@ -94,7 +94,7 @@ def _producer(
     q_desc, k_desc, v_desc = descriptors
     p_starts, p_items, p_ranges, p_blocks, num_blocks = walk
     q_bufs, k_bufs, v_bufs = buffers
-    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, _ = barriers
     PARTS: gl.constexpr = GROUP // HEADS
     PIECES: gl.constexpr = STEP // PIECE
     start = gl.load(p_starts + gl.program_id(0))
@@ -152,13 +152,17 @@ def _softmax(scores, row_max, row_sum, factor):
 def _consumer(
     output, walk, buffers, barriers, scale,
     GROUP: gl.constexpr, HEADS: gl.constexpr, BLOCKS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-    WARPGROUPS: gl.constexpr, D: gl.constexpr, CONSUMER: gl.constexpr,
+    WARPGROUPS: gl.constexpr, IN_TURN: gl.constexpr, D: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """Compute the rows from ``64 * CONSUMER`` on of each item's tile."""
+    """Compute the rows from ``64 * CONSUMER`` on of each item's tile.
+
+    ``IN_TURN``: two consumers issue the products of a step one after the other, so that one's run below the other's
+    softmax.
+    """
     p_out, p_lse, stride_ot, stride_oh, total_heads = output
     p_starts, p_items, p_ranges, p_blocks, num_blocks = walk
     q_bufs, k_bufs, v_bufs = buffers
-    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, turns = barriers
     PARTS: gl.constexpr = GROUP // HEADS
     OWN: gl.constexpr = BLOCKS // WARPGROUPS
     PIECES: gl.constexpr = STEP // PIECE
@@ -180,6 +184,7 @@ def _consumer(
     last = gl.load(p_starts + gl.program_id(0) + 1)
     n = 0  # steps computed
     tiles = 0  # items with keys
+    turn = 0  # of this consumer
     tile, head, _, pieces = _item(p_items, start, last)
     for at in range(start, last):
         # Asked for before they are needed: a load takes as long as part of a step.
@@ -208,12 +213,17 @@ def _consumer(
                 # go on below the softmax.
                 stage = (n + 1) % STAGES
                 mbarrier.wait(k_ready.index(stage), (n + 1) // STAGES & 1)
+                if IN_TURN:
+                    mbarrier.wait(turns.index(CONSUMER), (turn & 1) ^ (1 - CONSUMER))
+                    turn += 1
                 keys = k_bufs.index(stage).reshape([STEP, D]).permute((1, 0))
                 pending_scores = warpgroup_mma(queries, keys, none, use_acc=False, is_async=True)
                 stage_before = n % STAGES
                 mbarrier.wait(v_ready.index(stage_before), n // STAGES & 1)
                 values = v_bufs.index(stage_before).reshape([STEP, D])
                 pending_sums = warpgroup_mma(operand, values, sums, is_async=True)
+                if IN_TURN:
+                    mbarrier.arrive(turns.index(1 - CONSUMER), count=1)
                 scores = warpgroup_mma_wait(1, deps=(pending_scores,))
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 weights, row_max, row_sum, decay = _softmax(scores, row_max, row_sum, factor)
@@ -265,6 +275,7 @@ def mixed_attention_fwd_hopper_kernel(
     STEP: gl.constexpr,
     STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr,
+    IN_TURN: gl.constexpr,
     D: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -278,7 +289,9 @@ def mixed_attention_fwd_hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
     for consumer in gl.static_range(WARPGROUPS):
+        mbarrier.init(turns.index(consumer), count=1)
         mbarrier.init(q_ready.index(consumer), count=1)
         mbarrier.init(q_empty.index(consumer), count=1)
     for stage in gl.static_range(STAGES):
@@ -290,15 +303,21 @@ def mixed_attention_fwd_hopper_kernel(
 
     walk = (p_starts, p_items, p_ranges, p_blocks, num_blocks)
     buffers = (q_bufs, k_bufs, v_bufs)
-    barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty)
+    barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, turns)
     output = (p_out, p_lse, stride_ot, stride_oh, total_heads)
     descriptors = (q_desc, k_desc, v_desc)
     # Constants stay constants only where a call names them.
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_consumer, (output, walk, buffers, barriers, scale, GROUP, HEADS, BLOCKS, STEP, STAGES, 2, D, 0)),
-                (_consumer, (output, walk, buffers, barriers, scale, GROUP, HEADS, BLOCKS, STEP, STAGES, 2, D, 1)),
+                (
+                    _consumer,
+                    (output, walk, buffers, barriers, scale, GROUP, HEADS, BLOCKS, STEP, STAGES, 2, IN_TURN, D, 0),
+                ),
+                (
+                    _consumer,
+                    (output, walk, buffers, barriers, scale, GROUP, HEADS, BLOCKS, STEP, STAGES, 2, IN_TURN, D, 1),
+                ),
                 (_producer, (descriptors, walk, buffers, barriers, GROUP, HEADS, BLOCKS, STEP, STAGES, 2)),
             ],
             [4, 1],
@@ -307,7 +326,10 @@ def mixed_attention_fwd_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (output, walk, buffers, barriers, scale, GROUP, HEADS, BLOCKS, STEP, STAGES, 1, D, 0)),
+                (
+                    _consumer,
+                    (output, walk, buffers, barriers, scale, GROUP, HEADS, BLOCKS, STEP, STAGES, 1, False, D, 0),
+                ),
                 (_producer, (descriptors, walk, buffers, barriers, GROUP, HEADS, BLOCKS, STEP, STAGES, 1)),
             ],
             [1],

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 LAUNCHES = [
     (Config(), 8, 2),
     (Config(step=64, stages=4), 8, 2),
+    (Config(in_turn=True), 8, 2),
     (Config(blocks=8), 2, 2),
     (Config(step=64, warpgroups=1), 2, 2),
 ]
@@ -82,7 +83,7 @@ def test_warps_of_a_consumer_are_in_step_before_one_of_them_releases_a_buffer(co
         elif re.search(r"\bmbarrier\.arrive\.shared", line):
             arrivals += 1
             assert in_step, line
-    assert arrivals == 5 * config.warpgroups
+    assert arrivals == (5 + config.in_turn) * config.warpgroups
 
 
 def test_copies_see_barriers_as_they_were_initialised(compiled):
