@@ -200,7 +200,7 @@ FAULTS = {
     "sums are taken before they are there": [("warpgroup_mma_wait(0, deps", "warpgroup_mma_wait(1, deps")],
     "barriers are not fenced": [("    fence_async_shared()", "    #")],
     "half a step is not masked": [("STEP - pieces % 2 * PIECE, 0)", "STEP, 0)")],
-    "a range is read beyond its end": [("(key >= end) & (left > 0)", "(key > end) & (left > 0)")],
+    "a range is read beyond its end": [("over = key >= end", "over = key > end")],
     "the rows of another block": [("slice(own * 16, 16, dim=0)", "slice(0, 16, dim=0)")],
     "the last values are not copied": [
         ("    if n > 0:\n        _copy_step(v_desc", "    if n < 0:\n        _copy_step(v_desc")

@@ -42,10 +42,10 @@ def _item(p_items, index, last):
 
 
 @gluon.jit
-def _next_piece(p_ranges, index, key, end, left):
-    """Return range, first key and end of that range for the piece after the one at ``key``, if any are left."""
+def _next_piece(p_ranges, index, key, end):
+    """Return range, first key and end of that range for the piece after the one at ``key``."""
     key += PIECE
-    over = (key >= end) & (left > 0)
+    over = key >= end
     index = gl.where(over, index + 1, index)
     key = gl.load(p_ranges + index * 2, mask=over, other=key)
     end = gl.load(p_ranges + index * 2 + 1, mask=over, other=end)
@@ -94,7 +94,7 @@ def _producer(
     q_desc, k_desc, v_desc = descriptors
     p_starts, p_items, p_ranges, p_blocks, num_blocks = walk
     q_bufs, k_bufs, v_bufs = buffers
-    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, _ = barriers
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, _turns = barriers
     PARTS: gl.constexpr = GROUP // HEADS
     PIECES: gl.constexpr = STEP // PIECE
     start = gl.load(p_starts + gl.program_id(0))
@@ -109,30 +109,32 @@ def _producer(
         next_tile, next_head, next_index, next_pieces = _item(p_items, at + 1, last)
         key = gl.load(p_ranges + index * 2, mask=pieces > 0, other=0)
         end = gl.load(p_ranges + index * 2 + 1, mask=pieces > 0, other=0)
-        steps = (pieces + PIECES - 1) // PIECES
-        left = pieces - 1  # after the piece at key
-        for step in range(steps):
+        if pieces > 0:
             first = key
             if PIECES == 2:
-                if (step > 0) | (pieces % 2 == 0):
-                    index, key, end = _next_piece(p_ranges, index, key, end, left)
-                    left -= 1
+                if pieces % 2 == 0:
+                    index, key, end = _next_piece(p_ranges, index, key, end)
+            # In the order in which buffers become empty: keys are read a step before their values, and the query rows
+            # of an item up to its last step.
             _copy_step(k_desc, head // PARTS, first, key, k_empty, k_ready, k_bufs, n, STEP, STAGES)
-            # In the order in which buffers become empty: keys are read a step before their values.
             if n > 0:
                 _copy_step(v_desc, v_head, v_first, v_second, v_empty, v_ready, v_bufs, n - 1, STEP, STAGES)
-            if step == 0:
-                _copy_queries(
-                    q_desc, p_blocks, num_blocks, tile, head, q_empty, q_ready, q_bufs, tiles & 1,
-                    GROUP, HEADS, BLOCKS, WARPGROUPS,
-                )  # fmt: skip
-                tiles += 1
-            v_head = head // PARTS
-            v_first = first
-            v_second = key
-            index, key, end = _next_piece(p_ranges, index, key, end, left)
-            left -= 1
+            _copy_queries(
+                q_desc, p_blocks, num_blocks, tile, head, q_empty, q_ready, q_bufs, tiles & 1,
+                GROUP, HEADS, BLOCKS, WARPGROUPS,
+            )  # fmt: skip
+            tiles += 1
             n += 1
+            v_head, v_first, v_second = head // PARTS, first, key
+            for _ in range(1, (pieces + PIECES - 1) // PIECES):
+                index, key, end = _next_piece(p_ranges, index, key, end)
+                first = key
+                if PIECES == 2:
+                    index, key, end = _next_piece(p_ranges, index, key, end)
+                _copy_step(k_desc, v_head, first, key, k_empty, k_ready, k_bufs, n, STEP, STAGES)
+                _copy_step(v_desc, v_head, v_first, v_second, v_empty, v_ready, v_bufs, n - 1, STEP, STAGES)
+                v_first, v_second = first, key
+                n += 1
         tile, head, index, pieces = next_tile, next_head, next_index, next_pieces
     if n > 0:
         _copy_step(v_desc, v_head, v_first, v_second, v_empty, v_ready, v_bufs, n - 1, STEP, STAGES)
@@ -185,10 +187,10 @@ def _consumer(
     n = 0  # steps computed
     tiles = 0  # items with keys
     turn = 0  # of this consumer
-    tile, head, _, pieces = _item(p_items, start, last)
+    tile, head, _range, pieces = _item(p_items, start, last)
     for at in range(start, last):
         # Asked for before they are needed: a load takes as long as part of a step.
-        next_tile, next_head, _, next_pieces = _item(p_items, at + 1, last)
+        next_tile, next_head, _next_range, next_pieces = _item(p_items, at + 1, last)
         block = tile * BLOCKS + o_block
         first_row = gl.load(p_blocks + block * 4, mask=block < num_blocks, other=0)
         count = gl.load(p_blocks + block * 4 + 1, mask=block < num_blocks, other=0)

@@ -66,7 +66,7 @@ def test_machine_code(compiled):
     code = ahead_of_time.machine_code(kernel)[1]
     count = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "UTMALDG", "WARPGROUP.DEPBAR")}
     assert count["HGMMA"] == config.warpgroups * 2 * (128 // 16 + config.step // 16)  # the first and last, and the loop
-    assert count["UTMALDG"] == 2 * (3 * config.step // 64 + config.blocks)  # the last values have their own
+    assert count["UTMALDG"] == 2 * (5 * config.step // 64 + config.blocks)  # an item's first, the rest, the last
     assert count["WARPGROUP.DEPBAR"] == 4 * config.warpgroups
     assert re.search(r"\bUSETMAXREG\b", code) and not re.search(r"\bLDGSTS\b", code)
 
