@@ -30,9 +30,8 @@ class Config(NamedTuple):
     stages: int = 2  # steps of keys, and as many of values, in shared memory
     blocks: int = 4
     warpgroups: int = 2  # consumers: two in a block of threads, or one in each of two blocks
-    consumer_registers: int = 232
-    producer_registers: int = 40  # 24 spill where a tile has eight blocks
-
+    consumer_registers: int = 232  # of a thread of two consumers; a single one has what the producer leaves
+    producer_registers: int = 40
     in_turn: bool = False  # whether two consumers issue their products one after the other
 
     @property
@@ -47,7 +46,7 @@ class Config(NamedTuple):
 
     @property
     def launched_registers(self) -> int:
-        """Registers of a thread at the launch: 64 K are shared by the consumers and four warps for the producer."""
+        """Registers of a thread at the launch, when all have the same: those of four warps for each role."""
         return 65536 // self.resident // (128 * (self.warpgroups + 1)) // 8 * 8
 
 
