@@ -93,6 +93,8 @@ CASES = {
     "step of 64, 4 stages": problem(3, Config(step=64, stages=4), group=4),
     "step of 64, 3 stages, 4 heads of 2 blocks": problem(4, Config(step=64, stages=3, blocks=2), group=8, programs=5),
     "step of 128, 3 stages, key/value heads": problem(5, Config(stages=3), kv_heads=2, strided=True),
+    "in turn": problem(13, Config(in_turn=True), lengths=[[256, 64], [128]], programs=2),
+    "in turn, step of 64": problem(14, Config(step=64, stages=3, in_turn=True), lengths=[[256, 64], [128]], programs=2),
     "one warpgroup, one head": problem(6, Config(step=64, warpgroups=1), kv_heads=2, group=1),
     "one warpgroup, two heads": problem(7, Config(warpgroups=1, blocks=2)),
     "eight blocks, one head": problem(8, Config(blocks=8), kv_heads=2, group=1, lengths=[[128, 256]], strided=True),
@@ -198,7 +200,7 @@ FAULTS = {
     "sums are taken before they are there": [("warpgroup_mma_wait(0, deps", "warpgroup_mma_wait(1, deps")],
     "barriers are not fenced": [("    fence_async_shared()", "    #")],
     "half a step is not masked": [("STEP - pieces % 2 * PIECE, 0)", "STEP, 0)")],
-    "a range is read beyond its end": [("(key >= end) & (left > 0)", "(key > end) & (left > 0)")],
+    "a range is read beyond its end": [("over = key >= end", "over = key > end")],
     "the rows of another block": [("slice(own * 16, 16, dim=0)", "slice(0, 16, dim=0)")],
     "the last values are not copied": [
         ("    if n > 0:\n        _copy_step(v_desc", "    if n < 0:\n        _copy_step(v_desc")
@@ -206,16 +208,26 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+# The same, where consumers take turns.
+TURN_FAULTS = {
+    "a turn is not passed on": [("mbarrier.arrive(turns.index(1 - CONSUMER), count=1)", "pass")],
+    "both begin": [("(turn & 1) ^ (1 - CONSUMER)", "(turn & 1) ^ 1")],
+    "none begins": [("(turn & 1) ^ (1 - CONSUMER)", "turn & 1")],
+    "a turn is passed on to oneself": [("turns.index(1 - CONSUMER)", "turns.index(CONSUMER)")],
+    "turns are not counted": _without(5, "turn += 1"),
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *TURN_FAULTS])
 def test_planted_faults_are_caught(fault):
     # Items of an odd and an even number of pieces, of one step and of three, of two ranges, and one without keys.
     seen = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 0, 1, 0]]).bool()
     case = problem(30, lengths=[[64, 128, 64, 64, 64]], seen=[seen], programs=2)
-    case.shuffled = True
+    case.shuffled, case.config = True, Config(in_turn=fault in TURN_FAULTS)
     case.check(*case.run())
     for seed in range(12):
         try:
-            case.check(*case.run(seed, FAULTS[fault]))
+            case.check(*case.run(seed, {**FAULTS, **TURN_FAULTS}[fault]))
         except AssertionError:
             return
     pytest.fail("12 orders of events went well")
@@ -243,6 +255,7 @@ def test_the_work_is_all_there_and_shared_out_evenly():
         (dict(q_heads=4, kv_heads=3), DEFAULT, "q: got 4 heads for 3 of k"),
         ({}, Config(step=96), r"config: got Config\(step=96.*needs a step of 64 or 128"),
         ({}, Config(stages=1), "needs a step of 64 or 128, 1 or 2 warpgroups, and 2 stages or more"),
+        ({}, Config(blocks=2, warpgroups=1, in_turn=True), "config: got in_turn for 1 warpgroup, needs 2"),
         ({}, Config(blocks=1), "config: got 1 blocks, needs 2, 4 or 8 for 2 warpgroups"),
         ({}, Config(blocks=8, warpgroups=1), "config: got 8 blocks, needs 1, 2 or 4 for 1 warpgroups"),
         (dict(capacity=512), DEFAULT, "plan: got one with a capacity of 512 rows, needs one of the 256 rows alone"),

@@ -21,7 +21,8 @@ CONFIGS = {
         "128 keys x 2": Config(),
         "128 keys x 2, 240 registers": Config(consumer_registers=240, producer_registers=24),
         "64 keys x 4": Config(step=64, stages=4),
-        "64 keys x 3": Config(step=64, stages=3),
+        "128 keys x 2, in turn": Config(in_turn=True),
+        "64 keys x 4, in turn": Config(step=64, stages=4, in_turn=True),
         "128 keys x 2, 4 heads a tile": Config(blocks=2),
     },
     1: {
@@ -76,7 +77,8 @@ class Problem:
 CHECKS = {
     "128 keys x 2": Problem("passages of 512 rows", 512, (8, 2), 0.4219),
     "64 keys x 4": Problem("passages of 512 rows, by heads", 512, (8, 2), 0.4219, by_heads=True),
-    "64 keys x 3": Problem("320 rows", 320, (16, 4)),
+    "128 keys x 2, in turn": Problem("320 rows", 320, (16, 4)),
+    "64 keys x 4, in turn": Problem("passages of 1,024 rows", 1024, (8, 2), 0.25),
     "128 keys x 2, 4 heads a tile": Problem("passages of 1,024 rows, by heads", 1024, (16, 4), 0.25, by_heads=True),
     "128 keys x 2, 240 registers": Problem("1,024 rows", 1024, (32, 8)),
     "64 keys x 2, two blocks": Problem("passages of 1,024 rows", 1024, (8, 8), 0.25),

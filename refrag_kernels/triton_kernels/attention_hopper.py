@@ -30,8 +30,9 @@ class Config(NamedTuple):
     stages: int = 2  # steps of keys, and as many of values, in shared memory
     blocks: int = 4
     warpgroups: int = 2  # consumers: two in a block of threads, or one in each of two blocks
-    consumer_registers: int = 232
-    producer_registers: int = 40  # 24 spill where a tile has eight blocks
+    consumer_registers: int = 232  # of a thread of two consumers; a single one has what the producer leaves
+    producer_registers: int = 40
+    in_turn: bool = False  # whether two consumers issue their products one after the other
 
     @property
     def heads(self) -> int:
@@ -45,7 +46,7 @@ class Config(NamedTuple):
 
     @property
     def launched_registers(self) -> int:
-        """Registers of a thread at the launch: 64 K are shared by the consumers and four warps for the producer."""
+        """Registers of a thread at the launch, when all have the same: those of four warps for each role."""
         return 65536 // self.resident // (128 * (self.warpgroups + 1)) // 8 * 8
 
 
@@ -91,6 +92,8 @@ def divide(
     config = config or Config()
     if config.step not in (64, 128) or config.warpgroups not in (1, 2) or config.stages < 2:
         raise ValueError(f"config: got {config}, needs a step of 64 or 128, 1 or 2 warpgroups, and 2 stages or more")
+    if config.in_turn and config.warpgroups != 2:
+        raise ValueError(f"config: got in_turn for {config.warpgroups} warpgroup, needs 2")
     allowed = [config.warpgroups * blocks for blocks in (1, 2, 4)]
     if config.blocks not in allowed:
         raise ValueError(
@@ -254,6 +257,7 @@ def launch_arguments(q, k, v, out, lse, work: Work, scale: float) -> tuple[Any, 
         STEP=config.step,
         STAGES=config.stages,
         WARPGROUPS=config.warpgroups,
+        IN_TURN=config.in_turn,
         D=WIDTH,
         CONSUMER_REGISTERS=config.consumer_registers,
         PRODUCER_REGISTERS=config.producer_registers,

@@ -42,10 +42,10 @@ def _item(p_items, index, last):
 
 
 @gluon.jit
-def _next_piece(p_ranges, index, key, end, left):
-    """Return range, first key and end of that range for the piece after the one at ``key``, if any are left."""
+def _next_piece(p_ranges, index, key, end):
+    """Return range, first key and end of that range for the piece after the one at ``key``."""
     key += PIECE
-    over = (key >= end) & (left > 0)
+    over = key >= end
     index = gl.where(over, index + 1, index)
     key = gl.load(p_ranges + index * 2, mask=over, other=key)
     end = gl.load(p_ranges + index * 2 + 1, mask=over, other=end)
@@ -94,7 +94,7 @@ def _producer(
     q_desc, k_desc, v_desc = descriptors
     p_starts, p_items, p_ranges, p_blocks, num_blocks = walk
     q_bufs, k_bufs, v_bufs = buffers
-    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, _turns = barriers
     PARTS: gl.constexpr = GROUP // HEADS
     PIECES: gl.constexpr = STEP // PIECE
     start = gl.load(p_starts + gl.program_id(0))
@@ -109,30 +109,32 @@ def _producer(
         next_tile, next_head, next_index, next_pieces = _item(p_items, at + 1, last)
         key = gl.load(p_ranges + index * 2, mask=pieces > 0, other=0)
         end = gl.load(p_ranges + index * 2 + 1, mask=pieces > 0, other=0)
-        steps = (pieces + PIECES - 1) // PIECES
-        left = pieces - 1  # after the piece at key
-        for step in range(steps):
+        if pieces > 0:
             first = key
             if PIECES == 2:
-                if (step > 0) | (pieces % 2 == 0):
-                    index, key, end = _next_piece(p_ranges, index, key, end, left)
-                    left -= 1
+                if pieces % 2 == 0:
+                    index, key, end = _next_piece(p_ranges, index, key, end)
+            # In the order in which buffers become empty: keys are read a step before their values, and the query rows
+            # of an item up to its last step.
             _copy_step(k_desc, head // PARTS, first, key, k_empty, k_ready, k_bufs, n, STEP, STAGES)
-            # In the order in which buffers become empty: keys are read a step before their values.
             if n > 0:
                 _copy_step(v_desc, v_head, v_first, v_second, v_empty, v_ready, v_bufs, n - 1, STEP, STAGES)
-            if step == 0:
-                _copy_queries(
-                    q_desc, p_blocks, num_blocks, tile, head, q_empty, q_ready, q_bufs, tiles & 1,
-                    GROUP, HEADS, BLOCKS, WARPGROUPS,
-                )  # fmt: skip
-                tiles += 1
-            v_head = head // PARTS
-            v_first = first
-            v_second = key
-            index, key, end = _next_piece(p_ranges, index, key, end, left)
-            left -= 1
+            _copy_queries(
+                q_desc, p_blocks, num_blocks, tile, head, q_empty, q_ready, q_bufs, tiles & 1,
+                GROUP, HEADS, BLOCKS, WARPGROUPS,
+            )  # fmt: skip
+            tiles += 1
             n += 1
+            v_head, v_first, v_second = head // PARTS, first, key
+            for _ in range(1, (pieces + PIECES - 1) // PIECES):
+                index, key, end = _next_piece(p_ranges, index, key, end)
+                first = key
+                if PIECES == 2:
+                    index, key, end = _next_piece(p_ranges, index, key, end)
+                _copy_step(k_desc, v_head, first, key, k_empty, k_ready, k_bufs, n, STEP, STAGES)
+                _copy_step(v_desc, v_head, v_first, v_second, v_empty, v_ready, v_bufs, n - 1, STEP, STAGES)
+                v_first, v_second = first, key
+                n += 1
         tile, head, index, pieces = next_tile, next_head, next_index, next_pieces
     if n > 0:
         _copy_step(v_desc, v_head, v_first, v_second, v_empty, v_ready, v_bufs, n - 1, STEP, STAGES)
@@ -152,13 +154,17 @@ def _softmax(scores, row_max, row_sum, factor):
 def _consumer(
     output, walk, buffers, barriers, scale,
     GROUP: gl.constexpr, HEADS: gl.constexpr, BLOCKS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
-    WARPGROUPS: gl.constexpr, D: gl.constexpr, CONSUMER: gl.constexpr,
+    WARPGROUPS: gl.constexpr, IN_TURN: gl.constexpr, D: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """Compute the rows from ``64 * CONSUMER`` on of each item's tile."""
+    """Compute the rows from ``64 * CONSUMER`` on of each item's tile.
+
+    ``IN_TURN``: two consumers issue the products of a step one after the other, so that one's run below the other's
+    softmax.
+    """
     p_out, p_lse, stride_ot, stride_oh, total_heads = output
     p_starts, p_items, p_ranges, p_blocks, num_blocks = walk
     q_bufs, k_bufs, v_bufs = buffers
-    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, turns = barriers
     PARTS: gl.constexpr = GROUP // HEADS
     OWN: gl.constexpr = BLOCKS // WARPGROUPS
     PIECES: gl.constexpr = STEP // PIECE
@@ -180,10 +186,11 @@ def _consumer(
     last = gl.load(p_starts + gl.program_id(0) + 1)
     n = 0  # steps computed
     tiles = 0  # items with keys
-    tile, head, _, pieces = _item(p_items, start, last)
+    turn = 0  # of this consumer
+    tile, head, _range, pieces = _item(p_items, start, last)
     for at in range(start, last):
         # Asked for before they are needed: a load takes as long as part of a step.
-        next_tile, next_head, _, next_pieces = _item(p_items, at + 1, last)
+        next_tile, next_head, _next_range, next_pieces = _item(p_items, at + 1, last)
         block = tile * BLOCKS + o_block
         first_row = gl.load(p_blocks + block * 4, mask=block < num_blocks, other=0)
         count = gl.load(p_blocks + block * 4 + 1, mask=block < num_blocks, other=0)
@@ -208,12 +215,17 @@ def _consumer(
                 # go on below the softmax.
                 stage = (n + 1) % STAGES
                 mbarrier.wait(k_ready.index(stage), (n + 1) // STAGES & 1)
+                if IN_TURN:
+                    mbarrier.wait(turns.index(CONSUMER), (turn & 1) ^ (1 - CONSUMER))
+                    turn += 1
                 keys = k_bufs.index(stage).reshape([STEP, D]).permute((1, 0))
                 pending_scores = warpgroup_mma(queries, keys, none, use_acc=False, is_async=True)
                 stage_before = n % STAGES
                 mbarrier.wait(v_ready.index(stage_before), n // STAGES & 1)
                 values = v_bufs.index(stage_before).reshape([STEP, D])
                 pending_sums = warpgroup_mma(operand, values, sums, is_async=True)
+                if IN_TURN:
+                    mbarrier.arrive(turns.index(1 - CONSUMER), count=1)
                 scores = warpgroup_mma_wait(1, deps=(pending_scores,))
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 weights, row_max, row_sum, decay = _softmax(scores, row_max, row_sum, factor)
@@ -265,6 +277,7 @@ def mixed_attention_fwd_hopper_kernel(
     STEP: gl.constexpr,
     STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr,
+    IN_TURN: gl.constexpr,
     D: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -278,7 +291,9 @@ def mixed_attention_fwd_hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
     for consumer in gl.static_range(WARPGROUPS):
+        mbarrier.init(turns.index(consumer), count=1)
         mbarrier.init(q_ready.index(consumer), count=1)
         mbarrier.init(q_empty.index(consumer), count=1)
     for stage in gl.static_range(STAGES):
@@ -290,15 +305,21 @@ def mixed_attention_fwd_hopper_kernel(
 
     walk = (p_starts, p_items, p_ranges, p_blocks, num_blocks)
     buffers = (q_bufs, k_bufs, v_bufs)
-    barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty)
+    barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, turns)
     output = (p_out, p_lse, stride_ot, stride_oh, total_heads)
     descriptors = (q_desc, k_desc, v_desc)
     # Constants stay constants only where a call names them.
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [
-                (_consumer, (output, walk, buffers, barriers, scale, GROUP, HEADS, BLOCKS, STEP, STAGES, 2, D, 0)),
-                (_consumer, (output, walk, buffers, barriers, scale, GROUP, HEADS, BLOCKS, STEP, STAGES, 2, D, 1)),
+                (
+                    _consumer,
+                    (output, walk, buffers, barriers, scale, GROUP, HEADS, BLOCKS, STEP, STAGES, 2, IN_TURN, D, 0),
+                ),
+                (
+                    _consumer,
+                    (output, walk, buffers, barriers, scale, GROUP, HEADS, BLOCKS, STEP, STAGES, 2, IN_TURN, D, 1),
+                ),
                 (_producer, (descriptors, walk, buffers, barriers, GROUP, HEADS, BLOCKS, STEP, STAGES, 2)),
             ],
             [4, 1],
@@ -307,7 +328,10 @@ def mixed_attention_fwd_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consumer, (output, walk, buffers, barriers, scale, GROUP, HEADS, BLOCKS, STEP, STAGES, 1, D, 0)),
+                (
+                    _consumer,
+                    (output, walk, buffers, barriers, scale, GROUP, HEADS, BLOCKS, STEP, STAGES, 1, False, D, 0),
+                ),
                 (_producer, (descriptors, walk, buffers, barriers, GROUP, HEADS, BLOCKS, STEP, STAGES, 1)),
             ],
             [1],

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 LAUNCHES = [
     (Config(), 8, 2),
     (Config(step=64, stages=4), 8, 2),
+    (Config(in_turn=True), 8, 2),
     (Config(blocks=8), 2, 2),
     (Config(step=64, warpgroups=1), 2, 2),
 ]
@@ -65,7 +66,7 @@ def test_machine_code(compiled):
     code = ahead_of_time.machine_code(kernel)[1]
     count = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "UTMALDG", "WARPGROUP.DEPBAR")}
     assert count["HGMMA"] == config.warpgroups * 2 * (128 // 16 + config.step // 16)  # the first and last, and the loop
-    assert count["UTMALDG"] == 2 * (3 * config.step // 64 + config.blocks)  # the last values have their own
+    assert count["UTMALDG"] == 2 * (5 * config.step // 64 + config.blocks)  # an item's first, the rest, the last
     assert count["WARPGROUP.DEPBAR"] == 4 * config.warpgroups
     assert re.search(r"\bUSETMAXREG\b", code) and not re.search(r"\bLDGSTS\b", code)
 
@@ -82,7 +83,7 @@ def test_warps_of_a_consumer_are_in_step_before_one_of_them_releases_a_buffer(co
         elif re.search(r"\bmbarrier\.arrive\.shared", line):
             arrivals += 1
             assert in_step, line
-    assert arrivals == 5 * config.warpgroups
+    assert arrivals == (5 + config.in_turn) * config.warpgroups
 
 
 def test_copies_see_barriers_as_they_were_initialised(compiled):
