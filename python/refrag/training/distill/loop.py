@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -70,9 +69,6 @@ class _Run:
         copies = [] if options.pieces is None else [options.pieces / "log.jsonl"]
         self.log = Log(options.output / "log.jsonl", *copies)
         self.entries: list[dict[str, Any]] = []
-        if self.device.type == "cuda":
-            # A pool that grows in place: batches of many shapes would leave holes in it otherwise.
-            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         self.train, domains = read_files(options)
         decoder = AutoModelForCausalLM.from_pretrained(options.decoder, dtype=torch.float32, local_files_only=True)
         self._check_tokens(decoder.config.vocab_size, [self.train, *domains.values()])

@@ -103,11 +103,11 @@ class DistillOptions:
     reconstruction_chunks: tuple[int, ...] = (1, 4, 16)
     reconstruction_token: int = 16
     cross_entropy: float = 0.2
-    linear_rate: float = 1e-3
-    encoder_rate: float = 3e-4
-    decoder_rate: float = 3e-4
-    linear_alone: float = 0.05
-    warmup: float = 0.05
+    linear_rate: float = 5e-4
+    encoder_rate: float = 1e-3
+    decoder_rate: float = 5e-4
+    linear_alone: float = 0.02
+    warmup: float = 0.03
     floor: float = 0.1
     max_grad_norm: float = 1.0
     log_every: int = 50
@@ -167,5 +167,5 @@ class DistillOptions:
         """Return what must be the same for a run to be resumed: all that shapes the adapter and the samples."""
         own = dataclasses.asdict(self)
         kept = ("k", "encoder_layers", "encoder_rank", "decoder_rank", "pooling", "contexts", "output_tokens",
-                "step_tokens", "expanded", "reconstruction_token", "minutes", "steps", "seed")  # fmt: skip
+                "step_tokens", "expanded", "reconstruction_token", "steps", "seed")  # fmt: skip
         return {name: list(own[name]) if isinstance(own[name], tuple) else own[name] for name in kept}
