@@ -232,6 +232,7 @@ def test_presets_have_the_sizes_of_their_names():
         "llama2-7b": 6.74,
         "llama2-13b": 13.0,
         "llama3-8b": 8.03,
+        "llama3-70b": 70.6,
         "qwen3-4b": 4.02,
     }
     assert {name: PRESETS[name].parameters() / 1e9 for name in billions} == pytest.approx(billions, rel=0.01)
