@@ -163,7 +163,7 @@ def paged_attention_kernel(
         begin = tl.maximum(length - end_row + first_tile_row - window_left, 0)
     first = begin // STEP * STEP
     if part_keys == 0:
-        part_keys = tl.cdiv(tl.maximum(end - first, 0), tl.num_programs(2) * STEP) * STEP
+        part_keys = tl.cdiv(end - first, tl.num_programs(2) * STEP) * STEP
     else:
         first = 0
     start = first + part * part_keys

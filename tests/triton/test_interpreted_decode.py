@@ -75,7 +75,7 @@ def test_a_row_for_every_sequence_is_divided_by_its_own_length(monkeypatch):
     assert by_length.sum(1).tolist() == [16, 4]
 
 
-def test_a_length_beyond_the_table_or_below_the_rows(monkeypatch):
+def test_a_length_below_the_rows(monkeypatch):
     """Lengths are on the device alone: a bad one reads nothing that isn't there."""
     monkeypatch.setattr(paged, "_PART_KEYS", 32)
     problem = make_problem(1, [90, 40], [3, 2], dtype=torch.float32, heads=(2, 1), dim=16, page=16)
