@@ -83,10 +83,10 @@ def paged_attention(
             None if visible_ranges is None else visible_ranges.contiguous(), sinks, out_parts, lse_parts, scale,
             softcap, window_left, sequences, q_rows, num_pages,
             0 if visible_ranges is None else visible_ranges.shape[0],
-            max_pages * page, 0 if decode.chosen.by_length else part_keys, *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
-            page_table.stride(0), GROUP=group, HEADS=heads, ROWS=rows, STEP=config.step, PAGE=page, D=columns, BD=width,
-            SOFTCAP=softcap > 0, PRECISION=launch.precision(q.dtype, target), num_warps=config.warps,
-            num_stages=config.stages, AHEAD=ahead,
+            max_pages * page, 0 if decode.chosen.by_length else part_keys, *q.stride()[:2], *k_pages.stride()[:3],
+            *v_pages.stride()[:3], page_table.stride(0), GROUP=group, HEADS=heads, ROWS=rows, STEP=config.step,
+            PAGE=page, D=columns, BD=width, SOFTCAP=softcap > 0, PRECISION=launch.precision(q.dtype, target),
+            AHEAD=ahead, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if parts > 1:
             paged_attention_merge_kernel[(q_rows * q_heads,)](
