@@ -165,6 +165,19 @@ def _items(units: torch.Tensor, heads: int, programs: int) -> tuple[torch.Tensor
 
 def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> str | None:
     """Return why the kernel does not take these arguments, or None if it does."""
+    if reason := unsupported_tensors(q, k, v):
+        return reason
+    if not scale > 0:
+        return f"scale: got {scale}, needs a positive number"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) not in _VERSIONS:
+        return f"triton: got {triton.__version__}, needs 3.6 or 3.7"
+    if launch.architecture(q.device) != "sm_90":
+        return f"device: got {launch.architecture(q.device)}, needs sm_90"
+    return None
+
+
+def unsupported_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Return why the kernel does not take tensors of this kind, or None if it does."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype != torch.bfloat16:
             return f"{name}: got {tensor.dtype}, needs torch.bfloat16"
@@ -181,12 +194,6 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float)
             return f"{name}: got a tensor on {tensor.device}, needs {q.device} as q"
     if k.shape != v.shape:
         return f"v: got shape {list(v.shape)}, needs {list(k.shape)} as k"
-    if not scale > 0:
-        return f"scale: got {scale}, needs a positive number"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) not in _VERSIONS:
-        return f"triton: got {triton.__version__}, needs 3.6 or 3.7"
-    if launch.architecture(q.device) != "sm_90":
-        return f"device: got {launch.architecture(q.device)}, needs sm_90"
     return None
 
 
