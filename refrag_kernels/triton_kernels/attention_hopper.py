@@ -33,7 +33,7 @@ class Config(NamedTuple):
     warpgroups: int = 2  # consumers: two in a block of threads, or one in each of two blocks
     consumer_registers: int = 232  # of a thread of two consumers; a single one has what the producer leaves
     producer_registers: int = 40
-    masks: bool = False  # whether tiles may see parts of keys' tiles
+    masks: bool = False  # whether tiles may see keys in part
     in_turn: bool = False  # whether two consumers issue their products one after the other
 
     @property
@@ -77,8 +77,8 @@ def divide(
     Parameters
     ----------
     plan : AttentionPlan
-        Its tiles of ``config.blocks`` blocks see whole ranges of 64 keys and nothing else, as they do where chunks that
-        see each other are multiples of 64 rows long and the mask is not causal.
+        Without ``config.masks``, its tiles of ``config.blocks`` blocks must see whole ranges of 64 keys and nothing
+        else, as they do where chunks are multiples of 64 rows long and the mask is not causal.
     q_heads, kv_heads : int
         H_q and H_kv.
     programs : int, optional
@@ -92,7 +92,7 @@ def divide(
     Raises
     ------
     ValueError
-        If a tile sees a part of a range only, the plan has a capacity, or the heads don't fill tiles.
+        If the plan needs masks and ``config`` has none, or has a capacity, or the heads don't fill tiles.
     """
     config = config or Config()
     if config.step not in (64, 128) or config.warpgroups not in (1, 2) or config.stages < 2:
@@ -200,7 +200,7 @@ def unsupported_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> st
 def hopper_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, work: Work, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention on sm_90 of plans without masks: see ``refrag_kernels.mixed_attention``.
+    """Attention on sm_90: see ``refrag_kernels.mixed_attention``.
 
     Parameters
     ----------

@@ -11,6 +11,9 @@ Row m of a tile belongs to block m // (16 * HEADS), to row m // HEADS % 16 of it
 
 Ranges of keys are multiples of 64 long, and so is what is copied: a step of 128 takes two pieces of 64, wherever they
 lie. If their number is odd, the first step takes one piece twice and masks the second: all others are without a test.
+
+With ``MASKS`` an item begins with steps of entries, 16 keys each, whose bits say which row sees which key. What a row
+does not see has weight 0, but takes part in the product: NaN in the values of a tile reaches all rows that see some.
 """
 
 from triton.experimental import gluon
