@@ -192,7 +192,12 @@ def masked_case():
 FAULTS = {
     "keys are not waited for": _without(4, "mbarrier.wait(k_ready.index(stage), (n + 1) // STAGES & 1)"),
     "the first keys are not waited for": _without(3, "mbarrier.wait(k_ready.index(stage), n // STAGES & 1)"),
-    "values are not waited for": _without(4, "mbarrier.wait(v_ready.index(stage_before), n // STAGES & 1)"),
+    "values are not waited for": [
+        (
+            "stage_before = n % STAGES\n                mbarrier.wait(v_ready.index(stage_before), n // STAGES & 1)\n",
+            "stage_before = n % STAGES\n",
+        )
+    ],
     "the last values are not waited for": _without(3, "mbarrier.wait(v_ready.index(stage), n // STAGES & 1)"),
     "query rows are not waited for": _without(3, "mbarrier.wait(q_ready.index(CONSUMER), tiles & 1)"),
     "buffers are not waited for": _without(1, "mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)"),

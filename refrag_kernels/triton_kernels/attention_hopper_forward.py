@@ -332,6 +332,9 @@ def _consumer(
                     if step <= masked_steps:
                         scores = _masked(scores, step, masked_steps, pieces, entry, entries, masks, STEP)
                 weights, row_max, row_sum, decay = _softmax(scores, row_max, row_sum, factor, MASKS)
+                # Over already. It is a loop, across which ptxas does not move instructions: else the softmax would come
+                # after the sums, whose products it is to cover.
+                mbarrier.wait(v_ready.index(stage_before), n // STAGES & 1)
                 sums = warpgroup_mma_wait(0, deps=(pending_sums,))
                 mbarrier.arrive(v_empty.index(stage_before), count=1)
                 sums = sums * gl.expand_dims(gl.convert_layout(decay, gl.SliceLayout(1, SUMS)), 1)

@@ -77,6 +77,15 @@ def test_machine_code(compiled):
     assert re.search(r"\bUSETMAXREG\b", code) and not re.search(r"\bLDGSTS\b", code)
 
 
+def test_the_softmax_covers_the_products_of_values(compiled):
+    """All exponentials of a step, 64 rows by 128 threads, come before the wait for the sums."""
+    config, kernel = compiled
+    code = ahead_of_time.machine_code(kernel)[1]
+    between = re.findall(r"DEPBAR\.LE gsb0, 0x1\b(.*?)DEPBAR\.LE gsb0, 0x0\b", code, re.S)
+    assert len(between) == config.warpgroups
+    assert all(part.count("MUFU.EX2") >= config.step * 64 // 128 for part in between)
+
+
 def test_warps_of_a_consumer_are_in_step_before_one_of_them_releases_a_buffer(compiled):
     """One thread arrives for four warps, each of which has waited for its own part of a product only."""
     config, kernel = compiled
