@@ -200,7 +200,8 @@ class _Program:
         try:
             if self.fault:
                 return
-            partition.function()
+            with np.errstate(all="ignore"):  # of this thread
+                partition.function()
             if partition.products:
                 raise Fault("a partition ends with products under way")
             partition.done = True
@@ -283,8 +284,7 @@ class Emulator:
         for self._index in range(grid):
             self._grid = grid
             self._program = _Program(seed * 100_003 + self._index)
-            with np.errstate(all="ignore"):
-                self._names[name](**given)
+            self._names[name](**given)
         for key, tensor in tensors.items():
             tensor.copy_(torch.from_numpy(given[key].array).view(tensor.shape))
 
