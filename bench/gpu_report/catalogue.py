@@ -39,9 +39,9 @@ class Block:
 
 CATALOGUE = (
     Block("environment", 20, "what the machine is and can do; whether the Triton cache brought along is used"),
-    Block("grid_order", 25, "whether heads or tiles should vary fastest in the grid"),
+    Block("grid_order", 40, "whether heads or tiles should vary fastest in the grid"),
     Block("counters", 45, "what binds passages, a prompt and decoding: tensor cores, L2, memory or latency"),
-    Block("decode_sweep", 40, "how many buffers, and which page lookup, decoding takes"),
+    Block("decode_sweep", 60, "how many buffers, and which page lookup, decoding takes"),
     Block("gluon", 60, "whether the warp-specialized forward kernel is right, and how fast"),
     Block("first_token", 45, "what a captured prefill saves before the first token"),
     Block("sdpa", 25, "which kernels torch runs for dense attention, and what a new shape costs"),

@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 import refrag_kernels as rk
-from refrag_kernels import AttentionPlan, ChunkLayout, ChunkMask
+from refrag_kernels import AttentionPlan, ChunkLayout, ChunkMask, PlanCapacity
 
 NAME = "refrag"
 _logger = logging.get_logger(__name__)
@@ -37,17 +37,36 @@ class AttentionPlans:
         True for a decoder, False for an encoder.
     kv_layout : ChunkLayout, optional
         Of all rows that the cache holds then, where the packed rows are the last of them; the mask is about its chunks.
+    capacity : PlanCapacity, optional
+        Fixed sizes of the plans, which then fit tensors of so many rows, and can be refilled.
+    device : torch.device, optional
+        Where the plans go; default where the layout is.
     """
 
     def __init__(
-        self, layout: ChunkLayout, mask: ChunkMask, *, causal: bool, kv_layout: ChunkLayout | None = None
+        self,
+        layout: ChunkLayout,
+        mask: ChunkMask,
+        *,
+        causal: bool,
+        kv_layout: ChunkLayout | None = None,
+        capacity: PlanCapacity | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.layout = layout
         self.kv_layout = layout if kv_layout is None else kv_layout
         self.mask = mask
         self.causal = causal
-        self._longest = max((sum(lengths) for lengths in self.kv_layout.lengths()), default=0)
+        self.capacity = capacity
+        self._device = layout.device if device is None else device
+        longest = max((sum(lengths) for lengths in self.kv_layout.lengths()), default=0)
+        self._longest = longest if capacity is None else capacity.kv_rows
         self._plans: dict[int | None, AttentionPlan] = {}
+
+    @property
+    def kv_rows(self) -> int:
+        """Key rows that the plans are made for."""
+        return self.kv_layout.total_rows if self.capacity is None else self.capacity.kv_rows
 
     def for_window(self, window: int | None) -> AttentionPlan:
         """Return the plan of layers with this window: transformers' ``sliding_window``, or None.
@@ -57,17 +76,44 @@ class AttentionPlans:
         if window is not None and window >= self._longest:
             window = None
         if window not in self._plans:
-            # transformers counts the row itself; refrag_kernels' (left, right) doesn't.
-            bounds = window if window is None or self.causal else (window - 1, window - 1)
-            self._plans[window] = rk.plan_attention(
-                self.layout,
-                self.mask,
-                causal=self.causal,
-                window=bounds,
-                kv_layout=None if self.kv_layout is self.layout else self.kv_layout,
-                device=self.layout.device,
-            )
+            # Buffers made in inference mode could not be refilled outside of it.
+            with torch.inference_mode(torch.is_inference_mode_enabled() and self.capacity is None):
+                self._plans[window] = self._plan(window, None)
         return self._plans[window]
+
+    def refill(self, layout: ChunkLayout, mask: ChunkMask) -> None:
+        """Write the plans of another batch into the buffers of those that were made, without waiting for the device.
+
+        Parameters
+        ----------
+        layout, mask
+            As for a new object.
+
+        Raises
+        ------
+        ValueError
+            If there is no ``capacity``, or the batch's plans don't fit it.
+        """
+        if self.capacity is None:
+            raise ValueError("capacity: got None, needs a PlanCapacity: plans without one can't be refilled")
+        self.layout = self.kv_layout = layout
+        self.mask = mask
+        for window, plan in self._plans.items():
+            self._plan(window, plan)
+
+    def _plan(self, window: int | None, out: AttentionPlan | None) -> AttentionPlan:
+        # transformers counts the row itself; refrag_kernels' (left, right) doesn't.
+        bounds = window if window is None or self.causal else (window - 1, window - 1)
+        return rk.plan_attention(
+            self.layout,
+            self.mask,
+            causal=self.causal,
+            window=bounds,
+            kv_layout=None if self.kv_layout is self.layout else self.kv_layout,
+            capacity=self.capacity,
+            out=out,
+            device=self._device,
+        )
 
 
 def no_mask(device: torch.device) -> torch.Tensor:
@@ -132,7 +178,7 @@ def refrag_attention(
     if query.shape[0] != 1:
         raise ValueError(f"query: got a batch of {query.shape[0]}, needs 1: plans are for packed rows")
     plan = refrag_plans.for_window(sliding_window)
-    rows = refrag_plans.kv_layout.total_rows
+    rows = refrag_plans.kv_rows
     # A static cache returns all the rows it has room for; the prompt's come first.
     query, key, value = (states[0, :, :rows].transpose(0, 1) for states in (query, key, value))
     out = rk.mixed_attention(query, key, value, plan, scale=scaling, softcap=softcap, sinks=s_aux)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -160,31 +161,48 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
                 chunk_embeds = self.encode_chunks(prompt.encoder_input)
         if list(chunk_embeds.shape) != needed:
             raise ValueError(f"chunk_embeds: got shape {list(chunk_embeds.shape)}, needs {needed}, one row per chunk")
+        return self.embed_rows(prompt.token_ids, prompt.slot_of_row, chunk_embeds)
+
+    def embed_rows(
+        self, token_ids: torch.Tensor, slot_of_row: torch.Tensor, chunk_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Make the decoder's input of rows whose fields are on the device: what ``embed`` does after its checks.
+
+        Parameters
+        ----------
+        token_ids : Tensor, int64 [T]
+        slot_of_row : Tensor, int32 [T]
+            -1 for text, else a row of the slots that ``chunk_embeds`` are projected to.
+        chunk_embeds : Tensor [N, d_enc]
+
+        Returns
+        -------
+        Tensor [T, d_dec]
+        """
         table = self.get_input_embeddings()
-        # Gemma scales its token embeddings, by a number rounded to their dtype.
-        scale = getattr(table, "embed_scale", None)
-        token_scale = 1.0 if scale is None else float(scale.to(table.weight.dtype))
+        token_scale = _token_scale(table)
         chunks = self.projector.norm(chunk_embeds.to(table.weight.dtype))
         weights, activation = self.projector.weights(), self.projector.activation
         # Sharded tables are whole only while their module runs.
         if self.config.latents == 1 and not hasattr(table.weight, "full_tensor"):
             return rk.embed_mixed(
-                prompt.token_ids, table.weight, chunks, prompt.slot_of_row, *weights,
-                activation=activation, token_scale=token_scale,
-            )  # fmt: skip
-        text = table(prompt.token_ids)
+                token_ids, table.weight, chunks, slot_of_row, *weights, activation=activation, token_scale=token_scale
+            )
+        text = table(token_ids)
         if not len(chunks):
             return text
         slots = rk.project_chunks(chunks, *weights, activation=activation).view(-1, text.shape[1])
-        of_row = prompt.slot_of_row
-        return torch.where((of_row >= 0)[:, None], slots[of_row.clamp(min=0).long()], text)
+        return torch.where((slot_of_row >= 0)[:, None], slots[slot_of_row.clamp(min=0).long()], text)
+
+    def mask(self, prompt: MixedPrompt) -> ChunkMask:
+        """Return which span of a prompt may look at which, in the decoder."""
+        if self.config.decoder_mask == "passages":
+            return ChunkMask.passages(prompt.passage_of_span)
+        return ChunkMask.full()
 
     def plans(self, prompt: MixedPrompt) -> attention.AttentionPlans:
         """Make the decoder's attention plans for a prompt."""
-        mask = ChunkMask.full()
-        if self.config.decoder_mask == "passages":
-            mask = ChunkMask.passages(prompt.passage_of_span)
-        return attention.AttentionPlans(prompt.layout, mask, causal=True)
+        return attention.AttentionPlans(prompt.layout, self.mask(prompt), causal=True)
 
     def forward(
         self,
@@ -402,6 +420,19 @@ def _next_tokens(prompt: MixedPrompt, labels: torch.Tensor, logits_to_keep: int)
     targets = torch.nn.functional.pad(targets[1:], (0, 1), value=-100)
     ends = prompt.layout.sequence_offsets[1:].long() - 1
     return targets.index_fill(0, ends[ends >= 0], -100)[None]
+
+
+def _token_scale(table: nn.Module) -> float:
+    """Return what a decoder's embedding multiplies its rows by, without reading from the device."""
+    scale = getattr(table, "embed_scale", None)
+    if isinstance(scale, torch.Tensor):  # Gemma's, whose number is on the host too
+        return _rounded(float(getattr(table, "scalar_embed_scale", scale)), table.weight.dtype)  # type: ignore[arg-type]
+    return 1.0 if scale is None else float(scale)
+
+
+@functools.cache
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(number, dtype=torch.float32, device="cpu").to(dtype))
 
 
 def _kept_rows(prompt: MixedPrompt, count: int) -> int | torch.Tensor:

@@ -154,8 +154,13 @@ _PAGED = {
     (4, True): {64: Config(32, 4, 2, 16), 128: Config(32, 4, 2, 16), 256: Config(32, 4, 1, 16)},
     (4, False): {64: Config(32, 4, 2, 32), 128: Config(32, 8, 1, 32), 256: Config(32, 8, 1, 16)},
 }
-# By architecture, where another choice is better: four warps with ranges spill on sm_120.
-_PAGED_OTHER = {("sm_120", 2, False): {128: Config(32, 8, 2, 64)}}
+# By architecture, where another choice is better: a third stage leaves 99 KiB of shared memory one block at a time;
+# four warps with ranges spill on sm_120.
+_PAGED_OTHER = {
+    ("sm_86", 2, True): {128: Config(64, 4, 2, 16)},
+    ("sm_120", 2, True): {128: Config(64, 4, 2, 16)},
+    ("sm_120", 2, False): {128: Config(32, 8, 2, 64)},
+}
 
 
 def paged(architecture: str, width: int, element_size: int, decode: bool) -> Config:
