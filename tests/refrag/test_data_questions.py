@@ -107,7 +107,7 @@ def test_gcide(tmp_path):
     )
     assert tort.text.startswith("1. Mischief; injury; calamity. 2. (Law) Any civil wrong")
     assert (entries["Femur"].domain, entries["Femur"].definition) == ("anatomy", "The thigh bone of an animal")
-    assert entries["Abature"].text.endswith("a stag passing through them")
+    assert entries["Abature"].text.endswith("a stag passing through them.")
     questions = [question_text(entry) for entry in entries.values()]
     assert questions[:3] == [
         "What is an abatis?",
@@ -266,7 +266,8 @@ def test_options_of_a_page(tmp_path, monkeypatch):
     pytest.importorskip("resiliparse")
     html = """<dl class="Bl-tag"><dt><a href="#x"><b>-x</b>, <b>--extract</b>=<i>FILE</i></a></dt>
       <dd>Take files out of <i>FILE</i>. The rest stays.</dd><dt>word</dt><dd>No option.</dd></dl>
-      <p class="Pp">--quiet</p><div class="Bd-indent">Say nothing at all.</div><p class="Pp">-5 is a number</p><p>More.</p>"""
+      <p class="Pp">--quiet</p><div class="Bd-indent">Say nothing at all.</div><p class="Pp">-5 is a number</p>
+      <p>More.</p>"""
     monkeypatch.setattr(manual_options, "manual_html", lambda content: html.encode())
     (tmp_path / "man" / "man1").mkdir(parents=True)
     (tmp_path / "man" / "man1" / "tool.1.gz").write_bytes(gzip.compress(b".TH"))

@@ -188,7 +188,7 @@ def _read(package: Package, settings: CorpusSettings, once: Deduplicator, parall
         documents.append(Document(f"{package.name}/{file.name}", fresh, package.name))
     if not documents:
         raise ValueError(
-            f"{package.name}: of {len(files)} files with text none has {settings.min_characters} characters of new prose"
+            f"{package.name}: of {len(files)} files none has {settings.min_characters} characters of new prose"
         )
     entry = {
         "name": package.name,
@@ -217,7 +217,7 @@ def _up_to(level: int, documents: list[Document], seed: int) -> list[Document]:
 
 
 def _draw(seed: int, what: str, id: str) -> float:
-    """Return a number from 0 to 1 that follows from the seed and a document's id, whatever other documents there are."""
+    """Return a number from 0 to 1 that follows from the seed and a document's id, whatever else there is."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{what}/{id}".encode()).digest()[:7], "big") / 2**56
 
 
