@@ -116,6 +116,16 @@ def test_gcide(tmp_path):
     ]
 
 
+def test_the_passage_holds_the_answer(tmp_path):
+    senses = "".join(f"   {n}. A sense of the word which is the one of number {n}.\n\n" for n in range(1, 12))
+    entry = f"Staff \\Staff\\, n. [AS.]\n{senses}   12. (Mus.) The five lines on which music\n       is written.\n"
+    write(tmp_path, "gcide", {"Staff": entry, "Stave": entry.replace("Staff", "Stave").replace("(Mus.) ", "")})
+    staff, stave = read_dictionary(tmp_path, "gcide")
+    assert (staff.definition, staff.domain) == ("The five lines on which music is written", "music")
+    assert staff.text == "The five lines on which music is written."
+    assert stave.text.startswith("1. A sense of the word") and stave.text.endswith("number 5.")
+
+
 def test_wordnet_and_foldoc(tmp_path):
     write(tmp_path, "wn", WN)
     write(tmp_path, "foldoc", FOLDOC)

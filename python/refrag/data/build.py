@@ -134,12 +134,11 @@ def build_corpus(
         for domain, group in held_out.items():
             splits[f"heldout-{domain}"] = [document for package in group for document in read[package.name].documents]
         manifest = {
-            "settings": {**dataclasses.asdict(settings), "workers": None},
+            "settings": {key: value for key, value in vars(settings).items() if key != "workers"},
             "splits": {name: _counts(documents) for name, documents in splits.items()},
             "packages": [{**source.entry, **_counts(source.documents), "held_out": domain_of.get(package)}
                          for package, source in ((package, read[package.name]) for package in [*packages, *domain_of])],
         }  # fmt: skip
-        del manifest["settings"]["workers"]
         for name, documents in splits.items():
             documents.sort(key=lambda document: _draw(settings.seed, "order", document.id))
             with open(part / f"{name}.jsonl", "w", encoding="utf-8") as file:

@@ -28,6 +28,7 @@ _DOMAINS = {
 }  # fmt: skip
 
 
+_PASSAGE_WORDS = 70
 DICTIONARIES = ("gcide", "wn", "foldoc")
 
 
@@ -190,7 +191,7 @@ def first_words(text: str, count: int) -> str:
         if taken and len(taken) + len(words) > count:
             break
         taken += words[: count if not taken else None]
-    return " ".join(taken).rstrip(" ;,")
+    return re.sub(r"(?<=[.;]) \d+\.?$", "", " ".join(taken).rstrip(" ;,"))  # no number of a sense that was cut off
 
 
 def _entry(headword: str, first: str, text: str, kind: str, domain: str, source: str) -> Entry | None:
@@ -200,7 +201,10 @@ def _entry(headword: str, first: str, text: str, kind: str, domain: str, source:
     )
     if definition is None or says_little or not headword or len(headword) > 40:
         return None
-    return Entry(headword, definition, first_words(_plain(text), 70), kind, domain, source)
+    words = first_words(_plain(text), _PASSAGE_WORDS)
+    if definition not in words:  # a later sense of many
+        words = first_words(_plain(first), _PASSAGE_WORDS)
+    return Entry(headword, definition, words, kind, domain, source)
 
 
 def _clauses(text: str) -> Iterator[str]:

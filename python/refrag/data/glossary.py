@@ -61,10 +61,10 @@ def glossary_questions(
     for side, among in ((0, np.flatnonzero(training)), (1, np.arange(len(entries)))):
         asked = among if side == 0 else np.flatnonzero(~training)
         texts = [passage_text(entries[index]) for index in among]
-        for index, near in zip(asked, _nearest(vectors[asked], vectors[among])):
+        for index, near in zip(asked.tolist(), _nearest(vectors[asked], vectors[among])):
             entry = entries[index]
             same = entry.headword.lower() + ":"
-            alike = [passage_text(entries[other]) for other in among[near]]
+            alike = [passage_text(entries[other]) for other in among[near].tolist()]
             sides[side].append(
                 draw_question(
                     (question_text(entry), entry.definition + "."),
