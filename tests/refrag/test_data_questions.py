@@ -198,6 +198,7 @@ def test_glossary():
         alike += max(tens) - min(tens) <= 2
     assert 0.1 < unanswered / 240 < 0.3 and 0.35 < alike / 240 < 0.65
     assert len({question.gold for question in train}) == 6  # in any place, or in none
+    assert len({question.source for question in train[:20]}) == 2  # in random order
     assert glossary_questions(entries(), embed, settings) == (train, test)
     assert glossary_questions(entries(), embed, QuestionSettings(passages=5, test=0.2, seed=2)) != (train, test)
 

@@ -113,6 +113,7 @@ def option_questions(options: Sequence[Option], settings: QuestionSettings) -> t
                     source=option.source,
                 )  # fmt: skip
             )
+        settings.random(f"order/{side}").shuffle(sides[side])
     return sides
 
 
