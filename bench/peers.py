@@ -132,7 +132,8 @@ def forced_sdpa(
 
 def dense_libraries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> dict[str, Attention]:
     """Return what computes attention without a mask of chunks on a GPU; what can't run here raises Skip when called."""
-    calls = {f"SDPA, {name}": late(lambda name=name: forced_sdpa(name, q, k, v, is_causal=causal)) for name in _SDPA}
+    named = _SDPA if q.device.type == "cuda" else ()
+    calls = {f"SDPA, {name}": late(lambda name=name: forced_sdpa(name, q, k, v, is_causal=causal)) for name in named}
     makers = {"FlashAttention": wheels.flash_attention, "FlashInfer": wheels.flashinfer, "xformers": wheels.xformers}
     return calls | {name: late(lambda make=make: make(q, k, v, causal)) for name, make in makers.items()}
 

@@ -200,7 +200,8 @@ class _Program:
         try:
             if self.fault:
                 return
-            partition.function()
+            with np.errstate(all="ignore"):  # of this thread
+                partition.function()
             if partition.products:
                 raise Fault("a partition ends with products under way")
             partition.done = True
@@ -283,8 +284,7 @@ class Emulator:
         for self._index in range(grid):
             self._grid = grid
             self._program = _Program(seed * 100_003 + self._index)
-            with np.errstate(all="ignore"):
-                self._names[name](**given)
+            self._names[name](**given)
         for key, tensor in tensors.items():
             tensor.copy_(torch.from_numpy(given[key].array).view(tensor.shape))
 
@@ -298,7 +298,7 @@ class Emulator:
             zeros=lambda shape, dtype, layout=None: _values(np.zeros(shape, dtype)),
             full=lambda shape, value, dtype, layout=None: _values(np.full(shape, value, dtype)),
             where=lambda condition, a, b: _scalar_or_values(np.where(condition, a, b)),
-            maximum=lambda a, b: _values(np.maximum(a, b)), exp2=lambda x: _values(np.exp2(x)),
+            maximum=lambda a, b: _values(np.maximum(a, b)), minimum=min, exp2=lambda x: _values(np.exp2(x)),
             max=lambda x, axis: _values(np.max(x, axis)), sum=lambda x, axis: _values(np.sum(x, axis)),
             log2=lambda x: _values(np.log2(x)), expand_dims=lambda x, axis: _values(np.expand_dims(x, axis)),
             convert_layout=lambda x, layout: x,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accuracy import LSE, OUTPUT, relative_error
+from factory import random_plan_problem
 
 import refrag_kernels as rk
 from bench.prompts import Passages
@@ -158,11 +159,45 @@ def _moved(depth, line, before):
     return [(f"{line}\n", "\n"), (before, line + before)]
 
 
+MASKED = [Config(), Config(step=64, stages=3), Config(blocks=2, stages=3), Config(step=64, blocks=8, in_turn=True)]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_masks_against_float64(seed):
+    """Chunks of any length, causal and not, windows, query rows that are the last of their sequences."""
+    config = MASKED[seed % len(MASKED)]._replace(masks=True)
+    random_problem = random_plan_problem(random.Random(seed))
+    generator = torch.Generator().manual_seed(seed)
+    rows, keys = random_problem.layout.total_rows, random_problem.keys.total_rows
+    q, k, v = (
+        torch.randn(count, heads, 128, generator=generator).bfloat16()
+        for count, heads in ((rows, 2 * config.heads), (keys, 2), (keys, 2))
+    )
+    case = Problem(random_problem.plan(), random_problem.allowed(), q, k, v, config, programs=3)
+    case.check(*case.run(seed))
+
+
+def masked_case():
+    """Return a problem of steps of entries, one of half a step after them, and one without entries."""
+    layout = rk.ChunkLayout.from_lengths([[64, 41, 87, 64, 64]])
+    seen = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 1]]).bool()
+    mask = rk.ChunkMask.from_dense([seen])
+    plan, allowed = (make(layout, mask, causal=False) for make in (rk.plan_attention, allowed_pairs))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(320, heads, 128, generator=generator).bfloat16() for heads in (2, 1, 1))
+    return Problem(plan, allowed, q, k, v, Config(masks=True), programs=2, shuffled=True)
+
+
 # Each is a mistake that compiles, and would hang or corrupt results on a GPU, if only now and then.
 FAULTS = {
     "keys are not waited for": _without(4, "mbarrier.wait(k_ready.index(stage), (n + 1) // STAGES & 1)"),
     "the first keys are not waited for": _without(3, "mbarrier.wait(k_ready.index(stage), n // STAGES & 1)"),
-    "values are not waited for": _without(4, "mbarrier.wait(v_ready.index(stage_before), n // STAGES & 1)"),
+    "values are not waited for": [
+        (
+            "stage_before = n % STAGES\n                mbarrier.wait(v_ready.index(stage_before), n // STAGES & 1)\n",
+            "stage_before = n % STAGES\n",
+        )
+    ],
     "the last values are not waited for": _without(3, "mbarrier.wait(v_ready.index(stage), n // STAGES & 1)"),
     "query rows are not waited for": _without(3, "mbarrier.wait(q_ready.index(CONSUMER), tiles & 1)"),
     "buffers are not waited for": _without(1, "mbarrier.wait(empty.index(stage), (n // STAGES & 1) ^ 1)"),
@@ -218,16 +253,34 @@ TURN_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, *TURN_FAULTS])
+# The same, where tiles see parts of keys' tiles.
+MASK_FAULTS = {
+    "what a block sees whole is masked": [("code == -2, 0xFFFF", "code == -2, 0")],
+    "what lies behind the last entry is seen": [("& (entry < end)", "& (entry <= end)"), ("- 1) * WIDTH", ") * WIDTH")],
+    "the bits of other rows": [("(word >> (16 * (o_row % 2)))", "word")],
+    "half a step after the entries is not masked": [("if step <= masked_steps:", "if step < masked_steps:")],
+    "a step after the entries takes half": [("(step == masked_steps) & (pieces % 2 == 0)", "False")],
+    "rows that have seen nothing yet": [("if MASKS:  #", "if False:  #")],
+    "values of entries as if they were of ranges": [
+        (
+            "fmt: skip\n                _copy_step(\n                    v_descs, p_entries, v_head, v_masked > 0 if",
+            "fmt: skip\n                _copy_step(\n                    v_descs, p_entries, v_head, False if",
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *TURN_FAULTS, *MASK_FAULTS])
 def test_planted_faults_are_caught(fault):
     # Items of an odd and an even number of pieces, of one step and of three, of two ranges, and one without keys.
     seen = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 0, 1, 0]]).bool()
     case = problem(30, lengths=[[64, 128, 64, 64, 64]], seen=[seen], programs=2)
     case.shuffled, case.config = True, Config(in_turn=fault in TURN_FAULTS)
+    case = masked_case() if fault in MASK_FAULTS else case
     case.check(*case.run())
     for seed in range(12):
         try:
-            case.check(*case.run(seed, {**FAULTS, **TURN_FAULTS}[fault]))
+            case.check(*case.run(seed, {**FAULTS, **TURN_FAULTS, **MASK_FAULTS}[fault]))
         except AssertionError:
             return
     pytest.fail("12 orders of events went well")
@@ -250,7 +303,7 @@ def test_the_work_is_all_there_and_shared_out_evenly():
 @pytest.mark.parametrize(
     ("arguments", "config", "error"),
     [
-        (dict(causal=True), DEFAULT, "plan: got 16 partial tiles in groups of 4 blocks, needs none"),
+        (dict(causal=True), DEFAULT, "plan: got 16 partial tiles in groups of 4 blocks, needs none, or config.masks"),
         (dict(q_heads=3), DEFAULT, "q: got 3 heads for 1 of k, needs a multiple of 2 for each"),
         (dict(q_heads=4, kv_heads=3), DEFAULT, "q: got 4 heads for 3 of k"),
         ({}, Config(step=96), r"config: got Config\(step=96.*needs a step of 64 or 128"),

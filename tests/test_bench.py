@@ -278,6 +278,25 @@ def test_the_command_of_a_row_selects_it(row):
     assert [chosen.name for chosen in command._selected(options)] == [row.name]
 
 
+def test_rows_on_request_are_those_whose_case_is_named():
+    sweep = Sweep(presets=("llama3-8b",), batch=(1, 32), table=(0, 131072))
+    rows = [row for row in table.entries(sweep) if row.on_request]
+    cases = {"causal", "documents", "blocks", "interleaved", "random_passages", "batch"}
+    assert {row.case for row in rows} == cases and not any(row.on_request for row in table.published())
+    for row in rows:
+        options = command._parser().parse_args(row.command.split()[3:])
+        assert [chosen.name for chosen in command._selected(options)] == [row.name]
+    options = command._parser().parse_args(["run", "--preset", "llama3-8b"])
+    assert not cases & {row.case for row in command._selected(options)}
+
+
+def test_what_a_plan_takes_is_told_of_contenders_that_have_one():
+    plans = {OURS: lambda: None, "einsum": lambda: None, "not here": lambda: fail("not called")}
+    outcome = measure(entry(dataclasses.replace(right, plans=plans)), rounds=1, backends=["cpu", "reference"])
+    assert set(outcome.plans) == {f"{OURS}, cpu", f"{OURS}, reference", "einsum"}
+    assert all(record["plan_s"] >= 0 for record in results.records(outcome))
+
+
 def bench(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "bench", *arguments], cwd=ROOT, capture_output=True, text=True,

@@ -90,6 +90,12 @@ def test_the_listing_names_every_block(capsys):
         gpu_report.main(["--list", "--seconds", "0"])
 
 
+def test_the_page_about_the_report_has_every_block():
+    page = (ROOT / "docs" / "how-to" / "gpu-report.md").read_text()
+    for block in catalogue.CATALOGUE:
+        assert f"| {block.name} | " in page, block
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [

@@ -86,3 +86,17 @@ def test_a_silent_process_is_ended_with_what_it_started():
         next(running)
     status = Path(f"/proc/{pid}/stat")
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_checks_are_for_their_configurations():
+    """On a GPU a plan that its configuration refuses would cost a check."""
+    from bench.gpu_report import gluon_cases as cases
+
+    named = {name: config for configs in cases.CONFIGS.values() for name, config in configs.items()}
+    assert set(named) == set(cases.CHECKS)
+    for name, problem in cases.CHECKS.items():
+        assert name in cases.CONFIGS[problem.group], name
+        work = cases.attention_hopper.divide(problem.plan("cpu"), *problem.heads, programs=132, config=named[name])
+        assert bool(work.entries.shape[0]) == named[name].masks, name
+        assert not cases.attention_hopper.unsupported_tensors(*problem.tensors("cpu")), name
+    assert {problem.group for problem in cases.TIMED} == set(cases.CONFIGS)

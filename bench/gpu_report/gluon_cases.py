@@ -15,33 +15,37 @@ from refrag_kernels.triton_kernels.attention_hopper import Config
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-# By query heads of a key/value head: those that share keys, and one.
+# By query heads of a key/value head: those that share keys, and one. Those with masks are for plans that need them.
 CONFIGS = {
     4: {
         "128 keys x 2": Config(),
-        "128 keys x 2, 240 registers": Config(consumer_registers=240, producer_registers=24),
         "64 keys x 4": Config(step=64, stages=4),
         "128 keys x 2, in turn": Config(in_turn=True),
         "64 keys x 4, in turn": Config(step=64, stages=4, in_turn=True),
+        "128 keys x 2, 240 registers": Config(consumer_registers=240, producer_registers=24),
         "128 keys x 2, 4 heads a tile": Config(blocks=2),
+        "masks, 128 keys x 2": Config(masks=True),
+        "masks, 64 keys x 4": Config(step=64, stages=4, masks=True),
     },
     1: {
         "64 keys x 2, two blocks": Config(step=64, warpgroups=1),
         "128 keys x 2, tiles of 128 rows": Config(blocks=8),
         "64 keys x 4, tiles of 128 rows": Config(step=64, stages=4, blocks=8),
+        "masks, 128 keys x 2, tiles of 128 rows": Config(blocks=8, masks=True),
     },
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A mask without partial tiles, by the pairs of rows that it allows (None: all), and heads."""
+    """A mask and heads: all pairs of rows, passages of which ``density`` are visible, or the causal ones."""
 
     name: str
     rows: int
     heads: tuple[int, int]
     density: float = 1.0
     by_heads: bool = False  # whether the memory of q, k and v is [H, T, D]
+    causal: bool = False
 
     @property
     def group(self) -> int:
@@ -52,14 +56,20 @@ class Problem:
         return self.density == 1.0
 
     def allowed(self, device: str) -> torch.Tensor | None:
+        """Return the pairs of rows that are visible, None for all."""
+        if self.causal:
+            return torch.ones(self.rows, self.rows, dtype=torch.bool, device=device).tril()
         return None if self.dense else Passages(self.rows, 16, self.density).dense().to(device)
 
     def pairs(self) -> int:
+        if self.causal:
+            return self.rows * (self.rows + 1) // 2
         return self.rows**2 if self.dense else int(Passages(self.rows, 16, self.density).dense().sum())
 
     def plan(self, device: str) -> rk.AttentionPlan:
         if self.dense:
-            return rk.plan_attention(rk.ChunkLayout.from_lengths([[self.rows]]), causal=False, device=device)
+            layout = rk.ChunkLayout.from_lengths([[self.rows]])
+            return rk.plan_attention(layout, causal=self.causal, device=device)
         return Passages(self.rows, 16, self.density).plan(device)
 
     def tensors(self, device: str) -> Tensors:
@@ -77,22 +87,27 @@ class Problem:
 CHECKS = {
     "128 keys x 2": Problem("passages of 512 rows", 512, (8, 2), 0.4219),
     "64 keys x 4": Problem("passages of 512 rows, by heads", 512, (8, 2), 0.4219, by_heads=True),
+    "128 keys x 2, 4 heads a tile": Problem("passages of 1,024 rows, by heads", 1024, (16, 4), 0.2305, by_heads=True),
     "128 keys x 2, in turn": Problem("320 rows", 320, (16, 4)),
-    "64 keys x 4, in turn": Problem("passages of 1,024 rows", 1024, (8, 2), 0.25),
-    "128 keys x 2, 4 heads a tile": Problem("passages of 1,024 rows, by heads", 1024, (16, 4), 0.25, by_heads=True),
+    "64 keys x 4, in turn": Problem("passages of 1,024 rows", 1024, (8, 2), 0.2305),
     "128 keys x 2, 240 registers": Problem("1,024 rows", 1024, (32, 8)),
-    "64 keys x 2, two blocks": Problem("passages of 1,024 rows", 1024, (8, 8), 0.25),
+    "64 keys x 2, two blocks": Problem("passages of 1,024 rows", 1024, (8, 8), 0.2305),
     "128 keys x 2, tiles of 128 rows": Problem("640 rows, by heads", 640, (4, 4), by_heads=True),
     "64 keys x 4, tiles of 128 rows": Problem("384 rows", 384, (16, 16)),
+    "masks, 128 keys x 2": Problem("causal, 999 rows", 999, (8, 2), causal=True),
+    "masks, 64 keys x 4": Problem("causal, 376 rows", 376, (8, 2), causal=True),
+    "masks, 128 keys x 2, tiles of 128 rows": Problem("passages of 1,024 rows", 1024, (8, 8), 0.2305),
 }
 TIMED = (
     Problem("passages, 12 % of 4,096", 4096, (32, 8), 0.12),
     Problem("full, 4,096", 4096, (32, 8)),
     Problem("passages, 12 % of 4,096", 4096, (32, 32), 0.12),
+    Problem("causal, 4,096", 4096, (32, 8), causal=True),
     Problem("full, 4,096", 4096, (32, 32)),
     Problem("full, 16,384", 16384, (32, 8)),
     Problem("full, 1,024", 1024, (32, 8)),
     Problem("full, 1,024", 1024, (32, 32)),
+    Problem("causal, 376", 376, (32, 8), causal=True),
     Problem("full, 16,384", 16384, (32, 32)),
 )
 # For a dry run, by the emulator.
@@ -109,6 +124,8 @@ def runner(problem: Problem, config: Config, plan: rk.AttentionPlan, tensors: Te
     if q.device.type == "cpu":
         return _emulated(problem, config, plan, tensors)
     work = attention_hopper.divide(plan, *problem.heads, config=config)
+    if config.masks and not work.entries.shape[0]:
+        raise ValueError("plan: got one without partial tiles, which another configuration takes")
     return lambda: attention_hopper.hopper_attention(q, k, v, work, q.shape[2] ** -0.5)
 
 

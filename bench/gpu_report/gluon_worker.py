@@ -30,7 +30,7 @@ def compile_kernels(names: Sequence[str], device: str) -> None:
     for name in names:
         config = config_named(name)
         group = next(group for group, configs in CONFIGS.items() if name in configs)
-        problem = Problem("256 rows", 256, (group, 1))
+        problem = Problem("256 rows", 256, (group, 1), causal=config.masks)
         q, k, v = problem.tensors(device)
         work = attention_hopper.divide(problem.plan(device), *problem.heads, config=config)
         lse = torch.empty(q.shape[:2], device=device)
@@ -94,7 +94,7 @@ def _measure(problem: Problem, title: str, names: Sequence[str], device: str) ->
     backend = "triton" if device == "cuda" else None
     calls["refrag_kernels" if backend is None else backend] = lambda: rk.mixed_attention(q, k, v, plan, backend=backend)
     if problem.dense:
-        calls["SDPA"] = peers.sdpa(q, k, v)
+        calls["SDPA"] = peers.sdpa(q, k, v, is_causal=problem.causal)
     heads = [0, problem.heads[0] - 1]
     want, _ = expected(problem, (q, k, v), heads)
     errors = {}

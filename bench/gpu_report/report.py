@@ -9,14 +9,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import tarfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import results
-from bench.gpu_report import catalogue, runner, schema, tables
+from bench.gpu_report import catalogue, runner, schema, tables, triton_cache
 from bench.gpu_report.catalogue import Block
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         old.unlink()  # of an earlier run: it would be read as this one's
     environment = dict(_ON_CPU if options.dry_run else {})
     if options.triton_cache:
-        environment["TRITON_CACHE_DIR"] = str(_unpack(options.triton_cache, folder / "triton-cache"))
+        environment["TRITON_CACHE_DIR"] = str(triton_cache.unpack(options.triton_cache, folder / "triton-cache"))
     report = run(chosen, folder, environment, options.dry_run)
     print(f"==> {report['verdict']}; wrote report.md, report.json, report.csv and results.jsonl to {options.output}")
     return 0 if report["verdict"] == "ok" else 1
@@ -125,9 +124,3 @@ def _lines(path: Path) -> list[Any]:
         except json.JSONDecodeError:
             continue
     return found
-
-
-def _unpack(archive: Path, folder: Path) -> Path:
-    with tarfile.open(archive) as file:
-        file.extractall(folder, filter="data")
-    return folder

@@ -97,6 +97,7 @@ def _plain(lines: Sequence[dict[str, Any]]) -> list[str]:
         kinds.setdefault(names, []).append(line)
     tables: list[str] = []
     for names, same in kinds.items():
+        names = tuple(sorted(names, key=lambda name: not isinstance(same[0][name], str)))  # who, and then how fast
         titles = ("case", *(name[:-2] + ", ms" if _seconds(name) else name for name in names))
         cells = [(line["case"], *(_value(name, line[name]) for name in names)) for line in same]
         tables += ([""] if tables else []) + _table(titles, cells)
@@ -118,7 +119,7 @@ def _value(name: str, value: Any) -> str:
         return "; ".join(_value(name, item) for item in value)
     if _seconds(name):
         return f"{1e3 * value:.3g}"
-    if name.endswith("_per_s"):
+    if name in ("bytes_per_s", "flop_per_s") or name.endswith("_bytes_per_s"):
         return f"{value / 1e12:.4g} T"
     return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 

@@ -15,6 +15,7 @@ from refrag_kernels.triton_kernels import launch
 WIDTH = 128  # of a head
 _ROWS = 64  # of a consumer
 _ITEM_COST = 1  # of an item's first and last instructions, in pieces of 64 keys
+_ENTRY_COST = 0.4  # of a tile of 16 keys that a block sees in part: more than a quarter, for its mask
 _VERSIONS = ((3, 6), (3, 7))  # of Triton, whose Gluon the kernel is written in
 _ALIGNMENT = 16  # bytes, of what TMA copies
 
@@ -32,6 +33,7 @@ class Config(NamedTuple):
     warpgroups: int = 2  # consumers: two in a block of threads, or one in each of two blocks
     consumer_registers: int = 232  # of a thread of two consumers; a single one has what the producer leaves
     producer_registers: int = 40
+    masks: bool = False  # whether tiles may see keys in part
     in_turn: bool = False  # whether two consumers issue their products one after the other
 
     @property
@@ -54,8 +56,11 @@ class Work(NamedTuple):
     """What each program does, from ``divide``: int32 tensors on one device, and what they were made for."""
 
     starts: torch.Tensor  # [programs + 1]: its items
-    items: torch.Tensor  # [items, 4]: tile, key/value head and part of its group, first range, pieces of 64 keys
+    items: torch.Tensor  # [items, 6]: tile, key/value head and part of its group, first range, pieces of 64 keys,
+    # first entry, entries
     ranges: torch.Tensor  # [R, 2]: keys [start, end), multiples of 64 long
+    entries: torch.Tensor  # [E, 2 + blocks]: of refrag_kernels.tile_lists
+    bits: torch.Tensor  # [P, 8], the plan's partial_bits
     blocks: torch.Tensor  # [NB, 4], the plan's q_blocks
     q_shape: tuple[int, int]  # rows and heads
     kv_shape: tuple[int, int]
@@ -72,8 +77,8 @@ def divide(
     Parameters
     ----------
     plan : AttentionPlan
-        Its tiles of ``config.blocks`` blocks see whole ranges of 64 keys and nothing else, as they do where chunks that
-        see each other are multiples of 64 rows long and the mask is not causal.
+        Without ``config.masks``, its tiles of ``config.blocks`` blocks must see whole ranges of 64 keys and nothing
+        else, as they do where chunks are multiples of 64 rows long and the mask is not causal.
     q_heads, kv_heads : int
         H_q and H_kv.
     programs : int, optional
@@ -87,7 +92,7 @@ def divide(
     Raises
     ------
     ValueError
-        If a tile sees a part of a range only, the plan has a capacity, or the heads don't fill tiles.
+        If the plan needs masks and ``config`` has none, or has a capacity, or the heads don't fill tiles.
     """
     config = config or Config()
     if config.step not in (64, 128) or config.warpgroups not in (1, 2) or config.stages < 2:
@@ -111,25 +116,27 @@ def divide(
     if rows != (sizes[0], sizes[1]):
         raise ValueError(f"plan: got one with a capacity of {rows[0]} rows, needs one of the {sizes[0]} rows alone")
     units, ranges, entries = _tile_list(host, config.blocks)
-    if entries:
+    if entries.shape[0] and not config.masks:
         raise ValueError(
-            f"plan: got {entries} partial tiles in groups of {config.blocks} blocks, needs none; this kernel takes no "
-            "masks"
+            f"plan: got {entries.shape[0]} partial tiles in groups of {config.blocks} blocks, needs none, or "
+            "config.masks"
         )
     if programs is None:
         programs = _multiprocessors(plan.device) * config.resident
     starts, items = _items(units, kv_heads * (group // config.heads), programs)
-    starts, items, ranges = (tensor.to(plan.device) for tensor in (starts, items, ranges))
-    return Work(starts, items, ranges, plan.q_blocks[: sizes[2]], (rows[0], q_heads), (rows[1], kv_heads), config)
+    starts, items, ranges, entries = (tensor.to(plan.device) for tensor in (starts, items, ranges, entries))
+    blocks, shapes = plan.q_blocks[: sizes[2]], ((rows[0], q_heads), (rows[1], kv_heads))
+    return Work(starts, items, ranges, entries, plan.partial_bits, blocks, *shapes, config)
 
 
-def _tile_list(plan: AttentionPlan, group: int) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Return units and ranges of a plan on the CPU, by groups of so many blocks, and how many entries they have."""
+def _tile_list(plan: AttentionPlan, group: int) -> list[torch.Tensor]:
+    """Return units, ranges and entries of a plan on the CPU, by groups of so many blocks."""
     built = extension.planner().tile_lists([tensor.data_ptr() for tensor in plan.tensors()[:14]], False, group, False)
-    unit_rows, range_rows, entries, _ = built.rows()
-    buffer = torch.empty(5 * unit_rows + 2 * range_rows, dtype=torch.int32)
-    built.write(buffer.data_ptr(), [0, 5 * unit_rows], [unit_rows, range_rows])
-    return buffer[: 5 * unit_rows].view(-1, 5), buffer[5 * unit_rows :].view(-1, 2), entries
+    shapes = list(zip(built.rows(), (5, 2, 2 + group)))
+    sizes = [rows * width for rows, width in shapes]
+    buffer = torch.empty(sum(sizes), dtype=torch.int32)
+    built.write(buffer.data_ptr(), [0, sizes[0], sizes[0] + sizes[1]], [rows for rows, _ in shapes])
+    return [part.view(shape) for part, shape in zip(buffer.split(sizes), shapes)]
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -138,24 +145,39 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _items(units: torch.Tensor, heads: int, programs: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``Work.starts`` and ``Work.items``: every unit for each of ``heads``."""
-    first_range = units[:-1, 0].tolist()
-    pieces = units[:, 2].diff().tolist()
+    first_range, first_entry = units[:-1, 0].tolist(), units[:-1, 1].tolist()
+    pieces, entries = units[:, 2].diff().tolist(), units[:, 1].diff().tolist()
     # Equal items go head by head, so that what runs at one time reads the same keys.
-    order = sorted((-pieces[tile], head, tile) for head in range(heads) for tile in range(len(pieces)))
+    cost = [keys + _ENTRY_COST * count + _ITEM_COST for keys, count in zip(pieces, entries)]
+    order = sorted((-cost[tile], head, tile) for head in range(heads) for tile in range(len(cost)))
     programs = max(1, min(programs, len(order)))
-    of_program: list[list[tuple[int, int, int, int]]] = [[] for _ in range(programs)]
-    busy = [(0, program) for program in range(programs)]
-    for cost, head, tile in order:
+    of_program: list[list[tuple[int, ...]]] = [[] for _ in range(programs)]
+    busy = [(0.0, program) for program in range(programs)]
+    for _, head, tile in order:
         work, program = busy[0]
-        of_program[program].append((tile, head, first_range[tile], pieces[tile]))
-        heapq.heapreplace(busy, (work - cost + _ITEM_COST, program))
+        item = (tile, head, first_range[tile], pieces[tile], first_entry[tile], entries[tile])
+        of_program[program].append(item)
+        heapq.heapreplace(busy, (work + cost[tile], program))
     starts = torch.tensor([0, *(len(items) for items in of_program)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    items = torch.tensor([item for items in of_program for item in items], dtype=torch.int32).reshape(len(order), 4)
+    items = torch.tensor([item for items in of_program for item in items], dtype=torch.int32).reshape(len(order), 6)
     return starts, items
 
 
 def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> str | None:
     """Return why the kernel does not take these arguments, or None if it does."""
+    if reason := unsupported_tensors(q, k, v):
+        return reason
+    if not scale > 0:
+        return f"scale: got {scale}, needs a positive number"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) not in _VERSIONS:
+        return f"triton: got {triton.__version__}, needs 3.6 or 3.7"
+    if launch.architecture(q.device) != "sm_90":
+        return f"device: got {launch.architecture(q.device)}, needs sm_90"
+    return None
+
+
+def unsupported_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Return why the kernel does not take tensors of this kind, or None if it does."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype != torch.bfloat16:
             return f"{name}: got {tensor.dtype}, needs torch.bfloat16"
@@ -172,19 +194,13 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float)
             return f"{name}: got a tensor on {tensor.device}, needs {q.device} as q"
     if k.shape != v.shape:
         return f"v: got shape {list(v.shape)}, needs {list(k.shape)} as k"
-    if not scale > 0:
-        return f"scale: got {scale}, needs a positive number"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) not in _VERSIONS:
-        return f"triton: got {triton.__version__}, needs 3.6 or 3.7"
-    if launch.architecture(q.device) != "sm_90":
-        return f"device: got {launch.architecture(q.device)}, needs sm_90"
     return None
 
 
 def hopper_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, work: Work, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention on sm_90 of plans without masks: see ``refrag_kernels.mixed_attention``.
+    """Attention on sm_90: see ``refrag_kernels.mixed_attention``.
 
     Parameters
     ----------
@@ -235,16 +251,21 @@ def launch_arguments(q, k, v, out, lse, work: Work, scale: float) -> tuple[Any, 
 
     config = work.config
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    k_box, q_box = [1, PIECE.value, WIDTH], [16, config.heads, WIDTH]
+    k_box, entry_box, q_box = [1, PIECE.value, WIDTH], [1, 16, WIDTH], [16, config.heads, WIDTH]
+    masks = work.entries.shape[0] > 0
     arguments = dict(
         q_desc=TensorDescriptor(q, [*q.shape], _strides(q), q_box, layout),
         k_desc=_by_heads(k, k_box, layout, TensorDescriptor),
         v_desc=_by_heads(v, k_box, layout, TensorDescriptor),
+        k_entry_desc=_by_heads(k, entry_box, layout, TensorDescriptor) if masks else None,
+        v_entry_desc=_by_heads(v, entry_box, layout, TensorDescriptor) if masks else None,
         p_out=out,
         p_lse=lse,
         p_starts=work.starts,
         p_items=work.items,
         p_ranges=work.ranges,
+        p_entries=work.entries,
+        p_bits=work.bits,
         p_blocks=work.blocks,
         num_blocks=work.blocks.shape[0],
         scale=scale,
@@ -257,6 +278,7 @@ def launch_arguments(q, k, v, out, lse, work: Work, scale: float) -> tuple[Any, 
         STEP=config.step,
         STAGES=config.stages,
         WARPGROUPS=config.warpgroups,
+        MASKS=masks,
         IN_TURN=config.in_turn,
         D=WIDTH,
         CONSUMER_REGISTERS=config.consumer_registers,

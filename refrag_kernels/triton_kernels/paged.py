@@ -56,7 +56,8 @@ def paged_attention(
     if not sequences:  # rows that belong to none
         return out.zero_(), lse.fill_(float("-inf"))
     target, width, group = launch.architecture(q.device), launch.width(columns), q_heads // kv_heads
-    config = configs.paged(target, width, q.element_size(), q_offsets is None)
+    many = 2 * sequences * kv_heads * -(-group // 16) >= _PROGRAMS  # before keys are split
+    config = configs.paged(target, width, q.element_size(), q_offsets is None, many)
     ahead = False
     if q_offsets is None:
         ahead = decode.chosen.ahead and visible_indptr is None

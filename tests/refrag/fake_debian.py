@@ -11,9 +11,19 @@ cp $found .
 _DPKG_DEB = """#!/bin/sh
 exec tar -xf "$2" -C "$3"
 """
-COPYRIGHT = (
-    "Format: https://example.org/copyright-format\n\nFiles: *\nLicense: Expat\n free\n\nLicense: GPL-2+\n free too\n"
-)
+COPYRIGHT = """Format: https://example.org/copyright-format
+
+Files: icons
+License: Artistic
+
+Files: *
+Copyright: the authors
+License: Expat
+ free
+
+License: GPL-2+
+ free too
+"""
 
 
 def make_archive(folder, packages, monkeypatch):
@@ -44,7 +54,7 @@ def add_package(archive, name, files):
 def prose(subject, paragraphs=6):
     """A document of English that no other subject has."""
     return "\n\n".join(
-        f"The {subject} of chapter {'abcdefghij'[number]} is one of the parts that this manual is about, and it is not the "
-        f"same as that of any other {subject} which can be found in the {subject} guide of the {subject} project."
+        f"The {subject} of chapter {'abcdefghij'[number]} is one of the parts that this manual is about, and it is not "
+        f"the same as that of any other {subject} which can be found in the {subject} guide of the {subject} project."
         for number in range(paragraphs)
     )

@@ -15,7 +15,9 @@ from refrag.data.debian import Package, PackageError, fetch, licences
 from refrag.data.texts import read_text, text_files
 from typer.testing import CliRunner
 
-SHARED = "This paragraph is in the handbook as well as in a manual, and the two are the same but for spacing and the digit 1."
+SHARED = (
+    "This paragraph is in the handbook as well as in a manual: the two are the same but for spacing and the digit 1."
+)
 
 
 def packages():
@@ -66,13 +68,14 @@ def test_corpus(archive, tmp_path):
     shared = next(document for document in [*train, *valid] if document["id"].endswith("shared.txt"))
     assert "crimson" in shared["text"] and "spacing" not in shared["text"]
     held_out = read(output / "heldout-git.jsonl")
-    assert [document["source"] for document in held_out] == ["git-doc"] or len(held_out) == 2
+    assert {document["source"] for document in held_out} == {"git-doc", "git-man"}
     assert {path.name for path in output.iterdir()} == {
-        "train.jsonl", "valid.jsonl", "manifest.json", *(f"heldout-{name}.jsonl" for name in ("handbook", "postgres", "perl", "git")),
+        "train.jsonl", "valid.jsonl", "manifest.json",
+        *(f"heldout-{name}.jsonl" for name in ("handbook", "postgres", "perl", "git")),
     }  # fmt: skip
     manifest = json.loads((output / "manifest.json").read_text())
     red = manifest["packages"][0]
-    assert (red["name"], red["version"], red["licences"]) == ("manual-red", "1:2.0-1", ["Expat", "GPL-2+"])
+    assert (red["name"], red["version"], red["licences"]) == ("manual-red", "1:2.0-1", ["Expat", "Artistic", "GPL-2+"])
     assert len(red["sha256"]) == 64 and red["documents"] == 9 and red["files"] == 12
     assert red["dropped"] == {"short or no English prose": 2, "repeated": 1} and red["held_out"] is None
     assert manifest["splits"]["train"]["documents"] == len(train)
@@ -163,22 +166,23 @@ def test_licences_of_the_package_that_the_folder_is_of(archive, tmp_path):
 
 
 def test_which_files_hold_text(tmp_path):
-    for name in ("doc/m/a.html", "doc/m/genindex.html", "doc/m/_sources/a.rst.txt", "doc/m/de/b.html", "doc/m/en/b.html",
-                 "doc/m/x/fr/c.html", "doc/m/changelog.gz", "man/man1/x.1.gz", "man/fr/man1/x.1.gz", "info/x.info.gz",
-                 "doc/m/notes.txt"):  # fmt: skip
+    for name in ("doc/m/a.html", "doc/m/genindex.html", "doc/m/_sources/a.rst.txt", "doc/m/de/b.html",
+                 "doc/m/en/b.html", "doc/m/x/fr/c.html", "doc/m/changelog.gz", "man/man1/x.1.gz", "man/fr/man1/x.1.gz",
+                 "info/x.info.gz", "doc/m/notes.txt"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "doc" / "m" / "z.html").symlink_to("a.html")
     found = [(file.name, file.kind) for file in text_files(tmp_path)]
     assert found == [
-        ("doc/m/a.html", "html"), ("doc/m/en/b.html", "html"), ("doc/m/x/fr/c.html", "html"), ("info/x.info.gz", "info"),
-        ("man/man1/x.1.gz", "man"),
+        ("doc/m/a.html", "html"), ("doc/m/en/b.html", "html"), ("doc/m/x/fr/c.html", "html"),
+        ("info/x.info.gz", "info"), ("man/man1/x.1.gz", "man"),
     ]  # fmt: skip
 
 
 def test_info_and_text(tmp_path):
     (tmp_path / "info").mkdir()
-    info = "\x1f\nFile: x.info,  Node: Top\n\n1 Start\n*******\n\nIt begins.\n\n* Menu:\n\n* Next::  more\n\n\x1f\nTag Table:\nNode: T\n"
+    info = "\x1f\nFile: x.info,  Node: Top\n\n1 Start\n*******\n\nIt begins.\n\n* Menu:\n\n* Next::  more\n\n"
+    info += "\x1f\nTag Table:\nNode: T\n"
     (tmp_path / "info" / "x.info.gz").write_bytes(gzip.compress(info.encode()))
     (tmp_path / "info" / "y.info.gz").write_bytes(b"no gzip")
     texts = [read_text(file) for file in text_files(tmp_path)]

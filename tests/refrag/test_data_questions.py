@@ -107,13 +107,23 @@ def test_gcide(tmp_path):
     )
     assert tort.text.startswith("1. Mischief; injury; calamity. 2. (Law) Any civil wrong")
     assert (entries["Femur"].domain, entries["Femur"].definition) == ("anatomy", "The thigh bone of an animal")
-    assert entries["Abature"].text.endswith("a stag passing through them")
+    assert entries["Abature"].text.endswith("a stag passing through them.")
     questions = [question_text(entry) for entry in entries.values()]
     assert questions[:3] == [
         "What is an abatis?",
         'In law, what does "tort" mean?',
         'In anatomy, what does "femur" mean?',
     ]
+
+
+def test_the_passage_holds_the_answer(tmp_path):
+    senses = "".join(f"   {n}. A sense of the word which is the one of number {n}.\n\n" for n in range(1, 12))
+    entry = f"Staff \\Staff\\, n. [AS.]\n{senses}   12. (Mus.) The five lines on which music\n       is written.\n"
+    write(tmp_path, "gcide", {"Staff": entry, "Stave": entry.replace("Staff", "Stave").replace("(Mus.) ", "")})
+    staff, stave = read_dictionary(tmp_path, "gcide")
+    assert (staff.definition, staff.domain) == ("The five lines on which music is written", "music")
+    assert staff.text == "The five lines on which music is written."
+    assert stave.text.startswith("1. A sense of the word") and stave.text.endswith("number 5.")
 
 
 def test_wordnet_and_foldoc(tmp_path):
@@ -188,6 +198,7 @@ def test_glossary():
         alike += max(tens) - min(tens) <= 2
     assert 0.1 < unanswered / 240 < 0.3 and 0.35 < alike / 240 < 0.65
     assert len({question.gold for question in train}) == 6  # in any place, or in none
+    assert len({question.source for question in train[:20]}) == 2  # in random order
     assert glossary_questions(entries(), embed, settings) == (train, test)
     assert glossary_questions(entries(), embed, QuestionSettings(passages=5, test=0.2, seed=2)) != (train, test)
 
@@ -266,7 +277,8 @@ def test_options_of_a_page(tmp_path, monkeypatch):
     pytest.importorskip("resiliparse")
     html = """<dl class="Bl-tag"><dt><a href="#x"><b>-x</b>, <b>--extract</b>=<i>FILE</i></a></dt>
       <dd>Take files out of <i>FILE</i>. The rest stays.</dd><dt>word</dt><dd>No option.</dd></dl>
-      <p class="Pp">--quiet</p><div class="Bd-indent">Say nothing at all.</div><p class="Pp">-5 is a number</p><p>More.</p>"""
+      <p class="Pp">--quiet</p><div class="Bd-indent">Say nothing at all.</div><p class="Pp">-5 is a number</p>
+      <p>More.</p>"""
     monkeypatch.setattr(manual_options, "manual_html", lambda content: html.encode())
     (tmp_path / "man" / "man1").mkdir(parents=True)
     (tmp_path / "man" / "man1" / "tool.1.gz").write_bytes(gzip.compress(b".TH"))

@@ -13,7 +13,7 @@ from refrag.adapters import load_adapter, read_adapter
 from refrag.cli import app
 from refrag.loading import load_trained
 from refrag.prompt import Passage
-from refrag.training.distill import batches
+from refrag.training.distill import arguments, batches
 from refrag.training.distill.checkpoint import read_state
 from refrag.training.distill.loop import DistillationError, distill
 from refrag.training.distill.loss import distillation_loss
@@ -26,6 +26,8 @@ from refrag.training.samples import next_paragraph
 from refrag.training.token_files import load_tokens
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
+
+from bench.gpu_report.blocks import training
 
 
 @pytest.fixture(scope="module")
@@ -261,13 +263,15 @@ def test_an_adapter_that_cannot_be_written_leaves_the_one_before(place, monkeypa
 
 
 def test_the_clock_ends_a_run_and_its_schedules(place):
-    options = distill_files.options(place, output=place / "clock", steps=None, minutes=0.1, log_every=1)
+    options = distill_files.options(place, output=place / "clock", steps=None, minutes=0.15, log_every=1)
     began = time.monotonic()
     log = distill(options)
-    assert time.monotonic() - began < 6 + 4
+    assert time.monotonic() - began < 9 + 5
     steps = [entry for entry in log if entry["kind"] == "step"]
     assert steps[-1]["progress"] > 0.5 and steps[-1]["rates"]["linear"] < options.linear_rate
     assert [entry["kind"] for entry in log[-2:]] == ["final", "end"]
+    with pytest.raises(ValueError, match="minutes: got 0.001, needs more than"):
+        distill(dataclasses.replace(options, output=place / "short", minutes=0.001))
 
 
 def test_a_nan_ends_a_run_by_name_and_one_alone_does_not(place, monkeypatch):
@@ -288,6 +292,45 @@ def test_a_nan_ends_a_run_by_name_and_one_alone_does_not(place, monkeypatch):
         distill(dataclasses.replace(options, output=place / "all", steps=20))
     for name in ("one", "all"):
         assert all(bool(value.isfinite().all()) for value in read_adapter(place / name)[1].values())
+
+
+def test_both_command_lines_fill_the_same_options(place, tmp_path):
+    wanted = distill_files.options(place, output=tmp_path / "out", steps=1)
+    given = ["--tokens", *wanted.tokens, "--heldout", *wanted.heldout]
+    for name in ("decoder", "output", "steps", "k", "encoder_layers", "encoder_rank", "decoder_rank", "output_tokens",
+                 "step_tokens", "log_every", "save_seconds", "evaluate_seconds", "evaluate_samples", "final_samples",
+                 "device"):  # fmt: skip
+        given += ["--" + name.replace("_", "-"), getattr(wanted, name)]
+    given = [str(value) for value in [*given, "--contexts", "16,32", "--reconstruction-chunks", "1,2"]]
+    assert arguments.parse(given) == wanted
+    result = CliRunner().invoke(app, ["train", "distill", *given])
+    assert result.exit_code == 0 and "adapter.safetensors" in result.output, result.output
+    assert (tmp_path / "out" / "adapter.safetensors").exists()
+    result = CliRunner().invoke(app, ["train", "distill", *given, "--contexts", "16,x"])
+    assert result.exit_code == 2 and "--contexts: got '16,x', needs whole numbers" in result.output
+    result = CliRunner().invoke(app, ["train", "distill", *given, "--minutes", "1"])
+    assert result.exit_code == 2 and "minutes, steps: got 1.0 and 1" in result.output
+
+
+def test_an_adapter_is_started_from(place, tmp_path):
+    options = distill_files.options(place, output=tmp_path / "first", steps=2, decoder_rate=1e-2)
+    distill(options)
+    log = distill(dataclasses.replace(options, output=tmp_path / "second", start=tmp_path / "first", steps=1))
+    one, other = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[row])["figures"]["mean"]
+                  for name, row in (("first", -2), ("second", 0)))  # fmt: skip
+    assert log[0]["step"] == 0 and other["compressed"] == pytest.approx(one["compressed"], abs=1e-2)
+    with pytest.raises(ValueError, match="adapter: got shape .* needs"):
+        distill(dataclasses.replace(options, output=tmp_path / "third", start=tmp_path / "first", decoder_rank=2))
+
+
+def test_the_block_of_the_gpu_report(tmp_path):
+    results = tmp_path / "results.jsonl"
+    assert (
+        training.run("training", training.block, ["--device", "cpu", "--seconds", "4", "--results", str(results)]) == 0
+    )
+    cases = [json.loads(line) for line in results.read_text().splitlines()]
+    assert cases[-1]["case"] == "distillation" and cases[-1]["steps"] > 0 and "kept" in cases[-1]
+    assert {"attention", "evaluation mean", "start", "final rivers"} <= {case["case"] for case in cases}
 
 
 @pytest.mark.parametrize(

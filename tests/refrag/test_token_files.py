@@ -120,8 +120,8 @@ def corpus(tmp_path):
 def test_a_corpus_becomes_token_files(corpus, tmp_path, tokenizer):
     options = {"tokens": 1200, "other_tokens": 90, "held_out_tokens": 60}
     files = tokenize_corpus(corpus, tmp_path / "tokens", tokenizer, **options)
-    assert [file.name for file in files] == ["heldout-perl.tok", "train.tok", "valid.tok"]
-    tokens, offsets, sources = load_tokens(files[1:2], training=True, tokenizer=tokenizer_hash(tokenizer))
+    assert [file.name for file in files] == ["train.tok", "heldout-perl.tok", "valid.tok"]
+    tokens, offsets, sources = load_tokens(files[:1], training=True, tokenizer=tokenizer_hash(tokenizer))
     text = tokenizer.decode(tokens[offsets[0] : offsets[1]])
     assert text == "long 0 of train: the river rose and fell again. <|im_end|>"
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in tokens
@@ -129,7 +129,7 @@ def test_a_corpus_becomes_token_files(corpus, tmp_path, tokenizer):
         name: sum(int(n) for n, source in zip(np.diff(offsets), sources) if source == name) for name in set(sources)
     }
     assert counts["short"] < counts["long"] <= 1200 - 2 * counts["short"] and 1190 <= len(tokens) <= 1200
-    assert 85 <= read_header(files[2])["tokens"] <= 90 and read_header(files[0])["tokens"] == 60
+    assert 85 <= read_header(files[2])["tokens"] <= 90 and read_header(files[1])["tokens"] == 60
     again = tokenize_corpus(corpus, tmp_path / "again", tokenizer, **options)
     assert [file.read_bytes() for file in again] == [file.read_bytes() for file in files]
 

@@ -22,6 +22,7 @@ LAUNCHES = [
     (Config(), 8, 2),
     (Config(step=64, stages=4), 8, 2),
     (Config(in_turn=True), 8, 2),
+    (Config(masks=True), 8, 2),
     (Config(blocks=8), 2, 2),
     (Config(step=64, warpgroups=1), 2, 2),
 ]
@@ -30,13 +31,16 @@ if ALL:
         (Config(step=64, stages=3), 8, 2),
         (Config(consumer_registers=240, producer_registers=24), 8, 2),
         (Config(blocks=2), 8, 2),
+        (Config(step=64, stages=4, masks=True), 8, 2),
+        (Config(blocks=8, masks=True), 2, 2),
+        (Config(in_turn=True, masks=True), 8, 2),
     ]
 
 
 @pytest.fixture(scope="module", params=LAUNCHES, ids=str)
 def compiled(request):
     config, q_heads, kv_heads = request.param
-    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[256]]), causal=False)
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[256]]), causal=config.masks)
     work = attention_hopper.divide(plan, q_heads, kv_heads, programs=4, config=config)
     q, k = (torch.empty(256, heads, 128, dtype=torch.bfloat16) for heads in (q_heads, kv_heads))
     recorded = ahead_of_time.record(lambda: attention_hopper.hopper_attention(q, k, k, work, 0.1), "sm_90")
@@ -66,9 +70,20 @@ def test_machine_code(compiled):
     code = ahead_of_time.machine_code(kernel)[1]
     count = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "UTMALDG", "WARPGROUP.DEPBAR")}
     assert count["HGMMA"] == config.warpgroups * 2 * (128 // 16 + config.step // 16)  # the first and last, and the loop
-    assert count["UTMALDG"] == 2 * (5 * config.step // 64 + config.blocks)  # an item's first, the rest, the last
+    # An item's first, its others and the last: pieces of 64 keys, and with masks of 16; halves of 64 columns.
+    pieces = config.step // 64 + (config.step // 16 if config.masks else 0)
+    assert count["UTMALDG"] == 2 * (5 * pieces + config.blocks)
     assert count["WARPGROUP.DEPBAR"] == 4 * config.warpgroups
     assert re.search(r"\bUSETMAXREG\b", code) and not re.search(r"\bLDGSTS\b", code)
+
+
+def test_the_softmax_covers_the_products_of_values(compiled):
+    """All exponentials of a step, 64 rows by 128 threads, come before the wait for the sums."""
+    config, kernel = compiled
+    code = ahead_of_time.machine_code(kernel)[1]
+    between = re.findall(r"DEPBAR\.LE gsb0, 0x1\b(.*?)DEPBAR\.LE gsb0, 0x0\b", code, re.S)
+    assert len(between) == config.warpgroups
+    assert all(part.count("MUFU.EX2") >= config.step * 64 // 128 for part in between)
 
 
 def test_warps_of_a_consumer_are_in_step_before_one_of_them_releases_a_buffer(compiled):

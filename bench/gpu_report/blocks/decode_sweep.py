@@ -20,9 +20,10 @@ _PAGE = 16
 _WIDE = 131072  # keys that a wide table has room for
 _LEAST = 4.0  # seconds that a case takes, about, with what it compiles
 
-# The first is what was there before; the second is the default.
+# The first is what was there before; the stages of the default are those of configs.paged.
 _WAYS = {
     "pages in step, parts of the table": Decode(ahead=False, by_length=False, stages=3),
+    "default": Decode(),
     "pages ahead, parts of the length, stages 3": Decode(stages=3),
     "pages ahead, parts of the length, stages 4": Decode(stages=4),
     "pages ahead, parts of the length, stages 5": Decode(stages=5),

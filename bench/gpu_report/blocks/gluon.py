@@ -15,7 +15,7 @@ from bench.gpu_report import watched
 from bench.gpu_report.block import Options, Results, run
 
 _WORKER = "bench.gpu_report.gluon_worker"
-_COMPILERS = 8
+_COMPILERS = 12
 _START, _PATIENCE = 40.0, 20.0  # seconds until a process's first line, and from one to the next
 _END = 5.0  # seconds that a process takes to start and to end
 

@@ -26,7 +26,7 @@ def block(options: Options, results: Results) -> None:
         work = Path(own)
         if options.rehearsal:
             files, settings = _tiny_files(work), _tiny_settings()
-            seconds = max(4.0, min(options.seconds_left, 10.0))
+            seconds = max(8.0, min(options.seconds_left, 10.0))
         else:
             files, settings = Path(os.environ["REFRAG_TRAINING_FILES"]), {}
             seconds = options.seconds_left - _SECONDS_TO_END

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def even_level(sizes: Sequence[int], total: int, *, what: str = "tokens: got {}, the sources have {} together") -> int:
-    """Return the level to which sources are taken so that they give ``total`` together; each gives what it has up to it.
+    """Return the level up to which each source gives what it has, so that they give ``total`` together.
 
     Parameters
     ----------

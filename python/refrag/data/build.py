@@ -134,12 +134,11 @@ def build_corpus(
         for domain, group in held_out.items():
             splits[f"heldout-{domain}"] = [document for package in group for document in read[package.name].documents]
         manifest = {
-            "settings": {**dataclasses.asdict(settings), "workers": None},
+            "settings": {key: value for key, value in vars(settings).items() if key != "workers"},
             "splits": {name: _counts(documents) for name, documents in splits.items()},
             "packages": [{**source.entry, **_counts(source.documents), "held_out": domain_of.get(package)}
                          for package, source in ((package, read[package.name]) for package in [*packages, *domain_of])],
         }  # fmt: skip
-        del manifest["settings"]["workers"]
         for name, documents in splits.items():
             documents.sort(key=lambda document: _draw(settings.seed, "order", document.id))
             with open(part / f"{name}.jsonl", "w", encoding="utf-8") as file:
@@ -188,7 +187,7 @@ def _read(package: Package, settings: CorpusSettings, once: Deduplicator, parall
         documents.append(Document(f"{package.name}/{file.name}", fresh, package.name))
     if not documents:
         raise ValueError(
-            f"{package.name}: of {len(files)} files with text none has {settings.min_characters} characters of new prose"
+            f"{package.name}: of {len(files)} files none has {settings.min_characters} characters of new prose"
         )
     entry = {
         "name": package.name,
@@ -217,7 +216,7 @@ def _up_to(level: int, documents: list[Document], seed: int) -> list[Document]:
 
 
 def _draw(seed: int, what: str, id: str) -> float:
-    """Return a number from 0 to 1 that follows from the seed and a document's id, whatever other documents there are."""
+    """Return a number from 0 to 1 that follows from the seed and a document's id, whatever else there is."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{what}/{id}".encode()).digest()[:7], "big") / 2**56
 
 

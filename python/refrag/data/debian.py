@@ -111,9 +111,10 @@ def fetch(name: str, folder: Path) -> Package:
 def licences(package: Package, folder: Path) -> list[str]:
     """Return the short names of the licences that a package states in its ``copyright`` file.
 
-    The names are those of the machine-readable format (``License: GPL-2+``); of a file in free form, "in free
-    form" and the licences in ``/usr/share/common-licenses`` that it refers to. A package may have the documentation folder of another
-    one of the same source; then that one is downloaded.
+    The names are those of the machine-readable format (``License: GPL-2+``), in its order, but the one of most files
+    (``Files: *``) first; of a file in free form, "in free
+    form" and the licences in ``/usr/share/common-licenses`` that it refers to. A package may share the documentation
+    folder of another one of its source; then that one is downloaded.
 
     Parameters
     ----------
@@ -137,9 +138,11 @@ def licences(package: Package, folder: Path) -> list[str]:
         raise PackageError(f"{package.name}: has no copyright file, so that its licence is unknown")
     text = file.read_text(encoding="utf-8", errors="replace")
     if text.startswith("Format"):
-        return sorted({name.strip() for name in re.findall(r"^License: *(\S.*)$", text, re.MULTILINE)})
-    names = set(re.findall(r"/usr/share/common-licenses/([A-Za-z]+(?:-\d+(?:\.\d+)?)?)", text))
-    return ["in free form", *sorted(names)]
+        names = dict.fromkeys(name.strip() for name in re.findall(r"^License: *(\S.*)$", text, re.MULTILINE))
+        main = re.search(r"^Files: *\*\s*\n(?:(?!\n).*\n)*?License: *(\S.*)$", text, re.MULTILINE)
+        return sorted(names, key=lambda name: main is None or name != main[1].strip())
+    common = set(re.findall(r"/usr/share/common-licenses/([A-Za-z]+(?:-\d+(?:\.\d+)?)?)", text))
+    return ["in free form", *sorted(common)]
 
 
 def _downloaded(name: str, folder: Path) -> Package | None:

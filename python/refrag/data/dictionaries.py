@@ -13,6 +13,9 @@ _DIGITS = {
     letter: value for value, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
 }
 _FIELD = r"\(((?:[A-Z][a-z]+\.?)(?:(?: ?& ?|, )[A-Z][a-z]+\.?)*)\)"
+# After an abbreviation or an initial no clause ends.
+_ABBREVIATIONS = ("esp", "specif", "usu", "cf", "Cf", "etc", "e\\.g", "i\\.e", "[A-Z]")
+_CLAUSE_END = re.compile(r"(?<=[;.])" + "".join(rf"(?<!\b{short}\.)" for short in _ABBREVIATIONS) + r" (?=\S)")
 # GCIDE's marks of fields.
 _DOMAINS = {
     "Alg": "mathematics", "Anat": "anatomy", "Arch": "architecture", "Astron": "astronomy", "Biol": "biology",
@@ -25,6 +28,7 @@ _DOMAINS = {
 }  # fmt: skip
 
 
+_PASSAGE_WORDS = 70
 DICTIONARIES = ("gcide", "wn", "foldoc")
 
 
@@ -108,13 +112,10 @@ def _gcide(word: str, text: str) -> Entry | None:
     ):
         end += 1
     head = " ".join(lines[:end])
-    body = "\n".join(lines[end:])
-    blocks = [" ".join(block.split()) for block in re.split(r"\n\s*\n", body) if block.strip()]
-    senses = [
-        block
-        for block in blocks
-        if not re.match(r"(Note|Syn|Usage):|--|\{", block) and not re.search(r"--[A-Z]\w+\.?$", block)
-    ]
+    blocks = re.split(r"\n\s*\n", "\n".join(lines[end:]))
+    # Quotations are indented more than senses are.
+    blocks = [" ".join(block.split()) for block in blocks if block.strip() and not re.match(r"\n*\s{9}", block)]
+    senses = [block for block in blocks if not re.match(r"(Note|Syn|Usage):|--|\{", block)]
     if not senses:
         return None
     marked = next((sense for sense in senses if re.match(r"(\d+\. )?" + _FIELD, sense)), None)
@@ -173,7 +174,7 @@ def first_clauses(text: str) -> str | None:
     """
     taken = ""
     for clause in _clauses(text):
-        if taken and len(f"{taken} {clause}".split()) > 24:
+        if taken and (clause.startswith(("See ", "Cf.", "--")) or len(f"{taken} {clause}".split()) > 24):
             break
         taken = f"{taken} {clause}".strip()
         if taken.endswith(".") and len(taken.split()) >= 3:
@@ -190,28 +191,31 @@ def first_words(text: str, count: int) -> str:
         if taken and len(taken) + len(words) > count:
             break
         taken += words[: count if not taken else None]
-    return " ".join(taken).rstrip(" ;,")
+    return re.sub(r"(?<=[.;]) \d+\.?$", "", " ".join(taken).rstrip(" ;,"))  # no number of a sense that was cut off
 
 
 def _entry(headword: str, first: str, text: str, kind: str, domain: str, source: str) -> Entry | None:
-    definition = first_clauses(_plain(first))
+    definition = first_clauses(re.sub(r"^(pl\.|sing\.) ", "", _plain(first)))
     says_little = re.match(
         r"\d|\(|See |Same as|Alt\. of|imp\.|p\. |pl\. of|(One who|The act of) \S+$", definition or "See "
     )
     if definition is None or says_little or not headword or len(headword) > 40:
         return None
-    return Entry(headword, definition, first_words(_plain(text), 70), kind, domain, source)
+    words = first_words(_plain(text), _PASSAGE_WORDS)
+    if definition not in words:  # a later sense of many
+        words = first_words(_plain(first), _PASSAGE_WORDS)
+    return Entry(headword, definition, words, kind, domain, source)
 
 
 def _clauses(text: str) -> Iterator[str]:
-    yield from (part for part in re.split(r"(?<=[;.]) (?=\S)", text) if part)
+    yield from (part for part in _CLAUSE_END.split(text) if part)
 
 
 def _plain(text: str) -> str:
     """Take out what marks a text up: links, accents in brackets, labels such as [Obs.], names of authors."""
     text = re.sub(r"\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\[(?:['`^\"=.~,-]|\^)?([A-Za-z]{1,2})['\"]?\]", r"\1", text)
-    text = re.sub(r"\[[^\]]*\]|--\s*called also .*?(?=\.|$)|--\s*[A-Z]\S*[`*\"]\S*, \w+\.?", "", text)
+    text = re.sub(r"\[[^\]]*\]|--\s*called also .*?(?=\.|$)|--\s*[A-Z]\S*[`*\"]\S*, \w+\.?|--\s*\w{1,3}\.?$", "", text)
     text = re.sub(r"[;,]?\s*--\s?[A-Z][\w.' ]*(?:\([^)]*\)\.?)?(?=\s|$)", "", text)
     return " ".join(text.split())
 

@@ -60,11 +60,11 @@ def glossary_questions(
     training = np.array([entry.headword.lower() not in test_words for entry in entries])
     for side, among in ((0, np.flatnonzero(training)), (1, np.arange(len(entries)))):
         asked = among if side == 0 else np.flatnonzero(~training)
-        texts = [passage_text(entries[index]) for index in among]
-        for index, near in zip(asked, _nearest(vectors[asked], vectors[among])):
+        texts = [passage_text(entries[index]) for index in among.tolist()]
+        for index, near in zip(asked.tolist(), _nearest(vectors[asked], vectors[among])):
             entry = entries[index]
             same = entry.headword.lower() + ":"
-            alike = [passage_text(entries[other]) for other in among[near]]
+            alike = [passage_text(entries[other]) for other in among[near].tolist()]
             sides[side].append(
                 draw_question(
                     (question_text(entry), entry.definition + "."),
@@ -77,6 +77,7 @@ def glossary_questions(
                     source=entry.source,
                 )  # fmt: skip
             )
+        settings.random(f"order/{side}").shuffle(sides[side])
     return sides
 
 

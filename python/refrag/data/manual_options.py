@@ -15,12 +15,13 @@ from refrag.data.texts import manual_html, parse_html, text_files
 
 # Programs with many options; none of the pages is in the corpus.
 PROGRAMS = (
-    "apt", "bind9-dnsutils", "binutils-common", "bsdextrautils", "bzip2", "coreutils", "cpio", "cryptsetup-bin", "curl", "diffutils",
-    "dpkg", "dpkg-dev", "e2fsprogs", "fdisk", "ffmpeg", "findutils", "gawk", "gdb", "gnupg", "gpg", "grep", "gzip",
-    "imagemagick-6-common", "iproute2", "iptables", "jq", "less", "login", "lvm2", "make", "man-db", "mdadm", "mount",
-    "nftables", "openssh-client", "openssl", "parallel", "parted", "passwd", "patch", "procps", "qemu-utils", "rsync",
-    "samba-common-bin", "screen", "sed", "smartmontools", "smbclient", "socat", "strace", "subversion", "sudo",
-    "systemd", "tar", "tcpdump", "tmux", "unzip", "util-linux", "valgrind", "wget", "xz-utils", "zip", "zstd",
+    "apt", "bind9-dnsutils", "binutils-common", "bsdextrautils", "bzip2", "coreutils", "cpio", "cryptsetup-bin",
+    "curl", "diffutils", "dpkg", "dpkg-dev", "e2fsprogs", "fdisk", "ffmpeg", "findutils", "gawk", "gdb", "gnupg",
+    "gpg", "grep", "gzip", "imagemagick-6-common", "iproute2", "iptables", "jq", "less", "login", "lvm2", "make",
+    "man-db", "mdadm", "mount", "nftables", "openssh-client", "openssl", "parallel", "parted", "passwd", "patch",
+    "procps", "qemu-utils", "rsync", "samba-common-bin", "screen", "sed", "smartmontools", "smbclient", "socat",
+    "strace", "subversion", "sudo", "systemd", "tar", "tcpdump", "tmux", "unzip", "util-linux", "valgrind", "wget",
+    "xz-utils", "zip", "zstd",
 )  # fmt: skip
 
 
@@ -112,12 +113,15 @@ def option_questions(options: Sequence[Option], settings: QuestionSettings) -> t
                     source=option.source,
                 )  # fmt: skip
             )
+        settings.random(f"order/{side}").shuffle(sides[side])
     return sides
 
 
 def _described(tree: Any) -> Iterator[tuple[str, str]]:
     """Yield headings and descriptions: of lists, and of paragraphs that an indented block follows."""
-    for node in tree.body.query_selector_all("dt, p.Pp") if tree.body is not None else ():
+    for node in tree.body or ():  # all nodes below, in order
+        if node.tag not in ("dt", "p"):
+            continue
         following = node.next
         while following is not None and not following.text.strip():
             following = following.next

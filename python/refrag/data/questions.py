@@ -71,7 +71,7 @@ class QuestionSettings:
                 raise ValueError(f"{name}: got {getattr(self, name)}, needs a share from 0 up to 1")
 
     def is_test(self, key: str, domain: str) -> bool:
-        """Return whether what belongs to a headword or page is set apart; it follows from the seed and the key alone."""
+        """Return whether a headword or page is set apart; it follows from the seed and the key alone."""
         digest = hashlib.sha256(f"{self.seed}/test/{key.lower()}".encode()).digest()
         return domain in self.held_out_domains or int.from_bytes(digest[:7], "big") / 2**56 < self.test
 

@@ -45,8 +45,8 @@ class TextFile:
 def text_files(folder: Path) -> list[TextFile]:
     """Return the files below a folder that hold documentation, ordered by name.
 
-    Plain text counts only where there is nothing else: beside HTML it is usually the source of the same pages. Folders of
-    other languages beside an English one are left out.
+    Plain text counts only where there is nothing else: beside HTML it is usually the source of the same pages. Folders
+    of other languages beside an English one are left out.
     """
     found = []
     for path in _english(folder):
@@ -88,9 +88,6 @@ def read_text(file: TextFile) -> str:
 def html_text(content: bytes, *, main_content: bool = True) -> str:
     """Return the text of a page, without navigation where ``main_content`` is set."""
     tree = parse_html(content)
-    if tree.body is not None:
-        for node in tree.body.query_selector_all("table.head, table.foot, a.headerlink, script, style"):
-            node.decompose()
     text = _resiliparse().extract.html2text.extract_plain_text(tree, main_content=main_content, alt_texts=False)
     return _tidy(text)
 
@@ -112,7 +109,8 @@ def manual_html(content: bytes) -> bytes:
     program = shutil.which("mandoc")
     if program is None:
         raise FileNotFoundError("mandoc: is not on PATH; manual pages are read by it (Debian: apt-get install mandoc)")
-    return subprocess.run([program, "-T", "html", "-O", "fragment"], input=content, capture_output=True).stdout
+    html = subprocess.run([program, "-T", "html", "-O", "fragment"], input=content, capture_output=True).stdout
+    return re.sub(rb'<table class="(head|foot)">.*?</table>', b"", html, flags=re.DOTALL)  # name, date and section
 
 
 def needs(files: Iterable[TextFile]) -> None:

@@ -53,12 +53,14 @@ def tokenize_corpus(
     Raises
     ------
     ValueError
-        If the folder holds no corpus, the tokenizer's numbers don't fit into 16 bits, or there is less text than asked for.
+        If the folder holds no corpus, the tokenizer's numbers don't fit into 16 bits, or there is less text to train on
+        than asked for.
     """
     if len(tokenizer) > 1 << 16:
         raise ValueError(f"tokenizer: has {len(tokenizer)} tokens, needs {1 << 16} or fewer, for numbers of 16 bits")
-    files = sorted(corpus.glob("*.jsonl"))
-    if "train.jsonl" not in {file.name for file in files}:
+    # Too little text to train on is found before anything is written.
+    files = sorted(corpus.glob("*.jsonl"), key=lambda file: (file.name != "train.jsonl", file.name))
+    if not files or files[0].name != "train.jsonl":
         raise ValueError(f"{corpus}: holds no train.jsonl, needs the output of `refrag data corpus`")
     written = []
     for file in progress(files):

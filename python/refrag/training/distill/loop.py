@@ -98,6 +98,11 @@ class _Run:
             last = measured * options.final_samples / options.evaluate_samples
             reserve = min(max(options.reserve_seconds, 1.2 * last), 0.3 * 60 * options.minutes)
             left = 60 * options.minutes - reserve - (time.monotonic() - self.started)
+            if left <= 0:
+                raise ValueError(
+                    f"minutes: got {options.minutes:.3g}, needs more than {options.minutes - left / 60:.3g}: what "
+                    "loading, compiling and measuring take here"
+                )
             # A run that goes on has the time that its first part left, if that is less.
             planned = state["seconds"] if state is not None else left
             self.progress.seconds = min(planned, self.progress.before + left)

@@ -103,7 +103,7 @@ class DistillOptions:
     reconstruction_chunks: tuple[int, ...] = (1, 4, 16)
     reconstruction_token: int = 16
     cross_entropy: float = 0.2
-    linear_rate: float = 5e-4
+    linear_rate: float = 1e-3
     encoder_rate: float = 1e-3
     decoder_rate: float = 5e-4
     linear_alone: float = 0.02
