@@ -1,9 +1,9 @@
 """A Triton cache made on a machine without a GPU, for one whose minutes are dear: compile, pack, unpack.
 
-``python -m bench.gpu_report.triton_cache compile FILE`` compiles what the block ops launches, with this environment's
-Triton, for sm_90; ``bench/gpu_report.sh --triton-cache FILE`` takes it. A kernel's key holds its source, its line, what
-it is called with, and Triton's own files: the other machine needs the same checkout, the same wheel of Triton, and the
-same minor version of Python. ``pack FOLDER FILE`` packs a folder that a GPU's own runs have filled.
+``python -m bench.gpu_report.triton_cache compile FILE`` compiles what blocks launch, by this environment's Triton, for
+sm_90; ``bench/gpu_report.sh --triton-cache FILE`` takes it. A key holds a kernel's source, its line, what it is called
+with, and Triton's own files: the other machine needs the same checkout, the same wheel of Triton, and the same minor
+version of Python. ``pack FOLDER FILE`` packs a folder that a GPU's own runs have filled.
 """
 
 from __future__ import annotations
@@ -81,11 +81,12 @@ def unpack(archive: Path, folder: Path) -> Path:
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield calls of the Triton backend that the report makes, on tensors of the CPU: nothing reads their values."""
     from bench.case import Skip
-    from bench.gpu_report import known_launches
+    from bench.gpu_report import known_launches, pretended
     from bench.gpu_report.blocks import ops
 
     for name, make in known_launches.CALLS.items():
         yield name, make("cpu")
+    yield from pretended.calls()
     for entry in ops.entries("cuda"):
         # Larger ones launch the same kernels.
         if max(entry.parameters.get("context", 0), entry.parameters.get("batch", 0) * 256) <= 4096:
