@@ -1,8 +1,8 @@
 """Tokenized documents in files of their own, which numpy and the standard library read.
 
-A file is a line of JSON, the header, and an xz stream of three arrays: the tokens as uint16, each document's number of tokens
-as uint32, and each document's source as a uint16 index into the header's list; little-endian, one after another. A large set
-is several such files, pieces, each with whole documents.
+A file is a line of JSON, the header, and an xz stream of three arrays: the tokens as uint16, each document's number of
+tokens as uint32, and each document's source as a uint16 index into the header's list; all little-endian. A large set is
+several such files, pieces, each with whole documents.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns
     -------
     dict
-        tokens, documents, tokens_of_source, split, held_out, tokenizer (its hash), piece ([number, pieces]), sources, set
-        and sha256 (of the arrays).
+        tokens, documents, tokens_of_source, split, held_out, tokenizer (its hash), piece ([number, pieces]), sources,
+        set and sha256 (of the arrays).
 
     Raises
     ------
