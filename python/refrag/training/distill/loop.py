@@ -97,7 +97,8 @@ class _Run:
         warm = self._warm_up()
         began = time.monotonic()
         first = self.note("evaluation", **self._evaluate(options.evaluate_samples))
-        faulthandler.cancel_dump_traceback_later()
+        if self.device.type == "cuda":
+            faulthandler.cancel_dump_traceback_later()
         measured = time.monotonic() - began
         if options.minutes is not None:
             # The last measurement takes longer than the first by its samples, and something has to be in hand.
