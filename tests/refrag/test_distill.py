@@ -347,7 +347,12 @@ def test_an_adapter_is_started_from(place, tmp_path):
         distill(dataclasses.replace(options, output=tmp_path / "third", start=tmp_path / "first", decoder_rank=2))
 
 
-def test_the_block_of_the_gpu_report(tmp_path):
+def test_the_block_of_the_gpu_report(tmp_path, monkeypatch):
+    monkeypatch.delenv("REFRAG_TRAINING_FILES", raising=False)
+    results = tmp_path / "left-out.jsonl"
+    given = ["--device", "cuda", "--seconds", "9", "--results", str(results)]
+    assert training.run("training", training.block, given) == 0
+    assert json.loads(results.read_text())["case"] == "left out"
     results = tmp_path / "results.jsonl"
     assert (
         training.run("training", training.block, ["--device", "cpu", "--seconds", "4", "--results", str(results)]) == 0
