@@ -20,7 +20,8 @@ if [ ! -e "$files/decoder/config.json" ]; then
 convert_gguf(Path(sys.argv[1]) / 'smollm2.gguf', Path(sys.argv[1]) / 'decoder')" "$files" 2> "$files/convert.log" \
         || { tail -5 "$files/convert.log"; exit 1; }
 fi
-wait $build || { tail -20 "$files/build.log"; exit 1; }
+# Without the planner there is torch's attention, which the run then takes by itself.
+wait $build || tail -20 "$files/build.log"
 echo "ready after $SECONDS s"
 
 began=$SECONDS

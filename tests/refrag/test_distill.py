@@ -274,6 +274,30 @@ def test_the_clock_ends_a_run_and_its_schedules(place):
         distill(dataclasses.replace(options, output=place / "short", minutes=0.001))
 
 
+def test_a_run_goes_on_in_the_time_that_is_left(place, monkeypatch):
+    options = distill_files.options(place, output=place / "left", steps=None, minutes=1.0)
+    compute, calls = Distillation.loss, []
+
+    def dies(self, batch):
+        calls.append(1)
+        if len(calls) == 2 + 5:
+            raise RuntimeError("a kernel failed")
+        return compute(self, batch)
+
+    monkeypatch.setattr(Distillation, "loss", dies)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        distill(options)
+    for _ in range(50):
+        if (place / "left" / "state.pt").exists():
+            break
+        time.sleep(0.1)
+    before = read_state(place / "left")
+    log = distill(dataclasses.replace(options, minutes=0.12, attention="torch"))
+    (start,) = [entry for entry in log if entry["kind"] == "start"]
+    assert before["elapsed"] < start["train_seconds"] < before["elapsed"] + 0.12 * 60 < before["seconds"]
+    assert log[-1]["step"] > before["step"] and read_state(place / "left")["elapsed"] >= start["train_seconds"]
+
+
 def test_a_nan_ends_a_run_by_name_and_one_alone_does_not(place, monkeypatch):
     compute, poisoned = Distillation.loss, []
 
@@ -323,7 +347,12 @@ def test_an_adapter_is_started_from(place, tmp_path):
         distill(dataclasses.replace(options, output=tmp_path / "third", start=tmp_path / "first", decoder_rank=2))
 
 
-def test_the_block_of_the_gpu_report(tmp_path):
+def test_the_block_of_the_gpu_report(tmp_path, monkeypatch):
+    monkeypatch.delenv("REFRAG_TRAINING_FILES", raising=False)
+    results = tmp_path / "left-out.jsonl"
+    given = ["--device", "cuda", "--seconds", "9", "--results", str(results)]
+    assert training.run("training", training.block, given) == 0
+    assert json.loads(results.read_text())["case"] == "left out"
     results = tmp_path / "results.jsonl"
     assert (
         training.run("training", training.block, ["--device", "cpu", "--seconds", "4", "--results", str(results)]) == 0

@@ -19,6 +19,9 @@ _SECONDS_TO_END = 15  # what is left for the last files and the interpreter's en
 
 def block(options: Options, results: Results) -> None:
     """Distil for the time that is left, and report the log as it grows."""
+    if not options.rehearsal and not os.environ.get("REFRAG_TRAINING_FILES"):
+        results.add("left out", reason="REFRAG_TRAINING_FILES: got none, needs the folder of a decoder and token files")
+        return
     from refrag.training.distill.loop import distill
     from refrag.training.distill.options import DistillOptions
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import faulthandler
 import math
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from refrag.training.pause import wait_while_paused
 from refrag.training.token_files import load_tokens, read_header
 
 _STEPS_AHEAD = 2  # steps that the host may be ahead of the device
+_WARM_UP_SECONDS = 150  # after which a GPU that hasn't finished its first steps is taken to hang
 _NAN_STEPS = 5  # steps without a finite gradient, one after another, that end a run
 
 
@@ -89,9 +91,14 @@ class _Run:
         self.optimizer = FlatAdamW(self.model.trained, options.max_grad_norm)
         if state is not None:
             self.optimizer.load(state["optimizer"])
+        if self.device.type == "cuda":
+            # A kernel that never ends would take all of the time: the process ends itself, and another may do without.
+            faulthandler.dump_traceback_later(_WARM_UP_SECONDS, exit=True)
         warm = self._warm_up()
         began = time.monotonic()
         first = self.note("evaluation", **self._evaluate(options.evaluate_samples))
+        if self.device.type == "cuda":
+            faulthandler.cancel_dump_traceback_later()
         measured = time.monotonic() - began
         if options.minutes is not None:
             # The last measurement takes longer than the first by its samples, and something has to be in hand.

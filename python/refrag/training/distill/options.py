@@ -105,7 +105,7 @@ class DistillOptions:
     cross_entropy: float = 0.2
     linear_rate: float = 1e-3
     encoder_rate: float = 1e-3
-    decoder_rate: float = 5e-4
+    decoder_rate: float = 7e-4
     linear_alone: float = 0.02
     warmup: float = 0.03
     floor: float = 0.1
