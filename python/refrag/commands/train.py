@@ -262,7 +262,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     import json
 
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
                 questions.append(dict(json.loads(line)))
