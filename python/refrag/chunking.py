@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bisect
 import re
+import unicodedata
+from collections.abc import Sequence
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -41,8 +43,9 @@ class FixedChunks:
     """Chunks of k decoder tokens (REFRAG, section 2); a passage's last chunk may be shorter.
 
     A character that the tokenizer splits into several tokens (an emoji under a byte-level tokenizer) is never split
-    between two chunks: the chunk ends before it, or, where it alone has more than k tokens, after it. So a chunk's
-    tokens and its text always stand for the same characters, and the encoder never sees half a character.
+    between two chunks, nor is a letter and its marks where the tokenizer normalizes them (to NFC, say): the chunk ends
+    before it, or, where it alone has more than k tokens, after it. So a chunk's tokens and its text always stand for
+    the same characters, and the encoder never sees half a character.
 
     Parameters
     ----------
@@ -205,15 +208,10 @@ class _Tokens:
             text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
         )
         self.text = text
-        self.ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        # reached[i]: where the text of tokens 0..i ends. Between i and i + 1 the text may be cut unless token i + 1
-        # starts inside a character that has already begun.
-        self.reached: list[int] = []
-        end = 0
-        for _, token_end in offsets:
-            end = max(end, token_end)
-            self.reached.append(end)
-        self.cuttable = [later[0] >= end for end, later in zip(self.reached, offsets[1:])] + [True]
+        self.ids = encoding["input_ids"]
+        normalizer = tokenizer.backend_tokenizer.normalizer
+        moved = normalizer is not None and not text.isascii() and normalizer.normalize_str(text) != text
+        self.reached, self.cuttable = _places_to_cut(text, encoding["offset_mapping"], moved)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -242,6 +240,35 @@ class _Tokens:
         text_start = self.reached[first - 1] if first else 0
         text_end = len(self.text) if end == len(self) else self.reached[end - 1]
         return Chunk(self.text[text_start:text_end], tuple(self.ids[first:end]))
+
+
+def _places_to_cut(text: str, offsets: Sequence[tuple[int, int]], moved: bool) -> tuple[list[int], list[bool]]:
+    """Return where the text of tokens 0..i ends, and whether it may be cut there, for each token i.
+
+    ``moved``: whether a normalizer has changed the text. It may have composed a letter with its marks, put the marks
+    into another order or dropped them; offsets then lie within the letter with its marks, or leave the marks to no
+    token.
+    """
+    reached: list[int] = []
+    end = 0
+    starts = [start for start, _ in offsets[1:]] + [len(text)]
+    for (_, token_end), next_start in zip(offsets, starts):
+        end = max(end, token_end)
+        while moved and end < next_start and _goes_on(text, end):
+            end += 1
+        reached.append(end)
+    # Not where the next token starts inside a character that has already begun.
+    cuttable = [start >= end and not (moved and _goes_on(text, end)) for end, start in zip(reached, starts)]
+    return reached, [*cuttable[:-1], True] if cuttable else []
+
+
+def _goes_on(text: str, place: int) -> bool:
+    """Whether a character goes on at a place: a mark that belongs to the letter before it, or what composes with it."""
+    if not 0 < place < len(text) or (letter := text[place]) < "\u0300":
+        return False
+    if unicodedata.combining(letter) or "\u1160" <= letter <= "\u11ff":  # the vowels and finals of Korean syllables
+        return True
+    return len(unicodedata.normalize("NFC", text[place - 1 : place + 1])) == 1
 
 
 def _require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
