@@ -73,10 +73,10 @@ class FixedChunks:
         return f"fixed, k = {self.k}"
 
     def __call__(self, text: str) -> list[Chunk]:
-        tokens = _Tokens(self.tokenizer, text)
+        (tokens,) = tokenize(self.tokenizer, [text])
         chunks, first = [], 0
         while first < len(tokens):
-            chunks.append(tokens.chunk(first, end := tokens.end(first, self.k)))
+            chunks.append(tokens.chunk(first, end := end_of_chunk(tokens.cuttable, first, self.k)))
             first = end
         return chunks
 
@@ -140,12 +140,12 @@ class SentenceChunks:
         return f"sentence, {self.min_words} to {self.max_words} words, at most {self.max_tokens} tokens"
 
     def __call__(self, text: str) -> list[Chunk]:
-        tokens = _Tokens(self.tokenizer, text)
+        (tokens,) = tokenize(self.tokenizer, [text])
         chunks, first = [], 0
         for end in [*self._ends(text), len(text)]:
             last = tokens.end_of_text(end)
             while first < last:
-                stop = min(tokens.end(first, self.max_tokens), last)
+                stop = min(end_of_chunk(tokens.cuttable, first, self.max_tokens), last)
                 chunks.append(tokens.chunk(first, stop))
                 first = stop
         return chunks
@@ -199,47 +199,79 @@ def _ends_sentence(word: str, between: str, following: str) -> bool:
     return bool(between) and not following[0].islower()
 
 
-class _Tokens:
-    """A text's tokens, and where they may be parted."""
+class TokenizedText:
+    """A text's tokens, and where they may be parted.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-        # A passage that spells out "<|im_end|>" must not end the message it stands in.
-        encoding = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
-        )
-        self.text = text
-        self.ids = encoding["input_ids"]
+    Attributes
+    ----------
+    ids : list of int
+    cuttable : list of bool
+        For each token, whether a chunk may end with it.
+    """
+
+    def __init__(
+        self, text: str, ids: list[int], offsets: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
         normalizer = tokenizer.backend_tokenizer.normalizer
         moved = normalizer is not None and not text.isascii() and normalizer.normalize_str(text) != text
-        self.reached, self.cuttable = _places_to_cut(text, encoding["offset_mapping"], moved)
+        self.text = text
+        self.ids = ids
+        self._reached, self.cuttable = _places_to_cut(text, offsets, moved)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def end(self, first: int, count: int) -> int:
-        """Return where a chunk that starts at ``first`` ends: ``count`` tokens on, or as near as it can be cut."""
-        last = min(first + count, len(self)) - 1
-        within = last
-        while within >= first and not self.cuttable[within]:
-            within -= 1
-        if within < first:
-            within = last
-            while not self.cuttable[within]:
-                within += 1
-        return within + 1
-
     def end_of_text(self, end: int) -> int:
         """Return the first place to cut at which the text up to ``end`` is complete."""
-        last = bisect.bisect_left(self.reached, end)
+        last = bisect.bisect_left(self._reached, end)
         while last < len(self) and not self.cuttable[last]:
             last += 1
         return min(last + 1, len(self))
 
     def chunk(self, first: int, end: int) -> Chunk:
         """Return tokens [first, end) with their text; what no token stands for goes to the last."""
-        text_start = self.reached[first - 1] if first else 0
-        text_end = len(self.text) if end == len(self) else self.reached[end - 1]
+        text_start = self._reached[first - 1] if first else 0
+        text_end = len(self.text) if end == len(self) else self._reached[end - 1]
         return Chunk(self.text[text_start:text_end], tuple(self.ids[first:end]))
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenizedText]:
+    """Tokenize texts for the decoder.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer gives no offsets.
+    """
+    _require_offsets(tokenizer)
+    # A passage that spells out "<|im_end|>" must not end the message it stands in.
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
+    )
+    return [
+        TokenizedText(text, ids, offsets, tokenizer)
+        for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"])
+    ]
+
+
+def end_of_chunk(cuttable: Sequence[bool], first: int, count: int) -> int:
+    """Return where a chunk that starts at token ``first`` ends: ``count`` tokens on, or as near as it can be cut.
+
+    Examples
+    --------
+    >>> cuttable = [True, False, False, True, True]  # tokens 1 to 3 are one character
+    >>> [end_of_chunk(cuttable, first, 2) for first in (0, 1, 4)]
+    [1, 4, 5]
+    """
+    last = min(first + count, len(cuttable)) - 1
+    within = last
+    while within >= first and not cuttable[within]:
+        within -= 1
+    if within < first:
+        within = last
+        while within < len(cuttable) - 1 and not cuttable[within]:
+            within += 1
+    return within + 1
 
 
 def _places_to_cut(text: str, offsets: Sequence[tuple[int, int]], moved: bool) -> tuple[list[int], list[bool]]:

@@ -108,7 +108,8 @@ def run_policy_stage(
 
     @torch.no_grad()
     def contexts(index: int) -> tuple[Sample, torch.Tensor]:
-        sample = next_paragraph(windows.draw(stage.settings.seed, index), context, parts.k, parts.tokenizer, prefix)
+        tokens, cuttable = windows.draw(stage.settings.seed, index)
+        sample = next_paragraph(tokens, context, parts.k, parts.tokenizer, prefix, cuttable=cuttable)
         prompt, _ = parts.collate([sample])
         with lower_precision():
             return sample, model.encode_chunks(prompt.encoder_input)
