@@ -10,7 +10,7 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from refrag.prompt import Chunk
+from refrag.prompt import Chunk, require_text
 
 
 class Chunker(Protocol):
@@ -240,10 +240,14 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[T
 
     Raises
     ------
+    TypeError
+        If one is no string.
     ValueError
-        If the tokenizer gives no offsets.
+        If one holds half a surrogate pair, or the tokenizer gives no offsets.
     """
     _require_offsets(tokenizer)
+    for text in texts:
+        require_text(text, "text")
     # A passage that spells out "<|im_end|>" must not end the message it stands in.
     encoded = tokenizer(
         list(texts), add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from refrag.prompt import Passage
+from refrag.prompt import Passage, half_surrogate
 
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 
@@ -237,7 +237,7 @@ def _from_record(record: dict[str, Any], fields: Fields, where: str, names: Sequ
         return PassageError(f"{where}: {fields.text} is {_kind(text)}, needs a string")
     if not text.strip():
         return PassageError(f"{where}: {fields.text} is empty")
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+    if half_surrogate(text) is not None:
         return PassageError(f"{where}: {fields.text} holds half a surrogate pair, which is no character")
     if id is None and fields.id is None:
         return Passage(text)
