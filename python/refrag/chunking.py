@@ -83,8 +83,10 @@ class FixedChunks:
 
 # Words, or what counts as one: Chinese, Japanese and Korean are written without spaces.
 _WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\\s\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
-_SENTENCE_END = re.compile(r"""[.!?\u2026]+["')\]\u2019\u201d\u00bb]*$|[\u3002\uff01\uff1f]$""")
-_CLAUSE_END = re.compile(r"""[,;:\u2013\u2014\u3001\uff0c\uff1b]["')\]\u2019\u201d\u00bb]*$|\)$""")
+_CLOSING = "\"')]\u2019\u201d\u00bb"  # may follow the end of a sentence or clause
+_SENTENCE_ENDS = tuple(".!?\u2026")
+_WIDE_SENTENCE_ENDS = tuple("\u3002\uff01\uff1f")
+_CLAUSE_ENDS = tuple(",;:\u2013\u2014\u3001\uff0c\uff1b")
 # A full stop after these, or after a single letter, ends no sentence.
 _ABBREVIATIONS = frozenset(
     "al. cf. ch. dr. e.g. ed. eq. etc. fig. i.e. mr. mrs. ms. no. p. pp. prof. sec. st. vol. vs.".split()
@@ -160,8 +162,10 @@ class SentenceChunks:
                 ends.append(last)
                 first = last
             while end - first > self.max_words:
-                fit = [c for c in clauses if first + self.min_words <= c <= first + self.max_words]
-                first = fit[-1] if fit else first + self.max_words
+                # The last clause within reach: there may be as many as words.
+                place = bisect.bisect_right(clauses, first + self.max_words) - 1
+                fits = place >= 0 and clauses[place] >= first + self.min_words
+                first = clauses[place] if fits else first + self.max_words
                 ends.append(first)
             last = end
             if last - first >= self.min_words:
@@ -183,20 +187,24 @@ def _boundaries(text: str, words: list[re.Match[str]]) -> tuple[list[int], list[
             sentences.append(index)
         elif _ends_sentence(word[0], between, words[index][0]):
             sentences.append(index)
-        elif "\n" in between or _CLAUSE_END.search(word[0]):
+        elif "\n" in between or _ends_clause(word[0]):
             clauses.append(index)
     return sentences, clauses
 
 
 def _ends_sentence(word: str, between: str, following: str) -> bool:
-    if not _SENTENCE_END.search(word):
-        return False
-    if word[-1] in "\u3002\uff01\uff1f":
+    if word.endswith(_WIDE_SENTENCE_ENDS):
         return True
+    if not word.rstrip(_CLOSING).endswith(_SENTENCE_ENDS):
+        return False
     bare = word.lstrip("(\"'\u201c\u2018").lower()
     if bare in _ABBREVIATIONS or re.fullmatch(r"\w\.", bare):
         return False
     return bool(between) and not following[0].islower()
+
+
+def _ends_clause(word: str) -> bool:
+    return word.endswith(")") or word.rstrip(_CLOSING).endswith(_CLAUSE_ENDS)
 
 
 class TokenizedText:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -222,10 +223,13 @@ def answer_sampler(
     tokenizer = processor.tokenizer
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
+    @functools.lru_cache(maxsize=2)  # an evaluation may read another epoch's in between
+    def order(epoch: int) -> list[int]:
+        return random.Random(f"{seed}/{epoch}").sample(range(len(questions)), len(questions))
+
     def sample(index: int) -> Sample:
         epoch, place = divmod(index, len(questions))
-        order = random.Random(f"{seed}/{epoch}").sample(range(len(questions)), len(questions))
-        entry = questions[order[place]]
+        entry = questions[order(epoch)[place]]
         parts: list[str | Passage] = []
         for text in entry["passages"]:
             parts += [Passage(text), "\n\n"]
