@@ -14,9 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import training_parts
+from accelerate import Accelerator
 from refrag.adapters import AdapterError, Trained, load_adapter, prepare, save_adapter, trained_state
 from refrag.training.measures import reconstruction_accuracy
 from refrag.training.recipe import Stage, run_stage
+from refrag.training.samples import next_paragraph
 from refrag.training.trainer import Trainer, TrainingError, TrainSettings
 from safetensors.torch import load_file
 from train_once import train
@@ -69,8 +71,6 @@ def test_passes_make_no_difference(tmp_path, tokenizer, encoder_tokenizer):
 
 
 def test_the_loss_is_that_of_the_model(tmp_path, parts, tokenizer):
-    from refrag.training.samples import next_paragraph
-
     prepare(parts.model, Trained(encoder="all", decoder="all")).eval()
     ids = training_parts.documents(tokenizer).token_ids
     samples = [next_paragraph(ids[start : start + 14].tolist(), 8, 4, tokenizer, [1]) for start in (0, 50)]
@@ -85,6 +85,47 @@ def test_the_loss_is_that_of_the_model(tmp_path, parts, tokenizer):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     assert trainer.train()[0]["loss"] == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def trainer_of(parts, tmp_path, accelerator=None, **settings):
+    """Return a trainer of the projector, the encoder and the decoder, which are three groups of the optimizer."""
+    prepare(parts.model, Trained(encoder="all", decoder="all"))
+    ids = training_parts.documents(parts.tokenizer).token_ids
+    settings = {"steps": 2, "batch_size": 4, "max_rows": 40, "projector_rate": 1e-3, "encoder_rate": 1e-4, **settings}
+
+    def sample(index):
+        return next_paragraph(ids[7 * index : 7 * index + 14].tolist(), 8, 4, parts.tokenizer, [1])
+
+    return Trainer(
+        parts.model, sample, parts.collate, TrainSettings(**settings), tmp_path, accelerator=accelerator
+    )  # fmt: skip
+
+
+def gradient_norms(trainer):
+    """Return the norm of all gradients, which each of the three groups has, at each step of the optimizer."""
+    norms = []
+
+    def record(optimizer, *arguments):
+        groups = [[one.grad for one in group["params"] if one.grad is not None] for group in optimizer.param_groups]
+        assert len(groups) == 3 and all(any(grad.any() for grad in group) for group in groups)
+        norms.append(torch.nn.utils.get_total_norm([grad for group in groups for grad in group]).item())
+
+    trainer.optimizer.optimizer.register_step_pre_hook(record)
+    trainer.train()
+    return norms
+
+
+def test_one_norm_is_over_all_gradients(tmp_path, parts):
+    assert gradient_norms(trainer_of(parts, tmp_path, max_grad_norm=1e-3)) == [pytest.approx(1e-3)] * 2
+
+
+def test_gradients_are_unscaled_once(tmp_path, parts, monkeypatch):
+    """As in float16 on a GPU: torch's scaler refuses to unscale twice before a step."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=64.0), True
+    trainer = trainer_of(parts, tmp_path, accelerator, max_grad_norm=1e-3)
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    assert gradient_norms(trainer) == [pytest.approx(1e-3)] * 2
 
 
 def test_a_killed_run_goes_on_to_the_same_losses(tmp_path):

@@ -53,7 +53,9 @@ class TrainSettings:
         Peaks of the projector's and the encoder's own; ``learning_rate`` where they aren't given.
     warmup : float
         Share of the steps in which the rate rises; then it falls as a cosine to 0.
-    weight_decay, max_grad_norm : float
+    weight_decay : float
+    max_grad_norm : float
+        Of all gradients together.
     max_rows : int
         Decoder rows of one forward pass: a step's samples are cut into as many passes as this asks for.
     checkpoint_every, log_every, evaluate_every : int
@@ -207,8 +209,9 @@ class Trainer:
                 f"loss: is {loss} in step {self.step + 1}, samples {first} to {first + self.settings.batch_size - 1}; "
                 f"the newest checkpoint is {self._newest() or 'none'}"
             )
-        for group in self.optimizer.param_groups:
-            accelerator.clip_grad_norm_(group["params"], self.settings.max_grad_norm)
+        # One norm over all groups, in one call: under float16 Accelerate unscales the gradients in it. These very
+        # parameters, because it looks for a sharded model's own.
+        accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
