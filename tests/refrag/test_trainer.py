@@ -1,13 +1,16 @@
 """The training loop: it learns what it says it learns, and a run that is killed goes on as if it hadn't been."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,9 @@ import training_parts
 from accelerate import Accelerator
 from refrag.adapters import AdapterError, Trained, load_adapter, prepare, save_adapter, trained_state
 from refrag.training.measures import reconstruction_accuracy
+from refrag.training.passes import cut_passes, make_passes
 from refrag.training.recipe import Stage, run_stage
-from refrag.training.samples import next_paragraph
+from refrag.training.samples import Sample, next_paragraph
 from refrag.training.trainer import Trainer, TrainingError, TrainSettings
 from safetensors.torch import load_file
 from train_once import train
@@ -150,14 +154,26 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path):
     assert len(list((folder / "checkpoints").glob("step-*"))) == 2  # older ones make room
 
 
-def in_two_processes(folder, *options):
+def in_two_processes(folder, *options, script="train_once.py"):
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(Path(__file__).with_name("train_once.py"), folder, "--no-dropout", *options),
+        *(Path(__file__).with_name(script), folder, *options),
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        errors = process.communicate(timeout=200)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, errors
+
+
+def trained_in_two_processes(folder, *options):
+    code, errors = in_two_processes(folder, "--no-dropout", *options)
+    assert code == 0, errors[-3000:]
     about = "FSDP 2" if "--shard" in options else "MULTI_CPU 2"
     assert [(folder / f"process-{index}").read_text() for index in range(2)] == [about, about]
     return figures([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
@@ -169,16 +185,65 @@ def test_two_processes_take_the_same_steps(tmp_path, options):
     alone = figures(train(tmp_path / "alone", dropout=False))
     adapter = load_file(tmp_path / "alone" / "adapter.safetensors")
     close = [tuple(value and pytest.approx(value, rel=2e-4) for value in one) for one in alone]
-    assert len(close) == 12 and in_two_processes(tmp_path / "both", *options) == close
+    assert len(close) == 12 and trained_in_two_processes(tmp_path / "both", *options) == close
     # Checkpoints are whole: one process's is gone on from in two.
     shutil.rmtree(max((tmp_path / "alone" / "checkpoints").iterdir()))
     (tmp_path / "alone" / "adapter.safetensors").unlink()
-    assert in_two_processes(tmp_path / "alone", *options) == close
+    assert trained_in_two_processes(tmp_path / "alone", *options) == close
     for folder in ("both", "alone"):
         written = load_file(tmp_path / folder / "adapter.safetensors")
         assert written.keys() == adapter.keys()
         for name, value in adapter.items():
             torch.testing.assert_close(written[name], value, rtol=2e-2, atol=2e-4, msg=name)
+
+
+def test_a_batch_that_does_not_divide_by_the_processes(tmp_path):
+    """Processes wait for each other's passes where parameters are sharded; of 3 samples they would make 2 and 1."""
+    settings = {"steps": 4, "batch_size": 3, "max_rows": 16}
+    alone = figures(train(tmp_path / "alone", dropout=False, **settings))
+    close = [tuple(value and pytest.approx(value, rel=2e-4) for value in one) for one in alone]
+    options = [f"{name}={value}" for name, value in settings.items()]
+    assert len(close) == 4 and trained_in_two_processes(tmp_path / "both", "--shard", *options) == close
+
+
+def test_a_batch_of_fewer_samples_than_processes_is_one_error(tmp_path, parts):
+    processes = types.SimpleNamespace(num_processes=3, process_index=0, device=torch.device("cpu"))
+    with pytest.raises(TrainingError, match="^batch_size: got 2, needs 3 or more, a sample for each process$"):
+        trainer_of(parts, tmp_path, processes, batch_size=2)
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (1, 3), (1, 1), (7, 7), (2, 9)])
+@pytest.mark.parametrize("max_rows", [12, 30, 1000])
+def test_passes_are_as_many_in_every_process(counts, max_rows):
+    """Whatever each has to read, every pass is within bounds and every sample in one of them."""
+    draw = random.Random(0)
+    processes = [[Sample(((-1, [1] * draw.randrange(4, 15)),), 0) for _ in range(count)] for count in counts]
+    cut = [cut_passes(samples, max_rows) for samples in processes]
+    most = max(map(len, cut))
+    for samples, own in zip(processes, cut):
+        passes = make_passes(own, most)
+        assert len(passes) == most
+        assert sorted(map(id, samples)) == sorted(id(sample) for part in passes for sample in part)
+        for part in passes:
+            assert len(part) <= 1 or sum(sample.num_rows for sample in part) <= max_rows
+
+
+def test_an_empty_pass_changes_nothing(tmp_path, tokenizer, encoder_tokenizer, monkeypatch):
+    """A process that has nothing left to read makes its passes all the same, for the others."""
+    states = []
+    for count in (0, 9):
+        own = training_parts.parts(tokenizer, encoder_tokenizer)
+        for module in own.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer = trainer_of(own, tmp_path / str(count))
+        monkeypatch.setattr(trainer, "_most_passes", lambda passes, count=count: max(len(passes), count))
+        log = trainer.train()
+        states.append((figures(log), trained_state(own.model)))
+    (losses, wanted), (others, got) = states
+    assert others == [tuple(value and pytest.approx(value, rel=1e-5) for value in one) for one in losses]
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=2e-5, msg=name)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, tokenizer, encoder_tokenizer):

@@ -24,6 +24,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from refrag.model import RefragForCausalLM
 from refrag.prompt import MixedPrompt
+from refrag.training.passes import cut_passes, make_passes
 from refrag.training.pause import wait_while_paused
 from refrag.training.samples import Sample, Sampler
 
@@ -102,6 +103,11 @@ class Trainer:
         What a checkpoint must agree with to be gone on from: k, the models, the stage.
     accelerator : Accelerator, optional
         With its own settings of precision and devices (``accelerate launch`` and its config hold as usual).
+
+    Raises
+    ------
+    TrainingError
+        If there are more processes than samples of a step.
     """
 
     def __init__(
@@ -117,6 +123,11 @@ class Trainer:
         accelerator: Accelerator | None = None,
     ) -> None:
         self.accelerator = accelerator or Accelerator()
+        if settings.batch_size < self.accelerator.num_processes:  # here, where every process raises it
+            raise TrainingError(
+                f"batch_size: got {settings.batch_size}, needs {self.accelerator.num_processes} or more, a sample for "
+                "each process"
+            )
         self.sampler, self.collate, self.settings = sampler, collate, settings
         self.folder = Path(folder)
         self.evaluate = evaluate
@@ -183,15 +194,16 @@ class Trainer:
         first = self.step * self.settings.batch_size
         indices = range(first + accelerator.process_index, first + self.settings.batch_size, world)
         samples = [self.sampler(index) for index in indices]
-        if not samples:
-            raise TrainingError(f"batch_size: got {self.settings.batch_size}, needs one sample a process, {world}")
-        passes = self._passes(samples)
+        passes = cut_passes(samples, self.settings.max_rows)
+        passes = make_passes(passes, self._most_passes(passes))
         own = torch.tensor(sum(sample.num_targets for sample in samples), device=accelerator.device)
         targets = int(accelerator.reduce(own, "sum"))
         total = torch.zeros((), device=accelerator.device)
         self.model.train()
         for number, part in enumerate(passes):
-            prompt, labels = self.collate(part)
+            prompt, labels = self.collate(part or passes[0][:1])
+            if not part:  # a pass for the others' sake, in which no token counts
+                labels = labels.fill_(-100)
             # Processes exchange gradients once a step.
             last = number == len(passes) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
@@ -219,22 +231,12 @@ class Trainer:
         self.tokens += targets
         return loss
 
-    def _passes(self, samples: list[Sample]) -> list[list[Sample]]:
-        """Cut samples into passes of at most ``max_rows`` rows; as many of them in every process."""
-        passes: list[list[Sample]] = [[]]
-        rows = 0
-        for sample in sorted(samples, key=lambda sample: sample.num_rows):
-            if passes[-1] and rows + sample.num_rows > self.settings.max_rows:
-                passes.append([])
-                rows = 0
-            passes[-1].append(sample)
-            rows += sample.num_rows
-        if self.accelerator.num_processes > 1:
-            # Where parameters are sharded, a pass in one process waits for its like in the others.
-            counts = self.accelerator.gather(torch.tensor([len(passes)], device=self.accelerator.device))
-            most = min(int(counts.max()), len(samples))
-            passes = [samples[start::most] for start in range(most)]
-        return passes
+    def _most_passes(self, passes: list[list[Sample]]) -> int:
+        """Return how many passes the process makes that has the most."""
+        if self.accelerator.num_processes == 1:
+            return len(passes)
+        counts = self.accelerator.gather(torch.tensor([len(passes)], device=self.accelerator.device))
+        return int(counts.max())
 
     def _evaluate(self) -> dict[str, Any]:
         self.model.eval()
