@@ -26,6 +26,7 @@ _ENCODER_LAYERS = ("query", "key", "value", "q_proj", "k_proj", "v_proj", "Wqkv"
 _FIELDS = ("chunk_size", "pooling", "encoder_special_tokens", "projector_norm", "projector_activation",
            "projector_bias", "position_ids", "decoder_mask", "pool_segments", "latents", "encoder_window")  # fmt: skip
 _FORMAT = 1
+LORA_SCALE = 2  # of low-rank updates, whatever their rank: alpha / rank
 
 
 class AdapterError(ValueError):
@@ -41,7 +42,7 @@ class Trained:
     encoder, decoder : {"all", "lora", "none"}
         The paper trains the whole encoder throughout, and the whole decoder after reconstruction.
     rank : int
-        Of the low-rank adapters (LoRA, arXiv 2106.09685); their scale is 2.
+        Of the low-rank adapters (LoRA, arXiv 2106.09685); their scale is ``LORA_SCALE``.
     """
 
     encoder: str = "all"
@@ -218,7 +219,7 @@ def merge_state(model: RefragForCausalLM, tensors: Mapping[str, torch.Tensor]) -
             continue
         if is_update:
             target = name[: name.index(".lora_A.")] + ".weight"
-            value = 2.0 * tensors[name.replace(".lora_A.", ".lora_B.")].float() @ value.float()
+            value = LORA_SCALE * tensors[name.replace(".lora_A.", ".lora_B.")].float() @ value.float()
         target = target.replace(".base_layer.", ".")
         if target not in weights or weights[target].shape != value.shape:
             got = "none" if target not in weights else list(weights[target].shape)
@@ -258,7 +259,7 @@ def _inject_lora(part: PreTrainedModel, layers: tuple[str, ...], rank: int) -> N
     targets = [layer for layer in layers if layer in present]
     if not targets:
         raise AdapterError(f"{type(part).__name__}: has none of the layers {', '.join(layers)} to adapt")
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), part)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=targets), part)
 
 
 def signature(part: PreTrainedModel) -> str:

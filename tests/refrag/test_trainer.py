@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import training_parts
 from accelerate import Accelerator
 from refrag.adapters import AdapterError, Trained, load_adapter, prepare, save_adapter, trained_state
+from refrag.training.generators import generator_states, restore_generators
 from refrag.training.measures import reconstruction_accuracy
 from refrag.training.passes import cut_passes, make_passes
 from refrag.training.recipe import Stage, run_stage
@@ -244,6 +245,103 @@ def test_an_empty_pass_changes_nothing(tmp_path, tokenizer, encoder_tokenizer, m
     assert others == [tuple(value and pytest.approx(value, rel=1e-5) for value in one) for one in losses]
     for name, value in wanted.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=2e-5, msg=name)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_the_first_loss_after_a_stop_is_over_all_its_steps(tmp_path, tokenizer, encoder_tokenizer):
+    """Those before the checkpoint too, whose losses are in no entry of the log yet."""
+
+    def train_once(folder, last_sample):
+        own = training_parts.parts(tokenizer, encoder_tokenizer)
+        trainer = trainer_of(own, folder, steps=9, log_every=4, checkpoint_every=3)
+        inner = trainer.sampler
+
+        def sampler(index):
+            if index > last_sample:
+                raise Stopped
+            return inner(index)
+
+        trainer.sampler = sampler
+        return trainer.train()
+
+    whole = figures(train_once(tmp_path / "whole", 99))
+    assert [step for step, *_ in whole] == [4, 8, 9]
+    with pytest.raises(Stopped):
+        train_once(tmp_path / "stopped", 4 * 7 - 1)  # in the 8th step, after the checkpoint of the 6th
+    assert figures(train_once(tmp_path / "stopped", 99)) == whole
+
+
+def test_every_processs_generators_go_on(tmp_path):
+    code, errors = in_two_processes(tmp_path, script="generators_once.py")
+    assert code == 0, errors[-3000:]
+    drawn = [json.loads((tmp_path / f"process-{index}").read_text()) for index in range(2)]
+    for before, after, fresh in drawn:
+        assert before == after != fresh
+    assert drawn[0][0] != drawn[1][0] and drawn[0][2] == drawn[1][2]
+
+
+def test_a_devices_generator_goes_on(monkeypatch):
+    """On a GPU dropout draws from the device's own generator."""
+    device = torch.device("cuda", 1)
+    held = {device: torch.tensor([7])}
+
+    def put(state, which):
+        held[which] = state
+
+    module = types.SimpleNamespace(get_rng_state=held.get, set_rng_state=put)
+    monkeypatch.setattr(torch, "get_device_module", {device: module}.get)
+    accelerator = types.SimpleNamespace(device=device, process_index=0)
+    states = generator_states(accelerator)
+    held[device] = torch.tensor([9])
+    drawn = torch.rand(3)
+    restore_generators(accelerator, states)
+    assert held == {device: torch.tensor([7])} and torch.equal(torch.rand(3), drawn)
+    accelerator.process_index = 1  # of a run that goes on in more processes
+    restore_generators(accelerator, states)
+
+
+def test_low_rank_updates_have_one_scale(tmp_path, tokenizer, encoder_tokenizer, parts, monkeypatch):
+    """That which they are trained with is that which they are merged with."""
+    monkeypatch.setattr("refrag.adapters.LORA_SCALE", 3)
+    prepare(parts.model, Trained(encoder="lora", decoder="lora", rank=2)).eval()
+    for name, value in parts.model.named_parameters():
+        if ".lora_B." in name:
+            value.data.normal_(0, 0.1).copy_(value.data.bfloat16())  # the file holds bfloat16
+        elif value.requires_grad:
+            value.data.copy_(value.data.bfloat16())
+    save_adapter(parts.model, tmp_path)
+    fresh = training_parts.parts(tokenizer, encoder_tokenizer)
+    loaded, _ = load_adapter(tmp_path, fresh.model.decoder, fresh.model.encoder)
+    ids = training_parts.documents(tokenizer).token_ids[:14].tolist()
+    prompt, _ = parts.collate([next_paragraph(ids, 8, 4, tokenizer, [1])])
+    torch.testing.assert_close(loaded.eval()(prompt=prompt).logits, parts.model(prompt=prompt).logits)
+
+
+def test_betas_are_a_setting(tmp_path, parts):
+    for betas in ((0.9, 0.98), (0.5, 0.6)):
+        options = {} if betas == (0.9, 0.98) else {"betas": betas}
+        trainer = trainer_of(parts, tmp_path / str(betas), **options)
+        assert [group["betas"] for group in trainer.optimizer.param_groups] == [betas] * 3
+    for betas in ((0.9,), (0.9, 1.0), (-0.1, 0.9)):
+        with pytest.raises(ValueError, match="betas: got"):
+            TrainSettings(steps=1, betas=betas)
+
+
+def test_a_checkpoint_from_before_a_setting_is_gone_on_from(tmp_path, tokenizer, encoder_tokenizer):
+    def own():
+        return training_parts.parts(tokenizer, encoder_tokenizer)
+
+    trainer_of(own(), tmp_path).train()
+    (signature,) = tmp_path.rglob("step-00000002/signature.json")
+    written = json.loads(signature.read_text())
+    del written["settings"]["betas"]
+    signature.write_text(json.dumps(written))
+    assert len(trainer_of(own(), tmp_path).train()) == 1
+    with pytest.raises(TrainingError, match="made with settings"):
+        trainer_of(own(), tmp_path, betas=(0.9, 0.99)).train()
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, tokenizer, encoder_tokenizer):

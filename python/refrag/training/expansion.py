@@ -144,6 +144,11 @@ class PolicySettings:
             raise ValueError(f"share: got {self.share}, needs more than 0 and less than 1")
 
 
+def policy_optimizer(policy: ExpansionPolicy, settings: PolicySettings) -> torch.optim.Optimizer:
+    """Return the optimizer of a policy's parameters."""
+    return torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+
+
 def train_policy(
     policy: ExpansionPolicy,
     contexts: Callable[[int], tuple[Sample, torch.Tensor]],
@@ -171,7 +176,7 @@ def train_policy(
     optimizer : torch.optim.Optimizer, optional
         Its own, when it goes on from a checkpoint.
     """
-    optimizer = optimizer or torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    optimizer = optimizer or policy_optimizer(policy, settings)
     policy.train()
     for step in range(first_step, settings.steps):
         wait_while_paused()

@@ -24,6 +24,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from refrag.model import RefragForCausalLM
 from refrag.prompt import MixedPrompt
+from refrag.training.generators import generator_states, restore_generators
 from refrag.training.passes import cut_passes, make_passes
 from refrag.training.pause import wait_while_paused
 from refrag.training.samples import Sample, Sampler
@@ -54,6 +55,8 @@ class TrainSettings:
         Peaks of the projector's and the encoder's own; ``learning_rate`` where they aren't given.
     warmup : float
         Share of the steps in which the rate rises; then it falls as a cosine to 0.
+    betas : tuple of 2 floats
+        AdamW's.
     weight_decay : float
     max_grad_norm : float
         Of all gradients together.
@@ -70,6 +73,7 @@ class TrainSettings:
     projector_rate: float | None = None
     encoder_rate: float | None = None
     warmup: float = 0.04
+    betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     max_rows: int = 4096
@@ -82,6 +86,8 @@ class TrainSettings:
         for name in ("steps", "batch_size", "max_rows", "checkpoint_every", "log_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, needs 1 or more")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: got {self.betas}, needs two numbers from 0 up to 1")
 
 
 class Trainer:
@@ -134,7 +140,7 @@ class Trainer:
         self.signature = {"settings": dataclasses.asdict(settings), **(signature or {})}
         self.plain = model
         groups = _parameter_groups(model, settings)
-        optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
+        optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, betas=settings.betas)
         schedule = get_cosine_schedule_with_warmup(
             optimizer, max(1, round(settings.warmup * settings.steps)), settings.steps
         )
@@ -142,6 +148,7 @@ class Trainer:
         self.schedule = schedule
         self.step = 0
         self.tokens = 0
+        self.losses: list[float] = []  # of the steps since the last entry of the log
 
     def train(self) -> list[dict[str, Any]]:
         """Train to the last step, from the newest checkpoint if there is one.
@@ -161,24 +168,23 @@ class Trainer:
         self._resume()
         main = self.accelerator.is_main_process
         began, tokens_before = time.perf_counter(), self.tokens
-        losses: list[float] = []
         with tqdm(total=self.settings.steps, initial=self.step, disable=not main, unit="step") as bar:
             while self.step < self.settings.steps:
                 wait_while_paused()
-                losses.append(self._step())
+                self.losses.append(self._step())
                 bar.update()
                 rate = (self.tokens - tokens_before) / (time.perf_counter() - began)
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}, {rate:.0f} tokens/s")
+                bar.set_postfix_str(f"loss {self.losses[-1]:.3f}, {rate:.0f} tokens/s")
                 last = self.step == self.settings.steps
                 evaluated = {}
                 if self.evaluate and (last or self.step % self.settings.evaluate_every == 0):
                     evaluated = self._evaluate()
                 if evaluated or last or self.step % self.settings.log_every == 0:
-                    entry = {"step": self.step, "loss": sum(losses) / len(losses), "tokens": self.tokens,
+                    entry = {"step": self.step, "loss": sum(self.losses) / len(self.losses), "tokens": self.tokens,
                              "learning_rate": self.schedule.get_last_lr()[0], "tokens_per_second": rate,
                              **evaluated}  # fmt: skip
                     self._log(entry)
-                    losses = []
+                    self.losses = []
                 if last or self.step % self.settings.checkpoint_every == 0:
                     self._save()
         return self.read_log()
@@ -254,6 +260,7 @@ class Trainer:
     def _save(self) -> None:
         # Every process takes part: it may hold a share of the parameters, which come whole to the first.
         trained, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=_WHOLE)
+        generators = generator_states(self.accelerator)
         if not self.accelerator.is_main_process:
             return
         final = self.folder / "checkpoints" / f"step-{self.step:08d}"
@@ -265,7 +272,8 @@ class Trainer:
         save_file(kept, part / "trained.safetensors")
         torch.save(
             {"optimizer": optimizer, "schedule": self.schedule.state_dict(), "step": self.step,
-             "tokens": self.tokens, "random": torch.get_rng_state(), "log_entries": len(self.read_log())},
+             "tokens": self.tokens, "losses": self.losses, "generators": generators,
+             "log_entries": len(self.read_log())},
             part / "state.pt",
         )  # fmt: skip
         (part / "signature.json").write_text(json.dumps(self.signature, indent=1))
@@ -283,6 +291,8 @@ class Trainer:
             log.unlink(missing_ok=True)
             return
         written = json.loads((checkpoint / "signature.json").read_text())
+        # Settings that it knows nothing of had their defaults.
+        written["settings"] = json.loads(json.dumps(dataclasses.asdict(TrainSettings(1)))) | written["settings"]
         wanted = json.loads(json.dumps(self.signature))
         for name in sorted(written.keys() | wanted.keys()):
             if written.get(name) != wanted.get(name):
@@ -298,7 +308,8 @@ class Trainer:
         )  # fmt: skip
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.tokens = state["step"], state["tokens"]
-        torch.set_rng_state(state["random"])
+        self.losses = list(state["losses"])
+        restore_generators(self.accelerator, state["generators"])
         if self.accelerator.is_main_process:
             # What was logged after the checkpoint will be logged again.
             kept = log.read_text().splitlines(keepends=True)[: state["log_entries"]]
