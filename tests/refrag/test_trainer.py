@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -131,6 +132,14 @@ def test_gradients_are_unscaled_once(tmp_path, parts, monkeypatch):
     trainer = trainer_of(parts, tmp_path, accelerator, max_grad_norm=1e-3)
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
     assert gradient_norms(trainer) == [pytest.approx(1e-3)] * 2
+
+
+def test_nobody_can_stall_a_step_by_a_file(tmp_path, parts, monkeypatch):
+    """Nothing in the temporary folder, which is shared with other users, is read or made."""
+    (tmp_path / "shared").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "shared"))
+    trainer_of(parts, tmp_path / "run").train()
+    assert not list((tmp_path / "shared").iterdir())
 
 
 def test_a_killed_run_goes_on_to_the_same_losses(tmp_path):

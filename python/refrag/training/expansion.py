@@ -10,7 +10,6 @@ import torch
 from refrag.model import RefragForCausalLM
 from refrag.policy import ExpansionPolicy, picks_log_prob, sample_picks
 from refrag.training.likelihood import share_beginning, target_log_probs
-from refrag.training.pause import wait_while_paused
 from refrag.training.samples import Sample
 from refrag.training.trainer import Collate
 
@@ -179,7 +178,6 @@ def train_policy(
     optimizer = optimizer or policy_optimizer(policy, settings)
     policy.train()
     for step in range(first_step, settings.steps):
-        wait_while_paused()
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         drawn = [contexts(step * settings.contexts + index) for index in range(settings.contexts)]
         embeds = torch.nn.utils.rnn.pad_sequence([own for _, own in drawn], batch_first=True).float()

@@ -26,7 +26,6 @@ from refrag.model import RefragForCausalLM
 from refrag.prompt import MixedPrompt
 from refrag.training.generators import generator_states, restore_generators
 from refrag.training.passes import cut_passes, make_passes
-from refrag.training.pause import wait_while_paused
 from refrag.training.samples import Sample, Sampler
 
 # What is trained, whole and by the model's own names, however Accelerate wraps or shards it.
@@ -170,7 +169,6 @@ class Trainer:
         began, tokens_before = time.perf_counter(), self.tokens
         with tqdm(total=self.settings.steps, initial=self.step, disable=not main, unit="step") as bar:
             while self.step < self.settings.steps:
-                wait_while_paused()
                 self.losses.append(self._step())
                 bar.update()
                 rate = (self.tokens - tokens_before) / (time.perf_counter() - began)
