@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from refrag.config import RefragConfig
+from refrag.file_modes import usual_mode
 from refrag.model import RefragForCausalLM
 from refrag.policy import ExpansionPolicy
 from refrag.token_encoder import token_encoder
@@ -243,6 +244,7 @@ def _write(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], 
     part = path.with_suffix(".part")
     halved = {name: value.to(torch.bfloat16).contiguous() for name, value in tensors.items()}
     save_file(halved, part, metadata={"refrag": json.dumps(about)})
+    os.chmod(part, usual_mode(path.parent))
     os.replace(part, path)
     return path
 

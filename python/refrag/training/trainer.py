@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from refrag.file_modes import usual_mode
 from refrag.model import RefragForCausalLM
 from refrag.prompt import MixedPrompt
 from refrag.training.generators import generator_states, restore_generators
@@ -268,6 +269,7 @@ class Trainer:
         own = {name for name, _ in self.plain.named_parameters()}  # tied weights once
         kept = {name: cast(torch.Tensor, value).contiguous() for name, value in trained.items() if name in own}
         save_file(kept, part / "trained.safetensors")
+        os.chmod(part / "trained.safetensors", usual_mode(part))
         torch.save(
             {"optimizer": optimizer, "schedule": self.schedule.state_dict(), "step": self.step,
              "tokens": self.tokens, "losses": self.losses, "generators": generators,
