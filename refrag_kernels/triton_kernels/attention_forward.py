@@ -13,6 +13,7 @@ from refrag_kernels.triton_kernels.tiles import (
     load_step,
     next_step,
     scores,
+    tile_and_column,
     unit_of,
     visible_keys,
 )
@@ -48,7 +49,7 @@ def _step(
     return b_acc, new_max, b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["section", "ahead"])
 def mixed_attention_fwd_kernel(
     p_q,  # [T_q, H_q, D]
     p_k,  # [T_kv, H_kv, D]
@@ -66,6 +67,8 @@ def mixed_attention_fwd_kernel(
     softcap,
     q_rows,
     num_blocks,
+    section,  # columns of the grid
+    ahead,  # tiles
     stride_qt,
     stride_qh,
     stride_kt,
@@ -88,15 +91,16 @@ def mixed_attention_fwd_kernel(
 ):
     WIDTH: tl.constexpr = 2 + BLOCKS
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    tile, column = tile_and_column(section, ahead)
     # Under a causal mask the last tiles have the most keys: they start first.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1) // PARTS
+    tile = tl.num_programs(0) - 1 - tile
+    kv_head = column // PARTS
     o_m = tl.arange(0, BLOCKS * 16 * HEADS)
     o_n = tl.arange(0, STEP)
     o_d = tl.arange(0, BD)
     o_block = o_m // (16 * HEADS)
     o_row = o_m // HEADS % 16
-    head_of_group = tl.program_id(1) % PARTS * HEADS + o_m % HEADS
+    head_of_group = column % PARTS * HEADS + o_m % HEADS
     m_head = head_of_group < GROUP
     head = kv_head * GROUP + head_of_group
 

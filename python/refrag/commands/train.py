@@ -252,7 +252,7 @@ def load_trained_parts(console: Console, adapter: Path, encoder: str | None, dec
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Read a .jsonl file of questions.
+    """Read a .jsonl file of questions, or a .jsonl.xz file.
 
     Raises
     ------
@@ -260,9 +260,14 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
         If a line is no JSON object; names it.
     """
     import json
+    import lzma
 
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    try:
+        content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    except lzma.LZMAError as error:
+        raise ValueError(f"{path}: is damaged ({error})") from None
+    for number, line in enumerate(content.decode("utf-8-sig").split("\n"), 1):
         if line.strip():
             try:
                 questions.append(dict(json.loads(line)))
