@@ -3,6 +3,7 @@
 import os
 import stat
 
+import numpy as np
 import pytest
 import store_writer
 import torch
@@ -10,7 +11,10 @@ import training_parts
 from refrag import ChunkStore
 from refrag.adapters import Trained, add_policy, prepare, save_adapter
 from refrag.cache import build_once
+from refrag.data.build import whole_folder
+from refrag.data.questions import write_questions
 from refrag.policy import ExpansionPolicy
+from refrag.training.token_files import TokenSet, write_tokens
 from safetensors.torch import save_file
 from train_once import train
 
@@ -52,6 +56,16 @@ def test_a_cache(tmp_path, monkeypatch, mask):
 
     build_once("entry", build)
     check(tmp_path / "cache", mask)
+
+
+def test_a_corpus(tmp_path, mask):
+    with whole_folder(tmp_path / "corpus") as part:
+        (part / "train.jsonl").write_text("{}\n")
+    write_questions(tmp_path / "questions" / "train.jsonl", [])
+    tokens = TokenSet(np.zeros(3, np.uint16), np.array([3], np.uint32), ["a"], "train", "hash")
+    write_tokens(tmp_path / "tokens" / "train.tok", tokens)
+    for name in ("corpus", "questions", "tokens"):
+        check(tmp_path / name, mask)
 
 
 def test_an_adapter(tmp_path, mask, tokenizer, encoder_tokenizer):
