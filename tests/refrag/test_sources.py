@@ -174,3 +174,6 @@ def test_questions_are_parted_at_the_ends_of_lines_only(tmp_path):
     lines = [{"question": "a\u2028b\x85c"}, {"question": "d"}]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode())
     assert read_questions(path) == lines
+    path.write_bytes(b'{"question": "\xff"}')
+    with pytest.raises(ValueError, match=r"questions.jsonl: is not UTF-8 \(byte 14\)"):
+        read_questions(path)
