@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from refrag.training.pause import training_paused
 
 from bench import results, table
 from bench.case import Entry, Sweep
@@ -139,7 +138,7 @@ def _run(options: argparse.Namespace) -> int:
     start = time.monotonic()
     rows: list[dict] = []
     failed = False
-    with training_paused(), threads(options.threads):
+    with threads(options.threads):
         print(backends.report(), flush=True)
         for entry in entries:
             outcome = _outcome(entry, options, time.monotonic() - start)

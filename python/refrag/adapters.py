@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from refrag.config import RefragConfig
+from refrag.file_modes import usual_mode
 from refrag.model import RefragForCausalLM
 from refrag.policy import ExpansionPolicy
 from refrag.token_encoder import first_layers, token_encoder
@@ -26,6 +27,7 @@ _ENCODER_LAYERS = ("query", "key", "value", "q_proj", "k_proj", "v_proj", "Wqkv"
 _FIELDS = ("chunk_size", "pooling", "encoder_special_tokens", "projector_norm", "projector_activation",
            "projector_bias", "position_ids", "decoder_mask", "pool_segments", "latents", "encoder_window")  # fmt: skip
 _FORMAT = 1
+LORA_SCALE = 2  # of low-rank updates, whatever their rank: alpha / rank
 
 
 class AdapterError(ValueError):
@@ -41,7 +43,7 @@ class Trained:
     encoder, decoder : {"all", "lora", "none"}
         The paper trains the whole encoder throughout, and the whole decoder after reconstruction.
     rank : int
-        Of the low-rank adapters (LoRA, arXiv 2106.09685); their scale is 2.
+        Of the low-rank adapters (LoRA, arXiv 2106.09685); their scale is ``LORA_SCALE``.
     """
 
     encoder: str = "all"
@@ -228,7 +230,7 @@ def merge_state(model: RefragForCausalLM, tensors: Mapping[str, torch.Tensor]) -
             continue
         if is_update:
             target = name[: name.index(".lora_A.")] + ".weight"
-            value = 2.0 * tensors[name.replace(".lora_A.", ".lora_B.")].float() @ value.float()
+            value = LORA_SCALE * tensors[name.replace(".lora_A.", ".lora_B.")].float() @ value.float()
         target = target.replace(".base_layer.", ".")
         if target not in weights or weights[target].shape != value.shape:
             got = "none" if target not in weights else list(weights[target].shape)
@@ -252,6 +254,7 @@ def _write(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], 
     part = path.with_suffix(".part")
     halved = {name: value.to(torch.bfloat16).contiguous() for name, value in tensors.items()}
     save_file(halved, part, metadata={"refrag": json.dumps(about)})
+    os.chmod(part, usual_mode(path.parent))
     os.replace(part, path)
     return path
 
@@ -268,7 +271,7 @@ def _inject_lora(part: PreTrainedModel, layers: tuple[str, ...], rank: int) -> N
     targets = [layer for layer in layers if layer in present]
     if not targets:
         raise AdapterError(f"{type(part).__name__}: has none of the layers {', '.join(layers)} to adapt")
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), part)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=targets), part)
 
 
 def signature(part: PreTrainedModel) -> str:

@@ -257,7 +257,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     Raises
     ------
     ValueError
-        If a line is no JSON object; names it.
+        If a line is no JSON object, or the file is not UTF-8; names it.
     """
     import json
     import lzma
@@ -265,9 +265,12 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     questions = []
     try:
         content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+        text = content.decode("utf-8-sig")
     except lzma.LZMAError as error:
         raise ValueError(f"{path}: is damaged ({error})") from None
-    for number, line in enumerate(content.decode("utf-8").split("\n"), 1):
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 (byte {error.start})") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 questions.append(dict(json.loads(line)))

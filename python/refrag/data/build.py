@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,10 +160,10 @@ def whole_folder(output: Path) -> Iterator[Path]:
     if output.exists():
         raise ValueError(f"{output}: is there already; a new folder is needed")
     output.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{output.name}.part-", dir=output.parent))
+    part = output.with_name(f".{output.name}.part-{uuid.uuid4().hex}")
+    part.mkdir()
     try:
         yield part
-        part.chmod(0o755)
         part.rename(output)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from refrag.file_modes import usual_mode
+
 UNANSWERED = "The passages do not say."
 
 
@@ -150,7 +152,7 @@ def write_questions(path: Path, questions: Iterable[Question]) -> None:
     try:
         with open(handle, "wb") as file:
             file.write(content)
-        os.chmod(part, 0o644)
+        os.chmod(part, usual_mode(path.parent))  # mkstemp's 0600 is private
         os.replace(part, path)
     except BaseException:
         os.unlink(part)

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from refrag.file_modes import usual_mode
+
 _FORMAT = "refrag tokens 1"
 _LIMIT = 1 << 20  # bytes of a header; the list of sources is the largest part of it
 # Tokens are pairs of bytes: positions and literals are told apart by the lowest bit of the position (lp, pb = 1).
@@ -240,7 +242,7 @@ def _write_whole(path: Path, content: bytes) -> None:
     try:
         with open(handle, "wb") as file:
             file.write(content)
-        os.chmod(part, 0o644)
+        os.chmod(part, usual_mode(path.parent))  # mkstemp's 0600 is private
         os.replace(part, path)
     except BaseException:
         os.unlink(part)

@@ -20,7 +20,6 @@ from refrag.training.distill.evaluation import CONTEXT, OUTPUT, Evaluator, domai
 from refrag.training.distill.models import Distillation
 from refrag.training.distill.optimizer import FlatAdamW, Progress, rates_at
 from refrag.training.distill.options import HELD_OUT_DOMAINS, DistillOptions
-from refrag.training.pause import wait_while_paused
 from refrag.training.token_files import load_tokens, read_header
 
 _STEPS_AHEAD = 2  # steps that the host may be ahead of the device
@@ -136,8 +135,6 @@ class _Run:
                 at = progress.at(self.step)
                 if at >= 1:
                     break
-                if self.device.type == "cpu":
-                    wait_while_paused()
                 loss, sums = self.model.loss(batch)
                 loss.backward()
                 rates = rates_at(options, at)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-SCALE = 2.0  # of the update, as ``refrag.adapters.merge_state`` adds it
+from refrag.adapters import LORA_SCALE
+
+SCALE = float(LORA_SCALE)
 
 
 class LowRankLinear(nn.Module):
