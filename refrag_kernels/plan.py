@@ -89,7 +89,8 @@ class AttentionPlan:
         buffer = _buffer_of(self)
         if tile_lists.wanted(device) and not self.tiles and self.device.type == "cpu":
             buffer, shapes = _with_tiles(buffer, shapes, None, device)
-        return _from_buffer(buffer.to(device, non_blocking=True), shapes)
+        # Towards the CPU the copy has to be there before it is read, and nothing else waits for it.
+        return _from_buffer(buffer.to(device, non_blocking=device.type != "cpu"), shapes)
 
     def stats(self) -> dict[str, int]:
         """Count the pairs and tiles of the plan. Waits for the device, so it is for inspection, not for hot paths.
