@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import functools
 from typing import Any
 
 import torch
@@ -54,8 +54,9 @@ def fuse_feed_forward(encoder: nn.Module) -> int:
     for layer in encoder.modules():
         if hasattr(layer, "feed_forward_chunk") and _is_fusible(layer):
             layer.refrag_activation = activation
-            # A method, not a closure: copies of the layer then refer to their own weights.
-            layer.feed_forward_chunk = types.MethodType(_feed_forward, layer)
+            # Neither a closure nor a method, which pickle would look for in the layer's class: copies then refer to
+            # their own weights.
+            layer.feed_forward_chunk = functools.partial(_feed_forward, layer)
             changed += 1
     return changed
 

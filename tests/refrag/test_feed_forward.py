@@ -1,6 +1,8 @@
 """The encoder's fused feed-forward layers equal transformers' own."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import tiny
@@ -42,11 +44,22 @@ def test_the_op_computes_it(monkeypatch):
     assert len(calls) == fused.config.num_hidden_layers
 
 
-def test_a_copy_has_weights_of_its_own():
+def _through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _through_torch_save]
+)
+def test_a_copy_has_weights_of_its_own(copied):
     fused = tiny.encoder("bert")
     fuse_feed_forward(fused)
     tokens = torch.tensor([[5, 6, 7]])
-    twin, before = copy.deepcopy(fused), hidden_states(fused, tokens)
+    twin, before = copied(fused), hidden_states(fused, tokens)
+    assert torch.equal(hidden_states(twin, tokens), before)
     with torch.no_grad():
         twin.encoder.layer[0].output.dense.weight.zero_()
     assert torch.equal(hidden_states(fused, tokens), before)
