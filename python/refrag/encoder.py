@@ -9,7 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import refrag_kernels as rk
-from refrag.attention import AttentionPlans, no_mask
+from refrag.acceptance import reading_of
+from refrag.attention import AttentionPlans, packed_pass
 from refrag.prompt import PackedTexts
 from refrag_kernels import ChunkLayout, ChunkMask
 
@@ -133,10 +134,12 @@ class TextEmbedder:
 def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str, segments: int = 1) -> torch.Tensor:
     """Encode packed texts, each alone (REFRAG, section 2: c_i = Enc(C_i)).
 
+    An encoder that can't read packed rows (MPNet's position bias, say) reads a padded batch by its own attention.
+
     Parameters
     ----------
     encoder : PreTrainedModel
-        With attention "refrag".
+        With attention "refrag", unless it reads padded batches.
     texts : PackedTexts
         N texts.
     pooling : {"first", "mean", "last", "concat"}
@@ -146,21 +149,57 @@ def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str, se
     Returns
     -------
     Tensor [N, d_enc]
+
+    Raises
+    ------
+    FamilyError
+        If the encoder gives other rows than its own either way.
     """
     if not texts.layout.num_chunks:
         width = encoder.config.hidden_size * (segments if pooling == "concat" else 1)
         return torch.zeros(0, width, dtype=encoder.dtype, device=encoder.device)
+    reading = reading_of(encoder)
     texts = texts.to(encoder.device)
-    mask = ChunkMask.diagonal() if texts.windows is None else ChunkMask.passages(texts.windows)
-    hidden = encoder(
-        input_ids=texts.token_ids[None],
-        position_ids=_positions(texts, _first_position(encoder))[None],
-        attention_mask=no_mask(encoder.device),
-        refrag_plans=AttentionPlans(texts.layout, mask, causal=False),
-    ).last_hidden_state[0]
+    hidden = packed_rows(encoder, texts, causal=reading.causal) if reading.packed else padded_rows(encoder, texts)
     if pooling == "concat":
         return _pool_segments(hidden, texts.layout, segments)
     return rk.pool_chunks(hidden, texts.layout.chunk_offsets, pooling)
+
+
+def packed_rows(encoder: PreTrainedModel, texts: PackedTexts, *, causal: bool) -> torch.Tensor:
+    """Return the encoder's rows [T, d] of packed texts, read in one pass with plans."""
+    mask = ChunkMask.diagonal() if texts.windows is None else ChunkMask.passages(texts.windows)
+    output = packed_pass(
+        encoder,
+        AttentionPlans(texts.layout, mask, causal=causal),
+        input_ids=texts.token_ids[None],
+        position_ids=_positions(texts, _first_position(encoder))[None],
+    )
+    rows: torch.Tensor = output.last_hidden_state[0]
+    return rows
+
+
+def padded_rows(encoder: PreTrainedModel, texts: PackedTexts) -> torch.Tensor:
+    """Return the encoder's rows [T, d] of packed texts, read as a padded batch: one sequence a text, or a window."""
+    lengths = texts.layout.chunk_offsets.diff().long()
+    if texts.windows is not None:
+        lengths = torch.zeros_like(lengths).index_add_(0, _window_of_text(texts), lengths)
+        lengths = lengths[lengths > 0]
+    kept = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    padding = encoder.config.pad_token_id
+    ids = torch.full(kept.shape, 0 if padding is None else padding, device=lengths.device)
+    ids[kept] = texts.token_ids
+    rows: torch.Tensor = encoder(input_ids=ids, attention_mask=kept.long(), return_dict=True).last_hidden_state[kept]
+    return rows
+
+
+def _window_of_text(texts: PackedTexts) -> torch.Tensor:
+    """Return the number of each text's window, int64 [N], from 0."""
+    windows = texts.windows
+    assert windows is not None  # only then is it asked for
+    begins = torch.ones_like(windows, dtype=torch.bool)
+    begins[1:] = windows[1:] != windows[:-1]
+    return begins.cumsum(0) - 1
 
 
 def _pool_segments(hidden: torch.Tensor, layout: ChunkLayout, segments: int) -> torch.Tensor:
@@ -186,9 +225,8 @@ def _positions(texts: PackedTexts, first: int) -> torch.Tensor:
     starts = layout.chunk_offsets[:-1].long()
     lengths = layout.chunk_offsets.diff().long()
     if texts.windows is not None:
-        begins = torch.ones_like(texts.windows, dtype=torch.bool)
-        begins[1:] = texts.windows[1:] != texts.windows[:-1]
-        starts = starts[begins][begins.cumsum(0) - 1]
+        window = _window_of_text(texts)
+        starts = starts[torch.searchsorted(window, window)]  # of the window's first text
     rows = torch.arange(layout.total_rows, device=layout.device)
     return rows - starts.repeat_interleave(lengths, output_size=layout.total_rows) + first
 

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from refrag.attention import AttentionPlans, no_mask
+from refrag.attention import AttentionPlans, packed_pass
 from refrag.prompt import MixedPrompt
 
 
@@ -101,14 +101,14 @@ def packed_prefill(decoder: PreTrainedModel, prefill: PackedPrefill, cache: Any,
     require_empty(cache)
     alone = prefill.rows.shape[0] * copies == 1
     packed_cache = cache if alone else DynamicCache()
-    output = decoder(
+    output = packed_pass(
+        decoder,
+        prefill.plans,
         inputs_embeds=prefill.embeds[None],
-        attention_mask=no_mask(prefill.embeds.device),
         position_ids=prefill.position_ids[None],
         past_key_values=packed_cache,
         use_cache=True,
         logits_to_keep=prefill.rows[:, -1],
-        refrag_plans=prefill.plans,
     )
     if not alone:
         for index, layer in enumerate(packed_cache.layers):

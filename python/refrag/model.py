@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import refrag_kernels as rk
 from refrag import attention
+from refrag.acceptance import accept_decoder, accept_encoder, require_decoder
 from refrag.config import RefragConfig
 from refrag.encoder import encode_packed
 from refrag.feed_forward import fuse_feed_forward
@@ -56,13 +57,15 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RefragConfig) -> None:
         super().__init__(config)
-        self.encoder = AutoModel.from_config(
-            config.encoder_config, attn_implementation=_attention_of(config.encoder_config)
-        )
+        # A user's own choice of attention is left alone, and packed rows are then refused.
+        chosen = [part._attn_implementation for part in (config.encoder_config, config.text_config)]
+        self.encoder = AutoModel.from_config(config.encoder_config)
+        self.decoder = AutoModelForCausalLM.from_config(config.text_config)
+        if chosen[0] in (None, attention.NAME):
+            accept_encoder(self.encoder)
+        if chosen[1] in (None, attention.NAME):
+            accept_decoder(self.decoder)
         fuse_feed_forward(self.encoder)
-        self.decoder = AutoModelForCausalLM.from_config(
-            config.text_config, attn_implementation=_attention_of(config.text_config)
-        )
         use_inference_linears(self.encoder)
         use_inference_linears(self.decoder)
         self.projector = ChunkProjector(config)
@@ -94,8 +97,8 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             model = cls(config)
         model.encoder, model.decoder = encoder, decoder
-        for part in (encoder, decoder):
-            part.set_attn_implementation(attention.NAME)
+        accept_encoder(encoder)
+        accept_decoder(decoder)
         fuse_feed_forward(encoder)
         use_inference_linears(encoder)
         use_inference_linears(decoder)
@@ -126,7 +129,6 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         -------
         Tensor [N, d_enc]
         """
-        attention.require_refrag("encoder", self.encoder)
         return encode_packed(self.encoder, texts, self.config.pooling, self.config.pool_segments)
 
     def embed(self, prompt: MixedPrompt, chunk_embeds: torch.Tensor | None = None) -> torch.Tensor:
@@ -264,19 +266,19 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         for name, value in taken.items():
             if value is not None:
                 raise ValueError(f"{name}: got a value beside a prompt, needs None: the prompt holds it")
-        attention.require_refrag("decoder", self.decoder)
+        require_decoder(self.decoder)
         require_empty(past_key_values)
         prompt = prompt.to(self.device)
         targets = None if labels is None else _next_tokens(prompt, labels, logits_to_keep)
         items = kwargs.pop("num_items_in_batch", None)
-        output = self.decoder(
+        output = attention.packed_pass(
+            self.decoder,
+            self.plans(prompt),
             inputs_embeds=self.embed(prompt, chunk_embeds)[None],
-            attention_mask=attention.no_mask(self.device),
             position_ids=prompt.position_ids[None],
             past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=_kept_rows(prompt, logits_to_keep),
-            refrag_plans=self.plans(prompt),
             **kwargs,
         )
         if targets is not None:
@@ -320,13 +322,13 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         if state is not None:
             if isinstance(prompt, torch.Tensor):
                 raise ValueError("prompt: got a tensor beside a state, needs a MixedPrompt")
-            attention.require_refrag("decoder", self.decoder)
+            require_decoder(self.decoder)
             with torch.no_grad(), state.restored_on_error():
                 append(self, state, prompt, chunk_embeds)
                 return generate_from(self, state, generate, kwargs)
         if not isinstance(prompt, MixedPrompt):
             return generate(prompt, **kwargs)
-        attention.require_refrag("decoder", self.decoder)
+        require_decoder(self.decoder)
         with torch.no_grad():
             prompt = prompt.to(self.device)
             embeds = self.embed(prompt, chunk_embeds)
@@ -363,7 +365,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         PromptTooLongError
             If it doesn't fit into the decoder's window with what was read before.
         """
-        attention.require_refrag("decoder", self.decoder)
+        require_decoder(self.decoder)
         state = GenerationState() if state is None else state
         append(self, state, prompt, chunk_embeds)
         return state
@@ -401,11 +403,6 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         if is_first_iteration and prefill is not None:
             inputs["prefill"] = prefill
         return inputs
-
-
-def _attention_of(config: Any) -> str:
-    """Return the attention that a part's config asks for: "refrag" unless the user chose another."""
-    return config._attn_implementation or attention.NAME
 
 
 def _next_tokens(prompt: MixedPrompt, labels: torch.Tensor, logits_to_keep: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from refrag.attention import require_refrag
+from refrag.acceptance import require_decoder
 from refrag.key_rotation import KeyRotation
 from refrag.model import RefragForCausalLM
 from refrag.prompt import MixedPrompt
@@ -70,7 +70,7 @@ class PassageCache:
             )
         if max_bytes is not None and max_bytes < 1:
             raise ValueError(f"max_bytes: got {max_bytes}, needs 1 or more")
-        require_refrag("decoder", model.decoder)
+        require_decoder(model.decoder)
         self.model = model
         self.max_bytes = max_bytes
         self.hits = self.misses = 0

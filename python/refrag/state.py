@@ -11,7 +11,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from refrag.attention import AttentionPlans, no_mask
+from refrag.attention import AttentionPlans, packed_pass
 from refrag.prompt import Chunk, MixedPrompt, PackedTexts, PromptTooLongError
 from refrag_kernels import ChunkLayout, ChunkMask
 
@@ -174,14 +174,14 @@ def append(model: Any, state: GenerationState, prompt: MixedPrompt | None, chunk
     require_room(model, state, prompt.layout.total_rows, int(prompt.position_ids.max()) + 1)
     prompt = prompt.to(model.device)
     with state.restored_on_error(), torch.no_grad():
-        output = model.decoder(
+        output = packed_pass(
+            model.decoder,
+            state.plans(prompt, model.config.decoder_mask),
             inputs_embeds=model.embed(prompt, chunk_embeds)[None],
-            attention_mask=no_mask(model.device),
             position_ids=prompt.position_ids[None] + state.next_position,
             past_key_values=state.cache,
             use_cache=True,
             logits_to_keep=1,
-            refrag_plans=state.plans(prompt, model.config.decoder_mask),
         )
         state.note_prompt(prompt, output.logits)
 
