@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -18,7 +18,15 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel, cache_utils
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from refrag.attention import NAME, AttentionPlans, give_plans, packed_pass, refrag_attention, require_refrag
+from refrag.attention import (
+    NAME,
+    AttentionPlans,
+    attention_of,
+    give_plans,
+    packed_pass,
+    refrag_attention,
+    require_refrag,
+)
 from refrag.prompt import PackedTexts
 from refrag.state import key_values
 from refrag_kernels import ChunkLayout, ChunkMask
@@ -71,12 +79,11 @@ def accept_decoder(decoder: PreTrainedModel) -> None:
     """
     if getattr(decoder, "refrag_accepted", False):
         return
-    if getattr(decoder.config, "is_encoder_decoder", False):
-        raise FamilyError(f"decoder: got {type(decoder).__name__}, an encoder and a decoder in one; {_ADVICE}")
-    with _tried(decoder) as (watch, own):
+    _refuse_both_in_one("decoder", decoder)
+    with _tried("decoder", decoder) as (watch, own):
         if own is None:
             return
-        _try_decoder(decoder, watch)
+        _try_decoder(decoder, watch, own)
     decoder.refrag_accepted = True  # type: ignore[assignment]  # an attribute of a module is a tensor to mypy
 
 
@@ -103,7 +110,8 @@ def accept_encoder(encoder: PreTrainedModel) -> Reading | None:
     known = getattr(encoder, "refrag_reading", None)
     if isinstance(known, Reading):
         return known
-    with _tried(encoder) as (watch, own):
+    _refuse_both_in_one("encoder", encoder)
+    with _tried("encoder", encoder) as (watch, own):
         if own is None:
             return None
         reading = _try_encoder(encoder, watch, own)
@@ -141,6 +149,11 @@ def reading_of(encoder: PreTrainedModel) -> Reading:
     if reading.packed:
         require_refrag("encoder", encoder)
     return reading
+
+
+def _refuse_both_in_one(name: str, part: PreTrainedModel) -> None:
+    if getattr(part.config, "is_encoder_decoder", False):
+        raise FamilyError(f"{name}: got {type(part).__name__}, an encoder and a decoder in one; {_ADVICE}")
 
 
 @dataclasses.dataclass
@@ -183,15 +196,15 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def _tried(part: PreTrainedModel) -> Iterator[tuple[_Watch, str | None]]:
+def _tried(name: str, part: PreTrainedModel) -> Iterator[tuple[_Watch, str | None]]:
     """Put a model on an attention that is watched, and leave it on "refrag", or on its own if it is refused.
 
     Gives what its own attention is, None where there is nothing to try: the weights are not there yet.
     """
-    own = part.config._attn_implementation
+    own = attention_of(part)
     if own in (NAME, _PROBE):
         own = part.get_correct_attn_implementation(None)
-    if part.device.type == "meta":
+    if any(parameter.is_meta for parameter in part.parameters()):
         _give(part, NAME)
         yield _Watch(), None
         return
@@ -202,13 +215,16 @@ def _tried(part: PreTrainedModel) -> Iterator[tuple[_Watch, str | None]]:
         AttentionMaskInterface.register(_PROBE, watch.mask)
         try:
             part.eval()
-            _give(part, _PROBE)
             yield watch, own
-            if part.config._attn_implementation == _PROBE:
+            if attention_of(part) == _PROBE:
                 _give(part, NAME)
-        except BaseException:
+        except BaseException as error:
             _give(part, own)
-            raise
+            if isinstance(error, FamilyError) or not isinstance(error, Exception):
+                raise
+            raise FamilyError(
+                f"{name}: got {type(part).__name__}, which can't be tried: {_short(error)}; {_ADVICE}"
+            ) from error
         finally:
             part.train(training)
 
@@ -221,11 +237,11 @@ def _give(part: PreTrainedModel, name: str) -> None:
         part.set_attn_implementation(name)
     finally:
         transformers.logging.set_verbosity(verbosity)
-    if name not in (NAME, _PROBE) and part.config._attn_implementation != name:
+    if name not in (NAME, _PROBE) and attention_of(part) != name:
         part.config._attn_implementation = name  # it says which masks the model makes
 
 
-def _try_decoder(decoder: PreTrainedModel, watch: _Watch) -> None:
+def _try_decoder(decoder: PreTrainedModel, watch: _Watch, own: str) -> None:
     kind = type(decoder).__name__
 
     def refuse(why: str) -> FamilyError:
@@ -236,10 +252,17 @@ def _try_decoder(decoder: PreTrainedModel, watch: _Watch) -> None:
     width = getattr(decoder.config.get_text_config(), "hidden_size", None)
     if not isinstance(table, nn.Embedding) or table.weight.shape[1] != width:
         raise refuse(f"whose token embeddings aren't rows of its hidden_size, {width}")
-    try:
-        alone = decoder(input_ids=ids, use_cache=False, return_dict=True).logits[0]
-    except Exception as error:
-        raise refuse(f"which doesn't read {_ROWS} tokens by themselves: {_short(error)}") from error
+
+    def read(attention: str) -> torch.Tensor:
+        _give(decoder, attention)
+        try:
+            rows: torch.Tensor = decoder(input_ids=ids, use_cache=False, return_dict=True).logits[0]
+        except Exception as error:
+            raise refuse(f"which doesn't read {_ROWS} tokens by themselves: {_short(error)}") from error
+        return rows
+
+    alone = read(own)
+    read(_PROBE)
     layers = [call.module for call in watch.calls]
     if not layers:
         raise refuse("whose attention is code of its own that can't be given packed rows")
@@ -258,9 +281,12 @@ def _try_decoder(decoder: PreTrainedModel, watch: _Watch) -> None:
                 position_ids=_positions([_OTHER_ROWS, _ROWS], embeds.device),
                 past_key_values=cache,
                 use_cache=True,
-            ).logits[0, _OTHER_ROWS:]
+                logits_to_keep=torch.arange(_OTHER_ROWS, _OTHER_ROWS + _ROWS, device=embeds.device),
+            ).logits[0]
         except Exception as error:
             raise refuse(f"which doesn't read packed rows into a cache of keys and values: {_short(error)}") from error
+        if len(rows) != _ROWS:
+            raise refuse(f"which makes logits of {len(rows)} rows where {_ROWS} are to be kept")
         return rows
 
     try:
@@ -304,16 +330,21 @@ def _try_encoder(encoder: PreTrainedModel, watch: _Watch, own: str) -> Reading:
     ids, other = _ids(encoder, _ROWS), _ids(encoder, _OTHER_ROWS, 3)
     texts = _texts(torch.cat([other, ids], dim=1)[0], [_OTHER_ROWS, _ROWS])
 
-    def alone() -> torch.Tensor:
+    def read(attention: str) -> torch.Tensor:
+        _give(encoder, attention)
         try:
-            rows = encoder(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True).last_hidden_state[0]
+            rows: torch.Tensor = encoder(
+                input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True
+            ).last_hidden_state[0]
         except Exception as error:
             raise refuse(f"which doesn't read {_ROWS} tokens by themselves: {_short(error)}") from error
         if len(rows) != _ROWS:
             raise refuse(f"which makes {len(rows)} rows of {_ROWS} tokens")
         return rows
 
-    expected = alone()
+    alone = read(own)
+    with contextlib.suppress(FamilyError):
+        read(_PROBE)
     layers = [call.module for call in watch.calls]
     for causal in (False, True) if layers else ():
         watch_of_text = watch.calls[: len(layers)]
@@ -322,18 +353,17 @@ def _try_encoder(encoder: PreTrainedModel, watch: _Watch, own: str) -> Reading:
             del watch.calls[:]
             rows = packed_rows(encoder, texts, causal=causal)[_OTHER_ROWS:]
             if [call.module for call in watch.calls] == layers:
-                _compare(rows, expected, refuse, "")
+                _compare(rows, alone, refuse, "")
                 return Reading(packed=True, causal=causal)
         except Exception:
             pass  # then as it reads by itself
         watch.calls[:] = watch_of_text
     _give(encoder, own)
-    expected = alone()
     try:
         rows = padded_rows(encoder, texts)[_OTHER_ROWS:]
     except Exception as error:
         raise refuse(f"which reads neither packed rows nor a padded batch: {_short(error)}") from error
-    _compare(rows, expected, refuse, "its rows in a padded batch differ from those of the text alone")
+    _compare(rows, alone, refuse, "its rows in a padded batch differ from those of the text alone")
     return Reading(packed=False)
 
 
@@ -404,7 +434,7 @@ def _ids(part: PreTrainedModel, rows: int, first: int = 0) -> torch.Tensor:
     for name, value in config.to_dict().items():
         if name.endswith("token_id"):
             special |= set(value) if isinstance(value, list) else {value}
-    vocabulary = cast(nn.Embedding, part.get_input_embeddings()).weight.shape[0]
+    vocabulary = config.vocab_size
     tokens = (5 + (first + index) * max(1, vocabulary // 29) for index in range(100))
     kept = [token % vocabulary for token in tokens if token % vocabulary not in special]
     return torch.tensor([kept[:rows]], device=part.device)

@@ -26,9 +26,9 @@ NAME = "refrag"
 _GIVEN = "refrag_given"
 # What models tell the kernels of other attentions, or pass to every layer: it changes nothing of what is attended to.
 _IGNORED = frozenset({
-    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "max_length_k", "max_length_q",
-    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values",
-    "position_ids", "return_dict", "use_cache",
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "logits_to_keep", "max_length_k",
+    "max_length_q", "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
+    "past_key_values", "position_ids", "return_dict", "use_cache",
 })  # fmt: skip
 _logger = logging.get_logger(__name__)
 
@@ -195,11 +195,17 @@ def require_refrag(name: str, part: PreTrainedModel) -> None:
     ValueError
         Names the part, "encoder" or "decoder".
     """
-    if part.config._attn_implementation != NAME:
+    held = attention_of(part)
+    if held != NAME:
         raise ValueError(
-            f"{name}: got attention {part.config._attn_implementation!r}, needs {NAME!r} for packed rows; "
+            f"{name}: got attention {held!r}, needs {NAME!r} for packed rows; "
             f'call {name}.set_attn_implementation("{NAME}")'
         )
+
+
+def attention_of(part: PreTrainedModel) -> str:
+    """Return the name of the attention that a model's text layers run."""
+    return str(part.config.get_text_config()._attn_implementation)
 
 
 def refrag_attention(

@@ -146,7 +146,7 @@ class PerplexityChooser:
         self.decoder = model.decoder
         self.order = order
         for name in ("bos_token_id", "eos_token_id"):
-            token = getattr(self.decoder.config, name, None)
+            token = getattr(self.decoder.config.get_text_config(), name, None)
             start = (token[0] if isinstance(token, list) else token) if start is None else start
         if start is None:
             raise ValueError(

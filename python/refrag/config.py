@@ -140,10 +140,17 @@ class RefragConfig(PreTrainedConfig):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field}: got {getattr(self, field)!r}, needs one of {', '.join(choices)}")
 
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """Return the decoder's configuration, or, of one that sees or hears too, that of its text."""
+        return self.text_config.get_text_config(decoder=True)
+
     @property
     def chunk_width(self) -> int:
         """d_enc, the width of a chunk's embedding."""
-        return self.encoder_config.hidden_size * (self.pool_segments if self.pooling == "concat" else 1)
+        text = self.encoder_config.get_text_config()
+        if not isinstance(getattr(text, "hidden_size", None), int):
+            raise ValueError(f"encoder_config: got a {type(text).__name__}, needs one with a hidden_size")
+        return text.hidden_size * (self.pool_segments if self.pooling == "concat" else 1)
 
     @property
     def window(self) -> int:

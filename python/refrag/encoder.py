@@ -156,7 +156,7 @@ def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str, se
         If the encoder gives other rows than its own either way.
     """
     if not texts.layout.num_chunks:
-        width = encoder.config.hidden_size * (segments if pooling == "concat" else 1)
+        width = encoder.config.get_text_config().hidden_size * (segments if pooling == "concat" else 1)
         return torch.zeros(0, width, dtype=encoder.dtype, device=encoder.device)
     reading = reading_of(encoder)
     texts = texts.to(encoder.device)
@@ -186,7 +186,7 @@ def padded_rows(encoder: PreTrainedModel, texts: PackedTexts) -> torch.Tensor:
         lengths = torch.zeros_like(lengths).index_add_(0, _window_of_text(texts), lengths)
         lengths = lengths[lengths > 0]
     kept = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-    padding = encoder.config.pad_token_id
+    padding = getattr(encoder.config.get_text_config(), "pad_token_id", None)
     ids = torch.full(kept.shape, 0 if padding is None else padding, device=lengths.device)
     ids[kept] = texts.token_ids
     rows: torch.Tensor = encoder(input_ids=ids, attention_mask=kept.long(), return_dict=True).last_hidden_state[kept]

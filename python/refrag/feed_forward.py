@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.bert.modeling_bert import BertIntermediate, BertLayer, BertOutput
 
 import refrag_kernels as rk
 from refrag.inference_linear import InferenceLinear
@@ -72,7 +73,22 @@ def _is_fusible(layer: nn.Module) -> bool:
         getattr(output, "LayerNorm", None),
     )
     kinds = ((nn.Linear, InferenceLinear), (nn.Linear, InferenceLinear), (nn.Dropout,), (nn.LayerNorm,))
-    return all(type(part) in kind for part, kind in zip(parts, kinds))
+    return all(type(part) in kind for part, kind in zip(parts, kinds)) and all(
+        _same_code(getattr(type(own), name, None), getattr(of_bert, name))
+        for own, of_bert, name in (
+            (layer, BertLayer, "feed_forward_chunk"),
+            (layer.intermediate, BertIntermediate, "forward"),
+            (output, BertOutput, "forward"),
+        )
+    )
+
+
+def _same_code(function: Any, other: Any) -> bool:
+    """Whether two functions do the same: families copy BERT's layers, and X-MOD's, say, put adapters between."""
+    code, wanted = getattr(function, "__code__", None), other.__code__
+    return code is not None and all(
+        getattr(code, part) == getattr(wanted, part) for part in ("co_code", "co_names", "co_consts")
+    )
 
 
 def _feed_forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import refrag_kernels as rk
 from refrag import attention
-from refrag.acceptance import accept_decoder, accept_encoder, require_decoder
+from refrag.acceptance import FamilyError, accept_decoder, accept_encoder, require_decoder
 from refrag.config import RefragConfig
 from refrag.encoder import encode_packed
 from refrag.feed_forward import fuse_feed_forward
@@ -94,8 +94,23 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             Further fields of RefragConfig.
         """
         config = RefragConfig.from_preset(preset, decoder.config, encoder.config, chunk_size=k, **fields)
-        with torch.device("meta"):
-            model = cls(config)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except FamilyError:
+            raise
+        except ValueError as error:  # transformers', of a config that belongs to no model of this kind
+            raise FamilyError(
+                f"encoder, decoder: got {type(encoder).__name__} and {type(decoder).__name__}, which AutoModel and "
+                f"AutoModelForCausalLM couldn't make of their configs again: {str(error).splitlines()[0][:200]}"
+            ) from error
+        for name, part in (("encoder", encoder), ("decoder", decoder)):
+            made = type(getattr(model, name))
+            if isinstance(part, PreTrainedModel) and not isinstance(part, made):
+                raise FamilyError(
+                    f"{name}: got {type(part).__name__}, needs {made.__name__}, which is made of its config: else what "
+                    "save_pretrained writes could not be loaded"
+                )
         model.encoder, model.decoder = encoder, decoder
         accept_encoder(encoder)
         accept_decoder(decoder)

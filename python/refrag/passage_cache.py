@@ -128,7 +128,7 @@ class PassageCache:
 
     def _check_rows(self, prompt: MixedPrompt) -> None:
         rows = prompt.layout.total_rows
-        window = getattr(self.model.config.text_config, "sliding_window", None)
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         if window is not None and rows > window:
             raise ValueError(
                 f"prompt: got {rows} rows, needs at most the {window} of the decoder's sliding window: beyond it, what "

@@ -193,7 +193,7 @@ def require_room(model: Any, state: GenerationState, rows: int, positions: int) 
     ------
     PromptTooLongError
     """
-    window = getattr(model.config.text_config, "max_position_embeddings", None)
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window is None:
         return
     held = max(state.rows, state.next_position)

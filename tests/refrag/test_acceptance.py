@@ -209,8 +209,15 @@ def test_an_encoder_whose_rows_depend_on_padding_is_refused():
     encoder = made("FNet", auto=AutoModel)
     with pytest.raises(FamilyError, match=r"encoder: got FNetModel, for its rows in a padded .* by [\d.]+ of"):
         accept_encoder(encoder)
-    with pytest.raises(FamilyError, match="encoder: got T5Model, which doesn't read 13 tokens by themselves"):
+    with pytest.raises(FamilyError, match="encoder: got T5Model, an encoder and a decoder in one"):
         accept_encoder(made("T5", auto=AutoModel, d_kv=16, num_layers=2, num_heads=4, d_ff=64))
+
+
+def test_a_model_that_could_not_be_loaded_again_is_refused():
+    config = transformers.T5Config(vocab_size=97, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4)
+    encoder = transformers.T5EncoderModel(config).eval()
+    with pytest.raises(FamilyError, match="encoder: got T5EncoderModel, needs T5Model, which is made of its config"):
+        RefragForCausalLM.from_parts(encoder, tiny.decoder("llama"))
 
 
 def test_an_encoder_that_no_one_tried_is_tried_when_it_is_used():

@@ -9,6 +9,7 @@ import tiny
 import torch
 from accuracy import relative_error
 from refrag.feed_forward import fuse_feed_forward
+from transformers import AutoModel, XmodConfig
 
 
 def hidden_states(model, tokens):
@@ -77,6 +78,15 @@ def test_replaced_linear_layers_are_respected():
         model.encoder.layer[1].intermediate.dense.__class__ = Doubled
     tokens = torch.tensor([[5, 6, 7]])
     assert relative_error(hidden_states(fused, tokens), hidden_states(plain, tokens)) < 2e-6
+
+
+def test_layers_with_something_between_are_left_alone():
+    config = XmodConfig(**{**tiny._ENCODER, "default_language": "en_XX", "pad_token_id": 0})
+    plain = AutoModel.from_config(config).eval()
+    tiny._spread(plain)
+    fused, tokens = copy.deepcopy(plain), torch.tensor([[5, 6, 7]])
+    assert fuse_feed_forward(fused) == 0  # adapters
+    assert torch.equal(hidden_states(fused, tokens), hidden_states(plain, tokens))
 
 
 def test_other_encoders_and_activations_are_left_alone():
