@@ -10,7 +10,6 @@ from torch import nn
 from transformers.models.bert.modeling_bert import BertIntermediate, BertLayer, BertOutput
 
 import refrag_kernels as rk
-from refrag.inference_linear import InferenceLinear
 
 # transformers' names of the activations that the op knows.
 _ACTIVATIONS = {
@@ -72,8 +71,8 @@ def _is_fusible(layer: nn.Module) -> bool:
         getattr(output, "dropout", None),
         getattr(output, "LayerNorm", None),
     )
-    kinds = ((nn.Linear, InferenceLinear), (nn.Linear, InferenceLinear), (nn.Dropout,), (nn.LayerNorm,))
-    return all(type(part) in kind for part, kind in zip(parts, kinds)) and all(
+    kinds = (nn.Linear, nn.Linear, nn.Dropout, nn.LayerNorm)
+    return all(type(part) is kind for part, kind in zip(parts, kinds)) and all(
         _same_code(getattr(type(own), name, None), getattr(of_bert, name))
         for own, of_bert, name in (
             (layer, BertLayer, "feed_forward_chunk"),
