@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from refrag.encoder import encode_packed
 from refrag.feed_forward import fuse_feed_forward
 from refrag.generation import PackedPrefill, packed_prefill, padded_inputs, require_empty
 from refrag.inference_linear import use_inference_linears
+from refrag.merged import merged_state
 from refrag.projector import ChunkProjector
 from refrag.prompt import Chunk, MixedPrompt, PackedTexts
 from refrag.state import GenerationState, append, first_step, generate_from, text_prompt
@@ -120,6 +122,23 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         model.projector = ChunkProjector(config).to(device=decoder.device, dtype=decoder.dtype)
         model.generation_config = copy.deepcopy(decoder.generation_config)
         return model.train(decoder.training)
+
+    def save_pretrained(  # type: ignore[override]  # the rest of transformers' arguments is in kwargs
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the model as ``transformers.PreTrainedModel.save_pretrained`` does, low-rank adapters merged into it.
+
+        Raises
+        ------
+        ValueError
+            If a layer has an adapter that can't be merged.
+        """
+        state_dict = merged_state(self) if state_dict is None else state_dict
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.decoder.get_input_embeddings()
