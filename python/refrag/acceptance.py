@@ -201,6 +201,8 @@ def _tried(name: str, part: PreTrainedModel) -> Iterator[tuple[_Watch, str | Non
 
     Gives what its own attention is, None where there is nothing to try: the weights are not there yet.
     """
+    if part.config.return_dict is False:
+        raise ValueError(f"{name}.config.return_dict: got False, needs True: its outputs are read by name")
     own = attention_of(part)
     if own in (NAME, _PROBE):
         own = part.get_correct_attn_implementation(None)

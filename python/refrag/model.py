@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from refrag.acceptance import FamilyError, accept_decoder, accept_encoder, requi
 from refrag.config import RefragConfig
 from refrag.encoder import encode_packed
 from refrag.feed_forward import fuse_feed_forward
-from refrag.generation import PackedPrefill, packed_prefill, padded_inputs, require_empty
+from refrag.generation import PackedPrefill, packed_prefill, padded_inputs, refuse_options, require_empty
 from refrag.inference_linear import use_inference_linears
 from refrag.merged import merged_state
 from refrag.projector import ChunkProjector
@@ -149,6 +150,15 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.get_output_embeddings()
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.decoder.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the decoder's token embeddings and its head, as ``transformers.PreTrainedModel`` does."""
+        table = self.decoder.resize_token_embeddings(*args, **kwargs)
+        self.config.get_text_config().vocab_size = self.decoder.config.get_text_config().vocab_size
+        return table
+
     def encode_chunks(self, texts: PackedTexts) -> torch.Tensor:
         """Encode chunks, each alone, in one packed pass.
 
@@ -274,7 +284,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
 
         Returns
         -------
-        CausalLMOutputWithPast
+        CausalLMOutputWithPast, or a tuple with ``return_dict=False``
             With a prompt: logits [1, T, V], or [1, B * logits_to_keep, V]; the loss with ``labels``.
 
         Raises
@@ -288,7 +298,8 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         if prefill is not None:
             assert inputs_embeds is not None  # generate hands its first step both
             copies = inputs_embeds.shape[0] // prefill.rows.shape[0]
-            return packed_prefill(self.decoder, prefill, past_key_values, copies)
+            hidden_states = bool(kwargs.get("output_hidden_states"))
+            return packed_prefill(self.decoder, prefill, past_key_values, copies, hidden_states=hidden_states)
         if prompt is None:
             return self.decoder(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -305,6 +316,9 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         prompt = prompt.to(self.device)
         targets = None if labels is None else _next_tokens(prompt, labels, logits_to_keep)
         items = kwargs.pop("num_items_in_batch", None)
+        as_tuple = kwargs.pop("return_dict", None) is False
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions: got True, needs False: packed rows form no attention weights")
         output = attention.packed_pass(
             self.decoder,
             self.plans(prompt),
@@ -319,6 +333,9 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             output.loss = self.loss_function(
                 output.logits, None, output.logits.shape[-1], num_items_in_batch=items, shift_labels=targets
             )
+        if as_tuple:  # in the order of its fields: the loss came last
+            values = (getattr(output, field.name) for field in dataclasses.fields(output))
+            return tuple(value for value in values if value is not None)  # type: ignore[return-value]
         return output
 
     def generate(  # type: ignore[override]  # prompt is a MixedPrompt too, and stands where transformers' inputs does
@@ -357,12 +374,14 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             if isinstance(prompt, torch.Tensor):
                 raise ValueError("prompt: got a tensor beside a state, needs a MixedPrompt")
             require_decoder(self.decoder)
+            refuse_options(self.generation_config, kwargs, state=True)
             with torch.no_grad(), state.restored_on_error():
                 append(self, state, prompt, chunk_embeds)
                 return generate_from(self, state, generate, kwargs)
         if not isinstance(prompt, MixedPrompt):
             return generate(prompt, **kwargs)
         require_decoder(self.decoder)
+        refuse_options(self.generation_config, kwargs, state=False)
         with torch.no_grad():
             prompt = prompt.to(self.device)
             embeds = self.embed(prompt, chunk_embeds)

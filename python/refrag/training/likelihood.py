@@ -106,9 +106,11 @@ def logits_of(decoder: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass
 class _Rows(MoeModelOutputWithPast):
-    """What any decoder looks for in its model's output."""
+    """A model's output, in which whatever else a decoder looks for (cross attentions, a picture's rows) is None."""
 
-    cross_attentions: Any = None
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 class _AsGiven(nn.Module):
