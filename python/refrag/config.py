@@ -15,6 +15,9 @@ _CHOICES = {
     "decoder_mask": ("full", "passages"),
 }
 
+# Families whose tables of positions hold rows for padding, and count on from there.
+_PADDED_POSITIONS = ("roberta", "camembert", "mpnet", "xmod", "data2vec-text", "longformer", "luke", "ibert")
+
 # What the paper leaves open, each set chosen as a whole. "paper": REFRAG, section 2 and B.2, with the first token
 # ([CLS]) as a chunk's embedding. "lclm": arXiv 2606.09659, windows of 1,024 tokens read together, the mean of a
 # chunk's own tokens, and a norm before the MLP. "tokens": ours, for refrag.token_encoder: the chunk's tokens in their
@@ -156,7 +159,7 @@ class RefragConfig(PreTrainedConfig):
     def window(self) -> int:
         """Encoder tokens of a window: ``encoder_window``, or the encoder's positions where these are fewer."""
         positions = getattr(self.encoder_config, "max_position_embeddings", None) or self.encoder_window
-        if "roberta" in self.encoder_config.model_type:  # its table holds rows for padding, and counts on from there
+        if any(kind in self.encoder_config.model_type for kind in _PADDED_POSITIONS):
             positions -= (self.encoder_config.pad_token_id or 0) + 1
         return min(self.encoder_window, positions)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import refrag_kernels as rk
@@ -94,9 +97,6 @@ class TextEmbedder:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._positions = getattr(
-            model.config.encoder_config, "max_position_embeddings", self.tokenizer.model_max_length
-        )
         self._kept: dict[tuple[str, ...], torch.Tensor] = {}
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
@@ -107,7 +107,7 @@ class TextEmbedder:
                 self.tokenizer,
                 texts,
                 special_tokens=self.model.config.encoder_special_tokens,
-                truncate_to=min(self.tokenizer.model_max_length, self._positions),
+                truncate_to=min(self.tokenizer.model_max_length, most_tokens(self.model.encoder) or sys.maxsize),
             )
             with torch.no_grad():
                 embeds = self.model.encode_chunks(packed)
@@ -154,16 +154,49 @@ def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str, se
     ------
     FamilyError
         If the encoder gives other rows than its own either way.
+    ValueError
+        If a text, or a window, has more tokens than the encoder has positions.
     """
     if not texts.layout.num_chunks:
         width = encoder.config.get_text_config().hidden_size * (segments if pooling == "concat" else 1)
         return torch.zeros(0, width, dtype=encoder.dtype, device=encoder.device)
+    _require_positions(encoder, texts)
     reading = reading_of(encoder)
     texts = texts.to(encoder.device)
     hidden = packed_rows(encoder, texts, causal=reading.causal) if reading.packed else padded_rows(encoder, texts)
     if pooling == "concat":
         return _pool_segments(hidden, texts.layout, segments)
     return rk.pool_chunks(hidden, texts.layout.chunk_offsets, pooling)
+
+
+def most_tokens(encoder: PreTrainedModel) -> int | None:
+    """Return how many tokens an encoder has positions for; None where it names no number.
+
+    A tokenizer need not know: many folders name no ``model_max_length``, and RoBERTa's table holds rows that are no
+    positions.
+    """
+    table = _position_table(encoder)
+    if table is not None:
+        return table.num_embeddings - _first_position(encoder)
+    positions = getattr(encoder.config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _require_positions(encoder: PreTrainedModel, texts: PackedTexts) -> None:
+    most = most_tokens(encoder)
+    if most is None or texts.layout.total_rows <= most:
+        return
+    lengths = texts.layout.lengths()[0]
+    name = "text"
+    if texts.windows is not None:
+        name, texts_of = "window", zip(_window_of_text(texts).tolist(), lengths, strict=True)
+        lengths = [sum(length for _, length in own) for _, own in itertools.groupby(texts_of, lambda pair: pair[0])]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    if lengths[longest] > most:
+        raise ValueError(
+            f"texts: {name} {longest} has {lengths[longest]} tokens for the encoder, needs at most {most}; take a "
+            f"smaller {'encoder_window' if name == 'window' else 'k'}"
+        )
 
 
 def packed_rows(encoder: PreTrainedModel, texts: PackedTexts, *, causal: bool) -> torch.Tensor:
@@ -233,6 +266,10 @@ def _positions(texts: PackedTexts, first: int) -> torch.Tensor:
 
 def _first_position(encoder: PreTrainedModel) -> int:
     """Return the position id of a text's first token: RoBERTa's tables hold a row for padding and count on from it."""
-    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
+    padding = getattr(_position_table(encoder), "padding_idx", None)
     return 0 if padding is None else padding + 1
+
+
+def _position_table(encoder: PreTrainedModel) -> nn.Embedding | None:
+    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    return table if isinstance(table, nn.Embedding) else None
