@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from refrag.attention import AttentionPlans, no_mask, require_refrag
+from refrag.acceptance import require_decoder
+from refrag.attention import AttentionPlans, packed_pass
 from refrag.policy import ExpansionPolicy, sample_picks
 from refrag.prompt import Chunk
 from refrag_kernels import ChunkLayout, ChunkMask
@@ -145,7 +146,7 @@ class PerplexityChooser:
         self.decoder = model.decoder
         self.order = order
         for name in ("bos_token_id", "eos_token_id"):
-            token = getattr(self.decoder.config, name, None)
+            token = getattr(self.decoder.config.get_text_config(), name, None)
             start = (token[0] if isinstance(token, list) else token) if start is None else start
         if start is None:
             raise ValueError(
@@ -161,7 +162,7 @@ class PerplexityChooser:
 
     def log_perplexities(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Return the mean negative log-likelihood of each chunk's tokens, float32 [N]."""
-        require_refrag("decoder", self.decoder)
+        require_decoder(self.decoder)
         result: list[torch.Tensor] = []
         batch: list[tuple[int, ...]] = []
         rows = 0
@@ -180,12 +181,12 @@ class PerplexityChooser:
         lengths = [len(text) for text in texts]
         layout = ChunkLayout.from_lengths([[length] for length in lengths]).to(device)
         rows = [token for text in texts for token in (self.start, *text[:-1])]
-        logits = self.decoder(
+        logits = packed_pass(
+            self.decoder,
+            AttentionPlans(layout, ChunkMask.full(), causal=True),
             input_ids=torch.tensor([rows], device=device),
-            attention_mask=no_mask(device),
             position_ids=torch.tensor([[row for length in lengths for row in range(length)]], device=device),
             use_cache=False,
-            refrag_plans=AttentionPlans(layout, ChunkMask.full(), causal=True),
         ).logits[0]
         targets = torch.tensor([token for text in texts for token in text], device=device)
         losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none").split(lengths)

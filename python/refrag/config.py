@@ -15,6 +15,9 @@ _CHOICES = {
     "decoder_mask": ("full", "passages"),
 }
 
+# Families whose tables of positions hold rows for padding, and count on from there.
+_PADDED_POSITIONS = ("roberta", "camembert", "mpnet", "xmod", "data2vec-text", "longformer", "luke", "ibert")
+
 # What the paper leaves open, each set chosen as a whole. "paper": REFRAG, section 2 and B.2, with the first token
 # ([CLS]) as a chunk's embedding. "lclm": arXiv 2606.09659, windows of 1,024 tokens read together, the mean of a
 # chunk's own tokens, and a norm before the MLP. "tokens": ours, for refrag.token_encoder: the chunk's tokens in their
@@ -140,16 +143,23 @@ class RefragConfig(PreTrainedConfig):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field}: got {getattr(self, field)!r}, needs one of {', '.join(choices)}")
 
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """Return the decoder's configuration, or, of one that sees or hears too, that of its text."""
+        return self.text_config.get_text_config(decoder=True)
+
     @property
     def chunk_width(self) -> int:
         """d_enc, the width of a chunk's embedding."""
-        return self.encoder_config.hidden_size * (self.pool_segments if self.pooling == "concat" else 1)
+        text = self.encoder_config.get_text_config()
+        if not isinstance(getattr(text, "hidden_size", None), int):
+            raise ValueError(f"encoder_config: got a {type(text).__name__}, needs one with a hidden_size")
+        return text.hidden_size * (self.pool_segments if self.pooling == "concat" else 1)
 
     @property
     def window(self) -> int:
         """Encoder tokens of a window: ``encoder_window``, or the encoder's positions where these are fewer."""
         positions = getattr(self.encoder_config, "max_position_embeddings", None) or self.encoder_window
-        if "roberta" in self.encoder_config.model_type:  # its table holds rows for padding, and counts on from there
+        if any(kind in self.encoder_config.model_type for kind in _PADDED_POSITIONS):
             positions -= (self.encoder_config.pad_token_id or 0) + 1
         return min(self.encoder_window, positions)
 

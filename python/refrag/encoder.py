@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import refrag_kernels as rk
-from refrag.attention import AttentionPlans, no_mask
+from refrag.acceptance import reading_of
+from refrag.attention import AttentionPlans, packed_pass
 from refrag.prompt import PackedTexts
 from refrag_kernels import ChunkLayout, ChunkMask
 
@@ -93,9 +97,6 @@ class TextEmbedder:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._positions = getattr(
-            model.config.encoder_config, "max_position_embeddings", self.tokenizer.model_max_length
-        )
         self._kept: dict[tuple[str, ...], torch.Tensor] = {}
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
@@ -106,7 +107,7 @@ class TextEmbedder:
                 self.tokenizer,
                 texts,
                 special_tokens=self.model.config.encoder_special_tokens,
-                truncate_to=min(self.tokenizer.model_max_length, self._positions),
+                truncate_to=min(self.tokenizer.model_max_length, most_tokens(self.model.encoder) or sys.maxsize),
             )
             with torch.no_grad():
                 embeds = self.model.encode_chunks(packed)
@@ -133,10 +134,12 @@ class TextEmbedder:
 def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str, segments: int = 1) -> torch.Tensor:
     """Encode packed texts, each alone (REFRAG, section 2: c_i = Enc(C_i)).
 
+    An encoder that can't read packed rows (MPNet's position bias, say) reads a padded batch by its own attention.
+
     Parameters
     ----------
     encoder : PreTrainedModel
-        With attention "refrag".
+        With attention "refrag", unless it reads padded batches.
     texts : PackedTexts
         N texts.
     pooling : {"first", "mean", "last", "concat"}
@@ -146,21 +149,90 @@ def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str, se
     Returns
     -------
     Tensor [N, d_enc]
+
+    Raises
+    ------
+    FamilyError
+        If the encoder gives other rows than its own either way.
+    ValueError
+        If a text, or a window, has more tokens than the encoder has positions.
     """
     if not texts.layout.num_chunks:
-        width = encoder.config.hidden_size * (segments if pooling == "concat" else 1)
+        width = encoder.config.get_text_config().hidden_size * (segments if pooling == "concat" else 1)
         return torch.zeros(0, width, dtype=encoder.dtype, device=encoder.device)
+    _require_positions(encoder, texts)
+    reading = reading_of(encoder)
     texts = texts.to(encoder.device)
-    mask = ChunkMask.diagonal() if texts.windows is None else ChunkMask.passages(texts.windows)
-    hidden = encoder(
-        input_ids=texts.token_ids[None],
-        position_ids=_positions(texts, _first_position(encoder))[None],
-        attention_mask=no_mask(encoder.device),
-        refrag_plans=AttentionPlans(texts.layout, mask, causal=False),
-    ).last_hidden_state[0]
+    hidden = packed_rows(encoder, texts, causal=reading.causal) if reading.packed else padded_rows(encoder, texts)
     if pooling == "concat":
         return _pool_segments(hidden, texts.layout, segments)
     return rk.pool_chunks(hidden, texts.layout.chunk_offsets, pooling)
+
+
+def most_tokens(encoder: PreTrainedModel) -> int | None:
+    """Return how many tokens an encoder has positions for; None where it names no number.
+
+    A tokenizer need not know: many folders name no ``model_max_length``, and RoBERTa's table holds rows that are no
+    positions.
+    """
+    table = _position_table(encoder)
+    if table is not None:
+        return table.num_embeddings - _first_position(encoder)
+    positions = getattr(encoder.config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def _require_positions(encoder: PreTrainedModel, texts: PackedTexts) -> None:
+    most = most_tokens(encoder)
+    if most is None or texts.layout.total_rows <= most:
+        return
+    lengths = texts.layout.lengths()[0]
+    name = "text"
+    if texts.windows is not None:
+        name, texts_of = "window", zip(_window_of_text(texts).tolist(), lengths, strict=True)
+        lengths = [sum(length for _, length in own) for _, own in itertools.groupby(texts_of, lambda pair: pair[0])]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    if lengths[longest] > most:
+        raise ValueError(
+            f"texts: {name} {longest} has {lengths[longest]} tokens for the encoder, needs at most {most}; take a "
+            f"smaller {'encoder_window' if name == 'window' else 'k'}"
+        )
+
+
+def packed_rows(encoder: PreTrainedModel, texts: PackedTexts, *, causal: bool) -> torch.Tensor:
+    """Return the encoder's rows [T, d] of packed texts, read in one pass with plans."""
+    mask = ChunkMask.diagonal() if texts.windows is None else ChunkMask.passages(texts.windows)
+    output = packed_pass(
+        encoder,
+        AttentionPlans(texts.layout, mask, causal=causal),
+        input_ids=texts.token_ids[None],
+        position_ids=_positions(texts, _first_position(encoder))[None],
+    )
+    rows: torch.Tensor = output.last_hidden_state[0]
+    return rows
+
+
+def padded_rows(encoder: PreTrainedModel, texts: PackedTexts) -> torch.Tensor:
+    """Return the encoder's rows [T, d] of packed texts, read as a padded batch: one sequence a text, or a window."""
+    lengths = texts.layout.chunk_offsets.diff().long()
+    if texts.windows is not None:
+        lengths = torch.zeros_like(lengths).index_add_(0, _window_of_text(texts), lengths)
+        lengths = lengths[lengths > 0]
+    kept = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    padding = getattr(encoder.config.get_text_config(), "pad_token_id", None)
+    ids = torch.full(kept.shape, 0 if padding is None else padding, device=lengths.device)
+    ids[kept] = texts.token_ids
+    rows: torch.Tensor = encoder(input_ids=ids, attention_mask=kept.long(), return_dict=True).last_hidden_state[kept]
+    return rows
+
+
+def _window_of_text(texts: PackedTexts) -> torch.Tensor:
+    """Return the number of each text's window, int64 [N], from 0."""
+    windows = texts.windows
+    assert windows is not None  # only then is it asked for
+    begins = torch.ones_like(windows, dtype=torch.bool)
+    begins[1:] = windows[1:] != windows[:-1]
+    return begins.cumsum(0) - 1
 
 
 def _pool_segments(hidden: torch.Tensor, layout: ChunkLayout, segments: int) -> torch.Tensor:
@@ -186,15 +258,18 @@ def _positions(texts: PackedTexts, first: int) -> torch.Tensor:
     starts = layout.chunk_offsets[:-1].long()
     lengths = layout.chunk_offsets.diff().long()
     if texts.windows is not None:
-        begins = torch.ones_like(texts.windows, dtype=torch.bool)
-        begins[1:] = texts.windows[1:] != texts.windows[:-1]
-        starts = starts[begins][begins.cumsum(0) - 1]
+        window = _window_of_text(texts)
+        starts = starts[torch.searchsorted(window, window)]  # of the window's first text
     rows = torch.arange(layout.total_rows, device=layout.device)
     return rows - starts.repeat_interleave(lengths, output_size=layout.total_rows) + first
 
 
 def _first_position(encoder: PreTrainedModel) -> int:
     """Return the position id of a text's first token: RoBERTa's tables hold a row for padding and count on from it."""
-    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-    padding = getattr(table, "padding_idx", None)
+    padding = getattr(_position_table(encoder), "padding_idx", None)
     return 0 if padding is None else padding + 1
+
+
+def _position_table(encoder: PreTrainedModel) -> nn.Embedding | None:
+    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    return table if isinstance(table, nn.Embedding) else None

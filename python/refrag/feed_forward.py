@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import types
+import functools
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.bert.modeling_bert import BertIntermediate, BertLayer, BertOutput
 
 import refrag_kernels as rk
-from refrag.inference_linear import InferenceLinear
 
 # transformers' names of the activations that the op knows.
 _ACTIVATIONS = {
@@ -54,8 +54,9 @@ def fuse_feed_forward(encoder: nn.Module) -> int:
     for layer in encoder.modules():
         if hasattr(layer, "feed_forward_chunk") and _is_fusible(layer):
             layer.refrag_activation = activation
-            # A method, not a closure: copies of the layer then refer to their own weights.
-            layer.feed_forward_chunk = types.MethodType(_feed_forward, layer)
+            # Neither a closure nor a method, which pickle would look for in the layer's class: copies then refer to
+            # their own weights.
+            layer.feed_forward_chunk = functools.partial(_feed_forward, layer)
             changed += 1
     return changed
 
@@ -70,8 +71,23 @@ def _is_fusible(layer: nn.Module) -> bool:
         getattr(output, "dropout", None),
         getattr(output, "LayerNorm", None),
     )
-    kinds = ((nn.Linear, InferenceLinear), (nn.Linear, InferenceLinear), (nn.Dropout,), (nn.LayerNorm,))
-    return all(type(part) in kind for part, kind in zip(parts, kinds))
+    kinds = (nn.Linear, nn.Linear, nn.Dropout, nn.LayerNorm)
+    return all(type(part) is kind for part, kind in zip(parts, kinds)) and all(
+        _same_code(getattr(type(own), name, None), getattr(of_bert, name))
+        for own, of_bert, name in (
+            (layer, BertLayer, "feed_forward_chunk"),
+            (layer.intermediate, BertIntermediate, "forward"),
+            (output, BertOutput, "forward"),
+        )
+    )
+
+
+def _same_code(function: Any, other: Any) -> bool:
+    """Whether two functions do the same: families copy BERT's layers, and X-MOD's, say, put adapters between."""
+    code, wanted = getattr(function, "__code__", None), other.__code__
+    return code is not None and all(
+        getattr(code, part) == getattr(wanted, part) for part in ("co_code", "co_names", "co_consts")
+    )
 
 
 def _feed_forward(self: Any, hidden: torch.Tensor) -> torch.Tensor:

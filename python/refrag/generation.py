@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from refrag.attention import AttentionPlans, no_mask
+from refrag.attention import AttentionPlans, packed_pass
 from refrag.prompt import MixedPrompt
 
 
@@ -75,7 +76,46 @@ def padded_inputs(prompt: MixedPrompt, embeds: torch.Tensor, plans: AttentionPla
     }
 
 
-def packed_prefill(decoder: PreTrainedModel, prefill: PackedPrefill, cache: Any, copies: int) -> CausalLMOutputWithPast:
+def refuse_options(config: Any, options: Mapping[str, Any], *, state: bool) -> None:
+    """Refuse options of ``generate`` that packed rows, or a state, have nothing for.
+
+    Parameters
+    ----------
+    config : GenerationConfig
+        What holds where the options say nothing.
+    options : mapping
+    state : bool
+        Whether generation goes on from a state.
+
+    Raises
+    ------
+    ValueError
+        Names the option, and what to do.
+    """
+
+    def given(name: str) -> Any:
+        return options.get(name, getattr(options.get("generation_config") or config, name, None))
+
+    if options.get("assistant_model") is not None:
+        raise ValueError(
+            "assistant_model: got one, needs None: it can't read a packed prompt; prompt_lookup_num_tokens drafts "
+            "without a model"
+        )
+    scale = given("guidance_scale")
+    if scale not in (None, 1) and options.get("negative_prompt_ids") is None:
+        raise ValueError(
+            f"guidance_scale: got {scale}, needs negative_prompt_ids beside it: a packed prompt has no last token to "
+            "begin from"
+        )
+    if given("output_attentions"):
+        raise ValueError("output_attentions: got True, needs False: packed rows form no attention weights")
+    if state and given("output_hidden_states"):
+        raise ValueError("output_hidden_states: got True, needs False: a state keeps none of the rows that it has read")
+
+
+def packed_prefill(
+    decoder: PreTrainedModel, prefill: PackedPrefill, cache: Any, copies: int, *, hidden_states: bool = False
+) -> CausalLMOutputWithPast:
     """Read the prompt packed and fill ``cache`` as if it had been read padded.
 
     Parameters
@@ -87,6 +127,8 @@ def packed_prefill(decoder: PreTrainedModel, prefill: PackedPrefill, cache: Any,
         Empty; any kind of transformers'.
     copies : int
         Beams or samples per sequence: the prompt is read once for all of them.
+    hidden_states : bool
+        Whether the layers' rows are wanted.
 
     Returns
     -------
@@ -101,14 +143,15 @@ def packed_prefill(decoder: PreTrainedModel, prefill: PackedPrefill, cache: Any,
     require_empty(cache)
     alone = prefill.rows.shape[0] * copies == 1
     packed_cache = cache if alone else DynamicCache()
-    output = decoder(
+    output = packed_pass(
+        decoder,
+        prefill.plans,
         inputs_embeds=prefill.embeds[None],
-        attention_mask=no_mask(prefill.embeds.device),
         position_ids=prefill.position_ids[None],
         past_key_values=packed_cache,
         use_cache=True,
         logits_to_keep=prefill.rows[:, -1],
-        refrag_plans=prefill.plans,
+        **({"output_hidden_states": True} if hidden_states else {}),
     )
     if not alone:
         for index, layer in enumerate(packed_cache.layers):
@@ -118,4 +161,7 @@ def packed_prefill(decoder: PreTrainedModel, prefill: PackedPrefill, cache: Any,
             )
             cache.update(keys, values, index)
     logits = output.logits[0][:, None].repeat_interleave(copies, dim=0)
-    return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+    layers = None
+    if hidden_states:  # padded, as the loop has them
+        layers = tuple(rows[0][prefill.rows].repeat_interleave(copies, dim=0) for rows in output.hidden_states)
+    return CausalLMOutputWithPast(logits=logits, past_key_values=cache, hidden_states=layers)

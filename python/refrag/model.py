@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +16,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import refrag_kernels as rk
 from refrag import attention
+from refrag.acceptance import FamilyError, accept_decoder, accept_encoder, require_decoder
 from refrag.config import RefragConfig
 from refrag.encoder import encode_packed
 from refrag.feed_forward import fuse_feed_forward
-from refrag.generation import PackedPrefill, packed_prefill, padded_inputs, require_empty
+from refrag.generation import PackedPrefill, packed_prefill, padded_inputs, refuse_options, require_empty
 from refrag.inference_linear import use_inference_linears
+from refrag.merged import merged_state
 from refrag.projector import ChunkProjector
 from refrag.prompt import Chunk, MixedPrompt, PackedTexts
 from refrag.state import GenerationState, append, first_step, generate_from, text_prompt
@@ -56,13 +60,15 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RefragConfig) -> None:
         super().__init__(config)
-        self.encoder = AutoModel.from_config(
-            config.encoder_config, attn_implementation=_attention_of(config.encoder_config)
-        )
+        # A user's own choice of attention is left alone, and packed rows are then refused.
+        chosen = [part._attn_implementation for part in (config.encoder_config, config.text_config)]
+        self.encoder = AutoModel.from_config(config.encoder_config)
+        self.decoder = AutoModelForCausalLM.from_config(config.text_config)
+        if chosen[0] in (None, attention.NAME):
+            accept_encoder(self.encoder)
+        if chosen[1] in (None, attention.NAME):
+            accept_decoder(self.decoder)
         fuse_feed_forward(self.encoder)
-        self.decoder = AutoModelForCausalLM.from_config(
-            config.text_config, attn_implementation=_attention_of(config.text_config)
-        )
         use_inference_linears(self.encoder)
         use_inference_linears(self.decoder)
         self.projector = ChunkProjector(config)
@@ -91,17 +97,49 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             Further fields of RefragConfig.
         """
         config = RefragConfig.from_preset(preset, decoder.config, encoder.config, chunk_size=k, **fields)
-        with torch.device("meta"):
-            model = cls(config)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except FamilyError:
+            raise
+        except ValueError as error:  # transformers', of a config that belongs to no model of this kind
+            raise FamilyError(
+                f"encoder, decoder: got {type(encoder).__name__} and {type(decoder).__name__}, which AutoModel and "
+                f"AutoModelForCausalLM couldn't make of their configs again: {str(error).splitlines()[0][:200]}"
+            ) from error
+        for name, part in (("encoder", encoder), ("decoder", decoder)):
+            made = type(getattr(model, name))
+            if isinstance(part, PreTrainedModel) and not isinstance(part, made):
+                raise FamilyError(
+                    f"{name}: got {type(part).__name__}, needs {made.__name__}, which is made of its config: else what "
+                    "save_pretrained writes could not be loaded"
+                )
         model.encoder, model.decoder = encoder, decoder
-        for part in (encoder, decoder):
-            part.set_attn_implementation(attention.NAME)
+        accept_encoder(encoder)
+        accept_decoder(decoder)
         fuse_feed_forward(encoder)
         use_inference_linears(encoder)
         use_inference_linears(decoder)
         model.projector = ChunkProjector(config).to(device=decoder.device, dtype=decoder.dtype)
         model.generation_config = copy.deepcopy(decoder.generation_config)
         return model.train(decoder.training)
+
+    def save_pretrained(  # type: ignore[override]  # the rest of transformers' arguments is in kwargs
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the model as ``transformers.PreTrainedModel.save_pretrained`` does, low-rank adapters merged into it.
+
+        Raises
+        ------
+        ValueError
+            If a layer has an adapter that can't be merged.
+        """
+        state_dict = merged_state(self) if state_dict is None else state_dict
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.decoder.get_input_embeddings()
@@ -111,6 +149,15 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.decoder.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the decoder's token embeddings and its head, as ``transformers.PreTrainedModel`` does."""
+        table = self.decoder.resize_token_embeddings(*args, **kwargs)
+        self.config.get_text_config().vocab_size = self.decoder.config.get_text_config().vocab_size
+        return table
 
     def encode_chunks(self, texts: PackedTexts) -> torch.Tensor:
         """Encode chunks, each alone, in one packed pass.
@@ -126,7 +173,6 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         -------
         Tensor [N, d_enc]
         """
-        attention.require_refrag("encoder", self.encoder)
         return encode_packed(self.encoder, texts, self.config.pooling, self.config.pool_segments)
 
     def embed(self, prompt: MixedPrompt, chunk_embeds: torch.Tensor | None = None) -> torch.Tensor:
@@ -238,7 +284,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
 
         Returns
         -------
-        CausalLMOutputWithPast
+        CausalLMOutputWithPast, or a tuple with ``return_dict=False``
             With a prompt: logits [1, T, V], or [1, B * logits_to_keep, V]; the loss with ``labels``.
 
         Raises
@@ -252,7 +298,8 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         if prefill is not None:
             assert inputs_embeds is not None  # generate hands its first step both
             copies = inputs_embeds.shape[0] // prefill.rows.shape[0]
-            return packed_prefill(self.decoder, prefill, past_key_values, copies)
+            hidden_states = bool(kwargs.get("output_hidden_states"))
+            return packed_prefill(self.decoder, prefill, past_key_values, copies, hidden_states=hidden_states)
         if prompt is None:
             return self.decoder(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -264,25 +311,31 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         for name, value in taken.items():
             if value is not None:
                 raise ValueError(f"{name}: got a value beside a prompt, needs None: the prompt holds it")
-        attention.require_refrag("decoder", self.decoder)
+        require_decoder(self.decoder)
         require_empty(past_key_values)
         prompt = prompt.to(self.device)
         targets = None if labels is None else _next_tokens(prompt, labels, logits_to_keep)
         items = kwargs.pop("num_items_in_batch", None)
-        output = self.decoder(
+        as_tuple = kwargs.pop("return_dict", None) is False
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions: got True, needs False: packed rows form no attention weights")
+        output = attention.packed_pass(
+            self.decoder,
+            self.plans(prompt),
             inputs_embeds=self.embed(prompt, chunk_embeds)[None],
-            attention_mask=attention.no_mask(self.device),
             position_ids=prompt.position_ids[None],
             past_key_values=past_key_values,
             use_cache=use_cache,
             logits_to_keep=_kept_rows(prompt, logits_to_keep),
-            refrag_plans=self.plans(prompt),
             **kwargs,
         )
         if targets is not None:
             output.loss = self.loss_function(
                 output.logits, None, output.logits.shape[-1], num_items_in_batch=items, shift_labels=targets
             )
+        if as_tuple:  # in the order of its fields: the loss came last
+            values = (getattr(output, field.name) for field in dataclasses.fields(output))
+            return tuple(value for value in values if value is not None)  # type: ignore[return-value]
         return output
 
     def generate(  # type: ignore[override]  # prompt is a MixedPrompt too, and stands where transformers' inputs does
@@ -320,13 +373,15 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         if state is not None:
             if isinstance(prompt, torch.Tensor):
                 raise ValueError("prompt: got a tensor beside a state, needs a MixedPrompt")
-            attention.require_refrag("decoder", self.decoder)
+            require_decoder(self.decoder)
+            refuse_options(self.generation_config, kwargs, state=True)
             with torch.no_grad(), state.restored_on_error():
                 append(self, state, prompt, chunk_embeds)
                 return generate_from(self, state, generate, kwargs)
         if not isinstance(prompt, MixedPrompt):
             return generate(prompt, **kwargs)
-        attention.require_refrag("decoder", self.decoder)
+        require_decoder(self.decoder)
+        refuse_options(self.generation_config, kwargs, state=False)
         with torch.no_grad():
             prompt = prompt.to(self.device)
             embeds = self.embed(prompt, chunk_embeds)
@@ -363,7 +418,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         PromptTooLongError
             If it doesn't fit into the decoder's window with what was read before.
         """
-        attention.require_refrag("decoder", self.decoder)
+        require_decoder(self.decoder)
         state = GenerationState() if state is None else state
         append(self, state, prompt, chunk_embeds)
         return state
@@ -401,11 +456,6 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         if is_first_iteration and prefill is not None:
             inputs["prefill"] = prefill
         return inputs
-
-
-def _attention_of(config: Any) -> str:
-    """Return the attention that a part's config asks for: "refrag" unless the user chose another."""
-    return config._attn_implementation or attention.NAME
 
 
 def _next_tokens(prompt: MixedPrompt, labels: torch.Tensor, logits_to_keep: int) -> torch.Tensor:

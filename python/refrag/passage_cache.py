@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from refrag.attention import require_refrag
+from refrag.acceptance import require_decoder
 from refrag.key_rotation import KeyRotation
 from refrag.model import RefragForCausalLM
 from refrag.prompt import MixedPrompt
@@ -70,7 +70,7 @@ class PassageCache:
             )
         if max_bytes is not None and max_bytes < 1:
             raise ValueError(f"max_bytes: got {max_bytes}, needs 1 or more")
-        require_refrag("decoder", model.decoder)
+        require_decoder(model.decoder)
         self.model = model
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
@@ -128,7 +128,7 @@ class PassageCache:
 
     def _check_rows(self, prompt: MixedPrompt) -> None:
         rows = prompt.layout.total_rows
-        window = getattr(self.model.config.text_config, "sliding_window", None)
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         if window is not None and rows > window:
             raise ValueError(
                 f"prompt: got {rows} rows, needs at most the {window} of the decoder's sliding window: beyond it, what "

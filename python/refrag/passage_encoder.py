@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from refrag.attention import NAME
+from refrag.acceptance import reading_of
 from refrag.config import RefragConfig
 from refrag.encoder import encode_packed, pack_texts
 from refrag.model import RefragForCausalLM
@@ -26,7 +26,7 @@ class PassageEncoder:
     Parameters
     ----------
     encoder : PreTrainedModel
-        With attention "refrag", in evaluation mode.
+        In evaluation mode; with attention "refrag" if it reads packed rows.
     processor : RefragProcessor
     config : RefragConfig
         Its pooling is what counts here.
@@ -41,8 +41,8 @@ class PassageEncoder:
     Raises
     ------
     ValueError
-        If the encoder has another attention or is in training mode, ``batch_tokens`` is below 1, or the processor's
-        chunker has no description.
+        If the encoder has another attention, is refused or in training mode, ``batch_tokens`` is below 1, or the
+        processor's chunker has no description.
 
     Examples
     --------
@@ -62,8 +62,7 @@ class PassageEncoder:
         *,
         batch_tokens: int = _BATCH_TOKENS,
     ) -> None:
-        if encoder.config._attn_implementation != NAME:
-            raise ValueError(f"encoder: got attention {encoder.config._attn_implementation!r}, needs {NAME!r}")
+        reading_of(encoder)
         if encoder.training:
             raise ValueError("encoder: is in training mode, needs encoder.eval(): dropout would be stored")
         if batch_tokens < 1:

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 import refrag_kernels as rk
 from refrag import attention
+from refrag.acceptance import require_decoder
 from refrag.model import RefragForCausalLM
 from refrag.prompt import MixedPrompt
 from refrag.state import key_values
@@ -64,7 +65,7 @@ class PrefillGraph:
         for name, value in (("rows", rows), ("chunks", chunks), ("sequences", sequences)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, needs at least 1")
-        attention.require_refrag("decoder", model.decoder)
+        require_decoder(model.decoder)
         self.model = model
         self.rows, self.chunks, self.sequences = rows, chunks, sequences
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -180,14 +181,14 @@ class PrefillGraph:
         token_ids, slots, positions = self._fields[: 3 * self.rows].view(3, self.rows)
         embeds = self.model.embed_rows(token_ids, slots.to(torch.int32), self._embeds)
         cache = _StaticRows()
-        output = self.model.decoder(
+        output = attention.packed_pass(
+            self.model.decoder,
+            self._plans,
             inputs_embeds=embeds[None],
-            attention_mask=attention.no_mask(embeds.device),
             position_ids=positions[None],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=self._fields[3 * self.rows :],
-            refrag_plans=self._plans,
         )
         return output.logits, cache
 

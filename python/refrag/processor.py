@@ -120,7 +120,7 @@ class RefragProcessor:
             tokenizer,
             encoder_tokenizer,
             config.chunk_size,
-            window=getattr(config.text_config, "max_position_embeddings", None),
+            window=getattr(config.get_text_config(), "max_position_embeddings", None),
             position_ids=config.position_ids,
             encoder_special_tokens=config.encoder_special_tokens,
             chunker=chunker,

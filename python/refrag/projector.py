@@ -17,7 +17,7 @@ class ChunkProjector(nn.Module):
 
     def __init__(self, config: RefragConfig) -> None:
         super().__init__()
-        encoder_width, decoder_width = config.chunk_width, config.text_config.hidden_size
+        encoder_width, decoder_width = config.chunk_width, config.get_text_config().hidden_size
         self.activation = config.projector_activation
         self.norm = _norm(config.projector_norm, encoder_width)
         self.up = nn.Linear(encoder_width, decoder_width, bias=config.projector_bias)

@@ -11,7 +11,7 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from refrag.attention import AttentionPlans, no_mask
+from refrag.attention import AttentionPlans, packed_pass
 from refrag.prompt import Chunk, MixedPrompt, PackedTexts, PromptTooLongError
 from refrag_kernels import ChunkLayout, ChunkMask
 
@@ -174,14 +174,14 @@ def append(model: Any, state: GenerationState, prompt: MixedPrompt | None, chunk
     require_room(model, state, prompt.layout.total_rows, int(prompt.position_ids.max()) + 1)
     prompt = prompt.to(model.device)
     with state.restored_on_error(), torch.no_grad():
-        output = model.decoder(
+        output = packed_pass(
+            model.decoder,
+            state.plans(prompt, model.config.decoder_mask),
             inputs_embeds=model.embed(prompt, chunk_embeds)[None],
-            attention_mask=no_mask(model.device),
             position_ids=prompt.position_ids[None] + state.next_position,
             past_key_values=state.cache,
             use_cache=True,
             logits_to_keep=1,
-            refrag_plans=state.plans(prompt, model.config.decoder_mask),
         )
         state.note_prompt(prompt, output.logits)
 
@@ -193,7 +193,7 @@ def require_room(model: Any, state: GenerationState, rows: int, positions: int) 
     ------
     PromptTooLongError
     """
-    window = getattr(model.config.text_config, "max_position_embeddings", None)
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window is None:
         return
     held = max(state.rows, state.next_position)
@@ -205,6 +205,23 @@ def require_room(model: Any, state: GenerationState, rows: int, positions: int) 
         )
 
 
+def _require_room_for_answer(model: Any, state: GenerationState, config: Any, options: dict[str, Any]) -> None:
+    """Refuse to generate more tokens than the decoder's window has room for behind a state's rows."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is None:
+        return
+    wanted = {name: options.get(name) or getattr(config, name, None) for name in ("max_new_tokens", "max_length")}
+    new = wanted["max_new_tokens"]
+    if new is None:  # transformers' own length where none is given
+        new = 20 if wanted["max_length"] is None else wanted["max_length"] - state.rows
+    room = max(window - max(state.rows, state.next_position), 0)
+    if new > room:
+        raise PromptTooLongError(
+            f"max_new_tokens: {new} tokens behind the {state.rows} rows that the state holds are {new - room} over the "
+            f"decoder's window of {window}; {room} would fit"
+        )
+
+
 def generate_from(model: Any, state: GenerationState, generate: Callable[..., Any], options: dict[str, Any]) -> Any:
     """Generate behind a state with transformers' ``generate``, and take note of what was generated.
 
@@ -212,6 +229,8 @@ def generate_from(model: Any, state: GenerationState, generate: Callable[..., An
     ------
     ValueError
         If the options ask for several sequences or another cache.
+    PromptTooLongError
+        If so many new tokens don't fit into the decoder's window.
     """
     config = options.get("generation_config") or model.generation_config
     for name in ("num_beams", "num_return_sequences"):
@@ -223,6 +242,7 @@ def generate_from(model: Any, state: GenerationState, generate: Callable[..., An
             raise ValueError(f"{name}: got {options.get(name)!r} beside a state, which has a cache of its own")
     rows, end = state.rows, state.next_position
     state.last_logits()  # or an error
+    _require_room_for_answer(model, state, config, options)
     result = generate(
         # Their number of rows is looked at, and no more: the first step takes the state's logits.
         inputs_embeds=torch.zeros(1, 1, 1, dtype=model.dtype, device=model.device).expand(1, rows, 1),

@@ -230,3 +230,20 @@ def test_from_a_folder(parts, tmp_path):
     assert loaded.answer(QUESTION, [BRIDGE]) == Answerer(*parts, **options).answer(QUESTION, [BRIDGE])
     with pytest.raises(ValueError, match="k: got 5, needs 4"):
         Answerer.from_pretrained(tmp_path, k=5)
+
+
+def test_stopping_criteria_that_are_no_list_reach_who_asked(make):
+    assert "".join(make(stopping_criteria=None).stream(QUESTION, [BRIDGE]))
+    answerer = make(stopping_criteria=3)
+    failures = []
+
+    def ask():
+        try:
+            list(answerer.stream(QUESTION, [BRIDGE]))
+        except TypeError as error:
+            failures.append(str(error))
+
+    asking = threading.Thread(target=ask, daemon=True)  # a caller that waits for ever would keep the tests waiting
+    asking.start()
+    asking.join(30)
+    assert not asking.is_alive() and "iterable, not int" in failures[0]

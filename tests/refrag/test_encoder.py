@@ -4,8 +4,10 @@ import pytest
 import tiny
 import torch
 from accuracy import relative_error
-from refrag.encoder import encode_packed, pack_texts
+from refrag import RefragConfig
+from refrag.encoder import TextEmbedder, encode_packed, most_tokens, pack_texts
 from refrag.prompt import PackedTexts
+from transformers import CamembertConfig, LlamaConfig
 
 from refrag_kernels import ChunkLayout
 
@@ -50,6 +52,36 @@ def test_a_text_too_long_for_the_encoder(encoder_tokenizer):
     with pytest.raises(ValueError, match="text 1 has 602 tokens for the encoder, needs at most 512"):
         pack_texts(encoder_tokenizer, ["a", "a " * 600])
     assert pack_texts(encoder_tokenizer, ["a", "a " * 600], truncate_to=8).layout.lengths() == [[3, 8]]
+
+
+class _NoLimit:
+    """A tokenizer of a folder that names no model_max_length: one token a word."""
+
+    model_max_length = int(1e30)
+
+    def __call__(self, texts, *, truncation=False, max_length=None, **_):
+        return {"input_ids": [[5] * len(text.split()[:max_length]) for text in texts]}
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_a_text_longer_than_the_encoders_positions(kind):
+    model = tiny.refrag(encoder_name=kind)
+    most = model.encoder.config.max_position_embeddings - (2 if kind == "roberta" else 0)
+    assert most_tokens(model.encoder) == most
+    words = "a " * (most + 1)
+    embedder = TextEmbedder(model, _NoLimit())
+    assert torch.equal(embedder([words]), embedder(["a " * most]))  # a question is cut
+    assert model.encode_chunks(pack_texts(_NoLimit(), ["a", "a " * most])).isfinite().all()
+    with pytest.raises(ValueError, match=f"texts: text 1 has {most + 1} tokens for the encoder, needs at most {most}"):
+        model.encode_chunks(pack_texts(_NoLimit(), ["a", words, "a"]))
+    windows = pack_texts(_NoLimit(), ["a", "a " * 60, "a " * 50], window=1000, passages=[0, 1, 1])
+    with pytest.raises(ValueError, match=f"texts: window 1 has 110 tokens .* needs at most {most}; take a smaller enc"):
+        model.encode_chunks(windows)
+
+
+def test_windows_leave_out_rows_for_padding():
+    config = RefragConfig.from_preset("lclm", LlamaConfig(), CamembertConfig(max_position_embeddings=66))
+    assert config.window == 64
 
 
 def test_without_special_tokens(encoder_tokenizer):

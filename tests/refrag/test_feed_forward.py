@@ -1,12 +1,15 @@
 """The encoder's fused feed-forward layers equal transformers' own."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import tiny
 import torch
 from accuracy import relative_error
 from refrag.feed_forward import fuse_feed_forward
+from transformers import AutoModel, XmodConfig
 
 
 def hidden_states(model, tokens):
@@ -42,11 +45,22 @@ def test_the_op_computes_it(monkeypatch):
     assert len(calls) == fused.config.num_hidden_layers
 
 
-def test_a_copy_has_weights_of_its_own():
+def _through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _through_torch_save]
+)
+def test_a_copy_has_weights_of_its_own(copied):
     fused = tiny.encoder("bert")
     fuse_feed_forward(fused)
     tokens = torch.tensor([[5, 6, 7]])
-    twin, before = copy.deepcopy(fused), hidden_states(fused, tokens)
+    twin, before = copied(fused), hidden_states(fused, tokens)
+    assert torch.equal(hidden_states(twin, tokens), before)
     with torch.no_grad():
         twin.encoder.layer[0].output.dense.weight.zero_()
     assert torch.equal(hidden_states(fused, tokens), before)
@@ -64,6 +78,15 @@ def test_replaced_linear_layers_are_respected():
         model.encoder.layer[1].intermediate.dense.__class__ = Doubled
     tokens = torch.tensor([[5, 6, 7]])
     assert relative_error(hidden_states(fused, tokens), hidden_states(plain, tokens)) < 2e-6
+
+
+def test_layers_with_something_between_are_left_alone():
+    config = XmodConfig(**{**tiny._ENCODER, "default_language": "en_XX", "pad_token_id": 0})
+    plain = AutoModel.from_config(config).eval()
+    tiny._spread(plain)
+    fused, tokens = copy.deepcopy(plain), torch.tensor([[5, 6, 7]])
+    assert fuse_feed_forward(fused) == 0  # adapters
+    assert torch.equal(hidden_states(fused, tokens), hidden_states(plain, tokens))
 
 
 def test_other_encoders_and_activations_are_left_alone():

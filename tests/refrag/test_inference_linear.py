@@ -8,7 +8,7 @@ import tiny
 import torch
 from accuracy import relative_error
 from refrag import inference_linear
-from refrag.inference_linear import InferenceLinear, use_inference_linears
+from refrag.inference_linear import is_inference_linear, use_inference_linears
 from torch import nn
 
 
@@ -48,7 +48,7 @@ def test_a_decode_step_equals_the_plain_decoders(name, decoders, calls):
 
 def test_generation_uses_it(calls):
     model = tiny.refrag()
-    assert all(type(layer) is InferenceLinear for layer in model.decoder.modules() if isinstance(layer, nn.Linear))
+    assert all(is_inference_linear(layer) for layer in model.decoder.modules() if isinstance(layer, nn.Linear))
     model.generate(tiny.prompt(tiny.MIXED[:1]), max_new_tokens=3, do_sample=False)
     assert set(calls) == {1}
 
@@ -80,9 +80,61 @@ def test_it_can_be_copied_and_pickled():
     use_inference_linears(layer)
     x = torch.randn(1, 6)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert type(twin[0]) is InferenceLinear and torch.equal(twin(x), layer(x))
+        assert is_inference_linear(twin[0]) and torch.equal(twin(x), layer(x))
         twin[0].weight.add_(1)
         assert not torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.parametrize("rows", [2, 30])
+def test_what_has_no_kernel_is_a_product_of_torchs(calls, rows):
+    layer = nn.Linear(6, 5)
+    plain = copy.deepcopy(layer)
+    use_inference_linears(layer)
+    x = torch.randn(rows, 12)
+    for strided in (x[:, ::2], x.T[:6].T, x[:, :6], torch.randn(6, rows).T, x[:0, :6]):
+        assert torch.equal(layer(strided), plain(strided)) and not calls
+    for own, other in ((torch.randn(6, 5).T, None), (layer.weight.data, torch.randn(10)[::2])):
+        for changed in (layer, plain):
+            changed.weight = nn.Parameter(own)
+            changed.bias = None if other is None else nn.Parameter(other)
+        assert torch.equal(layer(x[:, :6].contiguous()), plain(x[:, :6].contiguous())) and not calls
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(torch.randn(6, 12))
+
+
+def test_weights_of_another_kind_are_left_to_themselves(calls):
+    class Wrapped(torch.Tensor):
+        """A tensor that holds its numbers elsewhere, as quantised and sharded ones do."""
+
+        @staticmethod
+        def __new__(cls, held):
+            return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)
+
+        def __init__(self, held):
+            self.held = held
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            def bare(value):
+                return value.held if isinstance(value, cls) else value
+
+            result = func(*torch.utils._pytree.tree_map(bare, args), **(kwargs or {}))
+            return cls(result) if func is torch.ops.aten.detach.default else result
+
+    layer = nn.Linear(6, 5, bias=False)
+    use_inference_linears(layer)
+    x, held = torch.randn(2, 6), layer.weight.data
+    layer.weight = nn.Parameter(Wrapped(held), requires_grad=False)
+    assert torch.allclose(layer(x), x @ held.T) and not calls
+
+
+def test_quantize_dynamic_finds_the_layers():
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    use_inference_linears(model)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert [type(layer).__module__ for layer in quantized[::2]] == ["torch.ao.nn.quantized.dynamic.modules.linear"] * 2
+    x = torch.randn(4, 6)
+    assert (quantized(x) - model(x)).abs().max() < 0.1
 
 
 def test_without_the_kernels_nothing_changes(monkeypatch):

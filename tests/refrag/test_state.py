@@ -207,3 +207,18 @@ def test_refuses():
     model.read(tiny.prompt([[("text", 238)]]), state)
     with pytest.raises(PromptTooLongError, match="4 rows behind the 256 .* are 4 over .* 256; 0 would fit"):
         model.expand(state, 0)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "mistral"])
+def test_an_answer_that_does_not_fit_the_window_is_refused(decoder):
+    model = tiny.refrag(decoder)
+    state = model.read(tiny.prompt([[("text", 250)]]))
+    before = snapshot(state)
+    for options, new in ((dict(max_new_tokens=7), 7), (dict(max_length=258), 8), ({}, 20)):
+        with pytest.raises(PromptTooLongError, match=rf"max_new_tokens: {new} tokens .* 250 rows .* 256; 6 would fit"):
+            model.generate(state=state, do_sample=False, **options)
+        unchanged(state, before)
+    with pytest.raises(PromptTooLongError, match="max_new_tokens: 3 tokens behind the 254 rows"):
+        model.generate(tiny.prompt([[("text", 4)]]), state=state, max_new_tokens=3)
+    unchanged(state, before)
+    assert model.generate(state=state, max_new_tokens=6, do_sample=False).shape == (1, 6)

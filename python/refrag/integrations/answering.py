@@ -272,8 +272,8 @@ def _generate_into(
     stop: threading.Event,
     failure: list[BaseException],
 ) -> None:
-    criteria = StoppingCriteriaList([*answerer.generation.get("stopping_criteria", ()), _Stopped(stop)])
     try:
+        criteria = StoppingCriteriaList([*(answerer.generation.get("stopping_criteria") or ()), _Stopped(stop)])
         with answerer._lock:
             if not stop.is_set():
                 answerer._generate(prompt, streamer=streamer, stopping_criteria=criteria)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from itertools import pairwise
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from refrag.attention import AttentionPlans, no_mask
+from refrag.acceptance import require_decoder
+from refrag.attention import AttentionPlans, packed_pass
 from refrag.model import RefragForCausalLM
 from refrag.prompt import MixedPrompt
 from refrag_kernels import ChunkLayout, ChunkMask
@@ -51,17 +57,74 @@ def target_log_probs(
     if bool(torch.isin(rows, prompt.layout.sequence_offsets.long()).any()):
         raise ValueError("labels: got one for a sequence's first row, which nothing predicts")
     plans = model.plans(prompt) if mask is None else AttentionPlans(prompt.layout, mask, causal=True)
-    hidden = model.decoder.base_model(
-        inputs_embeds=model.embed(prompt, chunk_embeds)[None],
-        attention_mask=no_mask(model.device),
-        position_ids=prompt.position_ids[None],
-        refrag_plans=plans,
-        use_cache=False,
-    ).last_hidden_state[0, rows - 1]
     targets = labels.to(model.device)[rows]
-    head = model.get_output_embeddings()
-    parts = [_log_probs(head(own), wanted, model) for own, wanted in zip(hidden.split(1024), targets.split(1024))]
+    hidden = hidden_rows(model, prompt, plans, chunk_embeds)[rows - 1]
+    parts = [
+        _log_probs(logits_of(model.decoder, own), wanted)
+        for own, wanted in zip(hidden.split(1024), targets.split(1024))
+    ]
     return torch.cat(parts) if parts else hidden.new_zeros(0), rows
+
+
+def hidden_rows(
+    model: RefragForCausalLM, prompt: MixedPrompt, plans: AttentionPlans, chunk_embeds: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the rows [T, d_dec] that the decoder makes logits of.
+
+    Parameters
+    ----------
+    model : RefragForCausalLM
+    prompt : MixedPrompt
+        On the model's device.
+    plans : AttentionPlans
+    chunk_embeds : Tensor [N, d_enc], optional
+    """
+    require_decoder(model.decoder)
+    output = packed_pass(
+        model.decoder.base_model,
+        plans,
+        inputs_embeds=model.embed(prompt, chunk_embeds)[None],
+        position_ids=prompt.position_ids[None],
+        use_cache=False,
+    )
+    hidden: torch.Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def logits_of(decoder: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits [n, V] that a decoder makes of rows [n, d_dec], by its own code: scales, caps, transforms.
+
+    The decoder runs with its layers left out: a shallow copy of it, whose model gives the rows as they are.
+    """
+    if decoder.base_model_prefix not in decoder._modules:
+        raise ValueError(f"decoder: got {type(decoder).__name__}, whose model is no part {decoder.base_model_prefix!r}")
+    head = copy.copy(decoder)
+    head.__dict__["_modules"] = {**decoder._modules, decoder.base_model_prefix: _AsGiven(hidden[None])}
+    logits: torch.Tensor = head(inputs_embeds=hidden[None], use_cache=False, return_dict=True).logits[0]
+    return logits
+
+
+@dataclasses.dataclass
+class _Rows(MoeModelOutputWithPast):
+    """A model's output, in which whatever else a decoder looks for (cross attentions, a picture's rows) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+class _AsGiven(nn.Module):
+    """Stands for a decoder's model, or for a part of it that the decoder calls (OPT's ``model.decoder``)."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return self if name in ("decoder", "language_model") else super().__getattr__(name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> _Rows:
+        return _Rows(last_hidden_state=self.hidden)
 
 
 def share_beginning(prompt: MixedPrompt, labels: torch.Tensor) -> tuple[MixedPrompt, torch.Tensor, ChunkMask] | None:
@@ -140,9 +203,6 @@ def _spans_alike(prompt: MixedPrompt, labels: torch.Tensor, lengths: list[list[i
     return alike
 
 
-def _log_probs(logits: torch.Tensor, wanted: torch.Tensor, model: RefragForCausalLM) -> torch.Tensor:
-    cap = getattr(model.decoder.config, "final_logit_softcapping", None)
+def _log_probs(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     logits = logits.float()
-    if cap:
-        logits = cap * torch.tanh(logits / cap)
     return logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)

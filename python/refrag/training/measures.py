@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from refrag.attention import no_mask
 from refrag.model import RefragForCausalLM
 from refrag.training.documents import Documents, prefix_ids
-from refrag.training.likelihood import target_log_probs
+from refrag.training.likelihood import hidden_rows, logits_of, target_log_probs
 from refrag.training.parts import Parts
 from refrag.training.samples import Sample, next_paragraph, reconstruction
 
@@ -40,14 +39,7 @@ def reconstruction_accuracy(
         prompt, labels = parts.collate(batch)
         prompt, labels = prompt.to(model.device), labels.to(model.device)
         rows = (labels != -100).nonzero()[:, 0]
-        hidden = model.decoder.base_model(
-            inputs_embeds=model.embed(prompt)[None],
-            attention_mask=no_mask(model.device),
-            position_ids=prompt.position_ids[None],
-            refrag_plans=model.plans(prompt),
-            use_cache=False,
-        ).last_hidden_state[0, rows - 1]
-        logits = model.get_output_embeddings()(hidden).float()
+        logits = logits_of(model.decoder, hidden_rows(model, prompt, model.plans(prompt))[rows - 1]).float()
         losses.append(torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none"))
         hits.append((logits.argmax(-1) == labels[rows]).float())
         firsts.append(hits[-1][list(itertools.accumulate((one.num_targets for one in batch[:-1]), initial=0))])
