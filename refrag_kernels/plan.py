@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from refrag_kernels import extension, tile_lists
+from refrag_kernels import extension, plan_values, pytree, tile_lists
 from refrag_kernels.layout import ChunkLayout
 from refrag_kernels.mask import ChunkMask, MaskKind
-from refrag_kernels.validation import window_bounds
+from refrag_kernels.validation import as_int, unchecked, window_bounds
 
 TILE = 16  # rows of a query block and keys of a tile, as in csrc/planner/planner.h
 
@@ -53,6 +53,12 @@ class AttentionPlan:
         Query block, and index into ``partial_keys`` and ``partial_bits``.
     tiles : tuple of Tensor
         The lists of ``refrag_kernels.tile_lists``, which GPU kernels walk; on the CPU there are none.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a plan is put together by hand (``dataclasses.replace``) of tensors whose dtypes, shapes or devices don't fit
+        each other, or, on the CPU, whose values would lead a kernel out of them.
     """
 
     sizes: torch.Tensor = _field()
@@ -70,6 +76,10 @@ class AttentionPlan:
     partial_t_offsets: torch.Tensor = _field()
     partial_t_tiles: torch.Tensor = _field(2)
     tiles: tuple[torch.Tensor, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the tensors, and on the CPU their values: kernels follow them without another look."""
+        plan_values.check({name: getattr(self, name) for name in _FIELDS}, list(_FIELDS.values()), self.tiles)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the fields in the order in which ops take them."""
@@ -109,9 +119,9 @@ class AttentionPlan:
         plan = self.to("cpu")
         _, _, blocks, _, full, partial, _, _ = plan.sizes.tolist()
         rows = plan.q_blocks[:blocks, 1].long()
-        per_block = torch.zeros(blocks + 1, dtype=torch.int64)
         ranges = plan.full_ranges[:full].long()
-        torch.cumsum(ranges[:, 1] - ranges[:, 0], 0, out=(running := torch.zeros(full + 1, dtype=torch.int64))[1:])
+        running = torch.zeros(full + 1, dtype=torch.int64, device="cpu")
+        torch.cumsum(ranges[:, 1] - ranges[:, 0], 0, out=running[1:])
         per_block = running[plan.full_offsets[: blocks + 1].long()].diff()
         bits = plan.partial_bits[:partial].long()
         allowed = int((per_block * rows).sum()) + sum(int((bits >> shift & 1).sum()) for shift in range(32))
@@ -126,11 +136,10 @@ class AttentionPlan:
         }
 
 
-torch.utils._pytree.register_dataclass(AttentionPlan, serialized_type_name="refrag_kernels.AttentionPlan")
-
 _FIELDS = {
     field.name: field.metadata["row_shape"] for field in dataclasses.fields(AttentionPlan) if field.name != "tiles"
 }
+pytree.register(AttentionPlan, serialized_type_name="refrag_kernels.AttentionPlan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +175,11 @@ class PlanCapacity:
     partial_tiles: int
     full_t_ranges: int
 
+    def __post_init__(self) -> None:
+        """Check that all are counts."""
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, as_int(field.name, getattr(self, field.name), 0))
+
     @staticmethod
     def for_rows(q_rows: int, *, sequences: int, kv_rows: int | None = None, ranges_per_block: int = 4) -> PlanCapacity:
         """Return a capacity for batches of up to ``sequences`` sequences and ``q_rows`` query rows.
@@ -173,7 +187,9 @@ class PlanCapacity:
         ``ranges_per_block`` is the mean number of full ranges and of partial tiles of a block of 16 rows: 4 holds plain
         causal plans and passages that are not interleaved; a plan that does not fit is refused by ``plan_attention``.
         """
-        kv_rows = q_rows if kv_rows is None else kv_rows
+        q_rows, sequences = as_int("q_rows", q_rows, 0), as_int("sequences", sequences, 0)
+        kv_rows = q_rows if kv_rows is None else as_int("kv_rows", kv_rows, 0)
+        ranges_per_block = as_int("ranges_per_block", ranges_per_block, 0)
         q_blocks, kv_blocks = q_rows // TILE + sequences, kv_rows // TILE + sequences
         return PlanCapacity(
             q_rows,
@@ -185,23 +201,16 @@ class PlanCapacity:
             full_t_ranges=ranges_per_block * kv_blocks,
         )
 
-    def _rows(self) -> list[int]:
-        return [
-            8,
-            self.q_rows,
-            self.kv_rows,
-            self.q_blocks,
-            self.q_blocks + 1,
-            self.full_ranges,
-            self.q_blocks + 1,
-            self.partial_tiles,
-            self.partial_tiles,
-            self.kv_blocks,
-            self.kv_blocks + 1,
-            self.full_t_ranges,
-            self.kv_blocks + 1,
-            self.partial_tiles,
-        ]
+
+def _rows_of_fields(
+    q_rows: int, kv_rows: int, q_blocks: int, kv_blocks: int, full: int, partial: int, full_t: int
+) -> list[int]:
+    """Return the rows of each field, in their order, from the numbers of a PlanCapacity, in theirs."""
+    of_queries = [q_blocks, q_blocks + 1, full, q_blocks + 1, partial, partial]
+    return [8, q_rows, kv_rows, *of_queries, kv_blocks, kv_blocks + 1, full_t, kv_blocks + 1, partial]
+
+
+_FULL = ChunkMask.full()
 
 
 def plan_attention(
@@ -268,7 +277,7 @@ def plan_attention(
     keys = (layout if kv_layout is None else kv_layout).host()
     query_lengths = None if kv_layout is None else _query_lengths(layout.host(), keys)
     built = extension.planner().plan(
-        *_problem(keys, ChunkMask.full() if mask is None else mask),
+        *_problem(keys, _FULL if mask is None else mask),
         0 if query_lengths is None else query_lengths.data_ptr(),
         left,
         right,
@@ -332,7 +341,7 @@ def _rows(sizes: Sequence[int]) -> list[int]:
     q_rows, kv_rows, q_blocks, kv_blocks, full, partial, full_t, _ = sizes
     # Lists never have 0 or 1 rows: torch.compile would make a variant of its own for such a plan.
     lists = [max(2, size) for size in (q_blocks, kv_blocks, full, partial, full_t)]
-    return PlanCapacity(q_rows, kv_rows, *lists)._rows()
+    return _rows_of_fields(q_rows, kv_rows, *lists)
 
 
 def _capacity_rows(sizes: Sequence[int], capacity: PlanCapacity) -> list[int]:
@@ -341,7 +350,7 @@ def _capacity_rows(sizes: Sequence[int], capacity: PlanCapacity) -> list[int]:
             raise ValueError(
                 f"capacity: got {field.name}={getattr(capacity, field.name)}, needs at least {needed} for this batch"
             )
-    return capacity._rows()
+    return _rows_of_fields(*dataclasses.astuple(capacity))
 
 
 def _offsets(shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], int]:
@@ -356,7 +365,7 @@ def _offsets(shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], int]:
 def _empty_buffer(words: int, device: torch.device) -> torch.Tensor:
     """Return a buffer on the CPU that can be copied to ``device`` without waiting for it."""
     pinned = device.type == "cuda" and torch.cuda.is_available()
-    return torch.empty(words, dtype=torch.int32, pin_memory=pinned)
+    return torch.empty(words, dtype=torch.int32, device="cpu", pin_memory=pinned)
 
 
 def _with_tiles(
@@ -384,8 +393,8 @@ def _with_tiles(
 
 
 def _from_buffer(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> AttentionPlan:
-    fields = _views(buffer, shapes)
-    return AttentionPlan(*fields[: len(_FIELDS)], tiles=tuple(fields[len(_FIELDS) :]))  # type: ignore[arg-type, misc]
+    views = _views(buffer, shapes)
+    return unchecked(AttentionPlan, **dict(zip(_FIELDS, views)), tiles=tuple(views[len(_FIELDS) :]))
 
 
 def _views(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:

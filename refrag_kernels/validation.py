@@ -5,11 +5,16 @@ Each raises an error that names the argument, what it got and what it needs. Non
 
 from __future__ import annotations
 
+import operator
 import os
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT32_MAX = 2**31 - 1
 MAX_HEAD_WIDTH = 256  # what the kernels' registers and shared memory are laid out for
 
 
@@ -29,6 +34,26 @@ def values_are_checked() -> bool:
             "REFRAG_KERNELS_CHECK=1 reads indices on the host, which a CUDA graph can't hold: unset it to capture one"
         )
     return True
+
+
+def unchecked(cls: type[T], **fields: object) -> T:
+    """Return an instance of a frozen dataclass without its ``__post_init__``, for fields that are known to be good."""
+    instance = object.__new__(cls)
+    instance.__dict__.update(fields)
+    return instance
+
+
+def as_int(name: str, value: object, least: int) -> int:
+    """Return ``value``, an integer of any type (NumPy's, say) from ``least`` to the largest int32, as an int."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, needs an integer") from None
+    if not least <= number <= INT32_MAX:
+        raise ValueError(f"{name}: got {number}, needs {least} to {INT32_MAX}")
+    return number
 
 
 def check_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
