@@ -207,3 +207,10 @@ def test_refuses():
     model.read(tiny.prompt([[("text", 238)]]), state)
     with pytest.raises(PromptTooLongError, match="4 rows behind the 256 .* are 4 over .* 256; 0 would fit"):
         model.expand(state, 0)
+
+
+def test_a_text_is_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        prompt = text_prompt([5, 6, 7])
+    assert prompt.token_ids.tolist() == [5, 6, 7] and prompt.position_ids.tolist() == [0, 1, 2]
+    assert prompt.slot_of_row.tolist() == [-1, -1, -1] and prompt.passage_of_span.tolist() == [-1]
