@@ -10,8 +10,10 @@ from refrag_kernels import backends, pytree
 from refrag_kernels.registration import register_op
 from refrag_kernels.validation import (
     FLOAT_DTYPES,
+    autocast_is_on,
     check_dtype,
     check_last_contiguous,
+    check_number,
     check_same_device,
     check_same_dtype,
     check_shape,
@@ -226,7 +228,7 @@ def _weights(w1, b1, w2, b2, activation):
         if b1 is not None or w2 is not None or b2 is not None:
             raise TypeError("w1: got a PackedProjection beside other weights, needs it alone: it holds all four")
         # Autocast casts the weights, not what was packed from them.
-        packed = None if torch.is_autocast_enabled(w1.w1.device.type) else w1.packed
+        packed = None if autocast_is_on(w1.w1.device) else w1.packed
         return w1.w1, w1.b1, w1.w2, w1.b2, w1.activation, packed
     if w2 is None:
         raise TypeError("w2: got None, needs a Tensor [d_dec, h]")
@@ -344,6 +346,7 @@ def embed_mixed(
     """
     w1, b1, w2, b2, activation, packed = _weights(w1, b1, w2, b2, activation)
     _check_embed(token_ids, token_table, chunks, slot_of_row, w1, b1, w2, b2, activation)
+    check_number("token_scale", token_scale)
     return _embed_mixed(
         token_ids, token_table, chunks, slot_of_row, w1, b1, w2, b2, activation, token_scale, packed, backend=backend
     )
