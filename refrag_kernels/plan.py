@@ -95,11 +95,15 @@ class AttentionPlan:
         device = torch.device(device)
         if device == self.device:
             return self
-        shapes = [tuple(tensor.shape) for tensor in self.tensors()]
+        shapes = _shapes(self)
         buffer = _buffer_of(self)
         if tile_lists.wanted(device) and not self.tiles and self.device.type == "cpu":
-            buffer, shapes = _with_tiles(buffer, shapes, None, device)
+            buffer, shapes = _with_tiles(buffer, shapes, _capacity_of(self), device)
         return _from_buffer(buffer.to(device, non_blocking=True), shapes)
+
+    def __reduce__(self) -> tuple:
+        """Copy and pickle the buffer, once: each field would bring all of it along."""
+        return _from_buffer, (_buffer_of(self), _shapes(self))
 
     def stats(self) -> dict[str, int]:
         """Count the pairs and tiles of the plan. Waits for the device, so it is for inspection, not for hot paths.
@@ -248,7 +252,7 @@ def plan_attention(
     out : AttentionPlan, optional
         A plan made with the same ``capacity``, to be refilled in place by one copy that doesn't wait for the device.
     device : torch.device or str, optional
-        Where the plan goes; default where ``layout`` is.
+        Where the plan goes; default where ``out`` is, or else ``layout``.
 
     Returns
     -------
@@ -272,7 +276,9 @@ def plan_attention(
         raise TypeError(f"layout: got {type(layout).__name__}, needs a ChunkLayout")
     if out is not None and capacity is None:
         raise ValueError("out: needs the capacity that it was made with")
-    device = torch.device(device) if device is not None else layout.device
+    if device is None:
+        device = layout.device if out is None else out.device
+    device = torch.device(device)
     left, right = window_bounds(window, causal)
     keys = (layout if kv_layout is None else kv_layout).host()
     query_lengths = None if kv_layout is None else _query_lengths(layout.host(), keys)
@@ -290,9 +296,15 @@ def plan_attention(
     if tile_lists.wanted(device):
         buffer, shapes = _with_tiles(buffer, shapes, capacity, device)
     if out is not None:
-        if [tuple(tensor.shape) for tensor in out.tensors()] != shapes:
+        if out.device.type != device.type:
+            raise ValueError(f"out: got a plan on {out.device}, needs one on {device}")
+        if _shapes(out) != shapes:
             raise ValueError("out: got a plan of another capacity, needs one made with this capacity")
-        _buffer_of(out).copy_(buffer, non_blocking=True)
+        if "_buffer" in vars(out):
+            _buffer_of(out).copy_(buffer, non_blocking=True)
+        else:
+            for tensor, section in zip(out.tensors(), _views(buffer, shapes)):
+                tensor.copy_(section, non_blocking=True)
         return out
     return _from_buffer(buffer.to(device, non_blocking=True), shapes)
 
@@ -394,7 +406,9 @@ def _with_tiles(
 
 def _from_buffer(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> AttentionPlan:
     views = _views(buffer, shapes)
-    return unchecked(AttentionPlan, **dict(zip(_FIELDS, views)), tiles=tuple(views[len(_FIELDS) :]))
+    fields = dict(zip(_FIELDS, views))
+    # Kept beside the fields, which are all that dataclasses and pytrees know of: one copy moves or refills the plan.
+    return unchecked(AttentionPlan, **fields, tiles=tuple(views[len(_FIELDS) :]), _buffer=buffer)
 
 
 def _views(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
@@ -402,7 +416,26 @@ def _views(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torc
     return [buffer[offset : offset + torch.Size(shape).numel()].view(shape) for offset, shape in zip(offsets, shapes)]
 
 
+def _shapes(plan: AttentionPlan) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in plan.tensors()]
+
+
 def _buffer_of(plan: AttentionPlan) -> torch.Tensor:
-    """Return the buffer that the plan's fields are views of."""
-    _, total = _offsets([tuple(tensor.shape) for tensor in plan.tensors()])
-    return plan.sizes.as_strided((total,), (1,))
+    """Return the buffer that the plan's fields are views of, or a copy of them in one."""
+    buffer = vars(plan).get("_buffer")
+    if buffer is None:  # put together by hand, or from leaves of a pytree
+        shapes = _shapes(plan)
+        buffer = torch.zeros(_offsets(shapes)[1], dtype=torch.int32, device=plan.device)
+        for section, tensor in zip(_views(buffer, shapes), plan.tensors()):
+            section.copy_(tensor)
+    return buffer
+
+
+def _capacity_of(plan: AttentionPlan) -> PlanCapacity | None:
+    """Return the capacity that a plan on the CPU was made with, which its shapes show; None if they are its sizes."""
+    rows = _rows(plan.sizes.tolist())
+    given = [tensor.shape[0] for tensor in plan.tensors()[: len(_FIELDS)]]
+    if rows == given:
+        return None
+    q_rows, kv_rows, q_blocks, full, partial, kv_blocks, full_t = (given[i] for i in (1, 2, 3, 5, 7, 9, 11))
+    return PlanCapacity(q_rows, kv_rows, q_blocks, kv_blocks, full, partial, full_t)
