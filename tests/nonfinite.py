@@ -3,6 +3,7 @@
 import dataclasses
 import random
 
+import paged_problems
 import torch
 from accuracy import GRADIENT, LSE, OUTPUT, relative_error
 from factory import AttentionProblem, random_attention_problem
@@ -67,3 +68,68 @@ def spoilt_problem(seed: int, dtype: torch.dtype, problem: AttentionProblem | No
             nan_rows[sees, mine] = True
     keys = (allowed.T[:, :, None] & rows).any(1).view(-1, kv_heads, heads // kv_heads).any(2)
     return SpoiltProblem(clean, spoilt, rows, keys, nan_rows, nan_values & ~nan_rows[..., None])
+
+
+@dataclasses.dataclass
+class SpoiltPaged:
+    """A paged problem with numbers that are not finite in it; ``problem`` still holds what is right without them."""
+
+    problem: paged_problems.Problem
+    rows: torch.Tensor  # bool [T_q, H_q]: heads of rows that have, or attend to, what is not finite
+    nan_rows: torch.Tensor  # bool [T_q, H_q]: those that are NaN in whole
+
+    def check(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        for name, got, want, bounds in (("out", out, self.problem.out, OUTPUT), ("lse", lse, self.problem.lse, LSE)):
+            clean, expected = got[~self.rows], want[~self.rows]
+            assert not clean.isnan().any(), f"{name}: a NaN where none is seen"
+            assert relative_error(clean, expected, torch.ones(clean.numel())) <= bounds[out.dtype], name
+        assert out[self.nan_rows].isnan().all() and lse[self.nan_rows].isnan().all()
+
+
+def spoilt_paged(seed: int, dtype: torch.dtype, **options) -> SpoiltPaged:
+    """Put a few numbers that are not finite into a random problem of paged attention."""
+    rng = random.Random(seed)
+    lengths = [rng.choice([1, 5, 16, 33, 70, 130]) for _ in range(rng.randint(1, 3))]
+    counts = [rng.randint(0, min(length, 20)) for length in lengths] if rng.random() < 0.7 else None
+    options = {
+        "heads": rng.choice([(1, 1), (4, 2), (8, 1)]),
+        "page": rng.choice([1, 4, 16]),
+        "window": rng.choice([None, None, 9]),
+        "visible": rng.random() < 0.4,
+        "sinks": rng.random() < 0.3,
+    } | options
+    problem = paged_problems.make_problem(seed, lengths, counts, dtype=dtype, **options)
+    q, k_pages, v_pages, table, lens = problem.args
+    problem.args = q, k_pages, v_pages = q.clone(), k_pages.clone(), v_pages.clone()
+    problem.args = (*problem.args, table, lens)
+    heads, group = q.shape[1], q.shape[1] // k_pages.shape[2]
+    counts = [1] * len(lengths) if counts is None else counts
+    starts = [sum(counts[:b]) for b in range(len(counts) + 1)]
+    rows, nan_rows = (torch.zeros(len(q), heads, dtype=torch.bool) for _ in range(2))
+    visible = problem.options.get("visible")
+    for name in ("k", "v", "v", "q") if len(q) else ():
+        value, column = rng.choice(VALUES), rng.randrange(q.shape[2])
+        if name == "q":
+            row, head = rng.randrange(len(q)), rng.randrange(heads)
+            sequence = next(b for b in range(len(counts)) if row < starts[b + 1])
+            q[row, head, column] = value
+            sees, mine = torch.arange(len(q)) == row, slice(head, head + 1)
+        else:
+            sequence, head = rng.randrange(len(lengths)), rng.randrange(k_pages.shape[2])
+            key = rng.randrange(lengths[sequence])
+            page = table[sequence, key // k_pages.shape[1]]
+            (k_pages if name == "k" else v_pages)[page, key % k_pages.shape[1], head, column] = value
+            sees, mine = torch.zeros(len(q), dtype=torch.bool), slice(head * group, (head + 1) * group)
+        first, last = starts[sequence], starts[sequence + 1]
+        ranges = None if visible is None else [
+            visible[1][visible[0][r] : visible[0][r + 1]].tolist() for r in range(first, last)
+        ]  # fmt: skip
+        mask = paged_problems.visible_keys(lengths[sequence], last - first, options["window"], ranges)
+        if name != "q":
+            sees[first:last] = mask[:, key]
+        elif not mask[row - first].any():
+            continue
+        rows[sees, mine] = True
+        if value != value and name != "v":
+            nan_rows[sees, mine] = True
+    return SpoiltPaged(problem, rows, nan_rows)
