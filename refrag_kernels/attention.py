@@ -19,6 +19,7 @@ from refrag_kernels.validation import (
     check_last_contiguous,
     check_same_device,
     check_same_dtype,
+    check_score_options,
     check_shape,
 )
 
@@ -232,9 +233,9 @@ def mixed_attention(
     tensors = plan.tensors()
     if not _fits(q, k, v, tensors, sinks):
         _check(q, k, v, tensors, sinks)
+    if scale is not None or softcap is not None:
+        check_score_options(scale, softcap)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: got {softcap}, needs a positive number or None")
     out, lse = _mixed_attention(q, k, v, tensors, scale, softcap or 0.0, sinks, backend=backend)
     return (out, lse) if return_lse else out

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-_INT32_MAX = 2**31 - 1
+from refrag_kernels.validation import INT32_MAX, as_int, check_dtype, check_shape, unchecked
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,6 +27,11 @@ class ChunkLayout:
         First row of each sequence.
     total_rows : int
         T, the number of rows of the batch.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the tensors are not int32 on the CPU, or their values contradict each other. ``to`` moves a layout.
 
     Examples
     --------
@@ -81,12 +86,37 @@ class ChunkLayout:
                 f"lengths: got {flat[chunk]} for chunk {chunk_index} of sequence {sequence_index}, needs at least 1"
             )
         total = sum(flat)
-        if total > _INT32_MAX:
-            raise ValueError(f"lengths: got {total} rows in all, needs at most {_INT32_MAX}")
-        chunk_offsets = torch.zeros(len(flat) + 1, dtype=torch.int32)
-        torch.cumsum(torch.tensor(flat, dtype=torch.int32), 0, out=chunk_offsets[1:])
-        sequence_chunks = torch.tensor(starts, dtype=torch.int32)
-        return ChunkLayout(chunk_offsets, sequence_chunks, chunk_offsets[sequence_chunks.long()], total)
+        if total > INT32_MAX:
+            raise ValueError(f"lengths: got {total} rows in all, needs at most {INT32_MAX}")
+        # The device is named, as torch.set_default_device may say another one: the planner reads these.
+        chunk_offsets = torch.zeros(len(flat) + 1, dtype=torch.int32, device="cpu")
+        torch.cumsum(torch.tensor(flat, dtype=torch.int32, device="cpu"), 0, out=chunk_offsets[1:])
+        sequence_chunks = torch.tensor(starts, dtype=torch.int32, device="cpu")
+        return _layout(chunk_offsets, sequence_chunks, chunk_offsets[sequence_chunks.long()], total, None)
+
+    def __post_init__(self) -> None:
+        """Check what the planner reads without another look; a moved layout is one by its copy on the CPU."""
+        for name in ("chunk_offsets", "sequence_chunks", "sequence_offsets"):
+            tensor = getattr(self, name)
+            check_dtype(name, tensor, torch.int32)
+            if tensor.dim() != 1 or not tensor.shape[0] or not tensor.is_contiguous():
+                raise ValueError(f"{name}: got shape {list(tensor.shape)}, needs one dimension, contiguous, not empty")
+            if self._host is None and tensor.device.type != "cpu":
+                raise ValueError(f"{name}: got device {tensor.device}, needs cpu: move a layout with its method to")
+            if self._host is not None:
+                check_shape(name, tensor, *getattr(self._host, name).shape)
+        object.__setattr__(self, "total_rows", as_int("total_rows", self.total_rows, 0))
+        check_shape("sequence_offsets", self.sequence_offsets, *self.sequence_chunks.shape)
+        if self._host is None:
+            _check_offsets("chunk_offsets", self.chunk_offsets, 1, self.total_rows, "total_rows")
+            _check_offsets("sequence_chunks", self.sequence_chunks, 0, self.num_chunks, "the number of chunks")
+            if not torch.equal(self.sequence_offsets, self.chunk_offsets[self.sequence_chunks.long()]):
+                raise ValueError(
+                    f"sequence_offsets: got {self.sequence_offsets.tolist()}, needs the rows of chunk_offsets at which "
+                    "the chunks of sequence_chunks start"
+                )
+        elif self.total_rows != self._host.total_rows:
+            raise ValueError(f"total_rows: got {self.total_rows}, needs {self._host.total_rows}, as on the CPU")
 
     @property
     def num_chunks(self) -> int:
@@ -122,7 +152,39 @@ class ChunkLayout:
         chunk_offsets, sequence_chunks, sequence_offsets = (
             t.to(device, non_blocking=True) for t in (host.chunk_offsets, host.sequence_chunks, host.sequence_offsets)
         )
-        return ChunkLayout(chunk_offsets, sequence_chunks, sequence_offsets, self.total_rows, host)
+        return _layout(chunk_offsets, sequence_chunks, sequence_offsets, self.total_rows, host)
+
+
+def _layout(
+    chunk_offsets: torch.Tensor,
+    sequence_chunks: torch.Tensor,
+    sequence_offsets: torch.Tensor,
+    total_rows: int,
+    host: ChunkLayout | None,
+) -> ChunkLayout:
+    return unchecked(
+        ChunkLayout,
+        chunk_offsets=chunk_offsets,
+        sequence_chunks=sequence_chunks,
+        sequence_offsets=sequence_offsets,
+        total_rows=total_rows,
+        _host=host,
+    )
+
+
+def _check_offsets(name: str, offsets: torch.Tensor, least: int, end: int, end_name: str) -> None:
+    """Raise ValueError unless ``offsets`` go from 0 to ``end`` in steps of at least ``least``."""
+    values = offsets.long()
+    if values[0] != 0:
+        raise ValueError(f"{name}: got {int(values[0])} at its start, needs 0")
+    short = (values.diff() < least).nonzero()
+    if len(short):
+        at = int(short[0])
+        raise ValueError(
+            f"{name}: got {int(values[at + 1])} after {int(values[at])} at {at + 1}, needs steps of at least {least}"
+        )
+    if values[-1] != end:
+        raise ValueError(f"{name}: got {int(values[-1])} at its end, needs {end}, {end_name}")
 
 
 def _position(starts: list[int], chunk: int) -> tuple[int, int]:

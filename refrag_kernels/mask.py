@@ -28,6 +28,15 @@ class ChunkMask:
     causality or windows: those are arguments of ``plan_attention``, and a pair of rows is allowed only where all of
     them allow it.
 
+    Attributes
+    ----------
+    kind : MaskKind
+        Which of the tensors the mask has.
+    passage_of_chunk : Tensor, int32 [C]
+        Of ``passages`` alone.
+    indptr, indices : Tensor, int32 [C + 1], [nnz]
+        Of ``from_csr`` and ``from_dense`` alone.
+
     Examples
     --------
     >>> from refrag_kernels import ChunkLayout, ChunkMask, plan_attention
@@ -41,6 +50,25 @@ class ChunkMask:
     passage_of_chunk: torch.Tensor | None = None
     indptr: torch.Tensor | None = None
     indices: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the mask has what its kind says, as contiguous int32 on the CPU: the planner reads it."""
+        if not isinstance(self.kind, MaskKind):
+            raise TypeError(f"kind: got {self.kind!r}, needs a MaskKind")
+        needed = _TENSORS_OF_KIND.get(self.kind, ())
+        for name in ("passage_of_chunk", "indptr", "indices"):
+            values = getattr(self, name)
+            if values is None:
+                if name in needed:
+                    raise ValueError(f"{name}: got None, which a mask of kind {self.kind.name} needs")
+            elif name not in needed:
+                raise ValueError(f"{name}: got values, needs None in a mask of kind {self.kind.name}")
+            else:
+                object.__setattr__(self, name, _integers(name, values))
+        passages = self.passage_of_chunk
+        if passages is not None and passages.numel() and int(passages.min()) < -1:
+            chunk = int((passages < -1).nonzero()[0])
+            raise ValueError(f"passage_of_chunk: got {int(passages[chunk])} for chunk {chunk}, needs -1 or more")
 
     @staticmethod
     def full() -> ChunkMask:
@@ -70,11 +98,7 @@ class ChunkMask:
         ValueError
             If it is not one-dimensional or an id is below -1.
         """
-        passages = _integers("passage_of_chunk", passage_of_chunk)
-        if passages.numel() and int(passages.min()) < -1:
-            chunk = int((passages < -1).nonzero()[0])
-            raise ValueError(f"passage_of_chunk: got {int(passages[chunk])} for chunk {chunk}, needs -1 or more")
-        return ChunkMask(MaskKind.PASSAGES, passage_of_chunk=passages)
+        return ChunkMask(MaskKind.PASSAGES, passage_of_chunk=passage_of_chunk)  # type: ignore[arg-type]
 
     @staticmethod
     def from_dense(allowed: torch.Tensor | Sequence[torch.Tensor]) -> ChunkMask:
@@ -98,14 +122,16 @@ class ChunkMask:
                 raise TypeError(f"{name}: got {getattr(matrix, 'dtype', type(matrix).__name__)}, needs a bool tensor")
             if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
                 raise ValueError(f"{name}: got shape {list(matrix.shape)}, needs a square matrix")
+            if matrix.is_meta:
+                raise ValueError(f"{name}: got a meta tensor, needs one with values")
             matrix = matrix.cpu()
             counts.append(matrix.sum(1))
             indices.append(matrix.nonzero()[:, 1] + first)
             first += matrix.shape[0]
-        indptr = torch.zeros(first + 1, dtype=torch.int64)
+        indptr = torch.zeros(first + 1, dtype=torch.int64, device="cpu")
         if counts:
             torch.cumsum(torch.cat(counts), 0, out=indptr[1:])
-        return ChunkMask.from_csr(indptr, torch.cat(indices) if indices else torch.zeros(0, dtype=torch.int64))
+        return ChunkMask.from_csr(indptr, torch.cat(indices) if indices else [])
 
     @staticmethod
     def from_csr(indptr: torch.Tensor | Sequence[int], indices: torch.Tensor | Sequence[int]) -> ChunkMask:
@@ -125,18 +151,25 @@ class ChunkMask:
         ValueError
             When the plan is made: if an index is out of range, not ascending, or from another sequence.
         """
-        return ChunkMask(MaskKind.CSR, indptr=_integers("indptr", indptr), indices=_integers("indices", indices))
+        return ChunkMask(MaskKind.CSR, indptr=indptr, indices=indices)  # type: ignore[arg-type]
+
+
+_TENSORS_OF_KIND = {MaskKind.PASSAGES: ("passage_of_chunk",), MaskKind.CSR: ("indptr", "indices")}
 
 
 def _integers(name: str, values: torch.Tensor | Sequence[int]) -> torch.Tensor:
     """Return ``values`` as a contiguous int32 tensor on the CPU."""
-    tensor = (
-        values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=None if len(values) else torch.int32)
-    )
+    if isinstance(values, torch.Tensor):
+        tensor = values
+    else:
+        # The device is named, as torch.set_default_device may say another one.
+        tensor = torch.tensor(values, dtype=None if len(values) else torch.int32, device="cpu")
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name}: got dtype {str(tensor.dtype).removeprefix('torch.')}, needs integers")
     if tensor.dim() != 1:
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, needs one dimension")
+    if tensor.is_meta:
+        raise ValueError(f"{name}: got a meta tensor, needs one with values")
     tensor = tensor.cpu()
     if tensor.dtype == torch.int64 and tensor.numel() and (int(tensor.max()) >= 2**31 or int(tensor.min()) < -(2**31)):
         raise ValueError(f"{name}: got values beyond int32")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from refrag_kernels import backends, validation
-from refrag_kernels.registration import AUTOCAST_DEVICES, register_op
+from refrag_kernels.registration import register_op
 
 if TYPE_CHECKING:
     from refrag_kernels.visible import VisibleRanges
@@ -104,18 +104,16 @@ def paged_attention(
     q = _autocast(q, k_pages)
     indptr, ranges = (None, None) if visible is None else visible
     left, right = validation.window_bounds(window)
-    if softcap is None:
-        softcap = 0.0
-    elif not softcap > 0:
-        raise ValueError(f"softcap: got {softcap}, needs a positive number or None")
+    if scale is not None or softcap is not None:
+        validation.check_score_options(scale, softcap)
     plain = q_offsets is None and indptr is None and sinks is None
     if not (plain and _fits_decode(q, k_pages, v_pages, page_table, kv_lengths)):
         _check_attention(q, k_pages, v_pages, page_table, kv_lengths, q_offsets, indptr, ranges, sinks)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     out, lse = _paged_attention_op(
-        q, k_pages, v_pages, page_table, kv_lengths, q_offsets, indptr, ranges, scale, softcap, left, right, sinks,
-        backend=backend,
+        q, k_pages, v_pages, page_table, kv_lengths, q_offsets, indptr, ranges, scale, softcap or 0.0, left, right,
+        sinks, backend=backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -155,9 +153,13 @@ def append_kv(
     TypeError, ValueError
         If an argument's dtype, shape, device, stride or (on the CPU) value doesn't fit; names the argument.
 
+    RuntimeError
+        If pages require grad while gradients are recorded: the op has none to give.
+
     Notes
     -----
-    Under autocast ``k`` and ``v`` are cast to the dtype of the pages.
+    Under autocast ``k`` and ``v`` are cast to the dtype of the pages. Not differentiable: the pages get the values of
+    ``k`` and ``v``, not their history.
 
     Examples
     --------
@@ -228,9 +230,9 @@ def merge_states(
 
 def _autocast(rows: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     # torch's autocast would cast the whole cache at each call (and append_kv would then write into the copy).
-    if not isinstance(rows, torch.Tensor) or rows.device.type not in AUTOCAST_DEVICES:
+    if not isinstance(rows, torch.Tensor) or not validation.autocast_is_on(rows.device):
         return rows
-    return rows.to(pages.dtype) if torch.is_autocast_enabled(rows.device.type) else rows
+    return rows.to(pages.dtype) if validation.same_under_autocast(rows.dtype, pages.dtype) else rows
 
 
 def _check_indices(name: str, tensor: torch.Tensor, *shape: int | str) -> None:
@@ -261,6 +263,11 @@ def _check_cache(
     validation.check_last_contiguous(**{rows_name: rows, "k_pages": k_pages, "v_pages": v_pages})
     _check_indices("kv_lengths", kv_lengths, "B")
     _check_indices("page_table", page_table, kv_lengths.shape[0], "max_pages")
+    if page_table.shape[1] * k_pages.shape[1] > validation.INT32_MAX:
+        raise ValueError(
+            f"page_table: got {page_table.shape[1]} pages of {k_pages.shape[1]} rows a sequence, needs at most "
+            f"{validation.INT32_MAX} rows: positions are int32"
+        )
 
 
 def _fits_decode(
@@ -287,6 +294,7 @@ def _fits_decode(
         and q_shape[1] % shape[2] == 0
         and len(page_table.shape) == 2
         and page_table.shape[0] == q_shape[0]
+        and page_table.shape[1] * shape[1] <= validation.INT32_MAX
         and kv_lengths.shape == q_shape[:1]
         and dtype == k_pages.dtype == v_pages.dtype
         and dtype in validation.FLOAT_DTYPES
@@ -336,6 +344,11 @@ def _check_append(
     q_offsets: torch.Tensor,
 ) -> None:
     _check_cache("k", k, k_pages, v_pages, page_table, kv_lengths)
+    if (k_pages.requires_grad or v_pages.requires_grad) and torch.is_grad_enabled():
+        name = "k_pages" if k_pages.requires_grad else "v_pages"
+        raise RuntimeError(
+            f"{name}: requires grad, needs pages without: append_kv writes into them and has no gradient"
+        )
     validation.check_shape("k", k, "T", k_pages.shape[2], k_pages.shape[3])
     validation.check_dtype("v", v, k.dtype)
     validation.check_shape("v", v, *k.shape)

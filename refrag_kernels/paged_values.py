@@ -80,7 +80,7 @@ def _check_offsets(rows: int, kv_lengths: torch.Tensor, q_offsets: torch.Tensor,
 def _check_pages(k_pages: torch.Tensor, page_table: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> None:
     """Check the entries of ``page_table`` that hold rows [start, end) of each sequence."""
     num_pages, page = k_pages.shape[:2]
-    slot = torch.arange(page_table.shape[1], dtype=torch.int32)
+    slot = torch.arange(page_table.shape[1], dtype=torch.int32, device="cpu")
     used = (slot >= start[:, None] // page) & (slot * page < end[:, None])
     at = _first(used & ((page_table < 0) | (page_table >= num_pages)))
     if at is not None:
@@ -107,7 +107,7 @@ def _check_ranges(indptr: torch.Tensor, ranges: torch.Tensor) -> None:
     if at is not None:
         raise ValueError(f"visible.ranges: got {ranges[at].tolist()} at {at[0]}, needs 0 <= start <= end")
     # The first range of a row has no neighbour before it.
-    first = torch.zeros(used + 1, dtype=torch.bool)
+    first = torch.zeros(used + 1, dtype=torch.bool, device="cpu")
     first[indptr.long()] = True
     at = _first((ranges[1:, 0] < ranges[:-1, 1]) & ~first[1:used])
     if at is not None:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from refrag_kernels import extension, tile_lists
+from refrag_kernels import extension, plan_values, pytree, tile_lists
 from refrag_kernels.layout import ChunkLayout
 from refrag_kernels.mask import ChunkMask, MaskKind
-from refrag_kernels.validation import window_bounds
+from refrag_kernels.validation import as_int, unchecked, window_bounds
 
 TILE = 16  # rows of a query block and keys of a tile, as in csrc/planner/planner.h
 
@@ -53,6 +53,12 @@ class AttentionPlan:
         Query block, and index into ``partial_keys`` and ``partial_bits``.
     tiles : tuple of Tensor
         The lists of ``refrag_kernels.tile_lists``, which GPU kernels walk; on the CPU there are none.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a plan is put together by hand (``dataclasses.replace``) of tensors whose dtypes, shapes or devices don't fit
+        each other, or, on the CPU, whose values would lead a kernel out of them.
     """
 
     sizes: torch.Tensor = _field()
@@ -71,6 +77,10 @@ class AttentionPlan:
     partial_t_tiles: torch.Tensor = _field(2)
     tiles: tuple[torch.Tensor, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Check the tensors, and on the CPU their values: kernels follow them without another look."""
+        plan_values.check({name: getattr(self, name) for name in _FIELDS}, list(_FIELDS.values()), self.tiles)
+
     def tensors(self) -> list[torch.Tensor]:
         """Return the fields in the order in which ops take them."""
         return [*(getattr(self, name) for name in _FIELDS), *self.tiles]
@@ -85,12 +95,16 @@ class AttentionPlan:
         device = torch.device(device)
         if device == self.device:
             return self
-        shapes = [tuple(tensor.shape) for tensor in self.tensors()]
+        shapes = _shapes(self)
         buffer = _buffer_of(self)
         if tile_lists.wanted(device) and not self.tiles and self.device.type == "cpu":
-            buffer, shapes = _with_tiles(buffer, shapes, None, device)
+            buffer, shapes = _with_tiles(buffer, shapes, _capacity_of(self), device)
         # Towards the CPU the copy has to be there before it is read, and nothing else waits for it.
         return _from_buffer(buffer.to(device, non_blocking=device.type != "cpu"), shapes)
+
+    def __reduce__(self) -> tuple:
+        """Copy and pickle the buffer, once: each field would bring all of it along."""
+        return _from_buffer, (_buffer_of(self), _shapes(self))
 
     def stats(self) -> dict[str, int]:
         """Count the pairs and tiles of the plan. Waits for the device, so it is for inspection, not for hot paths.
@@ -110,9 +124,9 @@ class AttentionPlan:
         plan = self.to("cpu")
         _, _, blocks, _, full, partial, _, _ = plan.sizes.tolist()
         rows = plan.q_blocks[:blocks, 1].long()
-        per_block = torch.zeros(blocks + 1, dtype=torch.int64)
         ranges = plan.full_ranges[:full].long()
-        torch.cumsum(ranges[:, 1] - ranges[:, 0], 0, out=(running := torch.zeros(full + 1, dtype=torch.int64))[1:])
+        running = torch.zeros(full + 1, dtype=torch.int64, device="cpu")
+        torch.cumsum(ranges[:, 1] - ranges[:, 0], 0, out=running[1:])
         per_block = running[plan.full_offsets[: blocks + 1].long()].diff()
         bits = plan.partial_bits[:partial].long()
         allowed = int((per_block * rows).sum()) + sum(int((bits >> shift & 1).sum()) for shift in range(32))
@@ -127,11 +141,10 @@ class AttentionPlan:
         }
 
 
-torch.utils._pytree.register_dataclass(AttentionPlan, serialized_type_name="refrag_kernels.AttentionPlan")
-
 _FIELDS = {
     field.name: field.metadata["row_shape"] for field in dataclasses.fields(AttentionPlan) if field.name != "tiles"
 }
+pytree.register(AttentionPlan, serialized_type_name="refrag_kernels.AttentionPlan")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +180,11 @@ class PlanCapacity:
     partial_tiles: int
     full_t_ranges: int
 
+    def __post_init__(self) -> None:
+        """Check that all are counts."""
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, as_int(field.name, getattr(self, field.name), 0))
+
     @staticmethod
     def for_rows(q_rows: int, *, sequences: int, kv_rows: int | None = None, ranges_per_block: int = 4) -> PlanCapacity:
         """Return a capacity for batches of up to ``sequences`` sequences and ``q_rows`` query rows.
@@ -174,7 +192,9 @@ class PlanCapacity:
         ``ranges_per_block`` is the mean number of full ranges and of partial tiles of a block of 16 rows: 4 holds plain
         causal plans and passages that are not interleaved; a plan that does not fit is refused by ``plan_attention``.
         """
-        kv_rows = q_rows if kv_rows is None else kv_rows
+        q_rows, sequences = as_int("q_rows", q_rows, 0), as_int("sequences", sequences, 0)
+        kv_rows = q_rows if kv_rows is None else as_int("kv_rows", kv_rows, 0)
+        ranges_per_block = as_int("ranges_per_block", ranges_per_block, 0)
         q_blocks, kv_blocks = q_rows // TILE + sequences, kv_rows // TILE + sequences
         return PlanCapacity(
             q_rows,
@@ -186,23 +206,16 @@ class PlanCapacity:
             full_t_ranges=ranges_per_block * kv_blocks,
         )
 
-    def _rows(self) -> list[int]:
-        return [
-            8,
-            self.q_rows,
-            self.kv_rows,
-            self.q_blocks,
-            self.q_blocks + 1,
-            self.full_ranges,
-            self.q_blocks + 1,
-            self.partial_tiles,
-            self.partial_tiles,
-            self.kv_blocks,
-            self.kv_blocks + 1,
-            self.full_t_ranges,
-            self.kv_blocks + 1,
-            self.partial_tiles,
-        ]
+
+def _rows_of_fields(
+    q_rows: int, kv_rows: int, q_blocks: int, kv_blocks: int, full: int, partial: int, full_t: int
+) -> list[int]:
+    """Return the rows of each field, in their order, from the numbers of a PlanCapacity, in theirs."""
+    of_queries = [q_blocks, q_blocks + 1, full, q_blocks + 1, partial, partial]
+    return [8, q_rows, kv_rows, *of_queries, kv_blocks, kv_blocks + 1, full_t, kv_blocks + 1, partial]
+
+
+_FULL = ChunkMask.full()
 
 
 def plan_attention(
@@ -240,7 +253,7 @@ def plan_attention(
     out : AttentionPlan, optional
         A plan made with the same ``capacity``, to be refilled in place by one copy that doesn't wait for the device.
     device : torch.device or str, optional
-        Where the plan goes; default where ``layout`` is.
+        Where the plan goes; default where ``out`` is, or else ``layout``.
 
     Returns
     -------
@@ -264,12 +277,14 @@ def plan_attention(
         raise TypeError(f"layout: got {type(layout).__name__}, needs a ChunkLayout")
     if out is not None and capacity is None:
         raise ValueError("out: needs the capacity that it was made with")
-    device = torch.device(device) if device is not None else layout.device
+    if device is None:
+        device = layout.device if out is None else out.device
+    device = torch.device(device)
     left, right = window_bounds(window, causal)
     keys = (layout if kv_layout is None else kv_layout).host()
     query_lengths = None if kv_layout is None else _query_lengths(layout.host(), keys)
     built = extension.planner().plan(
-        *_problem(keys, ChunkMask.full() if mask is None else mask),
+        *_problem(keys, _FULL if mask is None else mask),
         0 if query_lengths is None else query_lengths.data_ptr(),
         left,
         right,
@@ -282,9 +297,15 @@ def plan_attention(
     if tile_lists.wanted(device):
         buffer, shapes = _with_tiles(buffer, shapes, capacity, device)
     if out is not None:
-        if [tuple(tensor.shape) for tensor in out.tensors()] != shapes:
+        if out.device.type != device.type:
+            raise ValueError(f"out: got a plan on {out.device}, needs one on {device}")
+        if _shapes(out) != shapes:
             raise ValueError("out: got a plan of another capacity, needs one made with this capacity")
-        _buffer_of(out).copy_(buffer, non_blocking=True)
+        if "_buffer" in vars(out):
+            _buffer_of(out).copy_(buffer, non_blocking=True)
+        else:
+            for tensor, section in zip(out.tensors(), _views(buffer, shapes)):
+                tensor.copy_(section, non_blocking=True)
         return out
     return _from_buffer(buffer.to(device, non_blocking=True), shapes)
 
@@ -333,7 +354,7 @@ def _rows(sizes: Sequence[int]) -> list[int]:
     q_rows, kv_rows, q_blocks, kv_blocks, full, partial, full_t, _ = sizes
     # Lists never have 0 or 1 rows: torch.compile would make a variant of its own for such a plan.
     lists = [max(2, size) for size in (q_blocks, kv_blocks, full, partial, full_t)]
-    return PlanCapacity(q_rows, kv_rows, *lists)._rows()
+    return _rows_of_fields(q_rows, kv_rows, *lists)
 
 
 def _capacity_rows(sizes: Sequence[int], capacity: PlanCapacity) -> list[int]:
@@ -342,7 +363,7 @@ def _capacity_rows(sizes: Sequence[int], capacity: PlanCapacity) -> list[int]:
             raise ValueError(
                 f"capacity: got {field.name}={getattr(capacity, field.name)}, needs at least {needed} for this batch"
             )
-    return capacity._rows()
+    return _rows_of_fields(*dataclasses.astuple(capacity))
 
 
 def _offsets(shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], int]:
@@ -357,7 +378,7 @@ def _offsets(shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], int]:
 def _empty_buffer(words: int, device: torch.device) -> torch.Tensor:
     """Return a buffer on the CPU that can be copied to ``device`` without waiting for it."""
     pinned = device.type == "cuda" and torch.cuda.is_available()
-    return torch.empty(words, dtype=torch.int32, pin_memory=pinned)
+    return torch.empty(words, dtype=torch.int32, device="cpu", pin_memory=pinned)
 
 
 def _with_tiles(
@@ -385,8 +406,10 @@ def _with_tiles(
 
 
 def _from_buffer(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> AttentionPlan:
-    fields = _views(buffer, shapes)
-    return AttentionPlan(*fields[: len(_FIELDS)], tiles=tuple(fields[len(_FIELDS) :]))  # type: ignore[arg-type, misc]
+    views = _views(buffer, shapes)
+    fields = dict(zip(_FIELDS, views))
+    # Kept beside the fields, which are all that dataclasses and pytrees know of: one copy moves or refills the plan.
+    return unchecked(AttentionPlan, **fields, tiles=tuple(views[len(_FIELDS) :]), _buffer=buffer)
 
 
 def _views(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
@@ -394,7 +417,26 @@ def _views(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torc
     return [buffer[offset : offset + torch.Size(shape).numel()].view(shape) for offset, shape in zip(offsets, shapes)]
 
 
+def _shapes(plan: AttentionPlan) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in plan.tensors()]
+
+
 def _buffer_of(plan: AttentionPlan) -> torch.Tensor:
-    """Return the buffer that the plan's fields are views of."""
-    _, total = _offsets([tuple(tensor.shape) for tensor in plan.tensors()])
-    return plan.sizes.as_strided((total,), (1,))
+    """Return the buffer that the plan's fields are views of, or a copy of them in one."""
+    buffer = vars(plan).get("_buffer")
+    if buffer is None:  # put together by hand, or from leaves of a pytree
+        shapes = _shapes(plan)
+        buffer = torch.zeros(_offsets(shapes)[1], dtype=torch.int32, device=plan.device)
+        for section, tensor in zip(_views(buffer, shapes), plan.tensors()):
+            section.copy_(tensor)
+    return buffer
+
+
+def _capacity_of(plan: AttentionPlan) -> PlanCapacity | None:
+    """Return the capacity that a plan on the CPU was made with, which its shapes show; None if they are its sizes."""
+    rows = _rows(plan.sizes.tolist())
+    given = [tensor.shape[0] for tensor in plan.tensors()[: len(_FIELDS)]]
+    if rows == given:
+        return None
+    q_rows, kv_rows, q_blocks, full, partial, kv_blocks, full_t = (given[i] for i in (1, 2, 3, 5, 7, 9, 11))
+    return PlanCapacity(q_rows, kv_rows, q_blocks, kv_blocks, full, partial, full_t)

@@ -6,12 +6,14 @@ import dataclasses
 
 import torch
 
-from refrag_kernels import backends
+from refrag_kernels import backends, pytree
 from refrag_kernels.registration import register_op
 from refrag_kernels.validation import (
     FLOAT_DTYPES,
+    autocast_is_on,
     check_dtype,
     check_last_contiguous,
+    check_number,
     check_same_device,
     check_same_dtype,
     check_shape,
@@ -35,7 +37,12 @@ class PackedProjection:
     activation : str
         The activation between the two layers.
     packed : Tensor or None
-        The CPU kernels' layout, opaque; None where those can't run.
+        The CPU kernels' layout, opaque; None where those can't run. Made from the weights, so that the two agree.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes, shapes, strides, devices or the activation don't fit.
 
     Examples
     --------
@@ -51,7 +58,18 @@ class PackedProjection:
     w2: torch.Tensor
     b2: torch.Tensor | None
     activation: str
-    packed: torch.Tensor | None
+    packed: torch.Tensor | None = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check the weights, leave their gradients behind, and pack them."""
+        _check_weights(self.w1, self.b1, self.w2, self.b2, self.activation)
+        for name in ("w1", "b1", "w2", "b2"):
+            weight = getattr(self, name)
+            object.__setattr__(self, name, None if weight is None else weight.detach())
+        packs = "cpu" in backends.available("project_chunks", _FAMILY, self.w1.device)
+        packs = packs and self.w1.dtype == self.w2.dtype != torch.float64
+        packed = torch.ops.refrag_cpu.pack_projection(self.w1, self.w2) if packs else None
+        object.__setattr__(self, "packed", packed)
 
     @staticmethod
     def from_weights(
@@ -62,15 +80,10 @@ class PackedProjection:
         activation: str = "gelu",
     ) -> PackedProjection:
         """Pack the weights of a projection; arguments as for ``project_chunks``."""
-        w1, w2 = w1.detach(), w2.detach()
-        b1, b2 = (None if b is None else b.detach() for b in (b1, b2))
-        _check_weights(w1, b1, w2, b2, activation)
-        packs = w1.dtype != torch.float64 and "cpu" in backends.available("project_chunks", _FAMILY, w1.device)
-        packed = torch.ops.refrag_cpu.pack_projection(w1, w2) if packs else None
-        return PackedProjection(w1, b1, w2, b2, activation, packed)
+        return PackedProjection(w1, b1, w2, b2, activation)
 
 
-torch.utils._pytree.register_dataclass(PackedProjection)
+pytree.register(PackedProjection)
 
 
 def _check_weights(
@@ -215,7 +228,7 @@ def _weights(w1, b1, w2, b2, activation):
         if b1 is not None or w2 is not None or b2 is not None:
             raise TypeError("w1: got a PackedProjection beside other weights, needs it alone: it holds all four")
         # Autocast casts the weights, not what was packed from them.
-        packed = None if torch.is_autocast_enabled(w1.w1.device.type) else w1.packed
+        packed = None if autocast_is_on(w1.w1.device) else w1.packed
         return w1.w1, w1.b1, w1.w2, w1.b2, w1.activation, packed
     if w2 is None:
         raise TypeError("w2: got None, needs a Tensor [d_dec, h]")
@@ -333,6 +346,7 @@ def embed_mixed(
     """
     w1, b1, w2, b2, activation, packed = _weights(w1, b1, w2, b2, activation)
     _check_embed(token_ids, token_table, chunks, slot_of_row, w1, b1, w2, b2, activation)
+    check_number("token_scale", token_scale)
     return _embed_mixed(
         token_ids, token_table, chunks, slot_of_row, w1, b1, w2, b2, activation, token_scale, packed, backend=backend
     )

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 
 from refrag_kernels import backends
+from refrag_kernels.validation import AUTOCAST_DEVICES, AUTOCAST_DTYPES
 
 _LIBRARY = torch.library.Library("refrag", "DEF")
-AUTOCAST_DEVICES = ("cpu", "cuda")
 
 # The module of a backend's folder that implements each op.
 FAMILY_OF_OP: dict[str, str] = {}
@@ -45,9 +45,15 @@ def register_op(
     op = getattr(torch.ops.refrag, name).default
     names = [argument.name for argument in op._schema.arguments]
 
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
     def implementation(*args, backend=None, **kwargs):
         device = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)).device
-        return backends.select(name, family, backend, device, args, kwargs)(*args, **kwargs)
+        result = backends.select(name, family, backend, device, args, kwargs)(*args, **kwargs)
+        if written:
+            # As torch.library.custom_op does: a backward pass that needs the old values finds that they are gone.
+            torch.autograd.graph.increment_version([args[i] for i in written if not args[i].is_inference()])
+        return result
 
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"refrag::{name}", fake, lib=_LIBRARY)
@@ -74,7 +80,7 @@ def _register_autocast(name: str, op: torch._ops.OpOverload, device_type: str, p
     exclude = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def cast(value, dtype):
-        eligible = isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        eligible = isinstance(value, torch.Tensor) and value.dtype in AUTOCAST_DTYPES
         return value.to(dtype) if eligible and value.device.type == device_type else value
 
     def implementation(*args, **kwargs):

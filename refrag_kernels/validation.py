@@ -5,12 +5,34 @@ Each raises an error that names the argument, what it got and what it needs. Non
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
 import os
+from typing import Any, TypeVar
 
 import torch
 
+T = TypeVar("T")
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT32_MAX = 2**31 - 1
 MAX_HEAD_WIDTH = 256  # what the kernels' registers and shared memory are laid out for
+
+
+# Where autocast works, and what it casts into each other; float64 it leaves alone.
+AUTOCAST_DEVICES = ("cpu", "cuda")
+AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """Return whether ops on ``device`` run under autocast; torch knows no answer for some devices, such as meta."""
+    return device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
+
+
+def same_under_autocast(first: torch.dtype, second: torch.dtype) -> bool:
+    """Return whether autocast makes one dtype of two."""
+    return first == second or (first in AUTOCAST_DTYPES and second in AUTOCAST_DTYPES)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -31,6 +53,26 @@ def values_are_checked() -> bool:
     return True
 
 
+def unchecked(cls: type[T], **fields: object) -> T:
+    """Return an instance of a frozen dataclass without its ``__post_init__``, for fields that are known to be good."""
+    instance = object.__new__(cls)
+    instance.__dict__.update(fields)
+    return instance
+
+
+def as_int(name: str, value: object, least: int) -> int:
+    """Return ``value``, an integer of any type (NumPy's, say) from ``least`` to the largest int32, as an int."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, needs an integer") from None
+    if not least <= number <= INT32_MAX:
+        raise ValueError(f"{name}: got {number}, needs {least} to {INT32_MAX}")
+    return number
+
+
 def check_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
     """Raise TypeError unless ``tensor`` is a tensor of one of ``dtypes``."""
     if not isinstance(tensor, torch.Tensor):
@@ -40,12 +82,12 @@ def check_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:
 
 
 def check_same_dtype(**tensors: torch.Tensor) -> None:
-    """Raise TypeError unless all ``tensors`` have the dtype of the first; autocast makes that so by itself."""
+    """Raise TypeError unless all ``tensors`` have the dtype of the first, or get it from autocast."""
     (first, reference), *others = tensors.items()
-    if torch.is_autocast_enabled(reference.device.type):
-        return
     for name, tensor in others:
         if tensor.dtype != reference.dtype:
+            if autocast_is_on(reference.device) and same_under_autocast(tensor.dtype, reference.dtype):
+                continue
             raise TypeError(
                 f"{name}: got dtype {_names((tensor.dtype,))}, needs {_names((reference.dtype,))}, the dtype of {first}"
             )
@@ -97,11 +139,34 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None) ->
         check_shape("sinks", sinks, heads)
 
 
+def check_score_options(scale: float | None, softcap: float | None) -> None:
+    """Raise TypeError or ValueError unless scale is a finite number or None, and softcap a positive one or None."""
+    if scale is not None:
+        check_number("scale", scale)
+    if softcap is not None:
+        check_number("softcap", softcap)
+        if not softcap > 0:
+            raise ValueError(f"softcap: got {softcap}, needs a positive number or None")
+
+
+_NUMBERS = (float, int, numbers.Real, torch.SymFloat, torch.SymInt)
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError or ValueError unless ``value`` is a finite number."""
+    if not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name}: got {type(value).__name__}, needs a number")
+    if not -math.inf < value < math.inf:  # type: ignore[operator]
+        raise ValueError(f"{name}: got {value}, needs a finite number")
+
+
 def window_bounds(window: int | tuple[int, int] | None, causal: bool = True) -> tuple[int, int]:
     """Return the bounds (left, right) that a window and causality amount to; -1 means none."""
     if window is None:
-        left, right = -1, -1
-    elif isinstance(window, int):
+        return -1, 0 if causal else -1
+    if not isinstance(window, int):
+        window = _window_of(window)
+    if isinstance(window, int):
         if not causal:
             raise ValueError(f"window: got the int {window} without causal, needs a pair (left, right)")
         if window < 1:
@@ -110,6 +175,18 @@ def window_bounds(window: int | tuple[int, int] | None, causal: bool = True) -> 
     else:
         left, right = window
         if left < -1 or right < -1:
-            raise ValueError(f"window: got {tuple(window)}, needs -1 or more on each side")
-    limit = 2**31 - 1
-    return min(left, limit), 0 if causal else min(right, limit)
+            raise ValueError(f"window: got {window}, needs -1 or more on each side")
+    return min(left, INT32_MAX), 0 if causal else min(right, INT32_MAX)
+
+
+def _window_of(window: Any) -> int | tuple[int, int]:
+    """Return a window whose integers are of other types (NumPy's, say) as one of ints."""
+    try:
+        return operator.index(window)
+    except TypeError:
+        pass
+    try:
+        first, second = window
+        return operator.index(first), operator.index(second)
+    except (TypeError, ValueError):
+        raise TypeError(f"window: got {window!r}, needs an int, a pair of ints (left, right) or None") from None

@@ -10,6 +10,7 @@ from refrag_kernels import extension
 from refrag_kernels.layout import ChunkLayout
 from refrag_kernels.mask import ChunkMask
 from refrag_kernels.plan import _problem
+from refrag_kernels.validation import check_dtype, check_shape
 
 
 class VisibleRanges(NamedTuple):
@@ -67,7 +68,11 @@ def visible_ranges(
     >>> visible.indptr.tolist(), visible.ranges.tolist()
     ([0, 2, 4], [[0, 5], [8, 10], [0, 2], [5, 10]])
     """
+    if not isinstance(layout, ChunkLayout):
+        raise TypeError(f"layout: got {type(layout).__name__}, needs a ChunkLayout")
     host = layout.host()
+    if not isinstance(rows, torch.Tensor):
+        raise TypeError(f"rows: got {type(rows).__name__}, needs a torch.Tensor")
     if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
         raise ValueError(f"rows: got shape {list(rows.shape)} of {rows.dtype}, needs one dimension of integers")
     rows = rows.to("cpu", torch.int64)
@@ -78,13 +83,15 @@ def visible_ranges(
     built = extension.planner().visible(*_problem(host, mask), rows.data_ptr(), rows.shape[0])
     count = built.num_ranges()
     pinned = layout.device.type == "cuda" and torch.cuda.is_available()
-    indptr = torch.empty(rows.shape[0] + 1, dtype=torch.int32, pin_memory=pinned)
-    ranges = torch.empty(count, 2, dtype=torch.int32, pin_memory=pinned)
+    indptr = torch.empty(rows.shape[0] + 1, dtype=torch.int32, device="cpu", pin_memory=pinned)
+    ranges = torch.empty(count, 2, dtype=torch.int32, device="cpu", pin_memory=pinned)
     built.write(indptr.data_ptr(), ranges.data_ptr())
     if out is None:
         return VisibleRanges(indptr.to(layout.device, non_blocking=True), ranges.to(layout.device, non_blocking=True))
-    if out.indptr.shape != indptr.shape:
-        raise ValueError(f"out.indptr: got shape {list(out.indptr.shape)}, needs {list(indptr.shape)}")
+    check_dtype("out.indptr", out.indptr, torch.int32)
+    check_shape("out.indptr", out.indptr, *indptr.shape)
+    check_dtype("out.ranges", out.ranges, torch.int32)
+    check_shape("out.ranges", out.ranges, "R", 2)
     if out.ranges.shape[0] < count:
         raise ValueError(f"out.ranges: got room for {out.ranges.shape[0]} ranges, needs {count}")
     out.indptr.copy_(indptr, non_blocking=True)

@@ -155,3 +155,46 @@ def test_bad_input(change, error, message, backend):
         rk.append_kv(**{**call, **change}, backend=backend)
     assert not pages.any()
     rk.append_kv(**call, backend=backend)
+
+
+def pages_and_tables():
+    pages = torch.zeros(1, 4, 1, 8)
+    return pages, (int32(0)[None], int32(1), int32(0, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backward_pass_that_needs_the_old_pages_says_so(backend):
+    """As after any change in place; a gradient of the new values would be wrong without a word."""
+    pages, tables = pages_and_tables()
+    weight = torch.ones(1, requires_grad=True)
+    loss = (weight * pages).sum()
+    rk.append_kv(torch.ones(1, 1, 8), torch.ones(1, 1, 8), pages, pages.clone(), *tables, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_versions_of_both_pages_count(backend):
+    pages, tables = pages_and_tables()
+    k_pages, v_pages, row = pages.clone(), pages.clone(), torch.ones(1, 1, 8)
+    before = k_pages._version, v_pages._version, row._version
+    rk.append_kv(row, row, k_pages, v_pages, *tables, backend=backend)
+    assert k_pages._version > before[0] and v_pages._version > before[1] and row._version == before[2]
+    with torch.inference_mode():
+        pages, tables = pages_and_tables()
+        rk.append_kv(torch.ones(1, 1, 8), torch.ones(1, 1, 8), pages, pages.clone(), *tables, backend=backend)
+    assert pages[0, 0, 0, 0] == 1
+
+
+@pytest.mark.parametrize("which", ["k_pages", "v_pages"])
+def test_pages_that_require_grad_are_refused(which):
+    pages, tables = pages_and_tables()
+    leaf, row = pages.clone().requires_grad_(), torch.ones(1, 1, 8)
+    for given in (leaf, leaf * 1):
+        both = (given, pages) if which == "k_pages" else (pages, given)
+        with pytest.raises(RuntimeError, match=f"{which}: requires grad, needs pages without"):
+            rk.append_kv(row, row, *both, *tables)
+        assert not given.any()
+    with torch.no_grad():
+        rk.append_kv(row, row, leaf, leaf, *tables)
+    assert leaf[0, 0, 0, 0] == 1

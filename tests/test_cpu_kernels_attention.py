@@ -20,11 +20,49 @@ def check(problem, dtype, label):
         assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.0e}; {label}"
 
 
+def expanded_heads(rows, dtype):
+    base = torch.randn(rows, 2, 24).to(dtype)
+    return base[:, :1].expand(rows, 2, 24), base
+
+
+def expanded_rows(rows, dtype):
+    base = torch.randn(rows, 2, 24).to(dtype)
+    return base[:1].expand(rows, 2, 24), base
+
+
+def every_other_head(rows, dtype):
+    heads = torch.randn(rows, 6, 24).to(dtype)
+    return heads[:, 0:4:2], heads[:, 0:2]
+
+
+# Keys and values that begin at one address and differ in their strides.
+VIEWS = {views.__name__: views for views in (expanded_heads, expanded_rows, every_other_head)}
+
+
+def check_views_of_one_storage(name, dtype):
+    torch.manual_seed(0)
+    rows = 70
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[40, 30]]))
+    q, grad_out = torch.randn(2, rows, 4, 24).to(dtype)
+    k, v = VIEWS[name](rows, dtype)
+
+    def call(*tensors):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = rk.mixed_attention(*leaves, plan, backend="cpu")
+        return [out, *torch.autograd.grad(out, leaves, grad_out)]
+
+    for keys, values in ((k, v), (v, k)):
+        want = call(q, *(t.clone(memory_format=torch.contiguous_format) for t in (keys, values)))
+        assert all(torch.equal(a, b) for a, b in zip(want, call(q, keys, values))), (name, dtype)
+
+
 def check_all():
     """Run in a process of its own, as the instruction set is chosen once per process."""
     for dtype in DTYPES:
         for seed in range(12):
             check(random_attention_problem(seed, dtype), dtype, f"random_attention_problem({seed}, {dtype})")
+        for name in VIEWS:
+            check_views_of_one_storage(name, dtype)
 
 
 @pytest.mark.parametrize("isa", LOWER)
@@ -110,6 +148,12 @@ def test_strides_change_nothing(dtype):
     for other in (apart, heads_first):
         got = call(*(other(t.detach()) for t in (q, k, v, grad_out)))
         assert all(torch.equal(a, b) for a, b in zip(want, got)), other.__name__
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_of_one_storage(name, dtype):
+    check_views_of_one_storage(name, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,5 +1,8 @@
 """plan_attention against its specification: the pairs a plan stands for, its transpose, capacities and bad input."""
 
+import copy as copy_module
+import io
+import pickle
 import random
 import time
 
@@ -8,6 +11,7 @@ import torch
 from factory import random_plan_problem
 
 import refrag_kernels as rk
+from refrag_kernels import tile_lists
 from refrag_kernels.plan import TILE
 from refrag_kernels.reference.mask import pairs_of_plan
 
@@ -114,6 +118,50 @@ def test_a_plan_waits_for_its_copy_to_the_cpu(monkeypatch):
     assert waited == [True] and torch.equal(back.partial_bits, plan.partial_bits)
     on_device.to(torch.device("cuda"))
     assert waited == [True, False], "a copy to a GPU need not be waited for"
+
+
+def test_copies_of_a_plans_tensors_are_a_plan():
+    """Cloned one by one they are no views of one buffer; the plan moves, refills and pickles all the same."""
+    capacity = rk.PlanCapacity.for_rows(64, sequences=2)
+    first, second = (rk.ChunkLayout.from_lengths(lengths) for lengths in ([[20, 3]], [[7], [30]]))
+    plan, want = (rk.plan_attention(layout, capacity=capacity) for layout in (first, second))
+    cloned = torch.utils._pytree.tree_map(torch.clone, plan)
+    assert [t.shape for t in cloned.to("meta").tensors()] == [t.shape for t in plan.tensors()]
+    for copy in (copy_module.deepcopy(cloned), pickle.loads(pickle.dumps(cloned)), copy_module.copy(cloned)):
+        assert all(torch.equal(a, b) for a, b in zip(copy.tensors(), plan.tensors()))
+        assert len({t.untyped_storage().data_ptr() for t in copy.tensors()}) == 1
+    held = cloned.q_blocks
+    assert rk.plan_attention(second, capacity=capacity, out=cloned) is cloned
+    assert all(torch.equal(a, b) for a, b in zip(cloned.tensors(), want.tensors())) and cloned.q_blocks is held
+
+
+def test_a_plans_pickle_is_its_buffer():
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[200, 30]]))
+    size = plan.sizes.untyped_storage().nbytes()
+    assert len(pickle.dumps(plan)) < size + 4096
+    saved = io.BytesIO()
+    torch.save(plan, saved)
+    saved.seek(0)
+    for copy in (pickle.loads(pickle.dumps(plan)), torch.load(saved, weights_only=False), copy_module.deepcopy(plan)):
+        assert all(torch.equal(a, b) for a, b in zip(copy.tensors(), plan.tensors()))
+        assert copy.sizes.data_ptr() != plan.sizes.data_ptr()
+
+
+def test_a_plan_with_tile_lists_is_refilled_where_it_is(monkeypatch):
+    """As on a GPU: the layout is on the CPU, and no device is named."""
+    monkeypatch.setattr(tile_lists, "wanted", lambda device: device.type == "meta")
+    layout, capacity = rk.ChunkLayout.from_lengths([[20, 3]]), rk.PlanCapacity.for_rows(64, sequences=2)
+    plan = rk.plan_attention(layout, capacity=capacity, device="meta")
+    assert plan.tiles and rk.plan_attention(layout, capacity=capacity, out=plan) is plan
+    moved = rk.plan_attention(layout, capacity=capacity).to("meta")
+    assert [t.shape for t in moved.tensors()] == [t.shape for t in plan.tensors()]
+    assert rk.plan_attention(layout, capacity=capacity, out=moved) is moved
+    with pytest.raises(ValueError, match="out: got a plan on meta, needs one on cpu"):
+        rk.plan_attention(layout, capacity=capacity, out=plan, device="cpu")
+    without = rk.plan_attention(layout)
+    assert [t.shape for t in without.to("meta").tiles] == [
+        t.shape for t in rk.plan_attention(layout, device="meta").tiles
+    ]
 
 
 def test_a_plan_is_a_pytree():

@@ -117,7 +117,7 @@ class Copies {
       return;
     }
     for (const Wanted& other : wanted_) {
-      if (other.task.source.data == tensor.data && other.task.form == form) {
+      if (other.task.source == tensor && other.task.form == form) {
         wanted_.push_back({&operand, other.task, true});
         return;
       }
@@ -138,7 +138,7 @@ class Copies {
     for (Wanted& w : wanted_) {
       if (w.shared) {
         for (const PackTask& task : tasks) {
-          if (task.source.data == w.task.source.data && task.form == w.task.form) w.task.copy = task.copy;
+          if (task.source == w.task.source && task.form == w.task.form) w.task.copy = task.copy;
         }
       } else if (copy_) {
         w.task.copy = next;

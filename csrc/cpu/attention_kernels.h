@@ -21,6 +21,9 @@ inline constexpr int kMaxPanels = 4;
 struct HeadRows {
   const char* data;
   int64_t row_bytes, head_bytes;
+
+  // Views of one storage may begin at the same address and still hold other rows.
+  bool operator==(const HeadRows&) const = default;
 };
 
 // Keys or values in the form in which a kernel reads them: the tensor itself, or a copy made by attention_pack.

@@ -74,7 +74,7 @@ REFRAG_INLINE Vec exp(const Vec x) {
   return select(less(broadcast(88.72284f), x), broadcast(__builtin_inff()), flushed);
 }
 
-// log2 of a positive normal number to about 1 ulp; -inf for 0.
+// log2 of a positive normal number to about 1 ulp; -inf for 0, and NaN and inf as they are.
 REFRAG_INLINE Vec log2(const Vec x) {
   // The mantissa is taken from [sqrt(1/2), sqrt(2)), so that the result is accurate near 1.
   const VecI offset = as_int(x) - broadcast_int(0x3f3504f3);
@@ -97,7 +97,8 @@ REFRAG_INLINE Vec log2(const Vec x) {
   // log2(e) in two parts, the first short enough that its product with m keeps the rounding small near x = 1.
   const Vec low = fma(tail, broadcast(kLog2e), m * broadcast(0x1.4ae0cp-26f));
   const Vec result = n + fma(m, broadcast(kLog2e), low);
-  return select(equal(x, zero_vec()), broadcast(-__builtin_inff()), result);
+  const Vec positive = select(equal(x - x, zero_vec()), result, x);
+  return select(equal(x, zero_vec()), broadcast(-__builtin_inff()), positive);
 }
 
 // To about 2 ulp.

@@ -201,6 +201,35 @@ __device__ inline void apply_mask(float (&scores)[2][4], int seen, const unsigne
   }
 }
 
+// Which keys of a tile a lane's two rows see, as bits.
+__device__ inline void seen_keys(uint32_t (&seen)[2], const unsigned char* bits, int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = lane / 4 + 8 * half;
+    seen[half] = reinterpret_cast<const uint32_t*>(bits)[row / 2] >> (row % 2 * 16) & 0xffff;
+  }
+}
+
+// One stage for one warp, tile by tile, so that what is not finite is kept from rows that don't see it: slow, and few
+// registers beside those of the usual case.
+template <class T, int D, int kTiles>
+__device__ inline void attend_carefully(WarpAttention<T, D>& state, const AttentionShared<D, kTiles>& shared, int stage,
+                                        const TileList<kTiles>& list, int block, ScoreScale scale, int lane) {
+#pragma unroll 1
+  for (int tile = 0; tile < list.count; ++tile) {
+    const int seen = list.seen[tile][block];
+    if (seen == kSkipped) continue;
+    const unsigned char* bits = shared.bits(stage, tile, block);
+    float scores[1][2][4];
+    state.score(scores[0], shared.keys(stage, tile), lane);
+    apply_mask(scores[0], seen, bits, scale, lane);
+    state.soften(scores);
+    uint32_t keys[2] = {0xffff, 0xffff};
+    if (seen != kFull) seen_keys(keys, bits, lane);
+    state.accumulate_seen(scores[0], keys, shared.values(stage, tile), lane);
+  }
+}
+
 // One stage for one warp.
 template <class T, int D, int kTiles>
 __device__ inline void attend_stage(WarpAttention<T, D>& state, const AttentionShared<D, kTiles>& shared, int stage,
@@ -319,34 +348,44 @@ __global__ __launch_bounds__(kMaxAttentionThreads) void mixed_attention_kernel(c
   const int4 rows = active ? params.q_blocks[block] : int4{0, 0, 0, 0};
 
   WarpAttention<T, D> state;
-  state.start(lane, [&](int row) {
-    const T* q = static_cast<const T*>(params.q);
-    return row < rows.y ? q + (rows.x + row) * params.q_row + head * params.q_head : nullptr;
-  });
-
-  const int listed = first_block + lane;
-  TileCursor cursor(params, listed, warp == 0 && lane < params.blocks_per_group && listed < params.num_blocks);
-  if (warp == 0) {
-    list_tiles(shared.list(0), cursor, lane);
-    list_tiles(shared.list(1), cursor, lane);
-  }
-  __syncthreads();
-  copy_stage<T>(shared, 0, shared.list(0), params, kv_head);
-
   const ScoreScale scale = ScoreScale::make(params.scale, params.softcap);
-  int stage = 0, list = 0;
-  for (;;) {
-    wait_copies<0>();
-    // Now all copies of this stage are seen by all, nobody reads the other stage any more, and its next tiles are listed.
+  for (bool careful = false;; careful = true) {
+    state.start(lane, [&](int row) {
+      const T* q = static_cast<const T*>(params.q);
+      return row < rows.y ? q + (rows.x + row) * params.q_row + head * params.q_head : nullptr;
+    });
+
+    const int listed = first_block + lane;
+    TileCursor cursor(params, listed, warp == 0 && lane < params.blocks_per_group && listed < params.num_blocks);
+    if (warp == 0) {
+      list_tiles(shared.list(0), cursor, lane);
+      list_tiles(shared.list(1), cursor, lane);
+    }
     __syncthreads();
-    if (shared.list(list).count == 0) break;
-    const int next = list == kTileLists - 1 ? 0 : list + 1;
-    const int after = next == kTileLists - 1 ? 0 : next + 1;
-    copy_stage<T>(shared, 1 - stage, shared.list(next), params, kv_head);
-    if (warp == 0) list_tiles(shared.list(after), cursor, lane);
-    if (active) attend_stage<T>(state, shared, stage, shared.list(list), own, scale, lane);
-    stage = 1 - stage;
-    list = next;
+    copy_stage<T>(shared, 0, shared.list(0), params, kv_head);
+
+    int stage = 0, list = 0;
+    for (;;) {
+      wait_copies<0>();
+      // Now all copies of this stage are seen by all, nobody reads the other stage any more, and its next tiles are listed.
+      __syncthreads();
+      if (shared.list(list).count == 0) break;
+      const int next = list == kTileLists - 1 ? 0 : list + 1;
+      const int after = next == kTileLists - 1 ? 0 : next + 1;
+      copy_stage<T>(shared, 1 - stage, shared.list(next), params, kv_head);
+      if (warp == 0) list_tiles(shared.list(after), cursor, lane);
+      if (active) {
+        if (careful) {
+          attend_carefully<T>(state, shared, stage, shared.list(list), own, scale, lane);
+        } else {
+          attend_stage<T>(state, shared, stage, shared.list(list), own, scale, lane);
+        }
+      }
+      stage = 1 - stage;
+      list = next;
+    }
+    // A value that is not finite is in the sums of rows that don't see it, too: those are computed again.
+    if (careful || !__syncthreads_or(active && !state.finite())) break;
   }
 
   state.finish();

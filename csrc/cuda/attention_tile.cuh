@@ -155,6 +155,40 @@ struct WarpAttention {
     }
   }
 
+  // The same, pair by pair, over the keys that a row sees: key k where bit k of `seen` is set, for each of the lane's two
+  // rows. For tiles with values that are not finite, whose weight of 0 would not keep them out.
+  __device__ void accumulate_seen(const float (&weights)[2][4], const uint32_t (&seen)[2], const unsigned char* values,
+                                  int lane) {
+#pragma unroll 1
+    for (int key = 0; key < kTile; ++key) {
+      const int source = (lane & ~3) | (key % 8 / 2);  // the lane that has the key's weights for these rows
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float even = key < 8 ? weights[0][2 * half] : weights[1][2 * half];
+        const float odd = key < 8 ? weights[0][2 * half + 1] : weights[1][2 * half + 1];
+        const float weight = __shfl_sync(kAllLanes, key % 2 ? odd : even, source);
+        if (!(seen[half] >> key & 1)) continue;
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i) {
+          const T* pair = reinterpret_cast<const T*>(values + Tile<D>::offset(key, i)) + lane % 4 * 2;
+          sum[i][2 * half] += weight * to_float(pair[0]);
+          sum[i][2 * half + 1] += weight * to_float(pair[1]);
+        }
+      }
+    }
+  }
+
+  // Whether the sums are finite. Where not, they may be those of values that their rows don't see.
+  __device__ bool finite() const {
+    float nothing = 0.0f;
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) nothing += sum[i][j] - sum[i][j];
+    }
+    return nothing == 0;
+  }
+
   // Adds up the lanes' parts of the weights; the last step before they are read.
   __device__ void finish() {
     weight[0] = quad_sum(weight[0]);
@@ -169,10 +203,12 @@ struct WarpAttention {
   __device__ Result result(int half, float sink) const {
     const float sink_exponent = sink * kLog2E;
     const float top = fmaxf(largest[half], sink_exponent);
-    if (top == minus_infinity()) return {minus_infinity(), 0.0f};
-    const float share = exp2_fast(largest[half] - top);
-    const float all = weight[half] * share + exp2_fast(sink_exponent - top);
-    return {(top + log2f(all)) * kLn2, share / all};
+    const float base = top == minus_infinity() ? 0.0f : top;
+    const float share = exp2_fast(largest[half] - base);
+    const float all = weight[half] * share + exp2_fast(sink_exponent - base);
+    // Nothing was seen. What was seen may be NaN, which a maximum passes over.
+    if (all == 0) return {minus_infinity(), 0.0f};
+    return {(base + log2f(all)) * kLn2, share / all};
   }
 };
 

@@ -196,8 +196,8 @@ __device__ inline void copy_keys(const PagedShared<D, kWarps>& shared, int stage
   commit_copies();
 }
 
-// One warp's 16 keys of a stage.
-template <class T, int D, int kWarps>
+// One warp's 16 keys of a stage; kCareful keeps what is not finite from rows that don't see it.
+template <bool kCareful, class T, int D, int kWarps>
 __device__ inline void attend_keys(WarpAttention<T, D>& state, const PagedShared<D, kWarps>& shared, int stage,
                                    const KeyList<kWarps>& list, const PagedParams& params, const QueryTile& tile,
                                    ScoreScale scale, int warp, int lane) {
@@ -219,7 +219,16 @@ __device__ inline void attend_keys(WarpAttention<T, D>& state, const PagedShared
     }
   }
   state.soften(scores);
-  state.accumulate(scores[0], shared.values(stage, warp), lane);
+  if constexpr (kCareful) {
+    uint32_t keys[2];  // that each of the lane's two rows sees, as bits
+    for (int half = 0; half < 2; ++half) {
+      const int row = (lane / 4 + 8 * half) / params.heads_per_tile;
+      keys[half] = row < tile.rows ? list.seen[row][word] >> shift & 0xffff : 0;
+    }
+    state.accumulate_seen(scores[0], keys, shared.values(stage, warp), lane);
+  } else {
+    state.accumulate(scores[0], shared.values(stage, warp), lane);
+  }
 }
 
 // Grid: x tiles of query rows, y tiles of heads, z splits.
@@ -235,38 +244,47 @@ __global__ __launch_bounds__(kWarps * kWarp, kPagedBlocksAtOnce) void paged_atte
   const int first_head = kv_head * params.group + head_of_group;
 
   WarpAttention<T, D> state;
-  state.start(lane, [&](int row) {
-    const int query = row / params.heads_per_tile, head = row % params.heads_per_tile;
-    const T* q = static_cast<const T*>(params.q);
-    return query < tile.rows && head < heads ? q + (tile.first + query) * params.q_row + (first_head + head) * params.q_head
-                                             : nullptr;
-  });
-
+  const ScoreScale scale = ScoreScale::make(params.scale, params.softcap);
   // The keys of this split that any row may see.
   const int split_start = blockIdx.z * params.split_keys;
   const int lowest = params.window_left < 0 ? 0 : max(0, tile.position - params.window_left);
   const int end = min(min(tile.length, tile.position + tile.rows), split_start + params.split_keys);
-  int key = max(split_start, lowest);
-  if (warp == 0) {
-    key = list_keys(shared.list(0), params, tile, key, end, lane);
-    key = list_keys(shared.list(1), params, tile, key, end, lane);
-  }
-  __syncthreads();
-  copy_keys<T>(shared, 0, shared.list(0), params, kv_head);
-  const ScoreScale scale = ScoreScale::make(params.scale, params.softcap);
-  int stage = 0, list = 0;
-  for (;;) {
-    wait_copies<0>();
-    // Now all copies of this stage are seen by all, nobody reads the other stage any more, and its next keys are listed.
+  for (bool careful = false;; careful = true) {
+    state.start(lane, [&](int row) {
+      const int query = row / params.heads_per_tile, head = row % params.heads_per_tile;
+      const T* q = static_cast<const T*>(params.q);
+      return query < tile.rows && head < heads
+                 ? q + (tile.first + query) * params.q_row + (first_head + head) * params.q_head
+                 : nullptr;
+    });
+
+    int key = max(split_start, lowest);
+    if (warp == 0) {
+      key = list_keys(shared.list(0), params, tile, key, end, lane);
+      key = list_keys(shared.list(1), params, tile, key, end, lane);
+    }
     __syncthreads();
-    if (!shared.list(list).found) break;
-    const int next = list == kKeyLists - 1 ? 0 : list + 1;
-    const int after = next == kKeyLists - 1 ? 0 : next + 1;
-    copy_keys<T>(shared, 1 - stage, shared.list(next), params, kv_head);
-    if (warp == 0) key = list_keys(shared.list(after), params, tile, key, end, lane);
-    attend_keys(state, shared, stage, shared.list(list), params, tile, scale, warp, lane);
-    stage = 1 - stage;
-    list = next;
+    copy_keys<T>(shared, 0, shared.list(0), params, kv_head);
+    int stage = 0, list = 0;
+    for (;;) {
+      wait_copies<0>();
+      // Now all copies of this stage are seen by all, nobody reads the other stage any more, and its next keys are listed.
+      __syncthreads();
+      if (!shared.list(list).found) break;
+      const int next = list == kKeyLists - 1 ? 0 : list + 1;
+      const int after = next == kKeyLists - 1 ? 0 : next + 1;
+      copy_keys<T>(shared, 1 - stage, shared.list(next), params, kv_head);
+      if (warp == 0) key = list_keys(shared.list(after), params, tile, key, end, lane);
+      if (careful) {
+        attend_keys<true>(state, shared, stage, shared.list(list), params, tile, scale, warp, lane);
+      } else {
+        attend_keys<false>(state, shared, stage, shared.list(list), params, tile, scale, warp, lane);
+      }
+      stage = 1 - stage;
+      list = next;
+    }
+    // A value that is not finite is in the sums of rows that don't see it, too: those are computed again.
+    if (careful || !__syncthreads_or(!state.finite())) break;
   }
 
   // Merge the warps.
@@ -301,9 +319,10 @@ __global__ __launch_bounds__(kWarps * kWarp, kPagedBlocksAtOnce) void paged_atte
       total += share * shared.weight(w)[row];
       for (int j = 0; j < 4; ++j) result[j] += share * shared.sum(w, row)[column + j];
     }
-    const float factor = total > 0 ? 1.0f / total : 0.0f;
+    // NaN where a row sees one; 0 only where it sees nothing.
+    const float factor = total != 0 ? 1.0f / total : 0.0f;
     const int64_t place = (tile.first + query) * static_cast<int64_t>(params.q_heads) + first_head + head;
-    const float lse = total > 0 ? (base + log2f(total)) * kLn2 : minus_infinity();
+    const float lse = total != 0 ? (base + log2f(total)) * kLn2 : minus_infinity();
     if (params.split_out) {
       const int64_t split_place = static_cast<int64_t>(blockIdx.z) * params.q_rows * params.q_heads + place;
       Pack<float, 4> pack;
@@ -344,13 +363,13 @@ __global__ __launch_bounds__(kMergeWarps * kWarp) void merge_splits_kernel(const
     for (int j = 0; j < 4; ++j) result[j] += share * pack.values[j];
   }
   if (writes) {
-    const float factor = total > 0 ? 1.0f / total : 0.0f;
+    const float factor = total != 0 ? 1.0f / total : 0.0f;
     Pack<T, 4> pack;
 #pragma unroll
     for (int j = 0; j < 4; ++j) pack.values[j] = from_float<T>(result[j] * factor);
     *reinterpret_cast<Pack<T, 4>*>(static_cast<T*>(params.out) + place * D + lane * 4) = pack;
   }
-  if (lane == 0) params.lse[place] = total > 0 ? base + log2f(total) * kLn2 : minus_infinity();
+  if (lane == 0) params.lse[place] = total != 0 ? base + log2f(total) * kLn2 : minus_infinity();
 }
 
 struct PagedGrid {

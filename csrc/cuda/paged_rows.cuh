@@ -77,7 +77,7 @@ __global__ __launch_bounds__(kRowWarps * kWarp) void merge_states_kernel(const M
   const float lse_a = params.lse_a[place], lse_b = params.lse_b[place];
   const float top = fmaxf(lse_a, lse_b), base = top == minus_infinity() ? 0.0f : top;
   const float share_a = expf(lse_a - base), share_b = expf(lse_b - base), total = share_a + share_b;
-  const float weight_a = total > 0 ? share_a / total : 0.0f, weight_b = total > 0 ? share_b / total : 0.0f;
+  const float weight_a = total != 0 ? share_a / total : 0.0f, weight_b = total != 0 ? share_b / total : 0.0f;
   const T* a = static_cast<const T*>(params.out_a) + place * params.width;
   const T* b = static_cast<const T*>(params.out_b) + place * params.width;
   T* out = static_cast<T*>(params.out) + place * params.width;
@@ -98,7 +98,7 @@ __global__ __launch_bounds__(kRowWarps * kWarp) void merge_states_kernel(const M
     for (int i = 0; i < N; ++i) result.values[i] = from_float<T>(sum[i]);
     *reinterpret_cast<Pack<T, N>*>(out + column) = result;
   }
-  if (threadIdx.x % kWarp == 0) params.lse[place] = total > 0 ? base + logf(total) : minus_infinity();
+  if (threadIdx.x % kWarp == 0) params.lse[place] = total != 0 ? base + logf(total) : minus_infinity();
 }
 
 }  // namespace refrag::cuda

@@ -154,6 +154,11 @@ PYBIND11_MODULE(_planner, m) {
     problem.right = right;
     return make_plan(problem);
   });
+  m.def("check_plan", [](const std::array<uintptr_t, 14>& addresses, const std::array<int64_t, 14>& rows) {
+    std::array<const int32_t*, 14> fields;
+    std::transform(addresses.begin(), addresses.end(), fields.begin(), at);
+    check_plan(fields, rows);
+  });
   py::class_<TileLists>(m, "TileLists").def("rows", &rows_of).def("write", &write_lists);
   m.def("tile_lists", [](const std::array<uintptr_t, 14>& fields, bool keys, int32_t group, bool split) {
     py::gil_scoped_release release;

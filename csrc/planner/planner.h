@@ -4,6 +4,7 @@
 // own first row. A pair of block and tile is skipped, full (every row sees every key) or partial (16 x 16 mask bits).
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -70,6 +71,10 @@ struct Plan {
 };
 
 Plan make_plan(const Problem& problem);
+
+// Throws std::invalid_argument, which names the field, unless the fields of a plan with so many rows stay within each
+// other's bounds. They are in the order of AttentionPlan.
+void check_plan(const std::array<const int32_t*, 14>& fields, const std::array<int64_t, 14>& rows);
 
 // Fills the transposed fields (kv_blocks and *_t_*) from the others.
 void transpose(const Problem& problem, Plan& plan);

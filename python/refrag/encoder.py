@@ -61,7 +61,7 @@ def pack_texts(
             f"texts: text {longest} has {lengths[longest]} tokens for the encoder, needs at most "
             f"{tokenizer.model_max_length}; take a smaller k"
         )
-    flat = torch.tensor([token for ids in token_ids for token in ids], dtype=torch.int64)
+    flat = torch.tensor([token for ids in token_ids for token in ids], dtype=torch.int64, device="cpu")
     windows = None if not window else _windows(lengths, passages or range(len(lengths)), window)
     return PackedTexts(flat, ChunkLayout.from_lengths([lengths]), windows)
 
@@ -75,7 +75,7 @@ def _windows(lengths: Sequence[int], passages: Sequence[int], most: int) -> torc
             window, rows, before = window + 1, 0, passage
         rows += length
         windows.append(window)
-    return torch.tensor(windows, dtype=torch.int32)
+    return torch.tensor(windows, dtype=torch.int32, device="cpu")
 
 
 class TextEmbedder:

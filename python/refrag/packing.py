@@ -89,11 +89,11 @@ def pack_spans(
             lengths[-1].append(rows)
             passage_of_span.append(passage)
     return MixedPrompt(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64),
-        slot_of_row=torch.tensor(slots, dtype=torch.int32),
-        position_ids=torch.tensor(positions, dtype=torch.int64),
+        token_ids=torch.tensor(token_ids, dtype=torch.int64, device="cpu"),
+        slot_of_row=torch.tensor(slots, dtype=torch.int32, device="cpu"),
+        position_ids=torch.tensor(positions, dtype=torch.int64, device="cpu"),
         layout=ChunkLayout.from_lengths(lengths),
-        passage_of_span=torch.tensor(passage_of_span, dtype=torch.int32),
+        passage_of_span=torch.tensor(passage_of_span, dtype=torch.int32, device="cpu"),
         chunks=tuple(chunks),
         expanded=frozenset(expanded),
         encoder_input=pack_chunks(

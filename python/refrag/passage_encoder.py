@@ -107,12 +107,12 @@ class PassageEncoder:
             passages=[number for number, own in enumerate(chunks) for _ in own],
         )
         lengths = texts.layout.chunk_offsets.diff()
-        rows = torch.empty(len(lengths), self.recipe.width, dtype=self.encoder.dtype)
+        rows = torch.empty(len(lengths), self.recipe.width, dtype=self.encoder.dtype, device="cpu")
         # What is read together stays together.
-        together = torch.arange(len(lengths)) if texts.windows is None else texts.windows.long()
+        together = torch.arange(len(lengths), device="cpu") if texts.windows is None else texts.windows.long()
         windows = together.bincount() if len(lengths) else together
-        members = torch.arange(len(lengths)).split(windows.tolist())
-        tokens = torch.zeros(len(windows), dtype=torch.int64).index_add_(0, together, lengths.long())
+        members = torch.arange(len(lengths), device="cpu").split(windows.tolist())
+        tokens = torch.zeros(len(windows), dtype=torch.int64, device="cpu").index_add_(0, together, lengths.long())
         with torch.inference_mode():
             for numbers in _batches(tokens, self.batch_tokens):
                 picked = torch.cat([members[number] for number in numbers]).tolist()

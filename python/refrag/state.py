@@ -132,7 +132,7 @@ class GenerationState:
         """Return the plans by which a prompt is read behind this state's rows."""
         mask = ChunkMask.full()
         if decoder_mask == "passages":
-            mask = ChunkMask.passages(torch.tensor([*self.passages, *self.numbered(prompt)], dtype=torch.int32))
+            mask = ChunkMask.passages([*self.passages, *self.numbered(prompt)])
         keys = ChunkLayout.from_lengths([[*self.lengths, *prompt.layout.lengths()[0]]]).to(prompt.device)
         return AttentionPlans(prompt.layout, mask, causal=True, kv_layout=keys)
 
@@ -265,14 +265,14 @@ def text_prompt(token_ids: Sequence[int], latents: int = 1) -> MixedPrompt:
     """Return a prompt of one span of text, for a model of so many latents."""
     rows = len(token_ids)
     return MixedPrompt(
-        token_ids=torch.tensor(token_ids, dtype=torch.int64),
-        slot_of_row=torch.full((rows,), -1, dtype=torch.int32),
-        position_ids=torch.arange(rows),
+        token_ids=torch.tensor(token_ids, dtype=torch.int64, device="cpu"),
+        slot_of_row=torch.full((rows,), -1, dtype=torch.int32, device="cpu"),
+        position_ids=torch.arange(rows, device="cpu"),
         layout=ChunkLayout.from_lengths([[rows]]),
-        passage_of_span=torch.tensor([-1], dtype=torch.int32),
+        passage_of_span=torch.tensor([-1], dtype=torch.int32, device="cpu"),
         chunks=(),
         expanded=frozenset(),
-        encoder_input=PackedTexts(torch.zeros(0, dtype=torch.int64), ChunkLayout.from_lengths([[]])),
+        encoder_input=PackedTexts(torch.zeros(0, dtype=torch.int64, device="cpu"), ChunkLayout.from_lengths([[]])),
         latents=latents,
     )
 

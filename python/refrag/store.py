@@ -241,7 +241,7 @@ class ChunkStore:
             first, last = shard.offsets[place : place + 2].tolist()
             parts.append(shard.rows[first:last])
             offsets.append(offsets[-1] + last - first)
-        rows = torch.cat(parts) if parts else torch.empty(0, self.recipe.width, dtype=self.dtype)
+        rows = torch.cat(parts) if parts else torch.empty(0, self.recipe.width, dtype=self.dtype, device="cpu")
         return PassageEmbeds(rows, offsets)
 
     def chunks(self, passages: Sequence[Passage]) -> list[list[Chunk]]:

@@ -4,7 +4,8 @@ With s_ij = scale * q_i . k_j, or softcap * tanh(s_ij / softcap) of it, over the
 
     lse_i = log(sum_j exp(s_ij) + exp(sink)),    p_ij = exp(s_ij - lse_i),    out_i = sum_j p_ij v_j
 
-A row that sees nothing has out 0 and lse -inf (or the sink).
+A row that sees nothing has out 0 and lse -inf (or the sink). The sums run over the allowed pairs alone: a NaN or inf in
+q, k or v is in the results of the rows that attend to it, and in the gradients of what those attend to, nowhere else.
 """
 
 from __future__ import annotations
@@ -45,10 +46,21 @@ def _groups(q: torch.Tensor, k: torch.Tensor) -> Iterator[tuple[int, slice]]:
         yield head, slice(head * size, (head + 1) * size)
 
 
-def _probabilities(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+def _probabilities(scores: torch.Tensor, lse: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     """Return exp(scores - lse), 0 where not allowed; lse [T_q, G]."""
     finite = lse.masked_fill(lse.isneginf(), 0).T[:, :, None]
-    return torch.exp(scores - finite)
+    return torch.exp(scores - finite).masked_fill(~allowed, 0)
+
+
+def _over_allowed(weights: torch.Tensor, allowed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return sum_j weights[g, i, j] * rows[j] over the allowed pairs (i, j); rows [T_kv, D], or a set for each g.
+
+    Where a pair is not allowed its weight is 0, but 0 * NaN is not: what is not finite is left out of the product, and
+    makes NaN of the sums that it belongs to.
+    """
+    finite = rows.isfinite()
+    reached = torch.matmul(allowed.to(rows.dtype), (~finite).to(rows.dtype)) > 0
+    return torch.matmul(weights, rows.masked_fill(~finite, 0)).masked_fill(reached, float("nan"))
 
 
 def mixed_attention(
@@ -72,8 +84,8 @@ def mixed_attention(
         if sinks is not None:
             group_lse = torch.logaddexp(group_lse, sinks[group].to(dtype))
         lse[:, group] = group_lse
-        p = _probabilities(scores, group_lse)
-        out[:, group] = torch.einsum("gij,jd->igd", p, v[:, head])
+        p = _probabilities(scores, group_lse, allowed)
+        out[:, group] = _over_allowed(p, allowed, v[:, head]).transpose(0, 1)
     return out.to(result_dtype), lse
 
 
@@ -105,12 +117,12 @@ def mixed_attention_backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for head, group in _groups(q, k):
         scores, slope = _scores(q[:, group], k[:, head], allowed, scale, softcap)
-        p = _probabilities(scores, lse[:, group].to(dtype))
+        p = _probabilities(scores, lse[:, group].to(dtype), allowed)
         dp = torch.einsum("igd,jd->gij", grad_out[:, group], v[:, head])
-        ds = p * (dp - delta[:, group].T[:, :, None]) * slope
-        dq[:, group] = torch.einsum("gij,jd->igd", ds, k[:, head])
-        dk[:, head] = torch.einsum("gij,igd->jd", ds, q[:, group])
-        dv[:, head] = torch.einsum("gij,igd->jd", p, grad_out[:, group])
+        ds = (p * (dp - delta[:, group].T[:, :, None]) * slope).masked_fill(~allowed, 0)
+        dq[:, group] = _over_allowed(ds, allowed, k[:, head]).transpose(0, 1)
+        dk[:, head] = _over_allowed(ds.mT, allowed.T, q[:, group].transpose(0, 1)).sum(0)
+        dv[:, head] = _over_allowed(p.mT, allowed.T, grad_out[:, group].transpose(0, 1)).sum(0)
     dq, dk, dv = (grad.to(result_dtype) for grad in (dq, dk, dv))
     if sinks is None:
         return dq, dk, dv, torch.empty(0, dtype=torch.float32, device=q.device)

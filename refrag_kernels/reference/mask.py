@@ -13,20 +13,20 @@ from refrag_kernels.mask import ChunkMask, MaskKind
 def chunk_pairs(layout: ChunkLayout, mask: ChunkMask) -> torch.Tensor:
     """Return the bool matrix [C, C] of which chunk may look at which chunk."""
     layout = layout.host()
-    chunks = torch.arange(layout.num_chunks)
+    chunks = torch.arange(layout.num_chunks, device="cpu")
     sequence = torch.bucketize(chunks, layout.sequence_chunks[1:].long(), right=True)
     same_sequence = sequence[:, None] == sequence[None, :]
     if mask.kind == MaskKind.FULL:
         return same_sequence
     if mask.kind == MaskKind.DIAGONAL:
-        return torch.eye(layout.num_chunks, dtype=torch.bool)
+        return torch.eye(layout.num_chunks, dtype=torch.bool, device="cpu")
     if mask.kind == MaskKind.PASSAGES:
         passage = mask.passage_of_chunk
         assert passage is not None
         shared = passage < 0
         return same_sequence & (shared[:, None] | shared[None, :] | (passage[:, None] == passage[None, :]))
     assert mask.indptr is not None and mask.indices is not None
-    allowed = torch.zeros(layout.num_chunks, layout.num_chunks, dtype=torch.bool)
+    allowed = torch.zeros(layout.num_chunks, layout.num_chunks, dtype=torch.bool, device="cpu")
     allowed[chunks.repeat_interleave(mask.indptr.diff()), mask.indices.long()] = True
     return allowed
 
@@ -42,12 +42,12 @@ def allowed_pairs(
     """Return the bool matrix [T_q, T_kv] that ``plan_attention`` of the same arguments stands for."""
     keys = (layout if kv_layout is None else kv_layout).host()
     layout = layout.host()
-    key_rows = torch.arange(keys.total_rows)
+    key_rows = torch.arange(keys.total_rows, device="cpu")
     key_chunk = torch.bucketize(key_rows, keys.chunk_offsets[1:].long(), right=True)
     key_sequence = torch.bucketize(key_rows, keys.sequence_offsets[1:].long(), right=True)
     key_position = key_rows - keys.sequence_offsets.long()[key_sequence]
 
-    query_rows = torch.arange(layout.total_rows)
+    query_rows = torch.arange(layout.total_rows, device="cpu")
     query_sequence = torch.bucketize(query_rows, layout.sequence_offsets[1:].long(), right=True)
     # The query rows are the last rows of each sequence of the keys.
     from_end = layout.sequence_offsets.long()[query_sequence + 1] - query_rows

@@ -57,6 +57,7 @@ struct Thread {
   unsigned mask;
   void* operands;
   int barriers;                          // of the block that it has come to
+  int votes;                             // of the block that it has taken part in
   std::vector<Copy> open;                // copies of no group yet
   std::deque<std::vector<Copy>> groups;  // copies whose wait is still to come
 };
@@ -65,6 +66,7 @@ inline std::unique_ptr<Thread[]> threads;
 inline int num_threads = 0;
 inline int current = 0;
 inline char* shared = nullptr;
+inline int found[3];  // by votes of the block
 inline size_t shared_bytes = 0;
 inline std::function<void()> body;
 inline std::string error;
@@ -196,11 +198,12 @@ inline std::string describe_deadlock() {
 
 inline void run_block(std::mt19937& random) {
   std::memset(shared, kPoison, shared_bytes);
+  std::fill(std::begin(found), std::end(found), 0);
   for (int i = 0; i < num_threads; ++i) {
     threads[i].state = State::ready;
     threads[i].open.clear();
     threads[i].groups.clear();
-    threads[i].barriers = 0;
+    threads[i].barriers = threads[i].votes = 0;
   }
   std::vector<std::vector<int>> warps;
   for (int i = 0; i < num_threads; ++i) {
@@ -284,4 +287,14 @@ inline void __syncthreads() {
   cuda_host::release(meeting);
   cuda_host::wait(cuda_host::State::block);
   cuda_host::acquire(meeting);
+}
+
+inline int __syncthreads_or(int predicate) {
+  // A vote's place is cleared by those who have come to the next one, and all of them have read the one before.
+  auto& found = cuda_host::found;
+  const int vote = cuda_host::threads[cuda_host::current].votes++ % 3;
+  if (predicate) found[vote] = 1;
+  __syncthreads();
+  found[(vote + 2) % 3] = 0;
+  return found[vote];
 }

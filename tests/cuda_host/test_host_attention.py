@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import LSE, OUTPUT, relative_error
 from factory import AttentionProblem, PlanProblem, random_mask, random_plan_problem
+from nonfinite import spoilt_problem
 
 import refrag_kernels as rk
 from refrag_kernels.grid_order import TILES_FIRST, Order
@@ -73,6 +74,18 @@ def check(problem: AttentionProblem, out: torch.Tensor, lse: torch.Tensor) -> No
     expected = problem.expected()
     assert relative_error(out, expected["out"]) <= OUTPUT[out.dtype]
     assert relative_error(lse, expected["lse"]) <= LSE[out.dtype]
+
+
+@pytest.mark.parametrize("seed", range(48 if host_library.ALL else 12))
+def test_where_nan_goes(seed):
+    """As tests/test_nonfinite.py says of the other backends."""
+    rng = random.Random(seed)
+    dtype, width, tiles = VARIANTS[seed % len(VARIANTS)]
+    plan_problem = random_plan_problem(rng, max_sequences=3, max_chunks=6)
+    problem = make_problem(seed, plan_problem, dtype, width, HEADS[seed // 3 % len(HEADS)], sinks=rng.random() < 0.4)
+    spoilt = spoilt_problem(seed, dtype, problem)
+    out, lse = run(spoilt.spoilt, tiles, order=rng.choice(host_library.ORDERS), seed=seed)
+    spoilt.check({"out": out, "lse": lse})
 
 
 @pytest.mark.parametrize("seed", range(192 if host_library.ALL else 24))

@@ -6,6 +6,7 @@ import host_library
 import pytest
 import torch
 from accuracy import DTYPES, LSE, OUTPUT, relative_error
+from nonfinite import spoilt_paged
 from paged_problems import Problem, make_problem
 
 import refrag_kernels as rk
@@ -84,6 +85,22 @@ def test_random_problems(seed):
     splits = rng.choice([0, 2, 3])
     order = rng.choice(host_library.ORDERS)
     check(problem, *run(problem, warps=warps, splits=splits, order=order, seed=seed, early_copies=rng.random() < 0.5))
+
+
+@pytest.mark.parametrize("seed", range(48 if host_library.ALL else 12))
+def test_where_nan_goes(seed):
+    """As tests/test_nonfinite.py says of the other backends."""
+    dtype, width, warps = VARIANTS[seed % len(VARIANTS)]
+    spoilt = spoilt_paged(seed, dtype, dim=width, heads=HEADS[seed % len(HEADS)])
+    spoilt.check(*run(spoilt.problem, warps=warps, splits=seed % 3, seed=seed))
+
+
+@pytest.mark.parametrize("splits", [0, 2])
+def test_a_key_of_nan_is_not_a_key_that_is_not_seen(splits):
+    problem = make_problem(1, [1], heads=(2, 1), dim=64, page=16, dtype=torch.bfloat16)
+    problem.args[1].fill_(torch.nan)
+    out, lse = run(problem, splits=splits)
+    assert out.isnan().all() and lse.isnan().all()
 
 
 @pytest.mark.parametrize(("kilobytes", "expected"), [(164, (4, 4, 4)), (100, (4, 2, 2)), (228, (4, 4, 4))])

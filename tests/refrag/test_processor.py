@@ -143,6 +143,17 @@ def test_a_slot_never_comes_first(tokenizer, encoder_tokenizer):
     assert RefragProcessor(without, encoder_tokenizer, 4)(batch[0]).slot_of_row[0] == 0
 
 
+def test_prompts_are_on_the_cpu_whatever_the_default_device(processor):
+    texts = [["Who built it? ", Passage("The tower was built in 1871."), Passage("It stands on a hill.")], ["Hello"]]
+    want = processor(texts)
+    with torch.device("meta"):
+        prompt = processor(texts)
+    for name in ("token_ids", "slot_of_row", "position_ids", "passage_of_span"):
+        assert torch.equal(getattr(prompt, name), getattr(want, name)), name
+    assert torch.equal(prompt.encoder_input.token_ids, want.encoder_input.token_ids)
+    assert prompt.layout.lengths() == want.layout.lengths()
+
+
 def test_batch(processor):
     prompt = processor([["a b c", Passage("d e f g h i j")], [Passage("k"), "l"]], expand={0, 2})
     assert prompt.layout.num_sequences == 2

@@ -222,3 +222,10 @@ def test_an_answer_that_does_not_fit_the_window_is_refused(decoder):
         model.generate(tiny.prompt([[("text", 4)]]), state=state, max_new_tokens=3)
     unchanged(state, before)
     assert model.generate(state=state, max_new_tokens=6, do_sample=False).shape == (1, 6)
+
+
+def test_a_text_is_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        prompt = text_prompt([5, 6, 7])
+    assert prompt.token_ids.tolist() == [5, 6, 7] and prompt.position_ids.tolist() == [0, 1, 2]
+    assert prompt.slot_of_row.tolist() == [-1, -1, -1] and prompt.passage_of_span.tolist() == [-1]

@@ -78,6 +78,15 @@ void prepare(const AttentionBackwardParams& b, const Pack& pack, const Scratch& 
   });
 }
 
+// Whether lse and delta of a pack's rows are numbers; lse is inf for a row that sees nothing.
+inline bool lanes_finite(const Scratch& s, const Pack& pack) {
+  bool finite = true;
+  for (int lane = 0; lane < pack.pairs; ++lane) {
+    finite &= s.lse[lane] == s.lse[lane] && s.delta[lane] - s.delta[lane] == 0;
+  }
+  return finite;
+}
+
 struct Shape {
   float scale, softcap;  // softcap 0: none
   bool shaped;           // whether the scores have had their scale and softcap before they are weighed
@@ -125,6 +134,32 @@ void weigh_panel(const Shape& shape, const Scratch& s, int panel, int lanes, int
   }
 }
 
+// p and ds of a key of a step, as weigh_panel leaves them.
+template <class Math>
+float number_at(const char* numbers, int64_t at) {
+  if constexpr (Math::kPairs) {
+    return lane_of(load_partial(reinterpret_cast<const BFloat16*>(numbers) + at, 1), 0);
+  } else {
+    return reinterpret_cast<const float*>(numbers)[at];
+  }
+}
+
+// Adds a segment in which something is not finite to dq, and to dk and dv of its keys, pair by pair. p and ds of its keys
+// are those from `first` on.
+template <class T, class Math>
+void add_pairs(const AttentionBackwardParams& b, const Pack& pack, const Scratch& s, int32_t kv_head,
+               const Segment& segment, const char* weights, const char* slopes, int first, float* dk, float* dv) {
+  const AttentionParams& p = b.forward;
+  const int lanes = pack.lanes(), padded = p.padded_width();
+  each_seen(segment, pack, [&](int key, int32_t lane, int64_t row, int32_t head) {
+    const int64_t at = int64_t{first + key} * lanes + lane;
+    const float weight = number_at<Math>(weights, at), slope = number_at<Math>(slopes, at);
+    add_row<T>(p.k, segment.first_key + key, kv_head, p.width, slope, s.dq + int64_t{lane} * padded);
+    add_row<T>(p.q, row, head, p.width, slope, dk + key * padded);
+    add_row<T>(b.grad_out, row, head, p.width, weight, dv + key * padded);
+  });
+}
+
 template <class T, class Math>
 void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t block, int32_t kv_head,
                    const Pack& pack, const Scratch& s) {
@@ -142,9 +177,11 @@ void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t
     grads = s.grad_pairs;
   }
   std::memset(s.dq, 0, sizeof(float) * lanes * padded);
-  const bool shaped = p.softcap > 0 || !(p.scale > 0);
-  const Shape shape{p.scale, p.softcap, shaped, shaped ? kLog2e : p.scale * kLog2e};
+  const bool shaped = is_shaped(p);
+  const Shape shape{p.scale, p.softcap, shaped, natural_factor(p) * kLog2e};
   const Span q_columns{s.q_columns, words}, grad_columns{s.grad_columns, words};
+  // A row that attends to what is not finite has NaN in these, and so in its pairs with keys that it doesn't see.
+  const bool rows_are_finite = lanes_finite(s, pack);
   const Span q_span{queries, lanes / kKeysPerWord}, grad_span{grads, lanes / kKeysPerWord};
 
   Walk<kStepKeys> walk(p.plan, block);
@@ -152,6 +189,8 @@ void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t
     char* local[3] = {s.local[0], s.local[1], s.local[2]};
     Span key_spans[Walk<kStepKeys>::kMaxSegments];
     int first_keys[Walk<kStepKeys>::kMaxSegments];
+    bool spoilt[Walk<kStepKeys>::kMaxSegments];
+    bool any_spoilt = false;
     int keys = 0;
     for (int i = 0; i < count; ++i) {
       const Segment& segment = walk.segments[i];
@@ -165,7 +204,10 @@ void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t
       multiply<Math, Lie::apart, Into::set>(
           {v, p.v_rows.row_bytes, &grad_columns, 1, 4 * int64_t{lanes}, slopes, lanes, nullptr}, segment.count,
           pack.panels);
-      if (shaped) shape_scores(scores, int64_t{segment.count} * lanes, p.scale, p.softcap);
+      const int64_t numbers = int64_t{segment.count} * lanes;
+      spoilt[i] = segment.bits && !(rows_are_finite && all_finite(scores, numbers) && all_finite(slopes, numbers));
+      any_spoilt |= spoilt[i];
+      if (shaped) shape_scores(scores, numbers, p.scale, p.softcap);
       if (segment.bits) hide(segment.bits, pack, segment.count, scores);
       first_keys[i] = keys;
       keys += segment.count;
@@ -180,9 +222,12 @@ void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t
     }
     for (int panel = 0; panel < pack.panels; ++panel) weigh_panel<Math>(shape, s, panel, lanes, keys);
     const char* by_key = Math::kPairs ? s.paired : reinterpret_cast<const char*>(s.slopes);
-    multiply<Math, Lie::adjacent, Into::add>(
-        {by_key, 4 * int64_t{lanes}, key_spans, count, kKeysPerWord * p.k_cols.row_bytes, s.dq, padded, nullptr}, lanes,
-        padded / kLanes);
+    const auto add_dq = [&](int first, const Span* spans, int number) {
+      multiply<Math, Lie::adjacent, Into::add>({by_key + int64_t{4} * (first / kKeysPerWord) * lanes, 4 * int64_t{lanes},
+                                                spans, number, kKeysPerWord * p.k_cols.row_bytes, s.dq, padded, nullptr},
+                                               lanes, padded / kLanes);
+    };
+    if (!any_spoilt) add_dq(0, key_spans, count);
     const char* weights = Math::kPairs ? s.weights : reinterpret_cast<const char*>(s.scores);
     const char* slopes = Math::kPairs ? s.narrow : reinterpret_cast<const char*>(s.slopes);
     const int64_t stride = kNumberBytes * lanes;
@@ -191,6 +236,11 @@ void backward_pack(const AttentionBackwardParams& b, const Strip& strip, int32_t
       const int32_t tile = p.plan.kv_row_block[segment.first_key] - strip.first_tile;
       const int64_t slot = kv_head * b.num_slots + strip.first_slot + strip.slots[tile];
       float *dk = b.dk_sums + slot * kTile * padded, *dv = b.dv_sums + slot * kTile * padded;
+      if (spoilt[i]) {
+        add_pairs<T, Math>(b, pack, s, kv_head, segment, weights, slopes, first_keys[i], dk, dv);
+        continue;
+      }
+      if (any_spoilt) add_dq(first_keys[i], key_spans + i, 1);
       multiply<Math, Lie::apart, Into::add>(
           {weights + first_keys[i] * stride, stride, &grad_span, 1, 4 * int64_t{padded}, dv, padded, nullptr},
           segment.count, padded / kLanes);

@@ -177,6 +177,54 @@ inline void hide(const uint32_t* bits, const Pack& pack, int count, float* score
   }
 }
 
+// Where a row does not see a key its weight is 0; but 0 times a NaN or inf is NaN, so a product with a tile that only some
+// rows see is right only for finite numbers. What follows is for the tiles where some are not, pair by pair.
+
+inline bool all_finite(const float* numbers, int64_t count) {
+  Vec sum = zero_vec();
+  for (int64_t i = 0; i < count; i += kLanes) sum = sum + (load(numbers + i) - load(numbers + i));
+  return reduce_add(sum) == 0;
+}
+
+template <class T>
+bool rows_finite(const HeadRows& tensor, int32_t first, int32_t count, int32_t head, int width) {
+  Vec sum = zero_vec();
+  for (int32_t i = first; i < first + count; ++i) {
+    const T* row = reinterpret_cast<const T*>(tensor.data + i * tensor.row_bytes + head * tensor.head_bytes);
+    for (int d = 0; d < width; d += kLanes) {
+      const Vec numbers = d + kLanes <= width ? load(row + d) : load_partial(row + d, width - d);
+      sum = sum + (numbers - numbers);
+    }
+  }
+  return reduce_add(sum) == 0;
+}
+
+// sums += weight * row.
+template <class T>
+void add_row(const HeadRows& tensor, int64_t row, int32_t head, int width, float weight, float* sums) {
+  const T* numbers = reinterpret_cast<const T*>(tensor.data + row * tensor.row_bytes + head * tensor.head_bytes);
+  for (int d = 0; d < width; d += kLanes) {
+    const Vec part = d + kLanes <= width ? load(numbers + d) : load_partial(numbers + d, width - d);
+    store(sums + d, fma(broadcast(weight), part, load(sums + d)));
+  }
+}
+
+// Calls visit(key of the segment, lane, row among the packed query rows, head) for every pair that a segment allows.
+template <class Visit>
+void each_seen(const Segment& segment, const Pack& pack, Visit visit) {
+  pack.each_pair([&](int32_t lane, int64_t row, int32_t head) {
+    const int in_block = static_cast<int>(row - pack.first_row);
+    const uint32_t seen = segment.bits[in_block / 2] >> (16 * (in_block % 2));
+    for (int key = 0; key < segment.count; ++key) {
+      if (seen >> key & 1) visit(key, lane, row, head);
+    }
+  });
+}
+
+// Whether scores get their scale and softcap before the softmax; else it applies the scale, which keeps their order.
+inline bool is_shaped(const AttentionParams& p) { return p.softcap > 0 || !(p.scale > 0); }
+inline float natural_factor(const AttentionParams& p) { return is_shaped(p) ? 1.0f : p.scale; }
+
 // scores = softcap * tanh(scale * scores / softcap), or scale * scores.
 inline void shape_scores(float* scores, int64_t count, float scale, float softcap) {
   for (int64_t i = 0; i < count; i += kLanes) {

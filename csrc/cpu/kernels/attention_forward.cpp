@@ -115,15 +115,50 @@ void finish(const AttentionParams& p, const Pack& pack, const Scratch& s, float 
   });
 }
 
+// The weight of a key of a step, as `soften` leaves it.
+template <class Math>
+float weight_at(const Scratch& s, int lanes, int key, int lane) {
+  if constexpr (!Math::kPairs) return s.scores[key * lanes + lane];
+  uint16_t half;
+  std::memcpy(&half, s.weights + 4 * (key / 2 * lanes + lane) + 2 * (key % 2), sizeof(half));
+  const uint32_t word = uint32_t{half} << 16;
+  float weight;
+  std::memcpy(&weight, &word, sizeof(weight));
+  return weight;
+}
+
+// The step's share of the sums, segment by segment, where values are not finite.
 template <class T, class Math>
-void forward(const AttentionParams& p, const AttentionTask& task, char* memory) {
-  const int32_t block = task.block, kv_head = task.kv_head;
-  const Pack pack = pack_of(p, block, kv_head, task.panel_group);
-  if (pack.panels == 0) return;
-  Arena arena{memory};
-  const Scratch s = Scratch::carve(arena, p);
+void add_values(const AttentionParams& p, const Pack& pack, const Scratch& s, const char* weights, int32_t kv_head,
+                const Segment* segments, const Span* values, int count) {
+  constexpr int kKeysPerWord = Math::kPairs ? 2 : 1;
+  const int lanes = pack.lanes(), padded = p.padded_width();
+  const int64_t b_stride = kKeysPerWord * p.v_cols.row_bytes;
+  const auto product = [&]<Into kInto>(int first_word, const Span* span, int spans) {
+    multiply<Math, Lie::adjacent, kInto>({weights + int64_t{4} * first_word * lanes, 4 * int64_t{lanes},
+                                                          span, spans, b_stride, s.sums, padded, s.factors},
+                                                         lanes, padded / kLanes);
+  };
+  product.template operator()<Into::scale>(0, values, 0);
+  int word = 0;
+  for (int i = 0; i < count; ++i) {
+    const Segment& segment = segments[i];
+    if (!segment.bits || rows_finite<T>(p.v, segment.first_key, segment.count, kv_head, p.width)) {
+      product.template operator()<Into::add>(word, values + i, 1);
+    } else {
+      each_seen(segment, pack, [&](int key, int32_t lane, int64_t, int32_t) {
+        const float weight = weight_at<Math>(s, lanes, kKeysPerWord * word + key, lane);
+        add_row<T>(p.v, segment.first_key + key, kv_head, p.width, weight, s.sums + int64_t{lane} * padded);
+      });
+    }
+    word += values[i].length;
+  }
+}
+
+// The sums, totals and maxima of a pack's rows.
+template <class T, class Math>
+void attend(const AttentionParams& p, int32_t block, int32_t kv_head, const Pack& pack, const Scratch& s, bool careful) {
   const int lanes = pack.lanes(), padded = p.padded_width(), words = words_of<Math>(p.width);
-  gather<T, Math>(p.q, p.width, pack, s.rows, s.queries);
   std::memset(s.sums, 0, sizeof(float) * lanes * padded);
   for (int panel = 0; panel < pack.panels; ++panel) {
     store(s.maxima + kLanes * panel, broadcast(-kInfinity));
@@ -132,8 +167,8 @@ void forward(const AttentionParams& p, const AttentionTask& task, char* memory) 
   constexpr Form kCols = Math::kPairs ? Form::pairs : Form::rows;
   constexpr int kKeysPerWord = Math::kPairs ? 2 : 1;
   // The factor that turns scores into powers of 2 is applied with the maximum, if it keeps their order.
-  const bool shaped = p.softcap > 0 || !(p.scale > 0);
-  const float to_natural = shaped ? 1.0f : p.scale, to_log2 = to_natural * kLog2e;
+  const bool shaped = is_shaped(p);
+  const float to_log2 = natural_factor(p) * kLog2e;
 
   Walk<kStepKeys> walk(p.plan, block);
   while (const int count = walk.next()) {
@@ -161,11 +196,29 @@ void forward(const AttentionParams& p, const AttentionTask& task, char* memory) 
     }
     for (int panel = 0; panel < pack.panels; ++panel) soften<Math>(s, panel, lanes, keys, to_log2);
     const char* weights = Math::kPairs ? s.weights : reinterpret_cast<const char*>(s.scores);
+    if (careful) {
+      add_values<T, Math>(p, pack, s, weights, kv_head, walk.segments, values, count);
+      continue;
+    }
     multiply<Math, Lie::adjacent, Into::scale>(
         {weights, 4 * int64_t{lanes}, values, count, kKeysPerWord * p.v_cols.row_bytes, s.sums, padded, s.factors},
         lanes, padded / kLanes);
   }
-  finish<T>(p, pack, s, to_natural);
+}
+
+template <class T, class Math>
+void forward(const AttentionParams& p, const AttentionTask& task, char* memory) {
+  const Pack pack = pack_of(p, task.block, task.kv_head, task.panel_group);
+  if (pack.panels == 0) return;
+  Arena arena{memory};
+  const Scratch s = Scratch::carve(arena, p);
+  gather<T, Math>(p.q, p.width, pack, s.rows, s.queries);
+  attend<T, Math>(p, task.block, task.kv_head, pack, s, false);
+  // A value that is not finite is in the sums of rows that don't see it, too: those are computed again.
+  if (!all_finite(s.sums, int64_t{pack.pairs} * p.padded_width())) {
+    attend<T, Math>(p, task.block, task.kv_head, pack, s, true);
+  }
+  finish<T>(p, pack, s, natural_factor(p));
 }
 
 }  // namespace

@@ -288,7 +288,7 @@ void score_by_fours(const PagedParams& p, const PagedBlock& block, const Shape& 
 // Few rows: bound by reading keys and values once.
 template <class T>
 void few_rows(const PagedParams& p, const PagedBlock& block, const Shape& shape, const Keys& keys,
-              const Scratch& scratch, const StateOf<float>& state) {
+              const Scratch& scratch, const StateOf<float>& state, bool careful) {
   const char* k = p.k.data + block.first_head * p.k.head_bytes;
   const char* v = p.v.data + block.first_head * p.v.head_bytes;
   Prefetch prefetch(p, block, keys, p.dim * static_cast<int>(sizeof(T)));
@@ -299,6 +299,7 @@ void few_rows(const PagedParams& p, const PagedBlock& block, const Shape& shape,
     score_by_fours<T>(p, block, shape, keys, k, scratch, prefetch);
   }
   weigh(p, block, shape, keys, scratch.scores, state);
+  if (careful) return add_seen<T>(p, block, shape, keys, scratch.scores, state);
   constexpr int kKeys = kByKeys ? 2 : 4;
   for (int c = 0; c < keys.tiles * kTile; c += kKeys) {
     for (int head = 0; head < block.heads; ++head) {
@@ -310,10 +311,27 @@ void few_rows(const PagedParams& p, const PagedBlock& block, const Shape& shape,
   }
 }
 
+// The values of the keys that each row sees, one by one: where some are not finite, a weight of 0 would not keep them out.
+template <class T>
+void add_seen(const PagedParams& p, const PagedBlock& block, const Shape& shape, const Keys& keys, const float* scores,
+              const StateOf<float>& state) {
+  for (int head = 0; head < block.heads; ++head) {
+    const char* v = p.v.data + (block.first_head + head) * p.v.head_bytes;
+    for (int lane = 0; lane < shape.lanes; ++lane) {
+      const float* weights = scores + (int64_t{head} * shape.padded_lanes + lane) * kScoreStride;
+      float* sums = state.sums + (int64_t{head} * shape.lanes + lane) * shape.stride;
+      for (int c = 0; c < keys.tiles * kTile; ++c) {
+        if (!(keys.bits[lane / p.group][c / kTile] >> (c % kTile) & 1)) continue;
+        add_values_all<T>(weights + c, 1, v, keys.v + c, 1, p.dim, sums, shape.stride);
+      }
+    }
+  }
+}
+
 // Many rows: bound by arithmetic. Keys are transposed and values converted once for all rows.
 template <class T>
 void many_rows(const PagedParams& p, const PagedBlock& block, const Shape& shape, const Keys& keys,
-               const Scratch& scratch, const StateOf<float>& state) {
+               const Scratch& scratch, const StateOf<float>& state, bool careful) {
   for (int head = 0; head < block.heads; ++head) {
     const char* k = p.k.data + (block.first_head + head) * p.k.head_bytes;
     for (int tile = 0; tile < keys.tiles; tile += kTilesAtOnce) {
@@ -325,6 +343,7 @@ void many_rows(const PagedParams& p, const PagedBlock& block, const Shape& shape
     }
   }
   weigh(p, block, shape, keys, scratch.scores, state);
+  if (careful) return add_seen<T>(p, block, shape, keys, scratch.scores, state);
   int64_t at[kTilesAtOnce * kTile];
   for (int c = 0; c < kTilesAtOnce * kTile; ++c) at[c] = int64_t{4} * c * shape.stride;
   for (int head = 0; head < block.heads; ++head) {
@@ -340,7 +359,9 @@ void many_rows(const PagedParams& p, const PagedBlock& block, const Shape& shape
 }
 
 template <class T>
-void split(const PagedParams& p, const PagedBlock& block, int begin, int end, float* state_memory, char* memory) {
+void split(const PagedParams& p, const PagedBlock& block, int begin, int end, float* state_memory, char* memory,
+           bool careful) {
+  paged_empty(p, block, state_memory);
   const Shape shape(p, block);
   const Scratch scratch(memory, block, shape);
   const StateOf<float> state(state_memory, block, shape);
@@ -350,11 +371,24 @@ void split(const PagedParams& p, const PagedBlock& block, int begin, int end, fl
     keys.find(p, block, begin, end - begin < kBlockKeys ? end : begin + kBlockKeys);
     if (keys.tiles == 0) continue;
     if (shape.many) {
-      many_rows<T>(p, block, shape, keys, scratch, state);
+      many_rows<T>(p, block, shape, keys, scratch, state, careful);
     } else {
-      few_rows<T>(p, block, shape, keys, scratch, state);
+      few_rows<T>(p, block, shape, keys, scratch, state, careful);
     }
   }
+}
+
+template <class T>
+void split(const PagedParams& p, const PagedBlock& block, int begin, int end, float* state_memory, char* memory) {
+  split<T>(p, block, begin, end, state_memory, memory, false);
+  // A value that is not finite is in the sums of rows that don't see it, too: those are computed again.
+  const Shape shape(p, block);
+  const StateOf<const float> state(state_memory, block, shape);
+  Vec sum = zero_vec();
+  for (int64_t i = 0; i < int64_t{block.heads} * shape.lanes * shape.stride; i += kLanes) {
+    sum = sum + (load(state.sums + i) - load(state.sums + i));
+  }
+  if (reduce_add(sum) != 0) split<T>(p, block, begin, end, state_memory, memory, true);
 }
 
 template <class T>
@@ -406,7 +440,6 @@ void paged_empty(const PagedParams& p, const PagedBlock& block, float* memory) {
 }
 
 void paged_split(const PagedParams& p, const PagedBlock& block, int begin, int end, float* state, char* scratch) {
-  paged_empty(p, block, state);
   switch (p.element) {
     case Element::float32: return split<float>(p, block, begin, end, state, scratch);
     case Element::bfloat16: return split<BFloat16>(p, block, begin, end, state, scratch);

@@ -272,6 +272,13 @@ struct Running {
   float maximum, total;
 };
 
+inline bool has_nan(const float* scores, int tiles) {
+  for (int i = 0; i < kTile * tiles; ++i) {
+    if (scores[i] != scores[i]) return true;
+  }
+  return false;
+}
+
 // Scores of one row become weights exp(score - maximum); 0 where `bits` (16 keys each) hide a key. Returns the factor that
 // earlier sums are to be multiplied by.
 inline float softmax_row(float* scores, int tiles, const uint16_t* bits, float softcap, Running& running) {
@@ -287,10 +294,14 @@ inline float softmax_row(float* scores, int tiles, const uint16_t* bits, float s
     if (softcap != 0 || bits[tile] != 0xffff) store(scores + kTile * tile, score);
     maxima = max(maxima, score);
   }
-  const float block_maximum = reduce_max(maxima);
+  float block_maximum = reduce_max(maxima);
   if (block_maximum == -__builtin_inff()) {
-    for (int tile = 0; tile < tiles; ++tile) store(scores + kTile * tile, zero_vec());
-    return 1.0f;
+    if (!has_nan(scores, tiles)) {
+      for (int tile = 0; tile < tiles; ++tile) store(scores + kTile * tile, zero_vec());
+      return 1.0f;
+    }
+    // The maximum passed over a NaN; -inf would say that the row has seen nothing.
+    block_maximum = __builtin_nanf("");
   }
   const float maximum = running.maximum > block_maximum ? running.maximum : block_maximum;
   Vec sum = zero_vec();

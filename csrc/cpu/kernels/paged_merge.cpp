@@ -14,14 +14,15 @@ float lse_of(const StatesRows& states, int64_t row, int head) {
 // Each state's share of the joint denominator; of two empty states neither has any.
 struct Shares {
   float a, b, lse;
+  bool empty_a, empty_b;
 
-  Shares(float lse_a, float lse_b) {
-    const double maximum = lse_a > lse_b ? lse_a : lse_b;
-    if (maximum == -__builtin_inf()) {
+  Shares(float lse_a, float lse_b) : empty_a(lse_a == -__builtin_inff()), empty_b(lse_b == -__builtin_inff()) {
+    if (empty_a && empty_b) {
       a = b = 0;
-      lse = lse_a + lse_b;  // -inf, or NaN
+      lse = lse_a;
       return;
     }
+    const double maximum = lse_a > lse_b ? lse_a : lse_b;
     const double share_a = __builtin_exp(lse_a - maximum), share_b = __builtin_exp(lse_b - maximum);
     a = static_cast<float>(share_a / (share_a + share_b));
     b = static_cast<float>(share_b / (share_a + share_b));
@@ -45,8 +46,8 @@ REFRAG_INLINE void store_up_to(T* p, const Vec a, int count) {
 
 // An empty state's output is ignored, whatever it holds: it must not even be multiplied by 0.
 template <class T>
-REFRAG_INLINE Vec load_unless_empty(const T* out, int count, float share) {
-  return share == 0 ? zero_vec() : load_up_to(out, count);
+REFRAG_INLINE Vec load_unless_empty(const T* out, int count, bool empty) {
+  return empty ? zero_vec() : load_up_to(out, count);
 }
 
 template <class T>
@@ -65,8 +66,8 @@ void merge(const StatesParams& p, int64_t first_row, int64_t last_row) {
       T* out = reinterpret_cast<T*>(p.out) + to * p.dim;
       for (int d = 0; d < p.dim; d += kLanes) {
         const int count = p.dim - d;
-        const Vec part_a = load_unless_empty(a + d, count, share.a) * broadcast(share.a);
-        store_up_to(out + d, fma(load_unless_empty(b + d, count, share.b), broadcast(share.b), part_a), count);
+        const Vec part_a = load_unless_empty(a + d, count, share.empty_a) * broadcast(share.a);
+        store_up_to(out + d, fma(load_unless_empty(b + d, count, share.empty_b), broadcast(share.b), part_a), count);
       }
     }
   }
@@ -88,7 +89,7 @@ void merge_backward(const StatesBackwardParams& p, int64_t first_row, int64_t la
         const Vec grad = load_up_to(grad_out + d, count);
         store_up_to(grad_a + d, grad * broadcast(share.a), count);
         store_up_to(grad_b + d, grad * broadcast(share.b), count);
-        product = fma(grad, load_unless_empty(a + d, count, share.a) - load_unless_empty(b + d, count, share.b), product);
+        product = fma(grad, load_unless_empty(a + d, count, share.empty_a) - load_unless_empty(b + d, count, share.empty_b), product);
       }
       const float shift = share.a * share.b * reduce_add(product);
       p.grad_lse_a[at] = share.a * p.grad_lse[at] + shift;

@@ -1,0 +1,162 @@
+// A plan put together by hand: whether a kernel that follows it stays within its tensors.
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "planner.h"
+
+namespace refrag::planner {
+namespace {
+
+[[noreturn]] void fail(const char* field, int64_t at, const std::string& needs) {
+  throw std::invalid_argument(std::string(field) + ": got a wrong entry at " + std::to_string(at) + ", needs " + needs);
+}
+
+// Blocks follow each other from row 0 on, with 1 to 16 rows each, and know their rows; what they see is in bounds.
+void check_blocks(const char* field, const char* rows_field, const Block* blocks, int32_t count, const int32_t* block_of,
+                  int32_t rows, int32_t other_rows) {
+  int64_t row = 0;
+  for (int32_t b = 0; b < count; ++b) {
+    const Block& block = blocks[b];
+    if (block.start != row || block.count < 1 || block.count > kTile || row + block.count > rows) {
+      fail(field, b, "blocks of 1 to 16 rows, one after another");
+    }
+    if (block.other_start < 0 || block.other_count < 0 || int64_t{block.other_start} + block.other_count > other_rows) {
+      fail(field, b, "rows of the other side, of which there are " + std::to_string(other_rows));
+    }
+    for (int32_t r = 0; r < block.count; ++r, ++row) {
+      if (block_of[row] != b) fail(rows_field, row, "the row's block, " + std::to_string(b));
+    }
+  }
+  if (row != rows) fail(field, count, "blocks for all of the " + std::to_string(rows) + " rows");
+}
+
+void check_offsets(const char* field, const int32_t* offsets, int32_t blocks, int32_t entries) {
+  if (offsets[0] != 0) fail(field, 0, "0");
+  for (int32_t b = 0; b < blocks; ++b) {
+    if (offsets[b + 1] < offsets[b]) fail(field, b + 1, "ascending values");
+  }
+  if (offsets[blocks] != entries) fail(field, blocks, std::to_string(entries) + ", as sizes says");
+}
+
+// One side's view of the tiles of the other side.
+struct Tiles {
+  const Block* tiles;
+  const int32_t* tile_of;
+  const Block* blocks;
+  int32_t num_blocks;
+
+  // Whether rows [start, start + count) are whole tiles of what a block sees. Tiles have 16 rows at most, so as many rows
+  // as 16 times the tiles mean that all are full.
+  bool whole(const Block& block, int64_t start, int64_t count) const {
+    if (start < block.other_start || count < 1 || start + count > int64_t{block.other_start} + block.other_count) {
+      return false;
+    }
+    const int32_t first = tile_of[start], last = tile_of[start + count - 1];
+    return tiles[first].start == start && count == int64_t{kTile} * (last - first + 1);
+  }
+
+  // A block's rows of the other side are tiles of 16 but for the last one, the same for all blocks that begin there.
+  void check_sequences(const char* field) const {
+    for (int32_t b = 0; b < num_blocks; ++b) {
+      const Block& block = blocks[b];
+      if (block.other_count == 0) continue;
+      const int32_t first = tile_of[block.other_start], last = tile_of[block.other_start + block.other_count - 1];
+      const bool fits = tiles[first].start == block.other_start &&
+                        tiles[last].start + tiles[last].count == block.other_start + block.other_count &&
+                        last - first == (block.other_count - 1) / kTile;
+      const bool same = b == 0 || blocks[b - 1].other_count == 0 || blocks[b - 1].other_start != block.other_start ||
+                        blocks[b - 1].other_count == block.other_count;
+      if (!fits || !same) fail(field, b, "the rows of the other side of its sequence");
+    }
+  }
+
+  void check_ranges(const char* field, const int32_t* offsets, const Interval* ranges) const {
+    for (int32_t b = 0; b < num_blocks; ++b) {
+      for (int32_t r = offsets[b]; r < offsets[b + 1]; ++r) {
+        if (!whole(blocks[b], ranges[r].start, int64_t{ranges[r].end} - ranges[r].start)) {
+          fail(field, r, "whole tiles of rows that the block's sequence has");
+        }
+      }
+    }
+  }
+};
+
+// What a capacity leaves over holds what the planner writes there: kernels that can't know the sizes read it.
+void check_rest(const char* field, const int32_t* words, int64_t used, int64_t room, int32_t fill) {
+  for (int64_t word = used; word < room; ++word) {
+    if (words[word] != fill) fail(field, word, std::to_string(fill) + " beyond what sizes counts");
+  }
+}
+
+}  // namespace
+
+void check_plan(const std::array<const int32_t*, 14>& fields, const std::array<int64_t, 14>& rows) {
+  const int32_t* sizes = fields[0];
+  // What each entry of sizes counts, and the fields that have as many rows.
+  struct Count {
+    int32_t entry, field;
+  };
+  for (const Count count : {Count{0, 1}, {1, 2}, {2, 3}, {3, 9}, {4, 5}, {5, 7}, {6, 11}}) {
+    if (sizes[count.entry] < 0 || sizes[count.entry] > rows[count.field]) {
+      throw std::invalid_argument("sizes: got " + std::to_string(sizes[count.entry]) + " at " +
+                                  std::to_string(count.entry) + ", needs 0 to " + std::to_string(rows[count.field]) +
+                                  ", the rows of what it counts");
+    }
+  }
+  const int32_t query_rows = sizes[0], key_rows = sizes[1], partial = sizes[5];
+  const auto* q_blocks = reinterpret_cast<const Block*>(fields[3]);
+  const auto* kv_blocks = reinterpret_cast<const Block*>(fields[9]);
+  check_blocks("q_blocks", "q_row_block", q_blocks, sizes[2], fields[1], query_rows, key_rows);
+  check_blocks("kv_blocks", "kv_row_block", kv_blocks, sizes[3], fields[2], key_rows, query_rows);
+  check_offsets("full_offsets", fields[4], sizes[2], sizes[4]);
+  check_offsets("partial_offsets", fields[6], sizes[2], partial);
+  check_offsets("full_t_offsets", fields[10], sizes[3], sizes[6]);
+  check_offsets("partial_t_offsets", fields[12], sizes[3], partial);
+
+  check_rest("q_row_block", fields[1], query_rows, rows[1], -1);
+  check_rest("kv_row_block", fields[2], key_rows, rows[2], -1);
+  check_rest("q_blocks", fields[3], 4 * int64_t{sizes[2]}, 4 * rows[3], 0);
+  check_rest("full_offsets", fields[4], sizes[2] + 1, rows[4], sizes[4]);
+  check_rest("full_ranges", fields[5], 2 * int64_t{sizes[4]}, 2 * rows[5], 0);
+  check_rest("partial_offsets", fields[6], sizes[2] + 1, rows[6], partial);
+  check_rest("partial_keys", fields[7], partial, rows[7], 0);
+  check_rest("kv_blocks", fields[9], 4 * int64_t{sizes[3]}, 4 * rows[9], 0);
+  check_rest("full_t_offsets", fields[10], sizes[3] + 1, rows[10], sizes[6]);
+  check_rest("full_t_ranges", fields[11], 2 * int64_t{sizes[6]}, 2 * rows[11], 0);
+  check_rest("partial_t_offsets", fields[12], sizes[3] + 1, rows[12], partial);
+  check_rest("partial_t_tiles", fields[13], 2 * int64_t{partial}, 2 * rows[13], 0);
+
+  const Tiles keys{kv_blocks, fields[2], q_blocks, sizes[2]}, queries{q_blocks, fields[1], kv_blocks, sizes[3]};
+  keys.check_sequences("q_blocks");
+  queries.check_sequences("kv_blocks");
+  keys.check_ranges("full_ranges", fields[4], reinterpret_cast<const Interval*>(fields[5]));
+  for (int32_t b = 0; b < sizes[2]; ++b) {
+    const Block& block = q_blocks[b];
+    for (int32_t i = fields[6][b]; i < fields[6][b + 1]; ++i) {
+      const int32_t key = fields[7][i];
+      const bool seen = key >= block.other_start && key < block.other_start + block.other_count;
+      if (!seen || kv_blocks[fields[2][key]].start != key) fail("partial_keys", i, "the first key of a tile");
+    }
+  }
+  // Rows that see a key of a tile may be those of a block that is not full, so only where they begin has to fit.
+  const auto* ranges = reinterpret_cast<const Interval*>(fields[11]);
+  const auto* tiles = reinterpret_cast<const TransposedTile*>(fields[13]);
+  for (int32_t b = 0; b < sizes[3]; ++b) {
+    const Block& block = kv_blocks[b];
+    const int64_t end = int64_t{block.other_start} + block.other_count;
+    for (int32_t r = fields[10][b]; r < fields[10][b + 1]; ++r) {
+      const bool inside = ranges[r].start >= block.other_start && ranges[r].start < ranges[r].end && ranges[r].end <= end;
+      if (!inside || q_blocks[fields[1][ranges[r].start]].start != ranges[r].start) {
+        fail("full_t_ranges", r, "rows of the tile's sequence, from the first one of a block");
+      }
+    }
+    for (int32_t i = fields[12][b]; i < fields[12][b + 1]; ++i) {
+      if (tiles[i].block < 0 || tiles[i].block >= sizes[2] || tiles[i].tile < 0 || tiles[i].tile >= partial) {
+        fail("partial_t_tiles", i, "a block of rows and an index into partial_keys");
+      }
+    }
+  }
+}
+
+}  // namespace refrag::planner
