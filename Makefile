@@ -23,7 +23,7 @@ say = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-integrations test-vllm test-gpu-proof test-asan test-cuda-asan test-cuda-tsan bench docs lint build clean distclean
+.PHONY: help demo test test-families test-integrations test-vllm test-gpu-proof test-asan test-cuda-asan test-cuda-tsan bench docs lint build clean distclean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -34,6 +34,10 @@ demo: $(VENV)/.model $(VENV)/.weights build ## Answer a question over retrieved 
 # Two processes of one thread each: a test that needs more threads asks for them.
 test: $(VENV)/.test $(VENV)/.weights build ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --durations=10 --durations-min=5 $(ARGS)
+
+# Every decoder and encoder that transformers lists, each in a tiny random form; writes docs/families.md.
+test-families: $(VENV)/.test build ## Test every family of transformers and write docs/families.md
+	REFRAG_FAMILIES=all OMP_NUM_THREADS=1 $(BIN)/pytest -q -p no:logging tests/refrag/test_families.py $(ARGS)
 
 # The C++ of csrc/cpu and csrc/planner under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
 # The sanitizer's runtime has to be there before Python allocates anything; what Python leaks at exit is not ours. Inductor's

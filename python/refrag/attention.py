@@ -183,7 +183,7 @@ def give_plans(part: nn.Module, layers: Iterable[nn.Module]) -> None:
     Gradient checkpointing, which runs layers again later, is then refused.
     """
     given: dict[int, AttentionPlans] = {}  # by thread: several may read with one model
-    for module in (part, getattr(part, "base_model", part), *layers):
+    for module in (part, *part.children(), *layers):
         setattr(module, _GIVEN, given)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -26,11 +25,12 @@ from refrag.merged import merged_state
 from refrag.projector import ChunkProjector
 from refrag.prompt import Chunk, MixedPrompt, PackedTexts
 from refrag.state import GenerationState, append, first_step, generate_from, text_prompt
+from refrag.token_scale import token_scale_of
 from refrag_kernels import ChunkMask
 
 
 class RefragForCausalLM(PreTrainedModel, GenerationMixin):
-    """REFRAG (arXiv 2509.01092) over any encoder and any causal decoder of transformers.
+    """REFRAG (arXiv 2509.01092) over an encoder and a causal decoder of transformers: docs/families.md lists which.
 
     Examples
     --------
@@ -87,7 +87,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         Parameters
         ----------
         encoder : PreTrainedModel
-            A text encoder (AutoModel).
+            A text encoder (AutoModel). It is tried on a few rows, as is the decoder.
         decoder : PreTrainedModel
             A causal language model (AutoModelForCausalLM).
         k : int
@@ -95,6 +95,12 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         preset : {"paper", "lclm"}
         **fields
             Further fields of RefragConfig.
+
+        Raises
+        ------
+        FamilyError
+            If packed rows would give what the encoder or the decoder doesn't, or they couldn't be made again of their
+            configs; names it, and what differs.
         """
         config = RefragConfig.from_preset(preset, decoder.config, encoder.config, chunk_size=k, **fields)
         try:
@@ -226,7 +232,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         Tensor [T, d_dec]
         """
         table = self.get_input_embeddings()
-        token_scale = _token_scale(table)
+        token_scale = token_scale_of(table)
         chunks = self.projector.norm(chunk_embeds.to(table.weight.dtype))
         weights, activation = self.projector.weights(), self.projector.activation
         # Sharded tables are whole only while their module runs.
@@ -470,19 +476,6 @@ def _next_tokens(prompt: MixedPrompt, labels: torch.Tensor, logits_to_keep: int)
     targets = torch.nn.functional.pad(targets[1:], (0, 1), value=-100)
     ends = prompt.layout.sequence_offsets[1:].long() - 1
     return targets.index_fill(0, ends[ends >= 0], -100)[None]
-
-
-def _token_scale(table: nn.Module) -> float:
-    """Return what a decoder's embedding multiplies its rows by, without reading from the device."""
-    scale = getattr(table, "embed_scale", None)
-    if isinstance(scale, torch.Tensor):  # Gemma's, whose number is on the host too
-        return _rounded(float(getattr(table, "scalar_embed_scale", scale)), table.weight.dtype)  # type: ignore[arg-type]
-    return 1.0 if scale is None else float(scale)
-
-
-@functools.cache
-def _rounded(number: float, dtype: torch.dtype) -> float:
-    return float(torch.tensor(number, dtype=torch.float32, device="cpu").to(dtype))
 
 
 def _kept_rows(prompt: MixedPrompt, count: int) -> int | torch.Tensor:

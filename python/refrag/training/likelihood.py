@@ -81,7 +81,7 @@ def hidden_rows(
     """
     require_decoder(model.decoder)
     output = packed_pass(
-        model.decoder.base_model,
+        model.decoder._modules[_inner(model.decoder)],
         plans,
         inputs_embeds=model.embed(prompt, chunk_embeds)[None],
         position_ids=prompt.position_ids[None],
@@ -96,12 +96,19 @@ def logits_of(decoder: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
     The decoder runs with its layers left out: a shallow copy of it, whose model gives the rows as they are.
     """
-    if decoder.base_model_prefix not in decoder._modules:
-        raise ValueError(f"decoder: got {type(decoder).__name__}, whose model is no part {decoder.base_model_prefix!r}")
     head = copy.copy(decoder)
-    head.__dict__["_modules"] = {**decoder._modules, decoder.base_model_prefix: _AsGiven(hidden[None])}
+    head.__dict__["_modules"] = {**decoder._modules, _inner(decoder): _AsGiven(hidden[None])}
     logits: torch.Tensor = head(inputs_embeds=hidden[None], use_cache=False, return_dict=True).logits[0]
     return logits
+
+
+def _inner(decoder: PreTrainedModel) -> str:
+    """Return the name of a decoder's model without a head: of the part that its token embeddings are in."""
+    table = decoder.get_input_embeddings()
+    for name, part in decoder.named_children():
+        if part is not table and any(module is table for module in part.modules()):
+            return name
+    raise ValueError(f"decoder: got {type(decoder).__name__}, whose token embeddings are in no part below its head")
 
 
 @dataclasses.dataclass

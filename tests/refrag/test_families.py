@@ -1,0 +1,109 @@
+"""Families of transformers: a dozen on every run; with REFRAG_FAMILIES=all every one, which makes docs/families.md."""
+
+import contextlib
+import os
+import re
+import signal
+from pathlib import Path
+
+import families
+import pytest
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+DECODERS = "llama qwen2 qwen3 mistral gemma gemma2 gemma3_text phi3 granite cohere olmo2 gpt_oss".split()
+ENCODERS = {"bert": "packed", "roberta": "packed", "modernbert": "packed", "mpnet": "padded", "qwen3": "packed, causal"}
+SECONDS = 120  # of one family
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_decoders_that_must_work(kind):
+    assert families.check_decoder(kind) == "works"
+    assert rows("Decoders")[kind] == "works"
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_encoders_that_must_work(kind):
+    assert families.check_encoder(kind) == ENCODERS[kind]
+    assert rows("Encoders")[kind] == ENCODERS[kind]
+
+
+def test_each_family_of_transformers_has_a_row():
+    version = re.search(r"transformers (\d+(?:\.\d+)*)", PAGE.read_text())[1]
+    if version != transformers.__version__:
+        pytest.skip(f"the page was made with transformers {version}")
+    assert list(rows("Decoders")) == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert sorted([*rows("Encoders"), *no_text()]) == sorted(MODEL_MAPPING_NAMES)
+
+
+@pytest.mark.skipif(os.environ.get("REFRAG_FAMILIES") != "all", reason="make test-families")
+@pytest.mark.parametrize("section", ["Decoders", "Encoders"])
+def test_every_family_of_transformers(section):
+    kinds = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if section == "Decoders" else MODEL_MAPPING_NAMES)
+    made, failures, silent = {}, [], []
+    for kind in kinds:
+        try:
+            if section == "Encoders" and not takes_text(kind):
+                silent.append(kind)
+                continue
+            with limited(SECONDS):
+                made[kind] = families.check_decoder(kind) if section == "Decoders" else families.check_encoder(kind)
+        except families.Differs as error:
+            failures.append(f"{kind}: {error}")
+        except Exception as error:  # a config that these sizes don't fit
+            made[kind] = f"not tried: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        torch.manual_seed(0)
+    before = PAGE.read_text()
+    PAGE.write_text(replaced(before, section, made, silent))
+    assert not failures
+    assert without_numbers(PAGE.read_text()) == without_numbers(before), f"{PAGE} was out of date and is written anew"
+
+
+def takes_text(kind):
+    """Whether the family's model is given tokens first."""
+    known = MODEL_MAPPING[CONFIG_MAPPING[kind]]
+    return (known[0] if isinstance(known, tuple) else known).main_input_name == "input_ids"
+
+
+def rows(section):
+    """Return a table of the page: what it says of each family."""
+    text = PAGE.read_text().split(f"## {section}\n")[1].split("\n## ")[0]
+    return dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", text, re.MULTILINE))
+
+
+def no_text():
+    """Return the families that the page lists as those that take no text."""
+    return re.findall(r"`([^`]+)`", PAGE.read_text().split("## Without text\n")[1].split(": ")[1])
+
+
+def replaced(page, section, made, silent):
+    """Return the page with a section's table written anew."""
+    table = "\n".join(f"| `{kind}` | {text.replace('|', '/').replace('`', '')} |" for kind, text in made.items())
+    head, tail = page.split(f"## {section}\n")
+    before, rest = tail.split("| --- | --- |\n")[0], tail.split("\n\n## ", 1)[1:]
+    page = f"{head}## {section}\n{before}| --- | --- |\n{table}\n\n## {rest[0]}"
+    if silent:
+        head, tail = page.split("## Without text\n")
+        page = f"{head}## Without text\n{tail.split(': ', 1)[0]}: {', '.join(f'`{kind}`' for kind in silent)}.\n"
+    return re.sub(r"transformers \d+(\.\d+)*", f"transformers {transformers.__version__}", page, count=1)
+
+
+def without_numbers(text):
+    return re.sub(r"by [\d.e+-]+|\d+ million", "", text)
+
+
+@contextlib.contextmanager
+def limited(seconds):
+    def stop(*_):
+        raise TimeoutError(f"more than {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
