@@ -25,22 +25,26 @@ def run(
     environment: Mapping[str, str] | None = None,
     ended: Callable[[str, int, str], None] | None = None,
 ) -> list[str]:
-    """Run commands side by side, print what each said as it ends, and return the names of those that failed.
+    """Run commands side by side, print each line that one says as it comes, and return the names of those that failed.
 
-    They are in the block's group of processes, so that they end with it. ``ended`` is called with each one's name, exit
-    code and output.
+    They are in the block's group of processes, so that they end with it: what was said until then is in its log.
+    ``ended`` is called with each one's name, exit code and output.
     """
 
     def one(name: str) -> tuple[str, int, str]:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        done = subprocess.run(commands[name], env=environment, text=True, errors="replace", check=False, **pipes)
-        return name, done.returncode, done.stdout
+        said = []
+        with subprocess.Popen(commands[name], env=environment, text=True, errors="replace", **pipes) as process:
+            for line in process.stdout:
+                print(f"{name}: {line}", end="", flush=True)
+                said.append(line)
+        return name, process.returncode, "".join(said)
 
     failed = []
     with ThreadPoolExecutor(max(1, len(commands))) as pool:
         for future in as_completed([pool.submit(one, name) for name in commands]):
             name, code, said = future.result()
-            print(f"--- {name}: exit code {code}\n{said}", flush=True)
+            print(f"--- {name}: exit code {code}", flush=True)
             if ended is not None:
                 ended(name, code, said)
             if code not in (0, _NO_TESTS):
