@@ -229,6 +229,8 @@ def _tried(name: str, part: PreTrainedModel) -> Iterator[tuple[_Watch, str | Non
             ) from error
         finally:
             part.train(training)
+            watch.calls.clear()  # it stays registered, and would keep the model
+            watch.masks.clear()
 
 
 def _give(part: PreTrainedModel, name: str) -> None:

@@ -64,8 +64,7 @@ def _forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         or torch.is_grad_enabled()
         or type(input) not in _PLAIN
         or type(weight) not in _PLAIN
-        or input.device.type != "cpu"
-        or weight.device.type != "cpu"
+        or not (input.is_cpu and weight.is_cpu)
         or input.dtype != weight.dtype
         or input.dtype not in _DTYPES
         or input.shape[-1:] != weight.shape[1:]

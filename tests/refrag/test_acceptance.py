@@ -1,8 +1,10 @@
 """Which decoders and encoders are taken, and what refusals say: a model is tried when it is made, whatever its name."""
 
 import copy
+import gc
 import pickle
 import re
+import weakref
 
 import pytest
 import tiny
@@ -146,6 +148,15 @@ def test_a_window_that_the_layer_does_not_say_is_seen_in_its_mask():
     with pytest.raises(FamilyError, match=r"layer 0 \(PhimoeAttention\) looks at other keys .* None"):
         accept_decoder(made("Phimoe", sliding_window=100, **experts))
     accept_decoder(made("Phimoe", sliding_window=256, **experts))  # as long as its positions: it hides nothing
+
+
+def test_a_tried_model_is_not_kept():
+    decoder = tiny.decoder("llama")
+    accept_decoder(decoder)
+    layer = weakref.ref(decoder.model.layers[0].self_attn)
+    del decoder
+    gc.collect()
+    assert layer() is None
 
 
 def test_a_tried_model_is_as_it_was():
