@@ -111,6 +111,11 @@ def accept_encoder(encoder: PreTrainedModel) -> Reading | None:
     if isinstance(known, Reading):
         return known
     _refuse_both_in_one("encoder", encoder)
+    if getattr(encoder.config, "decoder_layers", 0):
+        # Of ``first_layers``: a decoder's layers, which are to read both ways what they read one way by themselves.
+        encoder.set_attn_implementation(NAME)
+        encoder.refrag_reading = Reading(packed=True)  # type: ignore[assignment]
+        return Reading(packed=True)
     with _tried("encoder", encoder) as (watch, own):
         if own is None:
             return None

@@ -119,7 +119,10 @@ def first_layers(decoder: PreTrainedModel, layers: int) -> PreTrainedModel:
     with torch.device("meta"):
         encoder: Any = AutoModel.from_config(config)
     encoder.embed_tokens = copy.deepcopy(source.embed_tokens)
-    encoder.layers = nn.ModuleList(copy.deepcopy(layer) for layer in source.layers[:layers])
+    # Layers look into the config for the attention to run: into the encoder's, not into a copy of the decoder's.
+    encoder.layers = nn.ModuleList(
+        copy.deepcopy(layer, {id(source.config): config}) for layer in source.layers[:layers]
+    )
     encoder.norm = copy.deepcopy(source.norm)
     encoder.norm.weight.fill_(1.0)
     encoder.rotary_emb = copy.deepcopy(source.rotary_emb)

@@ -3,10 +3,10 @@
 import pytest
 import tiny
 import torch
-from refrag import RefragConfig
+from refrag import RefragConfig, RefragForCausalLM
 from refrag.encoder import encode_packed
 from refrag.prompt import PackedTexts
-from refrag.token_encoder import token_encoder
+from refrag.token_encoder import first_layers, token_encoder
 
 from refrag_kernels import ChunkLayout
 
@@ -60,3 +60,19 @@ def test_the_token_encoder_tells_tokens_and_places(layers):
     assert torch.equal(rows, token_encoder(decoder, layers=layers)(input_ids=ids).last_hidden_state[0])
     with pytest.raises(ValueError, match="layers: got -1"):
         token_encoder(decoder, layers=-1)
+
+
+def test_first_layers_run_the_encoders_attention_in_both_directions():
+    decoder = tiny.decoder("llama")
+    encoder = first_layers(decoder, 2)
+    assert all(layer.self_attn.config is encoder.config for layer in encoder.layers)
+    model = RefragForCausalLM.from_parts(encoder, decoder, 4, pooling="mean")
+    texts = PackedTexts(torch.tensor([5, 6, 7, 8, 9, 10]), ChunkLayout.from_lengths([[3, 3]]))
+    with torch.no_grad():
+        before = model.encode_chunks(texts)
+        texts.token_ids[2] = 11
+        changed = encode_packed(model.encoder, texts, "first")
+        texts.token_ids[2] = 7
+        first = encode_packed(model.encoder, texts, "first")
+    assert not torch.allclose(changed[0], first[0]), "a chunk's first row sees its last"
+    assert torch.equal(changed[1], first[1]) and before.shape == (2, 48)
