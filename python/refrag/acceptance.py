@@ -169,6 +169,7 @@ class _Call:
     packed: bool
     window: int | None
     mask: torch.Tensor | None
+    special: bool  # a softcap or sinks
 
 
 class _Watch:
@@ -180,7 +181,8 @@ class _Watch:
 
     def attend(self, module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
         packed, window = options.get("refrag_plans") is not None, options.get("sliding_window")
-        self.calls.append(_Call(module, packed, window, attention_mask))
+        special = options.get("softcap") is not None or options.get("s_aux") is not None
+        self.calls.append(_Call(module, packed, window, attention_mask, special))
         return refrag_attention(module, query, key, value, attention_mask, **options)
 
     def mask(self, **options: Any) -> torch.Tensor:
@@ -273,6 +275,9 @@ def _try_decoder(decoder: PreTrainedModel, watch: _Watch, own: str) -> None:
     alone = read(own)
     read(_PROBE)
     layers = [call.module for call in watch.calls]
+    if any(call.special for call in watch.calls):  # torch's attention, often a model's own, leaves them out in silence
+        alone = read("eager")
+        _give(decoder, _PROBE)
     if not layers:
         raise refuse("whose attention is code of its own that can't be given packed rows")
     if any(isinstance(layer, _STATEFUL) for layer in DynamicCache(config=decoder.config).layers):
@@ -355,6 +360,9 @@ def _try_encoder(encoder: PreTrainedModel, watch: _Watch, own: str) -> Reading:
     with contextlib.suppress(FamilyError):
         read(_PROBE)
     layers = [call.module for call in watch.calls]
+    if any(call.special for call in watch.calls):  # as in a decoder
+        own, alone = "eager", read("eager")
+        _give(encoder, _PROBE)
     for causal in (False, True) if layers else ():
         watch_of_text = watch.calls[: len(layers)]
         try:

@@ -96,11 +96,10 @@ def refuse_options(config: Any, options: Mapping[str, Any], *, state: bool) -> N
     def given(name: str) -> Any:
         return options.get(name, getattr(options.get("generation_config") or config, name, None))
 
-    if options.get("assistant_model") is not None:
-        raise ValueError(
-            "assistant_model: got one, needs None: it can't read a packed prompt; prompt_lookup_num_tokens drafts "
-            "without a model"
-        )
+    for name in ("assistant_model", "prompt_lookup_num_tokens"):
+        if given(name):
+            # Some releases of transformers verify drafts in the first step, which reads the packed prompt alone.
+            raise ValueError(f"{name}: got one, needs None: a packed prompt can't be drafted for")
     scale = given("guidance_scale")
     if scale not in (None, 1) and options.get("negative_prompt_ids") is None:
         raise ValueError(
