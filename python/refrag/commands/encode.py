@@ -26,7 +26,7 @@ def encode(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a saved model and its processor, or of a training stage. Without it, and without "
+            help="Folder of a saved model and its processor, of a training stage, or distilled. Without it, and without "
             "--encoder, --decoder and --preset, the demo's model, as for `refrag generate`."
         ),
     ] = None,
