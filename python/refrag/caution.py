@@ -18,7 +18,7 @@ TRAINED = (
 )
 DISTILLED = (
     "The adapter that reads compressed chunks was trained on manuals, for six minutes on one H200: its slots keep 32 "
-    "to 41 % of what a context of another manual is worth, of a story 8 %. docs/results.md has its figures."
+    "to 41 % of what a context of another manual is worth, of a story next to nothing. docs/results.md has its figures."
 )
 
 
