@@ -20,6 +20,7 @@ from refrag.file_modes import usual_mode
 from refrag.model import RefragForCausalLM
 from refrag.policy import ExpansionPolicy
 from refrag.token_encoder import first_layers, token_encoder
+from refrag.weights import named_adapter
 
 _DECODER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Attention only: the encoder's feed-forward layers run fused, from their weights as they lie.
@@ -141,8 +142,25 @@ def add_policy(source: str | os.PathLike[str], policy: ExpansionPolicy, folder: 
     return _write(folder, {**kept, **added}, {**about, "policy": policy.settings()})
 
 
+def adapter_path(source: str | os.PathLike[str]) -> Path | None:
+    """Return the file of an adapter: itself, the one in a folder, or that of a name such as "distilled"; None if none.
+
+    What is there under such a name, relative to the current folder, goes first.
+    """
+    path = Path(source)
+    if not path.exists():
+        return named_adapter(str(source))
+    file = path / "adapter.safetensors" if path.is_dir() else path
+    return file if file.is_file() and file.suffix == ".safetensors" else None
+
+
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return what an adapter says about itself, and its tensors.
+
+    Parameters
+    ----------
+    path : path
+        As for ``adapter_path``.
 
     Raises
     ------
@@ -150,7 +168,7 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
         If the file is no adapter.
     """
     path = Path(path)
-    path = path / "adapter.safetensors" if path.is_dir() else path
+    path = adapter_path(path) or (path / "adapter.safetensors" if path.is_dir() else path)
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("refrag", "{}"))
@@ -172,7 +190,7 @@ def load_adapter(
     Parameters
     ----------
     path : path
-        A folder that a training stage wrote, or the file in it.
+        A folder that a training stage wrote, the file in it, or the name of an adapter that comes along, "distilled".
     decoder, encoder : PreTrainedModel
         Those that it was trained on; without an encoder, one is made of the decoder, as it was for the training.
 

@@ -108,11 +108,6 @@ class Models:
         return self.processor.tokenizer
 
     @property
-    def trained(self) -> bool:
-        """Whether slots mean anything to the decoder."""
-        return weights.adapter_file(self.processor.k) is not None
-
-    @property
     def window(self) -> int:
         """Rows that the decoder can hold."""
         return self.plain.config.max_position_embeddings

@@ -99,7 +99,7 @@ class EncodeJob:
                 if not (self.model / name).is_file():
                     raise ValueError(
                         f"--model: {self.model} has no {name}, needs a folder that RefragForCausalLM.save_pretrained "
-                        "and RefragProcessor.save_pretrained wrote, or that of a training stage"
+                        "and RefragProcessor.save_pretrained wrote, or that of a training stage, or distilled"
                     )
 
     def passage_encoder(self) -> PassageEncoder:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from refrag import weights
-from refrag.adapters import load_adapter, read_adapter
+from refrag.adapters import adapter_path, load_adapter, read_adapter
 from refrag.config import RefragConfig
 from refrag.model import RefragForCausalLM
 from refrag.policy import ExpansionPolicy
@@ -87,8 +87,8 @@ def load_processor(folder: Path | None, k: int | None = None, chunker: str = "fi
 
 
 def is_adapter(folder: Path | None) -> bool:
-    """Whether a folder is what a stage of ``refrag train`` wrote."""
-    return folder is not None and (folder / "adapter.safetensors").is_file()
+    """Whether this is what a stage of ``refrag train`` wrote, the file in it, or the name of an adapter of ours."""
+    return folder is not None and adapter_path(folder) is not None
 
 
 def load_trained(
@@ -163,7 +163,7 @@ def _require(folder: Path, file: str) -> None:
     if not (folder / file).is_file():
         raise ValueError(
             f"--model: {folder} holds no {file}, needs a folder that RefragForCausalLM.save_pretrained and "
-            "RefragProcessor.save_pretrained wrote, or that of a training stage"
+            "RefragProcessor.save_pretrained wrote, or that of a training stage, or distilled"
         )
 
 

@@ -8,17 +8,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
+from refrag.caution import caution
 from refrag.demo import CACHED, FULL, READINGS, Answered, DemoSettings, Models
-
-UNTRAINED = (
-    "The projector between encoder and decoder is untrained, so an answer from compressed chunks is not good text yet; "
-    "the times and sizes don't depend on its training."
-)
-
-TRAINED = (
-    "The adapter that reads compressed chunks was trained for about an hour on one CPU core: expect the topic, not the "
-    "wording. docs/results.md has its figures."
-)
 
 
 def print_answers(console: Console, settings: DemoSettings, answered: Answered, models: Models) -> None:
@@ -39,7 +30,7 @@ def print_answers(console: Console, settings: DemoSettings, answered: Answered, 
         text = str(models.tokenizer.decode(answered.continuations[name].token_ids, skip_special_tokens=True)).strip()
         panels.append(Panel(text or "(nothing)", title=f"{title}: {rows:,} rows", width=width))
     console.print(Columns(panels, padding=(0, 0)), markup=False)
-    console.print(TRAINED if models.trained else UNTRAINED, highlight=False)
+    console.print(caution(None, models.processor.k) or "", highlight=False)
 
 
 def print_table(console: Console, settings: DemoSettings, answered: Answered) -> None:

@@ -29,6 +29,9 @@ _SHA256 = {
 }
 
 
+ADAPTERS = ("distilled",)  # those of ``named_adapter``
+
+
 class WeightsError(FileNotFoundError):
     """Weights are not there, or others than they should be; the message says which package brings them."""
 
@@ -70,6 +73,12 @@ def adapter_file(k: int) -> Path | None:
     """Return the adapter that was trained on the demo's decoder for chunks of k tokens; None where there is none."""
     path = Path(__file__).parent / "trained" / f"smollm2-135m-k{k}.safetensors"
     return path if path.exists() else None
+
+
+def named_adapter(name: str) -> Path | None:
+    """Return an adapter that comes along and is no default, by its name: "distilled"; None for any other name."""
+    path = Path(__file__).parent / "trained" / f"smollm2-135m-k8-{name}.safetensors"
+    return path if name in ADAPTERS and path.exists() else None
 
 
 def _package_folder(module: str, distribution: str) -> Path:

@@ -26,8 +26,8 @@ def encode(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a saved model and its processor, or of a training stage. Without it, and without "
-            "--encoder, --decoder and --preset, the demo's model, as for `refrag generate`."
+            help="Folder of a saved model and its processor, of a training stage, or distilled. Without it and "
+            "without --encoder, --decoder and --preset, the demo's model, as for `refrag generate`."
         ),
     ] = None,
     encoder: Annotated[str | None, typer.Option(help="Encoder, by folder or name; else MiniLM.")] = None,

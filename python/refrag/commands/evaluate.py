@@ -25,7 +25,7 @@ def _evaluate() -> None:
 
 @evaluate.command()
 def perplexity(
-    adapter: Annotated[Path, typer.Option(help="Output folder of a training stage.")],
+    adapter: Annotated[Path, typer.Option(help="Output folder of a training stage, or distilled.")],
     data: Annotated[
         list[str], typer.Option(help="Domain to measure on, name=source: a source as `refrag train` takes it.")
     ],

@@ -54,7 +54,7 @@ def generate(
         with notes.status("loading"):
             import torch
 
-            from refrag import weights
+            from refrag.caution import UNTRAINED, caution
             from refrag.streaming import TimedStreamer
 
             processor, prompt = chosen.prompt(max_new_tokens)
@@ -70,13 +70,10 @@ def generate(
             **sampling,
         )  # fmt: skip
         notes.print(_summary(prompt, tokens, streamer.times, start), style="dim", highlight=False, soft_wrap=True)
-        untrained = model is None and weights.adapter_file(processor.k) is None
-        if untrained and len(prompt.expanded) < len(prompt.chunks):
-            notes.print(
-                "The projector of the demo's weights is untrained: from compressed chunks they give no good text. "
-                "Take --k 8, for which a small adapter was trained, a trained --model, or --chooser everything.",
-                style="yellow", highlight=False, soft_wrap=True,
-            )  # fmt: skip
+        warning = caution(model, processor.k)
+        if warning is not None and len(prompt.expanded) < len(prompt.chunks):
+            advice = " Take --k 8, a trained --model, or --chooser everything." if warning == UNTRAINED else ""
+            notes.print(warning + advice, style="yellow", highlight=False, soft_wrap=True)
 
 
 def _summary(prompt: MixedPrompt, tokens: torch.Tensor, times: list[float], start: float) -> str:

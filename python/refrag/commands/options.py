@@ -27,7 +27,10 @@ Files = Annotated[
 Question = Annotated[str, typer.Option(help="What to ask of them.")]
 Model = Annotated[
     Path | None,
-    typer.Option(help="Folder of a saved model and processor, or of a training stage; without it the demo's."),
+    typer.Option(
+        help="Folder of a saved model and processor, or of a training stage, or distilled, the adapter of that name "
+        "that comes along; without it the demo's."
+    ),
 ]
 Encoder = Annotated[
     str | None,

@@ -1,0 +1,43 @@
+"""What the demo's adapters can't do yet, in a sentence or two that are printed beside their answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from refrag import weights
+from refrag.adapters import adapter_path
+
+UNTRAINED = (
+    "The projector between encoder and decoder is untrained, so an answer from compressed chunks is not good text yet; "
+    "the times and sizes don't depend on its training."
+)
+# The shares are measured against the trained decoder's own ends of the scale: docs/results.md.
+TRAINED = (
+    "The adapter that reads compressed chunks was trained for about an hour on one CPU core: its slots keep 4 to 12 % "
+    "of what a context is worth, so expect the topic at best. docs/results.md has its figures."
+)
+DISTILLED = (
+    "The adapter that reads compressed chunks was trained on manuals, for six minutes on one H200: its slots keep 32 "
+    "to 41 % of what a context of another manual is worth, of a story next to nothing. docs/results.md has its figures."
+)
+
+
+def caution(model: Path | None, k: int) -> str | None:
+    """Return what to say about answers from compressed chunks; None for a model that isn't ours.
+
+    Parameters
+    ----------
+    model : Path, optional
+        As for ``refrag generate --model``: without it the demo's.
+    k : int
+        Tokens of a chunk.
+
+    Examples
+    --------
+    >>> "untrained" in caution(None, 7), caution(Path("elsewhere"), 8)
+    (True, None)
+    """
+    if model is None:
+        return UNTRAINED if weights.adapter_file(k) is None else TRAINED
+    distilled = weights.named_adapter("distilled")
+    return DISTILLED if distilled is not None and adapter_path(model) == distilled else None
