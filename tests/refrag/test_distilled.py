@@ -39,7 +39,7 @@ def test_its_slots_keep_a_part_of_a_manual(trained):
     scores = measure(parts, documents, Conditions(context=128, output_tokens=32, rates=()), samples=8)
     means = {name: sum(values) / len(values) for name, values in scores.items()}
     assert means[FULL] < means[COMPRESSED] < means[NONE]
-    assert value_kept(means, COMPRESSED) > 0.4  # 0.51; the default adapter keeps 0.09, one that isn't trained nothing
+    assert value_kept(means, COMPRESSED) > 0.4  # 0.51; the default adapter keeps 0.08, one that isn't trained nothing
 
 
 def test_where_it_is(tmp_path, monkeypatch):
