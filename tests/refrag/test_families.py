@@ -54,12 +54,17 @@ def test_every_family_of_transformers(section):
         except families.Differs as error:
             failures.append(f"{kind}: {error}")
         except Exception as error:  # a config that these sizes don't fit
-            made[kind] = f"not tried: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            reason = re.sub(r" from '/[^']*'", "", " ".join(str(error).split()))  # where a package lies
+            made[kind] = f"not tried: {type(error).__name__}: {reason[:120]}"
         torch.manual_seed(0)
-    before = PAGE.read_text()
+    before, verdicts = PAGE.read_text(), rows(section)
     PAGE.write_text(replaced(before, section, made, silent))
     assert not failures
-    assert without_numbers(PAGE.read_text()) == without_numbers(before), f"{PAGE} was out of date and is written anew"
+    changed = {kind: (verdicts.get(kind), text) for kind, text in rows(section).items()}
+    changed = {kind: both for kind, both in changed.items() if verdict(both[0]) != verdict(both[1])}
+    # What could not be tried depends on the machine and what is installed there.
+    changed = {kind: both for kind, both in changed.items() if "not tried" not in map(verdict, both)}
+    assert not changed, f"{PAGE} was out of date and is written anew"
 
 
 def takes_text(kind):
@@ -91,8 +96,9 @@ def replaced(page, section, made, silent):
     return re.sub(r"transformers \d+(\.\d+)*", f"transformers {transformers.__version__}", page, count=1)
 
 
-def without_numbers(text):
-    return re.sub(r"by [\d.e+-]+|\d+ million", "", text)
+def verdict(text):
+    """Return what a row says without its reason: "works", "packed, causal", "refused", "not tried"."""
+    return "not listed" if text is None else text.partition(":")[0]
 
 
 @contextlib.contextmanager
