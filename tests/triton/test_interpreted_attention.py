@@ -215,7 +215,8 @@ def test_keys_far_into_a_tensor():
     k.copy_(torch.randn(rows, 1, 16))
     plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[rows]]))
     out = rk.mixed_attention(k, k, k, plan, backend="triton")
-    torch.testing.assert_close(out, rk.mixed_attention(*(k.clone(),) * 3, plan, backend="reference"))
+    expected = rk.mixed_attention(*(k.clone(),) * 3, plan, backend="reference")
+    torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)  # sums are rounded to float16 in another order
 
 
 def test_results_are_the_same_in_every_run():
