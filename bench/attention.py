@@ -1,26 +1,37 @@
-"""Cases of mixed_attention: prompts, passages, dense, the chunk encoder, and the backward pass."""
+"""Cases of mixed_attention: prompts, passages, the chunk encoder, the backward pass, and masks that others publish."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 import refrag_kernels as rk
-from bench import peers
-from bench.case import Case, Entry, Skip, Sweep, bound_of
+from bench import peers, problems, wheels
+from bench.case import OURS, Case, Entry, Skip, Sweep, bound_of
 from bench.presets import PRESETS
+from bench.problems import Problem, of_passages
 from bench.prompts import Passages, Prompt
 from refrag_kernels import backends
+
+# Blocks of 64 need more shared memory than an H100 has.
+FLEX_BLOCKS = {"cpu": (64, 128), "cuda": (128,)}
+MASKS: dict[str, Callable[[int], Problem]] = {
+    "causal": problems.causal,
+    "documents": problems.documents,
+    "blocks": problems.blocks,
+    "interleaved": problems.interleaved,
+    "random_passages": problems.random_passages,
+}
 
 
 def tensors(heads: int, kv_heads: int, width: int, rows: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     """Return q, k and v."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     counts = (heads, kv_heads, kv_heads)
-    return [torch.randn(rows, n, width, generator=generator).to(device, dtype) for n in counts]
+    return [torch.randn(rows, n, width, generator=generator, device=device).to(dtype) for n in counts]
 
 
 def _prompt(preset: str, context: int, k: int, expand: float, dtype: torch.dtype, device: str) -> Case:
@@ -35,6 +46,7 @@ def _prompt(preset: str, context: int, k: int, expand: float, dtype: torch.dtype
             "eager": peers.eager(q, key, v, causal),
             **peers.dense_libraries(q, key, v, causal=True),
         },
+        plans={OURS: lambda: rk.plan_attention(layout, device=device)},
         expected=peers.sdpa_float64(q, key, v, is_causal=True),
         bound=bound_of(dtype),
         flops=4.0 * shape.heads * shape.width * plan.stats()["pairs_allowed"],
@@ -49,18 +61,19 @@ def _passages(preset: str, context: int, k: int, density: float, dtype: torch.dt
     if density == 1:
         plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[context]]), causal=False, device=device)
         dense, others = None, {"SDPA": peers.sdpa(q, key, v), **peers.dense_libraries(q, key, v, causal=False)}
+        plans = {}
     else:
         passages = Passages(context, k, density)
-        plan, dense = passages.plan(device), passages.dense().to(device)
+        plan, dense, problem = passages.plan(device), passages.dense().to(device), of_passages(passages)
         others = {
-            "SDPA, passage by passage": peers.sdpa_looped(q, key, v, passages),
+            "SDPA, passage by passage": peers.sdpa_in_pieces(q, key, v, problem),
             "SDPA, bool mask": peers.sdpa(q, key, v, dense),
             "eager": peers.eager(q, key, v, dense),
+            **(peers.masked_libraries(q, key, v, problem) if device == "cuda" else {}),
         }
-        for block in (64, 128) if flex else ():
-            others[f"flex_attention, block {block}"] = peers.late(
-                lambda block=block: peers.flex(q, key, v, passages, block)
-            )
+        blocks = FLEX_BLOCKS[device] if flex else ()
+        others |= {f"flex_attention, block {block}": peers.flex_late(q, key, v, problem, block) for block in blocks}
+        plans = plans_of(problem, q, key, v, blocks)
     return Case(
         ours=lambda: rk.mixed_attention(q, key, v, plan),
         peers=others,
@@ -68,6 +81,49 @@ def _passages(preset: str, context: int, k: int, density: float, dtype: torch.dt
         bound=bound_of(dtype),
         flops=4.0 * shape.heads * shape.width * plan.stats()["pairs_allowed"],
         limit="matmul",
+        plans=plans,
+        notes="plans and block masks not counted",
+    )
+
+
+def plans_of(problem: Problem, q, key, v, blocks: Sequence[int]) -> dict[str, Callable[[], object]]:
+    """Return what makes the plan of each contender that has one."""
+    device = q.device.type
+    plans: dict[str, Callable[[], object]] = {OURS: lambda: problem.plan(device)}
+    for block in blocks:
+        plans[f"flex_attention, block {block}"] = lambda block=block: peers.block_mask(problem, block, device)
+    if device == "cuda":
+        plans["cuDNN flex_attention"] = lambda: wheels.cudnn_flex_plan(q, key, v, problem)
+    return plans
+
+
+def _masked(
+    make: Callable[[int], Problem], preset: str, rows: int, dtype: torch.dtype, device: str, flex: bool
+) -> Case:
+    """One of the masks of ``bench.problems``."""
+    shape, problem = PRESETS[preset], make(rows)
+    q, key, v = tensors(shape.heads, shape.kv_heads, shape.width, rows, dtype, device)
+    plan = problem.plan(device)
+    others: dict[str, Callable[[], torch.Tensor]] = {}
+    pieces = problem.pieces or ()
+    if len(pieces) == 1:
+        others["SDPA, is_causal"] = peers.sdpa(q, key, v, is_causal=True)
+        others |= peers.dense_libraries(q, key, v, causal=True)
+    elif pieces and problem.keys_of_pieces() is None:
+        others["SDPA, document by document"] = peers.sdpa_in_pieces(q, key, v, problem)
+    elif rows <= 4096:  # beyond it, masks and scores of all pairs do not fit
+        others["SDPA, bool mask"] = peers.sdpa(q, key, v, problem.visible(0, rows, device))
+    others |= peers.masked_libraries(q, key, v, problem) if device == "cuda" else {}
+    blocks = (128,) if flex else ()
+    others |= {f"flex_attention, block {block}": peers.flex_late(q, key, v, problem, block) for block in blocks}
+    return Case(
+        ours=lambda: rk.mixed_attention(q, key, v, plan),
+        peers=others,
+        expected=peers.exact(q, key, v, problem),
+        bound=bound_of(dtype),
+        flops=4.0 * shape.heads * shape.width * plan.stats()["pairs_allowed"],
+        limit="matmul",
+        plans=plans_of(problem, q, key, v, blocks),
         notes="plans and block masks not counted",
     )
 
@@ -111,7 +167,7 @@ def _backward(preset: str, context: int, k: int, density: float, dtype: torch.dt
 
     @functools.cache
     def theirs() -> torch.Tensor:
-        return peers.sdpa_looped(*leaves, passages)()
+        return peers.sdpa_in_pieces(*leaves, of_passages(passages))()
 
     def expected() -> tuple[torch.Tensor, ...]:
         wide = [t.detach().double().requires_grad_() for t in leaves]
@@ -147,3 +203,7 @@ def entries(sweep: Sweep, flex: bool) -> Iterator[Entry]:
             if density < 1:
                 make = functools.partial(_backward, preset, context, k, density, *to)
                 yield Entry("mixed_attention", "backward", preset, dtype, {**at, "density": density}, make)
+    for preset, context, dtype in itertools.product(sweep.presets, sweep.context, sweep.dtypes):
+        for case, mask in MASKS.items():
+            make = functools.partial(_masked, mask, preset, context, dtype, sweep.device, flex)
+            yield Entry("mixed_attention", case, preset, dtype, {"context": context}, make, on_request=True)

@@ -10,6 +10,7 @@ import torch
 Call = Callable[[], object]
 
 
+OURS = "refrag_kernels"
 ANY = "any"  # the preset of rows that depend on no model's shape
 
 
@@ -48,6 +49,8 @@ class Case:
         Which of the machine's limits binds.
     peer_expected : callable or None
         The result that peers are compared with, where they compute another thing than ours does.
+    plans : dict of str to callable
+        What makes the plan or the block mask of a contender, once a batch; timed apart.
     grad : bool
         Whether autograd is on.
     most_rounds : int
@@ -69,6 +72,7 @@ class Case:
     bytes: float = 0.0
     limit: str | None = None
     peer_expected: Call | None = None
+    plans: dict[str, Call] = dataclasses.field(default_factory=dict)
     grad: bool = False
     most_rounds: int = 1000
     most_copies: int = 1000
@@ -78,7 +82,10 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row of the table, without its tensors: ``build`` makes them."""
+    """A row of the table, without its tensors: ``build`` makes them.
+
+    ``on_request``: a sweep has it only where its case is named.
+    """
 
     op: str
     case: str
@@ -86,6 +93,7 @@ class Entry:
     dtype: torch.dtype
     parameters: dict[str, float]
     build: Callable[[], Case]
+    on_request: bool = False
 
     @property
     def dtype_name(self) -> str:
@@ -118,6 +126,8 @@ class Sweep:
     context : tokens of the context
     density : shares of the pairs of rows that are allowed
     expand : shares of the chunks that stand as text
+    batch : sequences of a step of decoding
+    table : keys that a sequence's row of the page table has room for; 0 for as many as there are
     dtypes : of the tensors
     device : where they are
     """
@@ -127,6 +137,8 @@ class Sweep:
     context: tuple[int, ...] = (4096,)
     density: tuple[float, ...] = (0.12,)
     expand: tuple[float, ...] = (0.0,)
+    batch: tuple[int, ...] = (1,)
+    table: tuple[int, ...] = (0,)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     device: str = "cpu"
 

@@ -5,15 +5,14 @@ Each function takes q [T, H_q, D], k and v [T, H_kv, D] and returns a call that 
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from types import ModuleType
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
+from bench import wheels
 from bench.case import Skip
-from bench.prompts import SHARED, Passages
+from bench.problems import Problem
 
 Attention = Callable[[], torch.Tensor]
 
@@ -33,6 +32,46 @@ def sdpa_float64(q, k, v, mask: torch.Tensor | None = None, **options) -> Attent
     return lambda: sdpa(q.double(), k.double(), v.double(), mask, **options)()
 
 
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Attention:
+    """What contenders of a problem are compared with: attention in float64, a few rows at a time."""
+    most = 1 << 28  # bytes of scores
+
+    def call() -> torch.Tensor:
+        group, device = q.shape[1] // k.shape[1], q.device.type
+        keys, values = (t.double().repeat_interleave(group, 1).transpose(0, 1) for t in (k, v))
+        step = max(1, most // (8 * q.shape[1] * problem.rows))
+        out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+        for first in range(0, problem.rows, step):
+            last = min(first + step, problem.rows)
+            scores = q[first:last].double().transpose(0, 1) @ keys.transpose(1, 2) * q.shape[-1] ** -0.5
+            scores.masked_fill_(~problem.visible(first, last, device), float("-inf"))
+            out[first:last] = (scores.softmax(-1) @ values).transpose(0, 1)
+        return out
+
+    return call
+
+
+def sdpa_in_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Attention:
+    """SDPA piece by piece, the ranges of keys put together; causal pieces have to read their own rows alone."""
+    assert problem.pieces is not None
+    bq, bk, bv = (batched(t) for t in (q, k, v))
+    options = {"is_causal": problem.causal, "enable_gqa": True}
+
+    def joined(keys: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> torch.Tensor:
+        parts = [keys[:, :, start:end] for start, end in ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def call() -> torch.Tensor:
+        found, first = [], 0
+        for rows, ranges in problem.pieces:
+            queries = bq[:, :, first : first + rows]
+            found.append(F.scaled_dot_product_attention(queries, joined(bk, ranges), joined(bv, ranges), **options))
+            first += rows
+        return torch.cat(found, 2)[0].transpose(0, 1)
+
+    return call
+
+
 def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Attention:
     """Scores, softmax and product as a model's eager attention writes them."""
     group = q.shape[1] // k.shape[1]
@@ -47,46 +86,22 @@ def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor 
     return call
 
 
-def sdpa_looped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, passages: Passages) -> Attention:
-    """SDPA span by span, the keys of prefix and passage put together."""
-    starts = [0]
-    for length in passages.spans():
-        starts.append(starts[-1] + length)
-    bq, bk, bv = (batched(t) for t in (q, k, v))
-
-    def call() -> torch.Tensor:
-        pieces = []
-        for number, (start, end) in enumerate(zip(starts, starts[1:])):
-            if number == 0:
-                keys, values = bk[:, :, :end], bv[:, :, :end]
-            elif number == len(starts) - 2:
-                keys, values = bk, bv
-            else:
-                keys = torch.cat([bk[:, :, :SHARED], bk[:, :, start:end]], 2)
-                values = torch.cat([bv[:, :, :SHARED], bv[:, :, start:end]], 2)
-            pieces.append(F.scaled_dot_product_attention(bq[:, :, start:end], keys, values, enable_gqa=True))
-        return torch.cat(pieces, 2)[0].transpose(0, 1)
-
-    return call
-
-
-def block_mask(passages: Passages, block: int, device: str):
-    """Return flex_attention's block mask of the passages."""
+def block_mask(problem: Problem, block: int, device: str):
+    """Return flex_attention's block mask of a problem."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    span, last = passages.span_of_row()
-    span = span.to(device)
+    prefix, start, end = problem.ranges.to(device)
 
     def allowed(b, h, i, j):
-        return (span[i] == span[j]) | (span[j] == 0) | (span[i] == last)
+        return (j < prefix[i]) | ((j >= start[i]) & (j < end[i]))
 
-    return create_block_mask(allowed, None, None, passages.rows, passages.rows, device=device, BLOCK_SIZE=block)
+    return create_block_mask(allowed, None, None, problem.rows, problem.rows, device=device, BLOCK_SIZE=block)
 
 
-def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, passages: Passages, block: int) -> Attention:
+def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, block: int) -> Attention:
     from torch.nn.attention.flex_attention import flex_attention
 
-    mask = block_mask(passages, block, q.device.type)
+    mask = block_mask(problem, block, q.device.type)
     # Beyond its limit, 8 kernels of one function, dynamo runs flex_attention uncompiled: that would not be this peer.
     torch._dynamo.config.recompile_limit = 1024
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -95,40 +110,50 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, passages: Passages, 
     return lambda: compiled(*a, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
 
-def _library(name: str, q: torch.Tensor) -> ModuleType:
-    if importlib.util.find_spec(name.partition(".")[0]) is None:
-        raise Skip("not installed")
+_SDPA = {"cuDNN": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION"}
+
+
+def forced_sdpa(
+    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, **options
+) -> Attention:
+    """SDPA by one backend, "cuDNN" or "flash", instead of the one that torch chooses."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     if q.device.type != "cuda":
         raise Skip(f"runs on CUDA tensors only, got {q.device.type}")
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        raise Skip("runs in float16 and bfloat16 only")
-    return importlib.import_module(name)
+    plain, backend = sdpa(q, k, v, mask, **options), getattr(SDPBackend, _SDPA[name])
 
+    def call() -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return plain()
 
-def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Attention:
-    library = _library("flash_attn", q)
-    return lambda: library.flash_attn_func(q[None], k[None], v[None], causal=causal)[0]
-
-
-def flashinfer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Attention:
-    library = _library("flashinfer", q)
-    return lambda: library.single_prefill_with_kv_cache(q, k, v, causal=causal)
-
-
-def xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Attention:
-    library = _library("xformers.ops", q)
-    group = q.shape[1] // k.shape[1]
-    # Its grouped form has five dimensions: batch, rows, key/value heads, heads of a group, width.
-    grouped = q.unflatten(1, (k.shape[1], group))[None]
-    keys, values = (t[None, :, :, None].expand(-1, -1, -1, group, -1) for t in (k, v))
-    bias = library.LowerTriangularMask() if causal else None
-    return lambda: library.memory_efficient_attention(grouped, keys, values, attn_bias=bias)[0].flatten(1, 2)
+    return call
 
 
 def dense_libraries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> dict[str, Attention]:
-    """Return the GPU libraries' attention without a mask of chunks; what can't run here raises Skip when called."""
-    makers = {"FlashAttention": flash_attention, "FlashInfer": flashinfer, "xformers": xformers}
-    return {name: late(lambda make=make: make(q, k, v, causal)) for name, make in makers.items()}
+    """Return what computes attention without a mask of chunks on a GPU; what can't run here raises Skip when called."""
+    named = _SDPA if q.device.type == "cuda" else ()
+    calls = {f"SDPA, {name}": late(lambda name=name: forced_sdpa(name, q, k, v, is_causal=causal)) for name in named}
+    makers = {"FlashAttention": wheels.flash_attention, "FlashInfer": wheels.flashinfer, "xformers": wheels.xformers}
+    return calls | {name: late(lambda make=make: make(q, k, v, causal)) for name, make in makers.items()}
+
+
+def masked_libraries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> dict[str, Attention]:
+    """Return what computes a problem's attention on a GPU; what can't run here raises Skip when called."""
+    makers = {"varlen_attn": wheels.torch_varlen, "FlashAttention-3": wheels.fa3, "FlashAttention-4": wheels.fa4}
+    pieces = problem.pieces is not None
+    copied = ", keys copied" if pieces and problem.keys_of_pieces() is not None else ""
+    calls = {
+        name + copied: late(lambda make=make: wheels.in_pieces(make, q, k, v, problem))
+        for name, make in makers.items()
+        if pieces
+    }
+    return calls | {"cuDNN flex_attention": late(lambda: wheels.cudnn_flex(q, k, v, problem))}
+
+
+def flex_late(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, block: int) -> Attention:
+    """flex_attention, compiled at the first call."""
+    return late(lambda: flex(q, k, v, problem, block))
 
 
 def late(make: Callable[[], Attention]) -> Attention:
@@ -148,7 +173,7 @@ def vllm_overlay(rows: torch.Tensor, embeds: torch.Tensor, is_text: torch.Tensor
 
     ``rows`` and ``embeds`` are ``[N, d]``; ``is_text`` is uint8 ``[N]``, where the rows stay. One request, whole.
     """
-    library = _library("vllm.v1.worker.gpu.model_states.prompt_embeds", rows)
+    library = wheels.library("vllm.v1.worker.gpu.model_states.prompt_embeds", rows)
     count, device = len(rows), rows.device
     pointers = [torch.tensor([t.data_ptr()], dtype=torch.uint64, device=device) for t in (embeds, is_text)]
     lengths, none = (torch.tensor([n], dtype=torch.int32, device=device) for n in (count, 0))

@@ -11,15 +11,16 @@ import torch
 import refrag_kernels as rk
 from bench import peers
 from bench.case import ANY, Case, Entry, Sweep
+from bench.problems import of_passages
 from bench.prompts import Passages, Prompt
 
 
 def _passages(context: int, k: int, density: float) -> Case:
     passages = Passages(context, k, density)
-    layout, mask = passages.layout(), rk.ChunkMask.from_dense(passages.chunk_mask())
+    layout, mask, problem = passages.layout(), rk.ChunkMask.from_dense(passages.chunk_mask()), of_passages(passages)
     return Case(
         ours=lambda: rk.plan_attention(layout, mask, causal=False),
-        peers={"create_block_mask, block 128": lambda: peers.block_mask(passages, 128, "cpu")},
+        peers={"create_block_mask, block 128": lambda: peers.block_mask(problem, 128, "cpu")},
         on_host=True,
     )
 

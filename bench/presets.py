@@ -42,6 +42,7 @@ PRESETS = {
     "llama2-7b": Preset(32, 32, 128, 4096, 11008, 32, 32000, "llama", *_ROBERTA_LARGE, tied=False),
     "llama2-13b": Preset(40, 40, 128, 5120, 13824, 40, 32000, "llama", *_ROBERTA_LARGE, tied=False),
     "llama3-8b": Preset(32, 8, 128, 4096, 14336, 32, 128256, "llama", *_ROBERTA_LARGE, tied=False),
+    "llama3-70b": Preset(64, 8, 128, 8192, 28672, 80, 128256, "llama", *_ROBERTA_LARGE, tied=False),
     "qwen3-4b": Preset(32, 8, 128, 2560, 9728, 36, 151936, "qwen3", *_ROBERTA_LARGE),
     # A published model's shapes, few enough of them to compare the whole with float64; and, to rehearse, of no model.
     "llama2-7b-2-layers": Preset(32, 32, 128, 4096, 11008, 2, 32000, "llama", 1024, 16, 2, 4096, tied=False),

@@ -76,6 +76,7 @@ def records(outcome: Outcome) -> list[dict[str, Any]]:
                 "p80_s": times and times.quantile(0.8),
                 "min_s": times and times.least,
                 "latency_s": times and times.latency,
+                "plan_s": outcome.plans.get(name),
                 "rounds": times and len(times.rounds),
                 "gflops": _scaled(outcome.flops(name)),
                 "gbytes": _scaled(outcome.bytes(name)),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bench import attention, model, paged, plans, rows
+from bench import attention, decoding, model, paged, plans, rows
 from bench.case import Entry, Goal, Sweep
 
 OPS = (
@@ -28,6 +28,7 @@ OPS = (
 def entries(sweep: Sweep, flex: bool = True) -> Iterator[Entry]:
     """Yield every row of a sweep."""
     yield from attention.entries(sweep, flex)
+    yield from decoding.entries(sweep)
     yield from paged.entries(sweep)
     yield from rows.entries(sweep)
     yield from plans.entries(sweep)

@@ -58,6 +58,20 @@ def host_seconds(call: Callable[[], object]) -> tuple[float]:
     return (time.perf_counter() - start,)
 
 
+def waited(call: Callable[[], object]) -> float:
+    """Return what a call takes on the host until its work on a GPU, if there is one, is done."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else _nothing
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - start
+
+
+def _nothing() -> None:
+    pass
+
+
 class EventClock:
     """What a call takes on the GPU, between two CUDA events, when nothing that it reads is in the caches.
 

@@ -25,13 +25,13 @@ std::string architectures() {
 
 STABLE_TORCH_LIBRARY(refrag_cpu, m) {
   m.def("active_isa() -> str");
-  m.def("pack_projection(Tensor w1, Tensor w2) -> Tensor");
+  for (const char* schema : refrag::kCpuSchemas) m.def(schema);
   for (const char* schema : refrag::kSchemas) m.def(schema);
 }
 
 STABLE_TORCH_LIBRARY(refrag_cuda, m) {
   m.def("architectures() -> str");
-  m.def(refrag::kCudaSchema);
+  for (const char* schema : refrag::kCudaSchemas) m.def(schema);
   for (const char* schema : refrag::kSchemas) m.def(schema);
 }
 

@@ -5,8 +5,6 @@ namespace refrag {
 
 // The same for every backend; a backend that lacks a kernel registers none.
 inline constexpr const char* kSchemas[] = {
-    "mixed_attention(Tensor q, Tensor k, Tensor v, Tensor[] plan, float scale, float softcap, Tensor? sinks) "
-    "-> (Tensor out, Tensor lse)",
     "mixed_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor[] plan, float scale, float softcap, Tensor? sinks) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
     "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor kv_lengths, Tensor? q_offsets, "
@@ -25,9 +23,19 @@ inline constexpr const char* kSchemas[] = {
     "Tensor w2, Tensor? b2, str activation, float token_scale, Tensor? packed) -> Tensor",
 };
 
+// Of the CPU backend alone.
+inline constexpr const char* kCpuSchemas[] = {
+    "mixed_attention(Tensor q, Tensor k, Tensor v, Tensor[] plan, float scale, float softcap, Tensor? sinks) "
+    "-> (Tensor out, Tensor lse)",
+    "pack_projection(Tensor w1, Tensor w2) -> Tensor",
+};
+
 // Of the CUDA backend alone.
-inline constexpr const char* kCudaSchema =
+inline constexpr const char* kCudaSchemas[] = {
+    "mixed_attention(Tensor q, Tensor k, Tensor v, Tensor[] plan, float scale, float softcap, Tensor? sinks, "
+    "int section_heads, int ahead) -> (Tensor out, Tensor lse)",
     "assemble_mixed(Tensor token_ids, Tensor token_table, Tensor projected, Tensor slot_of_row, float token_scale) "
-    "-> Tensor";
+    "-> Tensor",
+};
 
 }  // namespace refrag

@@ -232,6 +232,7 @@ def test_presets_have_the_sizes_of_their_names():
         "llama2-7b": 6.74,
         "llama2-13b": 13.0,
         "llama3-8b": 8.03,
+        "llama3-70b": 70.6,
         "qwen3-4b": 4.02,
     }
     assert {name: PRESETS[name].parameters() / 1e9 for name in billions} == pytest.approx(billions, rel=0.01)
@@ -275,6 +276,25 @@ def test_a_model_that_does_not_fit_is_skipped(monkeypatch):
 def test_the_command_of_a_row_selects_it(row):
     options = command._parser().parse_args(row.command.split()[3:])
     assert [chosen.name for chosen in command._selected(options)] == [row.name]
+
+
+def test_rows_on_request_are_those_whose_case_is_named():
+    sweep = Sweep(presets=("llama3-8b",), batch=(1, 32), table=(0, 131072))
+    rows = [row for row in table.entries(sweep) if row.on_request]
+    cases = {"causal", "documents", "blocks", "interleaved", "random_passages", "batch"}
+    assert {row.case for row in rows} == cases and not any(row.on_request for row in table.published())
+    for row in rows:
+        options = command._parser().parse_args(row.command.split()[3:])
+        assert [chosen.name for chosen in command._selected(options)] == [row.name]
+    options = command._parser().parse_args(["run", "--preset", "llama3-8b"])
+    assert not cases & {row.case for row in command._selected(options)}
+
+
+def test_what_a_plan_takes_is_told_of_contenders_that_have_one():
+    plans = {OURS: lambda: None, "einsum": lambda: None, "not here": lambda: fail("not called")}
+    outcome = measure(entry(dataclasses.replace(right, plans=plans)), rounds=1, backends=["cpu", "reference"])
+    assert set(outcome.plans) == {f"{OURS}, cpu", f"{OURS}, reference", "einsum"}
+    assert all(record["plan_s"] >= 0 for record in results.records(outcome))
 
 
 def bench(*arguments):

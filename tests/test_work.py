@@ -8,6 +8,7 @@ import torch
 import refrag_kernels as rk
 from bench import peers, roofline, work
 from bench.presets import PRESETS
+from bench.problems import of_passages
 from bench.prompts import Passages, Prompt
 from refrag_kernels import tile_lists
 
@@ -51,7 +52,7 @@ def test_chunks_of_uneven_lengths_have_tiles_of_their_own():
 
 
 def test_blocks_are_those_of_flex_attention(small):
-    mask = peers.block_mask(SMALL, 128, "cpu")
+    mask = peers.block_mask(of_passages(SMALL), 128, "cpu")
     blocks = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
     assert work.by_blocks(small.dense(), 128) == blocks * 128 * 128
 

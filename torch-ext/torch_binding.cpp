@@ -6,7 +6,7 @@
 
 STABLE_TORCH_LIBRARY_EXPAND(TORCH_EXTENSION_NAME, m) {
   for (const char* schema : refrag::kSchemas) m.def(schema);
-  m.def(refrag::kCudaSchema);
+  for (const char* schema : refrag::kCudaSchemas) m.def(schema);
 }
 
 REGISTER_EXTENSION(TORCH_EXTENSION_NAME)

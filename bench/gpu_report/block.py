@@ -40,17 +40,28 @@ class Options:
 
 
 class Results:
-    """A file of JSON lines, one result each: the block, the case, and the case's values."""
+    """A file of JSON lines, one result each: the block, the case, and the case's values, as in ``schema.problems``.
 
-    def __init__(self, block: str, path: Path) -> None:
-        self._block, self._path = block, path
+    Parameters
+    ----------
+    block : str
+        The block's name.
+    path : Path
+        The file; processes may share it.
+    echo : bool
+        Whether lines are printed too.
+    """
+
+    def __init__(self, block: str, path: Path, echo: bool = True) -> None:
+        self.block, self.path, self._echo = block, path, echo
 
     def add(self, case: str, **values: Any) -> None:
         """Append a result. A value is a number, a string, a boolean, None, or a list or dict of those."""
-        line = json.dumps({"block": self._block, "case": case, **values}, allow_nan=False)
-        with self._path.open("a") as file:
+        line = json.dumps({"block": self.block, "case": case, **values}, allow_nan=False)
+        with self.path.open("a") as file:
             file.write(line + "\n")
-        print(line, flush=True)
+        if self._echo:
+            print(line, flush=True)
 
 
 def run(name: str, block: Callable[[Options, Results], None], arguments: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr const char* kOp = "mixed_attention";
+constexpr int64_t kMaxAhead = 1 << 20;  // blocks of threads: many times what a device holds
 
 template <class T, int D, int kTiles>
 void launch_attention(const AttentionParams& params, const AttentionGrid& grid, cudaStream_t stream) {
@@ -32,7 +33,7 @@ void launch_tiles(const AttentionParams& params, const AttentionGrid& grid, cuda
 
 std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                            const std::vector<Tensor>& plan, double scale, double softcap,
-                                           const std::optional<Tensor>& sinks) {
+                                           const std::optional<Tensor>& sinks, int64_t section_heads, int64_t ahead) {
   STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3, "q, k, v: need three dimensions");
   const int64_t kv_heads = k.size(1);
   check_queries(q, kv_heads);
@@ -69,7 +70,11 @@ std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, con
   params.v_head = v.stride(1);
   params.kv_rows = static_cast<int32_t>(k.size(0));
   params.num_blocks = static_cast<int32_t>(plan[3].size(0));
-  const AttentionGrid grid = divide_attention(params, static_cast<int>(kv_heads));
+  STD_TORCH_CHECK(section_heads >= 0 && section_heads <= kv_heads, "section_heads: got ", section_heads,
+                  ", needs 0 to the number of key/value heads");
+  STD_TORCH_CHECK(ahead >= 0 && ahead <= kMaxAhead, "ahead: got ", ahead, ", needs 0 to ", kMaxAhead);
+  const AttentionGrid grid = divide_attention(params, static_cast<int>(kv_heads), static_cast<int>(section_heads),
+                                              static_cast<int>(ahead));
   const cudaStream_t stream = current_stream(q);
   for_queries(q, [&]<class T, int D>() { launch_tiles<T, D>(params, grid, stream); });
   return {out, lse};

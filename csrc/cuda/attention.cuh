@@ -27,6 +27,9 @@ struct AttentionParams : QueryParams {
   int32_t kv_rows, num_blocks;
   int32_t heads_per_group, blocks_per_group;
   int32_t head_groups;  // groups of heads of a key/value head
+  // The order of blocks of threads, see refrag_kernels/grid_order.py.
+  int32_t section;  // groups of heads that go together
+  int32_t ahead;    // groups of query blocks that go before the first section, over all heads
 };
 
 constexpr int kMaxBlocksPerGroup = 4;
@@ -281,9 +284,9 @@ __device__ inline void store_rows(const WarpAttention<T, D>& state, unsigned cha
 
 // Rows beyond the batch, under a capacity: they see nothing.
 template <class T, int D>
-__device__ inline void fill_padding(const AttentionParams& params, int first_head, int heads) {
+__device__ inline void fill_padding(const AttentionParams& params, int first, int first_head, int heads) {
   constexpr int kChunks = D / kChunk;
-  for (int64_t row = params.sizes[0] + static_cast<int64_t>(blockIdx.x); row < params.q_rows; row += gridDim.x) {
+  for (int64_t row = params.sizes[0] + static_cast<int64_t>(first); row < params.q_rows; row += gridDim.x) {
     for (int i = threadIdx.x; i < heads * kChunks; i += blockDim.x) {
       const int64_t place = row * params.q_heads + first_head + i / kChunks;
       reinterpret_cast<Words*>(static_cast<T*>(params.out) + place * D)[i % kChunks] = Words{};
@@ -297,15 +300,36 @@ struct AttentionGrid {
 };
 
 // Shares heads and query blocks out to the warps of a block of threads; with few heads to a key/value head, several query
-// blocks share its keys and values.
-inline AttentionGrid divide_attention(AttentionParams& params, int kv_heads) {
+// blocks share its keys and values. `section_heads` key/value heads go together, after `ahead` blocks of threads over all
+// heads; 0 and 0: each group of heads has all its query blocks before the next one.
+inline AttentionGrid divide_attention(AttentionParams& params, int kv_heads, int section_heads, int ahead) {
   const int warps = params.group > 4 ? 8 : 4;
   params.heads_per_group = params.group < warps ? params.group : warps;
   const int blocks = warps / params.heads_per_group;
   params.blocks_per_group = blocks < kMaxBlocksPerGroup ? blocks : kMaxBlocksPerGroup;
   params.head_groups = (params.group + params.heads_per_group - 1) / params.heads_per_group;
   const int x = (params.num_blocks + params.blocks_per_group - 1) / params.blocks_per_group;
-  return {x, kv_heads * params.head_groups, warps * kWarp};
+  const int y = kv_heads * params.head_groups;
+  params.section = max(1, section_heads * params.head_groups);
+  params.ahead = min(x, (ahead + y - 1) / y);
+  return {x, y, warps * kWarp};
+}
+
+struct AttentionPlace {
+  int x, y;
+};
+
+// Where a block of threads stands in the grid when blocks go by sections, in the order of their numbers.
+__device__ inline AttentionPlace place_in_sections(const AttentionParams& params) {
+  const int columns = gridDim.y, rest = gridDim.x - params.ahead;
+  int index = blockIdx.y * gridDim.x + blockIdx.x;
+  const int leading = params.ahead * columns;
+  if (index < leading) return {index / columns, index % columns};
+  index -= leading;
+  const int first = index / (rest * params.section) * params.section;
+  const int width = min(params.section, columns - first);
+  index -= first * rest;
+  return {params.ahead + index / width, first + index % width};
 }
 
 // Grid: x groups of query blocks, the last ones first, for under causality they see most; y groups of heads.
@@ -313,10 +337,11 @@ template <class T, int D, int kTiles>
 __global__ __launch_bounds__(kMaxAttentionThreads) void mixed_attention_kernel(const AttentionParams params) {
   const AttentionShared<D, kTiles> shared = {shared_memory()};
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int kv_head = blockIdx.y / params.head_groups;
-  const int head_of_group = blockIdx.y % params.head_groups * params.heads_per_group + warp % params.heads_per_group;
+  const AttentionPlace place = place_in_sections(params);
+  const int kv_head = place.y / params.head_groups;
+  const int head_of_group = place.y % params.head_groups * params.heads_per_group + warp % params.heads_per_group;
   const int head = kv_head * params.group + head_of_group;
-  const int first_block = (gridDim.x - 1 - blockIdx.x) * params.blocks_per_group;
+  const int first_block = (gridDim.x - 1 - place.x) * params.blocks_per_group;
   const int own = warp / params.heads_per_group;  // block of this warp, within the group
   const int block = first_block + own;
   const bool active = own < params.blocks_per_group && head_of_group < params.group && block < params.num_blocks;
@@ -376,12 +401,12 @@ __global__ __launch_bounds__(kMaxAttentionThreads) void mixed_attention_kernel(c
         params.lse[(rows.x + row) * static_cast<int64_t>(params.q_heads) + head] = result.lse;
       }
     }
-    const int64_t place = (rows.x * static_cast<int64_t>(params.q_heads) + head) * D;
-    store_rows(state, shared.keys(0, 0) + warp * Tile<D>::kBytes, static_cast<T*>(params.out) + place,
+    const int64_t first = (rows.x * static_cast<int64_t>(params.q_heads) + head) * D;
+    store_rows(state, shared.keys(0, 0) + warp * Tile<D>::kBytes, static_cast<T*>(params.out) + first,
                static_cast<int64_t>(params.q_heads) * D, rows.y, factor, lane);
   }
-  const int first_head = kv_head * params.group + blockIdx.y % params.head_groups * params.heads_per_group;
-  fill_padding<T, D>(params, first_head, min(params.heads_per_group, (kv_head + 1) * params.group - first_head));
+  const int first_head = kv_head * params.group + place.y % params.head_groups * params.heads_per_group;
+  fill_padding<T, D>(params, place.x, first_head, min(params.heads_per_group, (kv_head + 1) * params.group - first_head));
 }
 
 }  // namespace refrag::cuda

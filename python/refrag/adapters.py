@@ -16,9 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from refrag.config import RefragConfig
+from refrag.file_modes import usual_mode
 from refrag.model import RefragForCausalLM
 from refrag.policy import ExpansionPolicy
-from refrag.token_encoder import token_encoder
+from refrag.token_encoder import first_layers, token_encoder
 
 _DECODER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Attention only: the encoder's feed-forward layers run fused, from their weights as they lie.
@@ -26,6 +27,7 @@ _ENCODER_LAYERS = ("query", "key", "value", "q_proj", "k_proj", "v_proj", "Wqkv"
 _FIELDS = ("chunk_size", "pooling", "encoder_special_tokens", "projector_norm", "projector_activation",
            "projector_bias", "position_ids", "decoder_mask", "pool_segments", "latents", "encoder_window")  # fmt: skip
 _FORMAT = 1
+LORA_SCALE = 2  # of low-rank updates, whatever their rank: alpha / rank
 
 
 class AdapterError(ValueError):
@@ -41,7 +43,7 @@ class Trained:
     encoder, decoder : {"all", "lora", "none"}
         The paper trains the whole encoder throughout, and the whole decoder after reconstruction.
     rank : int
-        Of the low-rank adapters (LoRA, arXiv 2106.09685); their scale is 2.
+        Of the low-rank adapters (LoRA, arXiv 2106.09685); their scale is ``LORA_SCALE``.
     """
 
     encoder: str = "all"
@@ -87,7 +89,10 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(
-    model: RefragForCausalLM, folder: str | os.PathLike[str], trained: Mapping[str, torch.Tensor] | None = None
+    model: RefragForCausalLM,
+    folder: str | os.PathLike[str],
+    trained: Mapping[str, torch.Tensor] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write what was trained, in bfloat16, and what it belongs to.
 
@@ -99,6 +104,8 @@ def save_adapter(
         Made where it isn't there.
     trained : mapping of str to Tensor, optional
         What ``trained_state`` gave.
+    notes : mapping, optional
+        More to write down about the adapter, as JSON has it.
 
     Returns
     -------
@@ -106,12 +113,15 @@ def save_adapter(
         The file, ``adapter.safetensors``.
     """
     about = {
+        **(notes or {}),
         "format": _FORMAT,
         "fields": {field: getattr(model.config, field) for field in _FIELDS},
         "encoder": signature(model.encoder),
         "decoder": signature(model.decoder),
         # Where they came from; empty for an encoder that was made of the decoder's embeddings.
         "sources": {"encoder": _source(model.encoder), "decoder": _source(model.decoder)},
+        # Of an encoder that was made of the decoder's first layers.
+        "decoder_layers": getattr(model.encoder.config, "decoder_layers", 0),
     }
     return _write(folder, trained_state(model) if trained is None else trained, about)
 
@@ -164,7 +174,7 @@ def load_adapter(
     path : path
         A folder that a training stage wrote, or the file in it.
     decoder, encoder : PreTrainedModel
-        Those that it was trained on; without an encoder, the ``token_encoder`` of the decoder.
+        Those that it was trained on; without an encoder, one is made of the decoder, as it was for the training.
 
     Returns
     -------
@@ -177,7 +187,9 @@ def load_adapter(
         If the file is no adapter, or was trained on other models.
     """
     about, tensors = read_adapter(path)
-    encoder = token_encoder(decoder) if encoder is None else encoder
+    if encoder is None:
+        layers = about.get("decoder_layers", 0)
+        encoder = first_layers(decoder, layers) if layers else token_encoder(decoder)
     for name, part in (("encoder", encoder), ("decoder", decoder)):
         if about[name] != signature(part):
             raise AdapterError(f"adapter {path}: was trained on {name} {about[name]}, got {signature(part)}")
@@ -218,7 +230,7 @@ def merge_state(model: RefragForCausalLM, tensors: Mapping[str, torch.Tensor]) -
             continue
         if is_update:
             target = name[: name.index(".lora_A.")] + ".weight"
-            value = 2.0 * tensors[name.replace(".lora_A.", ".lora_B.")].float() @ value.float()
+            value = LORA_SCALE * tensors[name.replace(".lora_A.", ".lora_B.")].float() @ value.float()
         target = target.replace(".base_layer.", ".")
         if target not in weights or weights[target].shape != value.shape:
             got = "none" if target not in weights else list(weights[target].shape)
@@ -242,6 +254,7 @@ def _write(folder: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], 
     part = path.with_suffix(".part")
     halved = {name: value.to(torch.bfloat16).contiguous() for name, value in tensors.items()}
     save_file(halved, part, metadata={"refrag": json.dumps(about)})
+    os.chmod(part, usual_mode(path.parent))
     os.replace(part, path)
     return path
 
@@ -258,7 +271,7 @@ def _inject_lora(part: PreTrainedModel, layers: tuple[str, ...], rank: int) -> N
     targets = [layer for layer in layers if layer in present]
     if not targets:
         raise AdapterError(f"{type(part).__name__}: has none of the layers {', '.join(layers)} to adapt")
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), part)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=targets), part)
 
 
 def signature(part: PreTrainedModel) -> str:

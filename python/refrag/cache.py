@@ -6,9 +6,11 @@ import contextlib
 import fcntl
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from refrag.file_modes import usual_mode
 
 
 class CacheError(RuntimeError):
@@ -53,10 +55,14 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
         for left_over in entry.parent.glob(f".{name}.part-*"):
             shutil.rmtree(left_over, ignore_errors=True)
         with _naming_folder(entry.parent):
-            part = Path(tempfile.mkdtemp(prefix=f".{name}.part-", dir=entry.parent))
+            part = entry.parent / f".{name}.part-{uuid.uuid4().hex}"
+            part.mkdir()
             try:
                 build(part)
-                part.chmod(0o755)  # mkdtemp's 0700 would hide a shared cache from its other users
+                mode = usual_mode(part)
+                for path in part.rglob("*"):
+                    if path.is_file() and not path.is_symlink():
+                        path.chmod(mode)
                 os.replace(part, entry)
             except BaseException:
                 shutil.rmtree(part, ignore_errors=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import bisect
 import re
+import unicodedata
+from collections.abc import Sequence
 from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from refrag.prompt import Chunk
+from refrag.prompt import Chunk, require_text
 
 
 class Chunker(Protocol):
@@ -41,8 +43,9 @@ class FixedChunks:
     """Chunks of k decoder tokens (REFRAG, section 2); a passage's last chunk may be shorter.
 
     A character that the tokenizer splits into several tokens (an emoji under a byte-level tokenizer) is never split
-    between two chunks: the chunk ends before it, or, where it alone has more than k tokens, after it. So a chunk's
-    tokens and its text always stand for the same characters, and the encoder never sees half a character.
+    between two chunks, nor is a letter and its marks where the tokenizer normalizes them (to NFC, say): the chunk ends
+    before it, or, where it alone has more than k tokens, after it. So a chunk's tokens and its text always stand for
+    the same characters, and the encoder never sees half a character.
 
     Parameters
     ----------
@@ -70,18 +73,20 @@ class FixedChunks:
         return f"fixed, k = {self.k}"
 
     def __call__(self, text: str) -> list[Chunk]:
-        tokens = _Tokens(self.tokenizer, text)
+        (tokens,) = tokenize(self.tokenizer, [text])
         chunks, first = [], 0
         while first < len(tokens):
-            chunks.append(tokens.chunk(first, end := tokens.end(first, self.k)))
+            chunks.append(tokens.chunk(first, end := end_of_chunk(tokens.cuttable, first, self.k)))
             first = end
         return chunks
 
 
 # Words, or what counts as one: Chinese, Japanese and Korean are written without spaces.
 _WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\\s\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
-_SENTENCE_END = re.compile(r"""[.!?\u2026]+["')\]\u2019\u201d\u00bb]*$|[\u3002\uff01\uff1f]$""")
-_CLAUSE_END = re.compile(r"""[,;:\u2013\u2014\u3001\uff0c\uff1b]["')\]\u2019\u201d\u00bb]*$|\)$""")
+_CLOSING = "\"')]\u2019\u201d\u00bb"  # may follow the end of a sentence or clause
+_SENTENCE_ENDS = tuple(".!?\u2026")
+_WIDE_SENTENCE_ENDS = tuple("\u3002\uff01\uff1f")
+_CLAUSE_ENDS = tuple(",;:\u2013\u2014\u3001\uff0c\uff1b")
 # A full stop after these, or after a single letter, ends no sentence.
 _ABBREVIATIONS = frozenset(
     "al. cf. ch. dr. e.g. ed. eq. etc. fig. i.e. mr. mrs. ms. no. p. pp. prof. sec. st. vol. vs.".split()
@@ -137,12 +142,12 @@ class SentenceChunks:
         return f"sentence, {self.min_words} to {self.max_words} words, at most {self.max_tokens} tokens"
 
     def __call__(self, text: str) -> list[Chunk]:
-        tokens = _Tokens(self.tokenizer, text)
+        (tokens,) = tokenize(self.tokenizer, [text])
         chunks, first = [], 0
         for end in [*self._ends(text), len(text)]:
             last = tokens.end_of_text(end)
             while first < last:
-                stop = min(tokens.end(first, self.max_tokens), last)
+                stop = min(end_of_chunk(tokens.cuttable, first, self.max_tokens), last)
                 chunks.append(tokens.chunk(first, stop))
                 first = stop
         return chunks
@@ -157,8 +162,10 @@ class SentenceChunks:
                 ends.append(last)
                 first = last
             while end - first > self.max_words:
-                fit = [c for c in clauses if first + self.min_words <= c <= first + self.max_words]
-                first = fit[-1] if fit else first + self.max_words
+                # The last clause within reach: there may be as many as words.
+                place = bisect.bisect_right(clauses, first + self.max_words) - 1
+                fits = place >= 0 and clauses[place] >= first + self.min_words
+                first = clauses[place] if fits else first + self.max_words
                 ends.append(first)
             last = end
             if last - first >= self.min_words:
@@ -180,68 +187,132 @@ def _boundaries(text: str, words: list[re.Match[str]]) -> tuple[list[int], list[
             sentences.append(index)
         elif _ends_sentence(word[0], between, words[index][0]):
             sentences.append(index)
-        elif "\n" in between or _CLAUSE_END.search(word[0]):
+        elif "\n" in between or _ends_clause(word[0]):
             clauses.append(index)
     return sentences, clauses
 
 
 def _ends_sentence(word: str, between: str, following: str) -> bool:
-    if not _SENTENCE_END.search(word):
-        return False
-    if word[-1] in "\u3002\uff01\uff1f":
+    if word.endswith(_WIDE_SENTENCE_ENDS):
         return True
+    if not word.rstrip(_CLOSING).endswith(_SENTENCE_ENDS):
+        return False
     bare = word.lstrip("(\"'\u201c\u2018").lower()
     if bare in _ABBREVIATIONS or re.fullmatch(r"\w\.", bare):
         return False
     return bool(between) and not following[0].islower()
 
 
-class _Tokens:
-    """A text's tokens, and where they may be parted."""
+def _ends_clause(word: str) -> bool:
+    return word.endswith(")") or word.rstrip(_CLOSING).endswith(_CLAUSE_ENDS)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-        # A passage that spells out "<|im_end|>" must not end the message it stands in.
-        encoding = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
-        )
+
+class TokenizedText:
+    """A text's tokens, and where they may be parted.
+
+    Attributes
+    ----------
+    ids : list of int
+    cuttable : list of bool
+        For each token, whether a chunk may end with it.
+    """
+
+    def __init__(
+        self, text: str, ids: list[int], offsets: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        normalizer = tokenizer.backend_tokenizer.normalizer
+        moved = normalizer is not None and not text.isascii() and normalizer.normalize_str(text) != text
         self.text = text
-        self.ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
-        # reached[i]: where the text of tokens 0..i ends. Between i and i + 1 the text may be cut unless token i + 1
-        # starts inside a character that has already begun.
-        self.reached: list[int] = []
-        end = 0
-        for _, token_end in offsets:
-            end = max(end, token_end)
-            self.reached.append(end)
-        self.cuttable = [later[0] >= end for end, later in zip(self.reached, offsets[1:])] + [True]
+        self.ids = ids
+        self._reached, self.cuttable = _places_to_cut(text, offsets, moved)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def end(self, first: int, count: int) -> int:
-        """Return where a chunk that starts at ``first`` ends: ``count`` tokens on, or as near as it can be cut."""
-        last = min(first + count, len(self)) - 1
-        within = last
-        while within >= first and not self.cuttable[within]:
-            within -= 1
-        if within < first:
-            within = last
-            while not self.cuttable[within]:
-                within += 1
-        return within + 1
-
     def end_of_text(self, end: int) -> int:
         """Return the first place to cut at which the text up to ``end`` is complete."""
-        last = bisect.bisect_left(self.reached, end)
+        last = bisect.bisect_left(self._reached, end)
         while last < len(self) and not self.cuttable[last]:
             last += 1
         return min(last + 1, len(self))
 
     def chunk(self, first: int, end: int) -> Chunk:
         """Return tokens [first, end) with their text; what no token stands for goes to the last."""
-        text_start = self.reached[first - 1] if first else 0
-        text_end = len(self.text) if end == len(self) else self.reached[end - 1]
+        text_start = self._reached[first - 1] if first else 0
+        text_end = len(self.text) if end == len(self) else self._reached[end - 1]
         return Chunk(self.text[text_start:text_end], tuple(self.ids[first:end]))
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[TokenizedText]:
+    """Tokenize texts for the decoder.
+
+    Raises
+    ------
+    TypeError
+        If one is no string.
+    ValueError
+        If one holds half a surrogate pair, or the tokenizer gives no offsets.
+    """
+    _require_offsets(tokenizer)
+    for text in texts:
+        require_text(text, "text")
+    # A passage that spells out "<|im_end|>" must not end the message it stands in.
+    encoded = tokenizer(
+        list(texts), add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
+    )
+    return [
+        TokenizedText(text, ids, offsets, tokenizer)
+        for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"])
+    ]
+
+
+def end_of_chunk(cuttable: Sequence[bool], first: int, count: int) -> int:
+    """Return where a chunk that starts at token ``first`` ends: ``count`` tokens on, or as near as it can be cut.
+
+    Examples
+    --------
+    >>> cuttable = [True, False, False, True, True]  # tokens 1 to 3 are one character
+    >>> [end_of_chunk(cuttable, first, 2) for first in (0, 1, 4)]
+    [1, 4, 5]
+    """
+    last = min(first + count, len(cuttable)) - 1
+    within = last
+    while within >= first and not cuttable[within]:
+        within -= 1
+    if within < first:
+        within = last
+        while within < len(cuttable) - 1 and not cuttable[within]:
+            within += 1
+    return within + 1
+
+
+def _places_to_cut(text: str, offsets: Sequence[tuple[int, int]], moved: bool) -> tuple[list[int], list[bool]]:
+    """Return where the text of tokens 0..i ends, and whether it may be cut there, for each token i.
+
+    ``moved``: whether a normalizer has changed the text. It may have composed a letter with its marks, put the marks
+    into another order or dropped them; offsets then lie within the letter with its marks, or leave the marks to no
+    token.
+    """
+    reached: list[int] = []
+    end = 0
+    starts = [start for start, _ in offsets[1:]] + [len(text)]
+    for (_, token_end), next_start in zip(offsets, starts):
+        end = max(end, token_end)
+        while moved and end < next_start and _goes_on(text, end):
+            end += 1
+        reached.append(end)
+    # Not where the next token starts inside a character that has already begun.
+    cuttable = [start >= end and not (moved and _goes_on(text, end)) for end, start in zip(reached, starts)]
+    return reached, [*cuttable[:-1], True] if cuttable else []
+
+
+def _goes_on(text: str, place: int) -> bool:
+    """Whether a character goes on at a place: a mark that belongs to the letter before it, or what composes with it."""
+    if not 0 < place < len(text) or (letter := text[place]) < "\u0300":
+        return False
+    if unicodedata.combining(letter) or "\u1160" <= letter <= "\u11ff":  # the vowels and finals of Korean syllables
+        return True
+    return len(unicodedata.normalize("NFC", text[place - 1 : place + 1])) == 1
 
 
 def _require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:

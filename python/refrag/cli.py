@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from refrag.commands import encode, generate, inspect
+from refrag.commands import distill, encode, generate, inspect
+from refrag.commands.data import data
 from refrag.commands.evaluate import evaluate
 from refrag.commands.train import train
 from refrag.console import clear_errors, say, track
@@ -116,8 +117,10 @@ def report(
 app.command()(encode.encode)
 app.command()(generate.generate)
 app.command()(inspect.inspect)
+train.command()(distill.distill)
 app.add_typer(train, name="train")
 app.add_typer(evaluate, name="eval")
+app.add_typer(data, name="data")
 
 
 def main() -> None:

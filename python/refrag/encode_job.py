@@ -76,6 +76,8 @@ class EncodeJob:
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
+        # A worker in another directory would make a store of its own there.
+        object.__setattr__(self, "store", self.store.absolute())
         for name in ("k", "batch_tokens", "shard_passages"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -80,7 +80,8 @@ def load_processor(folder: Path | None, k: int | None = None, chunker: str = "fi
     decoder = weights.decoder_folder()
     encoder = decoder if trained else weights.encoder_folder()
     parts = [AutoConfig.from_pretrained(path, local_files_only=True) for path in (decoder, encoder)]
-    config = RefragConfig.from_preset("tokens" if trained else "lclm", *parts, chunk_size=own)
+    fields = {"chunk_size": own} if trained is None else read_adapter(trained)[0]["fields"]
+    config = RefragConfig.from_preset("lclm" if trained is None else "tokens", *parts, **fields)
     tokenizers = [AutoTokenizer.from_pretrained(path, local_files_only=True) for path in (decoder, encoder)]
     return RefragProcessor.from_config(config, *tokenizers, chunker=chunker)
 

@@ -42,7 +42,8 @@ class PrefillGraph:
     ranges_per_block : int
         See ``refrag_kernels.PlanCapacity.for_rows``; 4 holds causal prompts, with interleaved passages more are needed.
     pool : optional
-        A memory pool to share with other graphs that never run at the same time: ``graph.pool()`` of one of them.
+        A memory pool to share with other graphs that never run at the same time: ``graph.pool()`` of one of them, which
+        has to be kept.
 
     Examples
     --------

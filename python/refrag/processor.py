@@ -8,21 +8,20 @@ import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from refrag.chat import render_chat
 from refrag.choosers import Chooser
 from refrag.chunking import Chunker, FixedChunks, SentenceChunks, describe_chunker
 from refrag.config import RefragConfig
 from refrag.encoder import TextEmbedder
 from refrag.expansion import expanded_chunks
 from refrag.packing import Span, pack_chunks, pack_spans
-from refrag.prompt import Chunk, MixedPrompt, Passage, PromptTooLongError
+from refrag.prompt import Chunk, MixedPrompt, Part, Passage, PromptTooLongError, require_text
 from refrag.store import ChunkStore, StoreError
-
-Part = str | Passage
 
 
 class RefragProcessor:
@@ -172,31 +171,19 @@ class RefragProcessor:
         -------
         list of str and Passage
             A prompt for ``__call__``.
+
+        Raises
+        ------
+        TypeError
+            If a message is made of anything else; names it.
+        ValueError
+            If the template leaves a passage out or repeats it.
         """
-        passages: list[Passage] = []
-        plain: list[dict[str, Any]] = []
-        # Templates take strings, so a passage travels through as a mark that no text holds.
-        everything = "".join(str(message["content"]) for message in messages)
-        mark = "\ue000"
-        while mark in everything:
-            mark += "\ue001"
-        for message in messages:
-            content = message["content"]
-            parts = [content] if isinstance(content, str) else content
-            passages.extend(part for part in parts if isinstance(part, Passage))
-            text = "".join(mark if isinstance(part, Passage) else part for part in parts)
-            plain.append({**message, "content": text})
-        rendered = str(
-            self.tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=add_generation_prompt)
-        ).split(mark)
-        prompt: list[Part] = [rendered[0]]
-        for passage, text in zip(passages, rendered[1:], strict=True):
-            prompt += [passage, text]
-        return [part for part in prompt if part != ""]
+        return render_chat(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
 
     def __call__(
         self,
-        prompts: Sequence[Part] | Sequence[Sequence[Part]],
+        prompts: Part | Sequence[Part] | Sequence[Sequence[Part]],
         *,
         expand: float | Collection[int | str] | None = None,
         expand_count: int | Sequence[int] | None = None,
@@ -211,6 +198,7 @@ class RefragProcessor:
         Parameters
         ----------
         prompts : list of str and Passage, or a list of such lists
+            A string or Passage alone is a prompt of one part.
         expand : float or collection of int and str, optional
             Share of each prompt's chunks that ``chooser`` picks to stand as text, 0 to 1; or what is to stand as text
             itself: chunks, numbered through the batch, and whole passages by their id.
@@ -237,6 +225,8 @@ class RefragProcessor:
 
         Raises
         ------
+        TypeError
+            If a prompt or a question is made of anything else than text and passages; names the part.
         ValueError
             If a prompt is empty, a passage has no text, ``expand`` is outside 0 to 1 or names a chunk or passage that
             isn't there, ``expand_count`` is more than a prompt's chunks, or there are not as many counts or questions
@@ -246,10 +236,7 @@ class RefragProcessor:
         PromptTooLongError
             If a prompt doesn't fit; says by how many tokens, and what k or how many expanded chunks would fit.
         """
-        if not prompts:
-            raise ValueError("prompts: is empty, needs a prompt")
-        alone = any(isinstance(part, (str, Passage)) for part in prompts)
-        batch = cast(Sequence[Sequence[Part]], [prompts] if alone else prompts)
+        batch = _batch(prompts)
         stored, chunk_embeds = None, None
         if store is not None:
             self._check_store(store)
@@ -293,15 +280,16 @@ class RefragProcessor:
         if own != store.recipe.chunker:
             raise StoreError(f"store {store.folder}: chunker: holds {store.recipe.chunker}, got a processor of {own}")
 
-    def spans(self, prompt: Sequence[Part]) -> list[Span]:
+    def spans(self, prompt: Part | Sequence[Part]) -> list[Span]:
         """Return a prompt's text and chunks before they are packed, as training wants them.
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             As ``__call__``.
         """
-        return self._started(self._spans(0, prompt, None, True), False)
+        parts = [prompt] if isinstance(prompt, (str, Passage)) else prompt
+        return self._started(self._spans(0, parts, None, True), False)
 
     def _spans(
         self, index: int, prompt: Sequence[Part], stored: Iterator[list[Chunk]] | None, begin: bool
@@ -317,15 +305,16 @@ class RefragProcessor:
                         f"passage {part.id or position!r} of prompt {index}: has no text"
                         + (", and no store is given to find its id in" if part.id and not part.text else "")
                     )
+                if stored is None:
+                    require_text(part.text, f"passage {part.id or position!r} of prompt {index}: text")
                 chunks = next(stored) if stored else self.chunker(part.text)
                 spans += [(passages, dataclasses.replace(chunk, passage=part.id)) for chunk in chunks]
                 passages += 1
-            elif isinstance(part, str):
+            else:
+                require_text(part, f"part {position} of prompt {index}", "str or Passage")
                 token_ids = self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
                 if token_ids:
                     spans.append((-1, token_ids))
-            else:
-                raise TypeError(f"part {position} of prompt {index}: got {type(part).__name__}, needs str or Passage")
         if not spans:
             raise ValueError(f"prompt {index}: is empty, needs text or passages")
         # A chat template writes the prefix itself; then it isn't repeated.
@@ -345,7 +334,11 @@ class RefragProcessor:
         """Return what choosers compare with, for each prompt."""
         if question is None:
             return [next((part for part in reversed(prompt) if isinstance(part, str)), "") for prompt in batch]
+        if not isinstance(question, (str, list, tuple)):
+            raise TypeError(f"question: got {type(question).__name__}, needs str, or a list of str")
         questions = [question] * len(batch) if isinstance(question, str) else list(question)
+        for index, own in enumerate(questions):
+            require_text(own, f"question {index}")
         if len(questions) != len(batch):
             raise ValueError(f"question: got {len(questions)} questions, needs {len(batch)}, one for each prompt")
         return questions
@@ -408,3 +401,21 @@ class RefragProcessor:
         if self.chunker_name == "fixed":
             return f"no k fits: {text} tokens are text, shorten it or expand less"
         return "shorten it, leave out passages or expand less"
+
+
+def _batch(prompts: Part | Sequence[Part] | Sequence[Sequence[Part]]) -> Sequence[Sequence[Part]]:
+    """Return prompts as a list of lists of parts, whatever those are."""
+    if isinstance(prompts, (str, Passage)):
+        return [[prompts]]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise TypeError(
+            f"prompts: got {type(prompts).__name__}, needs a list of str and Passage, or a list of such lists"
+        )
+    if not prompts:
+        raise ValueError("prompts: is empty, needs a prompt")
+    if any(isinstance(part, (str, Passage)) for part in prompts):
+        return [cast(Sequence[Part], prompts)]
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise TypeError(f"prompt {index}: got {type(prompt).__name__}, needs a list of str and Passage")
+    return cast(Sequence[Sequence[Part]], prompts)

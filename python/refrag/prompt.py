@@ -25,10 +25,49 @@ class Passage:
         The text. Only a passage that a ``ChunkStore`` is to find by its id may have none.
     id : str or None
         Where it comes from.
+
+    Raises
+    ------
+    TypeError
+        If either is of another type.
     """
 
     text: str = ""
     id: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise TypeError(f"passage: text: got {type(self.text).__name__}, needs str")
+        if not isinstance(self.id, (str, type(None))):
+            raise TypeError(f"passage: id: got {type(self.id).__name__}, needs str or None")
+
+
+Part = str | Passage  # of a prompt
+
+
+def require_text(text: object, name: str, needs: str = "str") -> None:
+    """Refuse what is no text that a tokenizer takes.
+
+    Raises
+    ------
+    TypeError
+        If it is no string; names it.
+    ValueError
+        If it holds half a surrogate pair.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: got {type(text).__name__}, needs {needs}")
+    if (place := half_surrogate(text)) is not None:
+        raise ValueError(f"{name}: holds half a surrogate pair at {place}, which is no character")
+
+
+def half_surrogate(text: str) -> int | None:
+    """Return where a text holds half a surrogate pair, such as JSON's escapes can write; None where it doesn't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from refrag.file_modes import usual_mode
 from refrag.key_index import KEY_BYTES
 from refrag.prompt import Chunk
 
@@ -130,7 +131,7 @@ def write_shard(
 
 def publish(part: Path, path: Path) -> None:
     """Rename a finished file to its name, so that even a power failure leaves it whole or absent."""
-    os.chmod(part, 0o644)  # safetensors' 0600 would hide a shared store from its other users
+    os.chmod(part, usual_mode(part.parent))
     with open(part, "rb") as file:
         os.fsync(file.fileno())
     os.replace(part, path)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from refrag.prompt import Passage
+from refrag.prompt import Passage, half_surrogate
 
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 
@@ -65,9 +65,7 @@ class JsonLines:
     def read(self, fields: Fields) -> Iterator[Passage | PassageError]:
         with open(self.path, "rb") as file:
             file.seek(self.start)
-            records = (pair for pair in enumerate(file, self.line) if pair[1].strip())
-            for number, line in itertools.islice(records, self.count):
-                yield _from_line(line, fields, f"{self.path}:{number}")
+            yield from itertools.islice(read_lines(file, fields, str(self.path), self.line), self.count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,12 +101,48 @@ class TextFiles:
     def read(self, fields: Fields) -> Iterator[Passage | PassageError]:
         for name in self.names:
             path = self.folder / name
-            try:
-                text = path.read_bytes().decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                yield PassageError(f"{path}: is not UTF-8 (byte {error.start})")
-                continue
-            yield Passage(text, name) if text.strip() else PassageError(f"{path}: has no text")
+            yield read_text(path.read_bytes(), str(path), name)
+
+
+def read_lines(lines: Iterable[bytes], fields: Fields, name: str, first: int = 1) -> Iterator[Passage | PassageError]:
+    """Yield the passages of JSON lines in order, and an error in the place of each line that is none.
+
+    Parameters
+    ----------
+    lines : iterable of bytes
+        UTF-8, as a binary file gives them: parted at line feeds only. Blank ones are no records.
+    fields : Fields
+    name : str
+        What errors call the file.
+    first : int
+        The first line's number.
+    """
+    for number, line in enumerate(lines, first):
+        if line.strip():
+            yield _from_line(line, fields, f"{name}:{number}")
+
+
+def read_text(content: bytes, name: str, id: str | None = None) -> Passage | PassageError:
+    """Return a whole file as one passage, or an error. Only a byte order mark is taken away: line ends stay.
+
+    Parameters
+    ----------
+    content : bytes
+        UTF-8.
+    name : str
+        What errors call the file.
+    id : str, optional
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return PassageError(f"{name}: is not UTF-8 (byte {error.start})")
+    return Passage(text, id) if text.strip() else PassageError(f"{name}: has no text")
+
+
+def is_corpus(path: Path) -> bool:
+    """Whether ``slices`` takes a path: JSON lines, Parquet or a folder."""
+    return path.suffix in (*JSON_SUFFIXES, ".parquet") or path.is_dir()
 
 
 def slices(paths: Sequence[Path], count: int, *, pattern: str = "*.txt") -> Iterator[Slice]:
@@ -203,7 +237,7 @@ def _from_record(record: dict[str, Any], fields: Fields, where: str, names: Sequ
         return PassageError(f"{where}: {fields.text} is {_kind(text)}, needs a string")
     if not text.strip():
         return PassageError(f"{where}: {fields.text} is empty")
-    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+    if half_surrogate(text) is not None:
         return PassageError(f"{where}: {fields.text} holds half a surrogate pair, which is no character")
     if id is None and fields.id is None:
         return Passage(text)

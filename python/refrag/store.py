@@ -85,7 +85,7 @@ class ChunkStore:
     """
 
     def __init__(self, folder: Path, recipe: ChunkRecipe, dtype: torch.dtype) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()  # the same from any working directory
         self.recipe = recipe
         self.dtype = dtype
         self._state = StoreState()
@@ -151,7 +151,7 @@ class ChunkStore:
                 raise StoreError(f"store {root}: has format {manifest['format']}, needs {_FORMAT}")
             held, dtype = ChunkRecipe(**manifest["recipe"]), DTYPES[manifest["dtype"]]
         except FileNotFoundError:
-            raise StoreError(f"store {root}: is none, it has no {_MANIFEST}") from None
+            raise _none(root) from None
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise StoreError(f"store {root}: its {_MANIFEST} can't be read ({error})") from error
         _require(root, held, recipe or held)
@@ -178,11 +178,19 @@ class ChunkStore:
         return f"ChunkStore({str(self.folder)!r}, {len(self):,} passages of {self.recipe.encoder})"
 
     def __reduce__(self):
-        return ChunkStore, (self.folder, self.recipe, self.dtype)
+        return ChunkStore.open, (self.folder, self.recipe)
 
     def refresh(self) -> int:
-        """Look for shards that were written since; return how many passages they bring."""
+        """Look for shards that were written since; return how many passages they bring.
+
+        Raises
+        ------
+        StoreError
+            If the store is gone, or a shard is damaged.
+        """
         with self._refreshing:
+            if not (self.folder / _MANIFEST).exists():
+                raise _none(self.folder)
             state = self._state
             known = set(state.names)
             names = sorted(path.name for path in self.folder.glob("shard-*.safetensors") if path.name not in known)
@@ -401,6 +409,10 @@ class ChunkStore:
         return f"passage {_name(passage, index)}: its text is not in {has}{others}{note}"
 
 
+def _none(folder: Path) -> StoreError:
+    return StoreError(f"store {folder}: is none, it has no {_MANIFEST}")
+
+
 def _require(folder: Path, held: ChunkRecipe, got: ChunkRecipe) -> None:
     if held.digest != got.digest:
         raise StoreError(f"store {folder}: " + "; ".join(held.differences(got)))
@@ -413,6 +425,10 @@ def _name(passage: Passage, index: int) -> str:
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     """Hold the writer's lock. The kernel drops it when its holder dies."""
-    with open(folder / ".lock", "w") as lock:
+    try:
+        lock = open(folder / ".lock", "w")
+    except FileNotFoundError:
+        raise _none(folder) from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

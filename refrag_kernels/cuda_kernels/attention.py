@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from refrag_kernels import backends
+from refrag_kernels import backends, grid_order
 from refrag_kernels.cuda_kernels.support import attention_unsupported
 
 
@@ -27,4 +27,4 @@ def mixed_attention(
     """See ``refrag_kernels.mixed_attention``; returns (out, lse)."""
     if sinks is not None:
         sinks = sinks.contiguous()
-    return torch.ops.refrag_cuda.mixed_attention(q, k, v, list(plan), scale, softcap, sinks)
+    return torch.ops.refrag_cuda.mixed_attention(q, k, v, list(plan), scale, softcap, sinks, *grid_order.order_of(k))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from refrag_kernels import backends
+from refrag_kernels import backends, grid_order
 from refrag_kernels.tile_lists import ROW_SHAPES, TileList, tensors_of
 from refrag_kernels.triton_kernels import configs, launch
 from refrag_kernels.triton_kernels.attention_backward import (
@@ -92,7 +92,7 @@ def _few_keys(plan: Sequence[torch.Tensor]) -> bool:
 
 
 def _query_tiles(kernel, q, k, v, plan: Sequence[torch.Tensor], softcap: float):
-    """Return grid, plan arguments, constants and options of a kernel that works by tiles of query rows."""
+    """Return grid, plan arguments, order, constants and options of a kernel that works by tiles of query rows."""
     target = launch.architecture(q.device)
     group, width = q.shape[1] // k.shape[1], launch.width(q.shape[2])
     tiles = tiles_of(kernel, target, plan, group, width, q.element_size(), softcap > 0)
@@ -109,7 +109,8 @@ def _query_tiles(kernel, q, k, v, plan: Sequence[torch.Tensor], softcap: float):
         PRECISION=launch.precision(q.dtype, target),
     )
     options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
-    return grid, (plan[0], plan[3], plan[8], units, ranges, entries), constants, options
+    walk = (plan[0], plan[3], plan[8], units, ranges, entries)
+    return grid, walk, grid_order.order_of(k).columns(grid[1], k.shape[1]), constants, options
 
 
 @backends.requires(_unsupported)
@@ -127,12 +128,12 @@ def mixed_attention(
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if not out.numel():
         return out, lse
-    grid, walk, constants, options = _query_tiles("forward", q, k, v, plan, softcap)
+    grid, walk, order, constants, options = _query_tiles("forward", q, k, v, plan, softcap)
     with launch.on(q.device):
         mixed_attention_fwd_kernel[grid](
             q, k, v, out, lse, lse if sinks is None else sinks.contiguous(), *walk, scale, softcap, q.shape[0],
-            plan[3].shape[0], *_strides(q, k, v, out), **constants, SINKS=sinks is not None, SOFTCAP=softcap > 0,
-            FUSED=scale > 0 and not softcap, **options,
+            plan[3].shape[0], *order, *_strides(q, k, v, out), **constants, SINKS=sinks is not None,
+            SOFTCAP=softcap > 0, FUSED=scale > 0 and not softcap, **options,
         )  # fmt: skip
     return out, lse
 
@@ -163,10 +164,10 @@ def mixed_attention_backward(
     delta, dsinks = _delta(grad_out, grad_lse.contiguous(), out, lse.contiguous(), plan[0], sinks)
     inputs = (q, k, v, grad_out, lse.contiguous(), delta)
     with launch.on(q.device):
-        grid, walk, constants, options = _query_tiles("dq", q, k, v, plan, softcap)
+        grid, walk, order, constants, options = _query_tiles("dq", q, k, v, plan, softcap)
         mixed_attention_bwd_dq_kernel[grid](
-            *inputs, dq, *walk, scale, softcap, q.shape[0], plan[3].shape[0], *_strides(q, k, v, grad_out, dq),
-            **constants, SOFTCAP=softcap > 0, **options,
+            *inputs, dq, *walk, scale, softcap, q.shape[0], plan[3].shape[0], *order,
+            *_strides(q, k, v, grad_out, dq), **constants, SOFTCAP=softcap > 0, **options,
         )  # fmt: skip
         if k.shape[0]:
             _key_gradients(inputs, dk, dv, plan, scale, softcap)
@@ -193,14 +194,19 @@ def _key_gradients(inputs, dk, dv, plan, scale, softcap) -> None:
     units, ranges, entries, slots = _list(plan, TileList(True, 4))
     parts, kv_heads, num_slots = 64 // config.rows, k.shape[1], slots.shape[0]
     sums = lse  # not written: no unit has a slot
+    programs = (units.shape[0] - 1) * parts
+    # Units are alike in work, and share so much of what they read that heads need no sections. An axis of the grid but
+    # the first has 65,535 programs at most.
+    heads_first = grid_order.heads_first() and programs < 2**16
     split = num_slots > 2  # two are what a list without any has
     if split:
         sums = torch.empty(2, num_slots, kv_heads, 64, columns, dtype=torch.float32, device=q.device)
-    mixed_attention_bwd_dkv_kernel[((units.shape[0] - 1) * parts, kv_heads)](
+    mixed_attention_bwd_dkv_kernel[(kv_heads, programs) if heads_first else (programs, kv_heads)](
         *inputs, dk, dv, sums, plan[0], plan[9], plan[8], units, ranges, entries, scale, softcap, k.shape[0],
         plan[9].shape[0], num_slots, *_strides(q, k, v, grad_out, dk), GROUP=q.shape[1] // kv_heads, KEYS=config.rows,
-        STEP=config.step, D=columns, BD=width, WIDE=launch.wide(config.step, q.stride(0), grad_out.stride(0)),
-        SOFTCAP=softcap > 0, PRECISION=launch.precision(q.dtype, target),
+        STEP=config.step, D=columns, BD=width,
+        WIDE=launch.wide(config.step, q.stride(0), grad_out.stride(0)), SOFTCAP=softcap > 0,
+        PRECISION=launch.precision(q.dtype, target), TILES=int(heads_first),
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if split:

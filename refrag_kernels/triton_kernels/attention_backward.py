@@ -18,6 +18,7 @@ from refrag_kernels.triton_kernels.tiles import (
     next_step,
     scores,
     seeing_rows,
+    tile_and_column,
     unit_of,
     visible_keys,
 )
@@ -81,7 +82,7 @@ def _dq_step(
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["section", "ahead"])
 def mixed_attention_bwd_dq_kernel(
     p_q,  # [T_q, H_q, D]
     p_k,  # [T_kv, H_kv, D]
@@ -100,6 +101,8 @@ def mixed_attention_bwd_dq_kernel(
     softcap,
     q_rows,
     num_blocks,
+    section,  # columns of the grid
+    ahead,  # tiles
     stride_qt,
     stride_qh,
     stride_kt,
@@ -122,14 +125,15 @@ def mixed_attention_bwd_dq_kernel(
 ):
     WIDTH: tl.constexpr = 2 + BLOCKS
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1) // PARTS
+    tile, column = tile_and_column(section, ahead)
+    tile = tl.num_programs(0) - 1 - tile
+    kv_head = column // PARTS
     o_m = tl.arange(0, BLOCKS * 16 * HEADS)
     o_n = tl.arange(0, STEP)
     o_d = tl.arange(0, BD)
     o_block = o_m // (16 * HEADS)
     o_row = o_m // HEADS % 16
-    head_of_group = tl.program_id(1) % PARTS * HEADS + o_m % HEADS
+    head_of_group = column % PARTS * HEADS + o_m % HEADS
     m_head = head_of_group < GROUP
     head = (kv_head * GROUP + head_of_group).to(tl.int64)
     heads = tl.num_programs(1) // PARTS * GROUP
@@ -174,8 +178,9 @@ def mixed_attention_bwd_dq_kernel(
         tl.debug_barrier()  # what was stored is written before what is stored again
         rows_again(
             p_q, p_keys, p_values, p_grad_out, p_lse, p_delta, p_dq, p_blocks, p_bits, p_all_units, p_ranges, p_entries,
-            scale, softcap, num_blocks, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt,
-            stride_gh, stride_dt, stride_dh, True, GROUP, HEADS, BLOCKS, D, BD, WIDE, SOFTCAP, PRECISION,
+            scale, softcap, num_blocks, section, ahead, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt,
+            stride_vh, stride_gt, stride_gh, stride_dt, stride_dh, True, GROUP, HEADS, BLOCKS, D, BD, WIDE, SOFTCAP,
+            PRECISION,
         )  # fmt: skip
 
     ROWS: tl.constexpr = BLOCKS * 16
@@ -243,6 +248,7 @@ def mixed_attention_bwd_dkv_kernel(
     WIDE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    TILES: tl.constexpr,  # which axis of the grid counts them; the other one the key/value heads
 ):
     """Gradients of the keys and values of a tile of four blocks, or of a part of one, over all query heads.
 
@@ -251,14 +257,14 @@ def mixed_attention_bwd_dkv_kernel(
     WIDTH: tl.constexpr = 6
     PARTS: tl.constexpr = 64 // KEYS
     # Under a causal mask the first tiles are seen by the most rows: they start first, as they are numbered.
-    unit = tl.program_id(0) // PARTS
+    unit = tl.program_id(TILES) // PARTS
     p_all_units = p_units  # as they were, for keys_again
     p_units += unit * 5
     tile = tl.load(p_units + 3)
-    kv_head = tl.program_id(1).to(tl.int64)
-    kv_heads = tl.num_programs(1)
+    kv_head = tl.program_id(1 - TILES).to(tl.int64)
+    kv_heads = tl.num_programs(1 - TILES)
     heads = kv_heads * GROUP
-    o_m = tl.program_id(0) % PARTS * KEYS + tl.arange(0, KEYS)
+    o_m = tl.program_id(TILES) % PARTS * KEYS + tl.arange(0, KEYS)
     o_n = tl.arange(0, STEP)
     o_d = tl.arange(0, BD)
     rows, m_rows = block_rows(p_blocks, tile * 4 + o_m // 16, o_m % 16, num_blocks)
@@ -318,11 +324,11 @@ def mixed_attention_bwd_dkv_kernel(
         keys_again(
             p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_dk, p_dv, p_sums, p_blocks, p_bits, p_all_units, p_ranges,
             p_entries, scale, softcap, num_blocks, slots, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt,
-            stride_vh, stride_gt, stride_gh, stride_dt, stride_dh, GROUP, KEYS, D, BD, WIDE, SOFTCAP, PRECISION,
+            stride_vh, stride_gt, stride_gh, stride_dt, stride_dh, GROUP, KEYS, D, BD, WIDE, SOFTCAP, PRECISION, TILES,
         )  # fmt: skip
 
     first = tl.load(p_sizes + 1) + unit * 64
-    stride = tl.num_programs(0) // PARTS * 64
+    stride = tl.num_programs(TILES) // PARTS * 64
     o_head = tl.zeros([KEYS], tl.int64) + kv_head
     fill_rows(p_dk, first, kv_rows, stride, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)
     fill_rows(p_dv, first, kv_rows, stride, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)

@@ -14,6 +14,7 @@ from refrag_kernels.triton_kernels.tiles import (
     load_step,
     next_step,
     scores,
+    tile_and_column,
     unit_of,
     visible_keys,
 )
@@ -49,7 +50,7 @@ def _step(
     return b_acc, new_max, b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["section", "ahead"])
 def mixed_attention_fwd_kernel(
     p_q,  # [T_q, H_q, D]
     p_k,  # [T_kv, H_kv, D]
@@ -67,6 +68,8 @@ def mixed_attention_fwd_kernel(
     softcap,
     q_rows,
     num_blocks,
+    section,  # columns of the grid
+    ahead,  # tiles
     stride_qt,
     stride_qh,
     stride_kt,
@@ -89,15 +92,16 @@ def mixed_attention_fwd_kernel(
 ):
     WIDTH: tl.constexpr = 2 + BLOCKS
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    tile, column = tile_and_column(section, ahead)
     # Under a causal mask the last tiles have the most keys: they start first.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1) // PARTS
+    tile = tl.num_programs(0) - 1 - tile
+    kv_head = column // PARTS
     o_m = tl.arange(0, BLOCKS * 16 * HEADS)
     o_n = tl.arange(0, STEP)
     o_d = tl.arange(0, BD)
     o_block = o_m // (16 * HEADS)
     o_row = o_m // HEADS % 16
-    head_of_group = tl.program_id(1) % PARTS * HEADS + o_m % HEADS
+    head_of_group = column % PARTS * HEADS + o_m % HEADS
     m_head = head_of_group < GROUP
     head = kv_head * GROUP + head_of_group
 
@@ -155,8 +159,8 @@ def mixed_attention_fwd_kernel(
         tl.debug_barrier()  # the lse is written
         rows_again(
             p_q, p_keys, p_values, p_q, p_lse, p_lse, p_out, p_blocks, p_bits, p_all_units, p_ranges, p_entries, scale,
-            softcap, num_blocks, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_qt, stride_qh,
-            stride_ot, stride_oh, False, GROUP, HEADS, BLOCKS, D, BD, WIDE, SOFTCAP, PRECISION,
+            softcap, num_blocks, section, ahead, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+            stride_qt, stride_qh, stride_ot, stride_oh, False, GROUP, HEADS, BLOCKS, D, BD, WIDE, SOFTCAP, PRECISION,
         )  # fmt: skip
 
     # Rows beyond the batch, under a capacity.

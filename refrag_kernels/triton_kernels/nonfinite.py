@@ -18,6 +18,7 @@ from refrag_kernels.triton_kernels.tiles import (
     next_step,
     scores,
     seeing_rows,
+    tile_and_column,
     unit_of,
     visible_keys,
 )
@@ -45,17 +46,18 @@ def add_seen(b_weights, b_rows, visible, b_acc, PRECISION: tl.constexpr):
 @triton.jit(noinline=True)
 def rows_again(
     p_q, p_k, p_v, p_grad, p_lse, p_delta, p_out, p_blocks, p_bits, p_units, p_ranges, p_entries, scale, softcap,
-    num_blocks, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh, stride_ot,
-    stride_oh, BACKWARD: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, D: tl.constexpr,
+    num_blocks, section, ahead, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
+    stride_ot, stride_oh, BACKWARD: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, WIDE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the outputs of a tile of query rows, or the gradients of the rows (``BACKWARD``)."""
     WIDTH: tl.constexpr = 2 + BLOCKS
     PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     # As the kernels that call this number their programs.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1) // PARTS
-    part = tl.program_id(1) % PARTS
+    tile, column = tile_and_column(section, ahead)
+    tile = tl.num_programs(0) - 1 - tile
+    kv_head = column // PARTS
+    part = column % PARTS
     heads = tl.num_programs(1) // PARTS * GROUP
     p_k += kv_head.to(tl.int64) * stride_kh
     p_v += kv_head.to(tl.int64) * stride_vh
@@ -119,18 +121,18 @@ def keys_again(
     p_q, p_k, p_v, p_grad, p_lse, p_delta, p_dk, p_dv, p_sums, p_blocks, p_bits, p_units, p_ranges, p_entries, scale,
     softcap, num_blocks, slots, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
     stride_dt, stride_dh, GROUP: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    WIDE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of a tile of keys and values, or the sums of a part of one to its slot."""
     PARTS: tl.constexpr = 64 // KEYS
     # As the kernel that calls this numbers its programs.
-    part = tl.program_id(0) % PARTS
-    kv_head = tl.program_id(1).to(tl.int64)
-    kv_heads = tl.num_programs(1)
+    part = tl.program_id(TILES) % PARTS
+    kv_head = tl.program_id(1 - TILES).to(tl.int64)
+    kv_heads = tl.num_programs(1 - TILES)
     heads = kv_heads * GROUP
     p_k += kv_head * stride_kh
     p_v += kv_head * stride_vh
-    p_units += tl.program_id(0) // PARTS * 5
+    p_units += tl.program_id(TILES) // PARTS * 5
     tile = tl.load(p_units + 3)
     slot = tl.load(p_units + 4)
     for sub in tl.range(0, KEYS // 16, num_stages=1):

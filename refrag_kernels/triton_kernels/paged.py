@@ -9,7 +9,7 @@ import torch
 import triton
 
 from refrag_kernels import backends, paged_values
-from refrag_kernels.triton_kernels import configs, launch
+from refrag_kernels.triton_kernels import configs, decode, launch
 from refrag_kernels.triton_kernels.merge import merge_states_bwd_kernel, merge_states_fwd_kernel
 from refrag_kernels.triton_kernels.paged_attention import (
     append_kv_kernel,
@@ -31,7 +31,7 @@ def _unsupported(first, *_):
 
 
 def parts_of(programs: int, max_keys: int, step: int) -> tuple[int, int]:
-    """Return into how many parts keys are split, and the keys of a part, from shapes alone."""
+    """Return into how many parts keys are split, and the keys of a part if a sequence has all, from shapes alone."""
     parts = min(_MAX_PARTS, -(-_PROGRAMS // programs), -(-max_keys // _PART_KEYS))
     keys = -(-max_keys // (max(1, parts) * step)) * step
     return max(1, -(-max_keys // max(1, keys))), max(step, keys)
@@ -56,7 +56,12 @@ def paged_attention(
     if not sequences:  # rows that belong to none
         return out.zero_(), lse.fill_(float("-inf"))
     target, width, group = launch.architecture(q.device), launch.width(columns), q_heads // kv_heads
-    config = configs.paged(target, width, q.element_size(), q_offsets is None)
+    many = 2 * sequences * kv_heads * -(-group // 16) >= _PROGRAMS  # before keys are split
+    config = configs.paged(target, width, q.element_size(), q_offsets is None, many)
+    ahead = False
+    if q_offsets is None:
+        ahead = decode.chosen.ahead and visible_indptr is None
+        config = config._replace(stages=decode.chosen.stages or config.stages)
     heads = min(16, launch.power_of_2(group))
     rows = 1 if q_offsets is None else config.rows // heads
     heads = max(heads, 16 // rows)  # matrix instructions take 16 rows
@@ -79,10 +84,10 @@ def paged_attention(
             None if visible_ranges is None else visible_ranges.contiguous(), sinks, out_parts, lse_parts, scale,
             softcap, window_left, sequences, q_rows, num_pages,
             0 if visible_ranges is None else visible_ranges.shape[0],
-            max_pages * page, part_keys, *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
-            page_table.stride(0), GROUP=group, HEADS=heads, ROWS=rows, STEP=config.step, PAGE=page, D=columns, BD=width,
-            SOFTCAP=softcap > 0, PRECISION=launch.precision(q.dtype, target), num_warps=config.warps,
-            num_stages=config.stages,
+            max_pages * page, 0 if decode.chosen.by_length else part_keys, *q.stride()[:2], *k_pages.stride()[:3],
+            *v_pages.stride()[:3], page_table.stride(0), GROUP=group, HEADS=heads, ROWS=rows, STEP=config.step,
+            PAGE=page, D=columns, BD=width, SOFTCAP=softcap > 0, PRECISION=launch.precision(q.dtype, target),
+            AHEAD=ahead, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if parts > 1:
             paged_attention_merge_kernel[(q_rows * q_heads,)](

@@ -57,12 +57,17 @@ def in_ranges(p_ranges, cursor, end, o_key, STEP: tl.constexpr):
 
 
 @triton.jit
+def pages_of(p_pages, o_key, m_key, PAGE: tl.constexpr):
+    """Return the page of each key, -1 for keys out of ``m_key``."""
+    return tl.load(p_pages + o_key // PAGE, mask=m_key, other=-1)
+
+
+@triton.jit
 def _step(
-    b_q, b_acc, b_max, b_sum, p_k, p_v, p_pages, o_key, m_key, visible, o_d, pages, stride_kp, stride_ks, stride_vp,
+    b_q, b_acc, b_max, b_sum, p_k, p_v, page, o_key, m_key, visible, o_d, pages, stride_kp, stride_ks, stride_vp,
     stride_vs, scale, softcap, PAGE: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     EXACT: tl.constexpr = b_q.dtype == tl.float32
-    page = tl.load(p_pages + o_key // PAGE, mask=m_key, other=-1)
     # A page that is not in the cache is not seen.
     m_key &= (page >= 0) & (page < pages)
     m_load = m_key[:, None] & (o_d < D)[None, :]
@@ -103,7 +108,7 @@ def paged_attention_kernel(
     pages,
     num_ranges,
     max_keys,  # that the table has room for
-    part_keys,  # keys of a part, a multiple of STEP
+    part_keys,  # keys of a part, a multiple of STEP; 0: a tile's keys are divided evenly
     stride_qt,
     stride_qh,
     stride_kp,
@@ -122,6 +127,7 @@ def paged_attention_kernel(
     BD: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,  # whether a step loads the pages of the next one, and its own are there
 ):
     SPLITS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     kv_head = (tl.program_id(1) // SPLITS).to(tl.int64)
@@ -150,14 +156,20 @@ def paged_attention_kernel(
     length = tl.minimum(tl.load(p_lengths + sequence), max_keys)
     position = length - end_row + o_row
 
-    # The keys that some row of the tile may see, in this part.
-    last_position = length - end_row + tl.minimum(first_tile_row + ROWS, end_row) - 1
-    end = tl.minimum(last_position + 1, (part + 1) * part_keys)
-    start = part * part_keys
-    begin = start
+    # The keys that some row of the tile may see, and those of this part.
+    end = length - end_row + tl.minimum(first_tile_row + ROWS, end_row)
+    begin = 0
     if window_left >= 0:
-        begin = tl.maximum(start, length - end_row + first_tile_row - window_left)
-        start = begin // STEP * STEP
+        begin = tl.maximum(length - end_row + first_tile_row - window_left, 0)
+    first = begin // STEP * STEP
+    if part_keys == 0:
+        part_keys = tl.cdiv(end - first, tl.num_programs(2) * STEP) * STEP
+    else:
+        first = 0
+    start = first + part * part_keys
+    end = tl.minimum(end, start + part_keys)
+    begin = tl.maximum(begin, start)
+    start = begin // STEP * STEP
 
     p_rows = o_row.to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qh + o_d[None, :]
     b_q = tl.load(p_q + p_rows, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, BD]
@@ -172,6 +184,9 @@ def paged_attention_kernel(
         cursor = tl.maximum(tl.load(p_indptr + o_row, mask=m_row, other=0), 0)
         range_end = tl.minimum(tl.load(p_indptr + o_row + 1, mask=m_row, other=0), num_ranges)
         cursor = first_range(p_ranges, cursor, range_end, start)
+    if AHEAD and p_indptr is None:
+        o_key = start + tl.arange(0, STEP)
+        page = pages_of(p_pages, o_key, (o_key >= begin) & (o_key < end), PAGE)
     for key in range(start, end, STEP):
         o_key = key + tl.arange(0, STEP)
         # What no row sees may hold anything, NaN too, and is not read.
@@ -180,18 +195,25 @@ def paged_attention_kernel(
         if window_left >= 0:
             visible &= o_key[None, :] >= position[:, None] - window_left
         if p_indptr is None:
+            if AHEAD:
+                next_page = pages_of(p_pages, o_key + STEP, o_key + STEP < end, PAGE)
+            else:
+                page = pages_of(p_pages, o_key, m_key, PAGE)
             b_acc, b_max, b_sum = _step(
-                b_q, b_acc, b_max, b_sum, p_k, p_v, p_pages, o_key, m_key, visible, o_d, pages, stride_kp, stride_ks,
+                b_q, b_acc, b_max, b_sum, p_k, p_v, page, o_key, m_key, visible, o_d, pages, stride_kp, stride_ks,
                 stride_vp, stride_vs, scale, softcap, PAGE, D, SOFTCAP, PRECISION,
             )  # fmt: skip
+            if AHEAD:
+                page = next_page
         else:
             seen, cursor = in_ranges(p_ranges, cursor, range_end, o_key, STEP)
             visible &= seen
             # Most steps hold nothing that a chunk mask lets these rows see: they cost a test, not a read of keys.
             m_key &= tl.max(visible.to(tl.int32), 0) > 0
             if tl.max(m_key.to(tl.int32)) > 0:
+                page = pages_of(p_pages, o_key, m_key, PAGE)
                 b_acc, b_max, b_sum = _step(
-                    b_q, b_acc, b_max, b_sum, p_k, p_v, p_pages, o_key, m_key, visible, o_d, pages, stride_kp,
+                    b_q, b_acc, b_max, b_sum, p_k, p_v, page, o_key, m_key, visible, o_d, pages, stride_kp,
                     stride_ks, stride_vp, stride_vs, scale, softcap, PAGE, D, SOFTCAP, PRECISION,
                 )  # fmt: skip
 

@@ -13,6 +13,25 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def tile_and_column(section, ahead):
+    """Return the tile and the column of this program, of a grid of tiles by columns.
+
+    The first ``ahead`` tiles of all columns start first, column by column; then one ``section`` of columns after the
+    other does likewise, see ``refrag_kernels.grid_order``. (1, 0) is the order of the grid itself.
+    """
+    columns = tl.num_programs(1)
+    ahead = tl.minimum(ahead, tl.num_programs(0))
+    rest = tl.num_programs(0) - ahead
+    index = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    leads = index < ahead * columns
+    index = tl.where(leads, index, index - ahead * columns)
+    first = tl.where(leads, 0, index // tl.maximum(rest * section, 1) * section)
+    width = tl.where(leads, columns, tl.minimum(section, columns - first))
+    index -= first * rest
+    return index // width + tl.where(leads, 0, ahead), first + index % width
+
+
+@triton.jit
 def block_rows(p_blocks, o_block, o_row, num_blocks):
     """Return the packed rows of rows ``o_row`` of blocks ``o_block``, and which of them exist."""
     m_block = o_block < num_blocks

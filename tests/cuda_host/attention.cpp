@@ -16,7 +16,8 @@ const char* run(const AttentionParams& params, const AttentionGrid& grid) {
 }  // namespace
 
 // pointers: q, k, v, out, lse, sinks, then the plan's first nine tensors without q_row_block and kv_row_block. strides: q,
-// k, v, each of rows and heads. counts: rows of q, rows of k, query blocks, query heads, key/value heads.
+// k, v, each of rows and heads. counts: rows of q, rows of k, query blocks, query heads, key/value heads, then the order:
+// heads of a section, and blocks of threads ahead of the first one.
 extern "C" const char* mixed_attention(Element element, int width, int tiles, const void* const* pointers,
                                        const int64_t* strides, const int* counts, float scale, float softcap) {
   AttentionParams params = {};
@@ -46,7 +47,7 @@ extern "C" const char* mixed_attention(Element element, int width, int tiles, co
   params.group = counts[3] / counts[4];
   params.scale = scale;
   params.softcap = softcap;
-  const AttentionGrid grid = divide_attention(params, counts[4]);
+  const AttentionGrid grid = divide_attention(params, counts[4], counts[5], counts[6]);
   const bool half = element == Element::float16;
   if (width == 64 && tiles == 4) return half ? run<__half, 64, 4>(params, grid) : run<__nv_bfloat16, 64, 4>(params, grid);
   if (width == 96 && tiles == 4) return half ? run<__half, 96, 4>(params, grid) : "not built";
@@ -54,6 +55,29 @@ extern "C" const char* mixed_attention(Element element, int width, int tiles, co
   if (width == 128 && tiles == 4) return half ? "not built" : run<__nv_bfloat16, 128, 4>(params, grid);
   if (width == 128 && tiles == 2) return half ? run<__half, 128, 2>(params, grid) : "not built";
   return "no such kernel";
+}
+
+// sizes: query blocks, key/value heads, query heads of each, heads of a section, blocks of threads ahead of the first. Writes
+// the place of each block of threads, in the order of their numbers.
+namespace {
+struct PlacesParams {
+  AttentionParams attention;
+  int* places;
+};
+void places_kernel(const PlacesParams params) {
+  if (threadIdx.x > 0) return;
+  const AttentionPlace place = place_in_sections(params.attention);
+  int* to = params.places + 2 * (blockIdx.y * gridDim.x + blockIdx.x);
+  to[0] = place.x;
+  to[1] = place.y;
+}
+}  // namespace
+extern "C" const char* places(const int* sizes, int* found) {
+  PlacesParams params = {{}, found};
+  params.attention.num_blocks = sizes[0];
+  params.attention.group = sizes[2];
+  const AttentionGrid grid = divide_attention(params.attention, sizes[1], sizes[3], sizes[4]);
+  return cuda_host::launch(places_kernel, dim3(grid.x, grid.y), dim3(1), 0, params);
 }
 
 // What the launcher takes where a multiprocessor has that much shared memory.

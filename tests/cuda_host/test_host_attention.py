@@ -1,16 +1,19 @@
 """mixed_attention's CUDA kernel, run on the CPU thread by thread, against float64."""
 
 import dataclasses
+import itertools
 import random
 
 import host_library
 import pytest
 import torch
+import torch.nn.functional as F
 from accuracy import LSE, OUTPUT, relative_error
 from factory import AttentionProblem, PlanProblem, random_mask, random_plan_problem
 from nonfinite import spoilt_problem
 
 import refrag_kernels as rk
+from refrag_kernels.grid_order import TILES_FIRST, Order
 
 # Head width, and tiles of a stage: fewer than 4 where a multiprocessor has 100 KB of shared memory only.
 VARIANTS = [
@@ -39,8 +42,8 @@ def make_problem(seed, plan_problem, dtype, width, heads, *, softcap=None, sinks
     return AttentionProblem(plan_problem, q, k, v, torch.zeros(q.shape), torch.zeros(tokens, q_heads), options)
 
 
-def run(problem: AttentionProblem, tiles: int, plan: rk.AttentionPlan | None = None, **options):
-    """Return out and lse of the kernel."""
+def run(problem: AttentionProblem, tiles: int, plan: rk.AttentionPlan | None = None, of=TILES_FIRST, **options):
+    """Return out and lse of the kernel, whose blocks of threads go by the order ``of``."""
     library = host_library.load("attention")
     plan = problem.plan_problem.plan() if plan is None else plan
     q, k, v = problem.q, problem.k, problem.v
@@ -58,7 +61,7 @@ def run(problem: AttentionProblem, tiles: int, plan: rk.AttentionPlan | None = N
             tiles,
             host_library.pointers(q, k, v, out, lse, problem.options["sinks"], *lists),
             host_library.int64s([stride for tensor in (q, k, v) for stride in tensor.stride()[:2]]),
-            host_library.ints([len(q), len(k), len(plan.q_blocks), q.shape[1], k.shape[1]]),
+            host_library.ints([len(q), len(k), len(plan.q_blocks), q.shape[1], k.shape[1], *of]),
             float(problem.options["scale"] or width**-0.5),
             float(softcap),
         )
@@ -94,8 +97,9 @@ def test_random_problems(seed):
     problem = make_problem(
         seed, plan_problem, dtype, width, HEADS[seed // 3 % len(HEADS)], softcap=softcap, sinks=rng.random() < 0.4
     )
-    order = rng.choice(host_library.ORDERS)
-    out, lse = run(problem, tiles, order=order, seed=seed, early_copies=rng.random() < 0.5)
+    order, early_copies = rng.choice(host_library.ORDERS), rng.random() < 0.5
+    of = Order(rng.randint(0, problem.k.shape[1]), rng.choice([0, 5, 264]))
+    out, lse = run(problem, tiles, of=of, order=order, seed=seed, early_copies=early_copies)
     check(problem, out, lse)
 
 
@@ -128,6 +132,45 @@ def test_every_order_of_threads_gives_the_same_bits():
     ]
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
+@pytest.mark.parametrize("heads", [(5, 1), (3, 5), (2, 12)])
+def test_every_order_of_blocks_gives_the_same_bits(heads):
+    """Sections that do and don't divide the heads; several groups of heads a key/value head; rows beyond the batch."""
+    lengths = [[30, 1, 1, 16], [7, 20]]
+    layout = rk.ChunkLayout.from_lengths(lengths)
+    plan_problem = PlanProblem(layout, random_mask(random.Random(1), "passages", lengths), True, None, None)
+    problem = make_problem(4, plan_problem, torch.float16, 64, heads)
+    plan = plan_problem.plan(capacity=rk.PlanCapacity.for_rows(128, sequences=4))
+    missing = 128 - layout.total_rows
+    padded = dataclasses.replace(
+        problem, **{name: F.pad(getattr(problem, name), (0, 0, 0, 0, 0, missing), value=torch.nan) for name in "qkv"}
+    )
+    expected = run(padded, 4, plan)
+    check(problem, *(result[: layout.total_rows] for result in expected))
+    assert (expected[0][layout.total_rows :] == 0).all() and expected[1][layout.total_rows :].isneginf().all()
+    for section, ahead in itertools.product(range(1, heads[0] + 1), (0, 1, 2 * heads[0], 264)):
+        out, lse = run(padded, 4, plan, of=Order(section, ahead))
+        assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1]), (section, ahead)
+
+
+def test_the_places_of_blocks():
+    """Each once, by the words of refrag_kernels/grid_order.py; without sections they are those of the grid."""
+    library = host_library.load("attention")
+    for blocks, heads, groups, section, ahead in itertools.product((1, 5), (1, 3, 4), (1, 3), (0, 1, 2, 4), (0, 7, 99)):
+        columns, width = heads * groups, max(1, min(section, heads) * groups)
+        leading = min(blocks, -(-ahead // columns))
+        expected = [(x, y) for x in range(leading) for y in range(columns)]
+        for first in range(0, columns, width):
+            of_section = range(first, min(first + width, columns))
+            expected += [(x, y) for x in range(leading, blocks) for y in of_section]
+        found = host_library.ints([-1] * 2 * len(expected))
+        # A group of heads is at most eight query heads.
+        sizes = host_library.ints([blocks, heads, groups * 8, min(section, heads), ahead])
+        host_library.call(library, "places", sizes, found)
+        assert list(zip(found[::2], found[1::2])) == expected, (blocks, heads, groups, section, ahead)
+        if (section, ahead) == (0, 0):
+            assert expected == [(x, y) for y in range(columns) for x in range(blocks)]
 
 
 def test_rows_that_see_nothing():

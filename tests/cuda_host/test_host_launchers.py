@@ -14,8 +14,9 @@ from factory import random_attention_problem
 from paged_problems import make_problem
 
 import refrag_kernels as rk
-from refrag_kernels import extension
+from refrag_kernels import extension, grid_order
 from refrag_kernels.cuda_kernels import attention, paged, pooling, projection
+from refrag_kernels.grid_order import TILES_FIRST, Order
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -107,7 +108,7 @@ def test_attention(seed, kilobytes):
     reason = attention.mixed_attention.unsupported(q, k, v)
     if reason:  # what the backend leaves to others the launcher refuses as well
         with pytest.raises(RuntimeError, match="need"):
-            torch.ops.refrag_cuda.mixed_attention(q, k, v, list(problem.plan_problem.plan().tensors()), 1.0, 0.0, None)
+            torch.ops.refrag_cuda.mixed_attention(q, k, v, problem.plan_problem.plan().tensors(), 1.0, 0.0, None, 0, 0)
         return
     scale = options.get("scale") or q.shape[2] ** -0.5
     out, lse = attention.mixed_attention(
@@ -122,6 +123,26 @@ def test_attention(seed, kilobytes):
     assert threads == (256 if q.shape[1] // k.shape[1] > 4 else 128)
     blocks = (kilobytes << 10) // (shared + 1024)
     assert blocks >= 2
+
+
+def test_the_order_of_blocks():
+    library = load("attention")
+    library.set_multiprocessor(164 << 10)
+    q, k = torch.randn(100, 6, 64).half(), torch.randn(100, 3, 64).half()
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[100]])).tensors()
+    results = []
+    for order in (TILES_FIRST, Order(2, 4)):
+        with grid_order.use(order):
+            results.append(attention.mixed_attention(q, k, k, plan, 0.1, 0.0, None))
+            assert library.last_launch().decode().startswith("4,3,1 ")
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    for values, message in (
+        ((4, 0), "section_heads: got 4"),
+        ((-1, 0), "section_heads: got -1"),
+        ((1, -1), "ahead: got -1"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.refrag_cuda.mixed_attention(q, k, k, plan, 0.1, 0.0, None, *values)
 
 
 @pytest.mark.parametrize("kilobytes", [100, 164])

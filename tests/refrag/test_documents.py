@@ -66,19 +66,19 @@ def test_a_file_that_is_no_text_is_named(home, tokenizer):
 def test_windows_are_all_runs_inside_documents():
     documents = Documents(np.arange(20), np.array([0, 3, 3, 10, 12, 20]))
     windows = documents.windows(4)
-    assert [windows[index] for index in range(len(windows))] == [
+    assert [windows[index].token_ids for index in range(len(windows))] == [
         list(range(start, start + 4)) for first, end in [(3, 10), (12, 20)] for start in range(first, end - 3)
     ]
     with pytest.raises(IndexError):
         windows[len(windows)]
     with pytest.raises(ValueError, match="the longest has 8 tokens, needs 9"):
         documents.windows(9)
-    drawn = [tuple(windows.draw(3, index)) for index in range(300)]
+    drawn = [tuple(windows.draw(3, index).token_ids) for index in range(300)]
     assert len(set(drawn)) == len(windows)  # each can come
     assert (
         drawn
-        == [tuple(windows.draw(3, index)) for index in range(300)]
-        != [tuple(windows.draw(4, index)) for index in range(300)]
+        == [tuple(windows.draw(3, index).token_ids) for index in range(300)]
+        != [tuple(windows.draw(4, index).token_ids) for index in range(300)]
     )
 
 

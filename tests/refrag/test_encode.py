@@ -2,7 +2,9 @@
 
 import json
 import os
+import pickle
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -17,6 +19,7 @@ from refrag import (
     weights,
 )
 from refrag.cli import app
+from refrag.encode_job import EncodeJob
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel
 from typer.testing import CliRunner
 
@@ -186,6 +189,13 @@ def test_the_demos_encoders_are_the_defaults(run, tmp_path):
     assert recipe.pooling == "mean, windows of 512 tokens" and recipe.chunker == "fixed, k = 16"
     assert run(tmp_path, "--k", "16", encoder=False).exit_code == 0  # for this k there is no adapter: the same encoder
     assert len(list((tmp_path / "store").glob("shard-*"))) == 1
+
+
+def test_a_job_keeps_its_store_wherever_it_travels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = pickle.loads(pickle.dumps(EncodeJob(Path("store"))))
+    monkeypatch.chdir("/")
+    assert job.store == tmp_path / "store"
 
 
 @pytest.fixture(scope="module")

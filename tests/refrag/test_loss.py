@@ -37,6 +37,26 @@ def test_a_packed_batch_equals_its_sequences():
     assert torch.allclose(loss, by_hand(logits, batch, batch.token_ids).mean())
 
 
+def test_no_row_predicts_the_next_sequences_first_token():
+    """Only a sequence's own rows count, whatever begins the next one: text, an empty sequence before it, one row."""
+    model = tiny.refrag()
+    text, slot = [("text", 6)], [("slot", 0), ("text", 3)]
+    batch = tiny.prompt([text, [], slot, text, [("text", 1)], text, []])
+    labels = batch.token_ids.clone()
+    loss = model(prompt=batch, labels=labels).loss
+    assert torch.allclose(loss, by_hand(model(prompt=batch).logits[0], batch, labels).mean())
+    starts = batch.layout.sequence_offsets[:-1].long().unique()
+    firsts = starts[starts < len(labels)]
+    assert len(firsts) == 5
+    for unlike in ((labels[firsts] + 1) % tiny.VOCABULARY, torch.full_like(firsts, -100)):
+        assert torch.equal(model(prompt=batch, labels=labels.index_copy(0, firsts, unlike)).loss, loss)
+    # Every other label counts.
+    for row in set(range(len(labels))) - set(firsts.tolist()):
+        other = labels.clone()
+        other[row] = (other[row] + 1) % tiny.VOCABULARY
+        assert not torch.equal(model(prompt=batch, labels=other).loss, loss), row
+
+
 def test_every_part_gets_a_gradient():
     model, prompt = tiny.refrag(), tiny.prompt(tiny.MIXED)
     with torch.enable_grad():

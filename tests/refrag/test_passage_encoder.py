@@ -208,6 +208,21 @@ def test_an_encoders_digest_survives_saving(name, tmp_path):
     assert encoder_digest(model.encoder) != digest
 
 
+@pytest.mark.parametrize("name", tiny.ENCODERS)
+def test_every_weight_is_in_an_encoders_digest(name):
+    """Down to the last number of each: were one left out, a store would serve another encoder's embeddings."""
+    encoder = tiny.encoder(name)
+    weights = {name: value for name, value in encoder.state_dict().items() if not name.startswith("pooler.")}
+    digests = {encoder_digest(encoder)}
+    for value in weights.values():
+        last = value.flatten()[-1].clone()
+        value.view(-1)[-1] += 1
+        digests.add(encoder_digest(encoder))
+        value.view(-1)[-1] = last
+    assert len(weights) > 12 and len(digests) == len(weights) + 1
+    assert encoder_digest(encoder) in digests and encoder_digest(encoder.double()) not in digests
+
+
 def test_a_random_pooler_does_not_count(tmp_path):
     encoder = RobertaModel(copy.deepcopy(tiny.ENCODERS["roberta"]), add_pooling_layer=False)
     encoder.save_pretrained(tmp_path)

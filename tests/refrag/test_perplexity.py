@@ -44,7 +44,7 @@ def test_text_conditions_are_the_plain_decoder(parts, tokenizer):
     scores = measure(parts, documents, CONDITIONS, samples=3, seed=5)
     windows = documents.windows(22)
     for index in range(3):
-        tokens = windows.draw(5, index)
+        tokens = windows.draw(5, index).token_ids
         context, output = tokens[:16], tokens[16:]
         for name, before in ((FULL, [1, *context]), (NONE, [1]), (LAST, [1, *context[-4:]])):
             assert scores[name][index] == pytest.approx(loss(parts.model, before, output), rel=1e-5)

@@ -176,10 +176,10 @@ def test_the_folder_of_a_training_stage(stage, files):
         (("bridge.txt", "--chooser", "policy", "--expand", "1"), "--policy: got None, needs the folder"),
         (("bridge.txt", "--k", "8"), "--k: got 8, needs 4, which the model was made for"),
         (("missing.txt",), "missing.txt"),
-        (("bad.jsonl",), "bad.jsonl, line 2: is not JSON"),
-        (("textless.jsonl",), 'textless.jsonl, line 1: needs an object with a "text"'),
+        (("bad.jsonl",), "bad.jsonl:2: is not JSON"),
+        (("textless.jsonl",), "textless.jsonl:1: has no field 'text', only id"),
         (("empty.txt",), "empty.txt: has no text"),
-        (("bytes.bin",), "bytes.bin: is not UTF-8 text (byte 0)"),
+        (("bytes.bin",), "bytes.bin: is not UTF-8 (byte 0)"),
         (("long.txt", "--expand", "100%"), "over the decoder's window of 128; "),
     ],
 )

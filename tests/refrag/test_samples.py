@@ -1,9 +1,13 @@
 """Training samples: what stands where, and which tokens count."""
 
+import random
+
 import numpy as np
+from refrag import RefragProcessor
 from refrag.training.curriculum import scaled_table
 from refrag.training.documents import Documents
 from refrag.training.samples import (
+    answer_sampler,
     collate,
     next_paragraph,
     next_paragraph_sampler,
@@ -54,6 +58,27 @@ def test_samplers_depend_on_nothing_but_seed_and_number(tokenizer):
     drawn = [build(7)(index) for index in range(20)]
     assert [sample.num_chunks for sample in drawn] == [schedule(index) for index in range(20)]
     assert all(len(sample.expanded) == round(0.5 * sample.num_chunks) for sample in drawn)
+
+
+def test_questions_are_shuffled_once_an_epoch(tokenizer, encoder_tokenizer, monkeypatch):
+    questions = [{"question": f"{number}?", "passages": ["Rain."], "answer": str(number)} for number in range(20)]
+    shuffles = []
+
+    class Random(random.Random):
+        def sample(self, population, k):
+            shuffles.append(k) if k == len(questions) else None
+            return super().sample(population, k)
+
+    monkeypatch.setattr("refrag.training.samples.random.Random", Random)
+    processor = RefragProcessor(tokenizer, encoder_tokenizer, k=4)
+    sample = answer_sampler(questions, processor, seed=3)
+    answers = [tokenizer.decode(sample(index).spans[-1][1][:-1]) for index in range(60)]
+    for epoch in range(3):
+        assert sorted(map(int, answers[20 * epoch : 20 * epoch + 20])) == list(range(20))
+    assert answers[:20] != answers[20:40] and len(shuffles) == 3
+    again = answer_sampler(questions, processor, seed=3)
+    for index in (37, 2, 58):
+        assert tokenizer.decode(again(index).spans[-1][1][:-1]) == answers[index]
 
 
 def test_schedules():

@@ -1,6 +1,7 @@
 """Chunks of whole sentences: nothing lost, nothing split that fits, sizes within their bounds."""
 
 import random
+import time
 
 import pytest
 import torch
@@ -74,6 +75,33 @@ def test_chunks_are_filled(cut):
 def test_a_long_sentence_is_cut_at_a_clause(cut):
     first, rest = cut(LONG)
     assert first.text.endswith("words in all,") and rest.text == " which is too long."
+
+
+@pytest.mark.parametrize(
+    ("line", "end"),
+    [("12:00 INFO request, served in 3\n", ""), ("17,4.25,north\n", ""), ("word ", ""), ("....", "a"), (",'\"", "a")],
+)
+def test_the_time_is_linear_in_the_text(cut, line, end):
+    """Text without ends of sentences: logs, CSV, one endless word."""
+
+    def seconds(lines):
+        text = line * lines + end
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            cut._ends(text)
+            times.append(time.process_time() - start)
+        return min(times)
+
+    assert seconds(16_000) < 16 * seconds(2000) + 0.02  # 8 times; 64 times where it is quadratic
+
+
+def test_a_cut_in_a_long_run_is_at_its_last_clause(tokenizer):
+    """Where several clauses end within reach the last one counts, and one too near or too far doesn't."""
+    text = "a, b c, d e, f g h i j k l m n, o p q r"
+    assert [chunk.text for chunk in SentenceChunks(tokenizer, 2, 5)(text)] == [
+        "a, b c, d e,", " f g h i j", " k l m n,", " o p q r",
+    ]  # fmt: skip
 
 
 def test_paragraphs_end_sentences(tokenizer):

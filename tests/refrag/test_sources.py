@@ -1,10 +1,14 @@
 """Passages from files: slices that together are the file, and errors that say where."""
 
+import io
 import json
 import pickle
+import sys
 
 import pytest
 from refrag import Passage
+from refrag.commands.train import read_questions
+from refrag.passage_files import read_passages
 from refrag.sources import Fields, PassageError, slices
 
 RECORDS = [{"text": f"Passage {number},\nwith ünïcödé.", "id": f"p{number}", "more": number} for number in range(23)]
@@ -117,3 +121,59 @@ def test_what_is_no_source(tmp_path):
     ]:
         with pytest.raises(kind, match=message):
             list(slices([tmp_path / name], 5))
+
+
+ODD_LINES = {
+    "windows": b'{"text": "a\\r\\nb"}\r\n \r\n{"text": "c", "id": 3}\r\n',
+    "marked": b'\xef\xbb\xbf{"text": "a", "id": "x"}\n\xef\xbb\xbf{"text": "b", "id": null}',
+    "separators": '{"text": "a\u2028b\x85c"}\n{"text": "\\ufeffe"}\n'.encode(),
+    "carriage returns": b'{"text":\r"a"}\r\n{"text": "b\\rc"}\r',
+}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "-"])
+@pytest.mark.parametrize("content", ODD_LINES.values(), ids=ODD_LINES)
+def test_a_prompts_passages_are_those_that_were_encoded(tmp_path, monkeypatch, content, suffix):
+    """A store finds a passage by its text: a file must give the same one to `refrag generate` as to `refrag encode`."""
+    path = tmp_path / f"odd.{suffix if suffix != '-' else 'jsonl'}"
+    path.write_bytes(content)
+    encoded = read([path], 1)
+    assert len(encoded) == 2 and all(isinstance(one, Passage) for one in encoded)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert read_passages([type(path)("-") if suffix == "-" else path]) == encoded
+
+
+@pytest.mark.parametrize("line", [b'{"text": "x", "id": ""}', b'{"text": "\\ud800"}', b'{"text": "x", "id": true}'])
+def test_a_prompt_refuses_what_an_encoding_refuses(tmp_path, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(line)
+    (refused,) = errors(read([path], 1))
+    with pytest.raises(PassageError) as error:
+        read_passages([path])
+    assert str(error.value) == refused
+
+
+def test_a_prompts_text_files_are_those_that_were_encoded(tmp_path):
+    contents = {"cr.txt": b"a\rb\r", "crlf.txt": b"a\r\nb\r\n", "mark.txt": b"\xef\xbb\xbfa\n", "two.txt": b"a\n\nb"}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    encoded = read([tmp_path], 9)
+    assert [one.text.encode() for one in encoded] == [b"a\rb\r", b"a\r\nb\r\n", b"a\n", b"a\n\nb"]
+    assert read_passages([tmp_path / name for name in contents]) == encoded == read_passages([tmp_path])
+
+
+def test_a_prompt_reads_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(RECORDS), tmp_path / "a.parquet", row_group_size=7)
+    assert read_passages([tmp_path / "a.parquet"]) == PASSAGES
+
+
+def test_questions_are_parted_at_the_ends_of_lines_only(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    lines = [{"question": "a\u2028b\x85c"}, {"question": "d"}]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode())
+    assert read_questions(path) == lines
+    path.write_bytes(b'{"question": "\xff"}')
+    with pytest.raises(ValueError, match=r"questions.jsonl: is not UTF-8 \(byte 14\)"):
+        read_questions(path)

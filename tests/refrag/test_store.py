@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import pickle
 import random
+import shutil
 import statistics
 import threading
 import time
@@ -212,6 +213,48 @@ def test_what_is_no_store(store, tmp_path):
         (store.folder / "store.json").write_text(content)
         with pytest.raises(StoreError, match=message):
             ChunkStore.open(store.folder)
+
+
+def test_a_relative_folder_is_found_from_anywhere(tmp_path, monkeypatch):
+    for name in ("home", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "home")
+    created = ChunkStore.create("store", RECIPE)
+    put(created, [1])
+    opened = ChunkStore.open("store")
+    pickled = pickle.dumps(opened)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    travelled = pickle.loads(pickled)
+    for store in (created, opened, travelled):
+        assert store.folder == tmp_path / "home" / "store"
+        check(store, [1])
+    put(opened, [2])
+    for store in (created, travelled):
+        store.refresh()
+        check(store, [1, 2])
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_store_that_is_gone_is_an_error(store):
+    put(store, [1])
+    pickled = pickle.dumps(store)
+    (store.folder / "store.json").unlink()
+    for call in (store.refresh, lambda: pickle.loads(pickled), lambda: put(store, [2])):
+        with pytest.raises(StoreError, match=f"store {store.folder}: is none, it has no store.json"):
+            call()
+    shutil.rmtree(store.folder)
+    for call in (store.refresh, lambda: pickle.loads(pickled), lambda: put(store, [2])):
+        with pytest.raises(StoreError, match="has no store.json"):
+            call()
+    check(store, [1])  # what is mapped stays
+
+
+def test_a_pickled_store_is_that_of_its_recipe(store):
+    pickled = pickle.dumps(store)
+    shutil.rmtree(store.folder)
+    ChunkStore.create(store.folder, dataclasses.replace(RECIPE, pooling="mean"))
+    with pytest.raises(StoreError, match="pooling: holds mean, got first"):
+        pickle.loads(pickled)
 
 
 def test_damaged_and_foreign_shards_are_named(store, tmp_path):

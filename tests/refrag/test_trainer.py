@@ -1,22 +1,30 @@
 """The training loop: it learns what it says it learns, and a run that is killed goes on as if it hadn't been."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import training_parts
+from accelerate import Accelerator
 from refrag.adapters import AdapterError, Trained, load_adapter, prepare, save_adapter, trained_state
+from refrag.training.generators import generator_states, restore_generators
 from refrag.training.measures import reconstruction_accuracy
+from refrag.training.passes import cut_passes, make_passes
 from refrag.training.recipe import Stage, run_stage
+from refrag.training.samples import Sample, next_paragraph
 from refrag.training.trainer import Trainer, TrainingError, TrainSettings
 from safetensors.torch import load_file
 from train_once import train
@@ -69,8 +77,6 @@ def test_passes_make_no_difference(tmp_path, tokenizer, encoder_tokenizer):
 
 
 def test_the_loss_is_that_of_the_model(tmp_path, parts, tokenizer):
-    from refrag.training.samples import next_paragraph
-
     prepare(parts.model, Trained(encoder="all", decoder="all")).eval()
     ids = training_parts.documents(tokenizer).token_ids
     samples = [next_paragraph(ids[start : start + 14].tolist(), 8, 4, tokenizer, [1]) for start in (0, 50)]
@@ -85,6 +91,55 @@ def test_the_loss_is_that_of_the_model(tmp_path, parts, tokenizer):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     assert trainer.train()[0]["loss"] == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def trainer_of(parts, tmp_path, accelerator=None, **settings):
+    """Return a trainer of the projector, the encoder and the decoder, which are three groups of the optimizer."""
+    prepare(parts.model, Trained(encoder="all", decoder="all"))
+    ids = training_parts.documents(parts.tokenizer).token_ids
+    settings = {"steps": 2, "batch_size": 4, "max_rows": 40, "projector_rate": 1e-3, "encoder_rate": 1e-4, **settings}
+
+    def sample(index):
+        return next_paragraph(ids[7 * index : 7 * index + 14].tolist(), 8, 4, parts.tokenizer, [1])
+
+    return Trainer(
+        parts.model, sample, parts.collate, TrainSettings(**settings), tmp_path, accelerator=accelerator
+    )  # fmt: skip
+
+
+def gradient_norms(trainer):
+    """Return the norm of all gradients, which each of the three groups has, at each step of the optimizer."""
+    norms = []
+
+    def record(optimizer, *arguments):
+        groups = [[one.grad for one in group["params"] if one.grad is not None] for group in optimizer.param_groups]
+        assert len(groups) == 3 and all(any(grad.any() for grad in group) for group in groups)
+        norms.append(torch.nn.utils.get_total_norm([grad for group in groups for grad in group]).item())
+
+    trainer.optimizer.optimizer.register_step_pre_hook(record)
+    trainer.train()
+    return norms
+
+
+def test_one_norm_is_over_all_gradients(tmp_path, parts):
+    assert gradient_norms(trainer_of(parts, tmp_path, max_grad_norm=1e-3)) == [pytest.approx(1e-3)] * 2
+
+
+def test_gradients_are_unscaled_once(tmp_path, parts, monkeypatch):
+    """As in float16 on a GPU: torch's scaler refuses to unscale twice before a step."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=64.0), True
+    trainer = trainer_of(parts, tmp_path, accelerator, max_grad_norm=1e-3)
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    assert gradient_norms(trainer) == [pytest.approx(1e-3)] * 2
+
+
+def test_nobody_can_stall_a_step_by_a_file(tmp_path, parts, monkeypatch):
+    """Nothing in the temporary folder, which is shared with other users, is read or made."""
+    (tmp_path / "shared").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "shared"))
+    trainer_of(parts, tmp_path / "run").train()
+    assert not list((tmp_path / "shared").iterdir())
 
 
 def test_a_killed_run_goes_on_to_the_same_losses(tmp_path):
@@ -109,14 +164,26 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path):
     assert len(list((folder / "checkpoints").glob("step-*"))) == 2  # older ones make room
 
 
-def in_two_processes(folder, *options):
+def in_two_processes(folder, *options, script="train_once.py"):
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(Path(__file__).with_name("train_once.py"), folder, "--no-dropout", *options),
+        *(Path(__file__).with_name(script), folder, *options),
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        errors = process.communicate(timeout=200)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, errors
+
+
+def trained_in_two_processes(folder, *options):
+    code, errors = in_two_processes(folder, "--no-dropout", *options)
+    assert code == 0, errors[-3000:]
     about = "FSDP 2" if "--shard" in options else "MULTI_CPU 2"
     assert [(folder / f"process-{index}").read_text() for index in range(2)] == [about, about]
     return figures([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()])
@@ -128,16 +195,162 @@ def test_two_processes_take_the_same_steps(tmp_path, options):
     alone = figures(train(tmp_path / "alone", dropout=False))
     adapter = load_file(tmp_path / "alone" / "adapter.safetensors")
     close = [tuple(value and pytest.approx(value, rel=2e-4) for value in one) for one in alone]
-    assert len(close) == 12 and in_two_processes(tmp_path / "both", *options) == close
+    assert len(close) == 12 and trained_in_two_processes(tmp_path / "both", *options) == close
     # Checkpoints are whole: one process's is gone on from in two.
     shutil.rmtree(max((tmp_path / "alone" / "checkpoints").iterdir()))
     (tmp_path / "alone" / "adapter.safetensors").unlink()
-    assert in_two_processes(tmp_path / "alone", *options) == close
+    assert trained_in_two_processes(tmp_path / "alone", *options) == close
     for folder in ("both", "alone"):
         written = load_file(tmp_path / folder / "adapter.safetensors")
         assert written.keys() == adapter.keys()
         for name, value in adapter.items():
             torch.testing.assert_close(written[name], value, rtol=2e-2, atol=2e-4, msg=name)
+
+
+def test_a_batch_that_does_not_divide_by_the_processes(tmp_path):
+    """Processes wait for each other's passes where parameters are sharded; of 3 samples they would make 2 and 1."""
+    settings = {"steps": 4, "batch_size": 3, "max_rows": 16}
+    alone = figures(train(tmp_path / "alone", dropout=False, **settings))
+    close = [tuple(value and pytest.approx(value, rel=2e-4) for value in one) for one in alone]
+    options = [f"{name}={value}" for name, value in settings.items()]
+    assert len(close) == 4 and trained_in_two_processes(tmp_path / "both", "--shard", *options) == close
+
+
+def test_a_batch_of_fewer_samples_than_processes_is_one_error(tmp_path, parts):
+    processes = types.SimpleNamespace(num_processes=3, process_index=0, device=torch.device("cpu"))
+    with pytest.raises(TrainingError, match="^batch_size: got 2, needs 3 or more, a sample for each process$"):
+        trainer_of(parts, tmp_path, processes, batch_size=2)
+
+
+@pytest.mark.parametrize("counts", [(3, 1), (1, 3), (1, 1), (7, 7), (2, 9)])
+@pytest.mark.parametrize("max_rows", [12, 30, 1000])
+def test_passes_are_as_many_in_every_process(counts, max_rows):
+    """Whatever each has to read, every pass is within bounds and every sample in one of them."""
+    draw = random.Random(0)
+    processes = [[Sample(((-1, [1] * draw.randrange(4, 15)),), 0) for _ in range(count)] for count in counts]
+    cut = [cut_passes(samples, max_rows) for samples in processes]
+    most = max(map(len, cut))
+    for samples, own in zip(processes, cut):
+        passes = make_passes(own, most)
+        assert len(passes) == most
+        assert sorted(map(id, samples)) == sorted(id(sample) for part in passes for sample in part)
+        for part in passes:
+            assert len(part) <= 1 or sum(sample.num_rows for sample in part) <= max_rows
+
+
+def test_an_empty_pass_changes_nothing(tmp_path, tokenizer, encoder_tokenizer, monkeypatch):
+    """A process that has nothing left to read makes its passes all the same, for the others."""
+    states = []
+    for count in (0, 9):
+        own = training_parts.parts(tokenizer, encoder_tokenizer)
+        for module in own.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer = trainer_of(own, tmp_path / str(count))
+        monkeypatch.setattr(trainer, "_most_passes", lambda passes, count=count: max(len(passes), count))
+        log = trainer.train()
+        states.append((figures(log), trained_state(own.model)))
+    (losses, wanted), (others, got) = states
+    assert others == [tuple(value and pytest.approx(value, rel=1e-5) for value in one) for one in losses]
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=2e-5, msg=name)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_the_first_loss_after_a_stop_is_over_all_its_steps(tmp_path, tokenizer, encoder_tokenizer):
+    """Those before the checkpoint too, whose losses are in no entry of the log yet."""
+
+    def train_once(folder, last_sample):
+        own = training_parts.parts(tokenizer, encoder_tokenizer)
+        trainer = trainer_of(own, folder, steps=9, log_every=4, checkpoint_every=3)
+        inner = trainer.sampler
+
+        def sampler(index):
+            if index > last_sample:
+                raise Stopped
+            return inner(index)
+
+        trainer.sampler = sampler
+        return trainer.train()
+
+    whole = figures(train_once(tmp_path / "whole", 99))
+    assert [step for step, *_ in whole] == [4, 8, 9]
+    with pytest.raises(Stopped):
+        train_once(tmp_path / "stopped", 4 * 7 - 1)  # in the 8th step, after the checkpoint of the 6th
+    assert figures(train_once(tmp_path / "stopped", 99)) == whole
+
+
+def test_every_processs_generators_go_on(tmp_path):
+    code, errors = in_two_processes(tmp_path, script="generators_once.py")
+    assert code == 0, errors[-3000:]
+    drawn = [json.loads((tmp_path / f"process-{index}").read_text()) for index in range(2)]
+    for before, after, fresh in drawn:
+        assert before == after != fresh
+    assert drawn[0][0] != drawn[1][0] and drawn[0][2] == drawn[1][2]
+
+
+def test_a_devices_generator_goes_on(monkeypatch):
+    """On a GPU dropout draws from the device's own generator."""
+    device = torch.device("cuda", 1)
+    held = {device: torch.tensor([7])}
+
+    def put(state, which):
+        held[which] = state
+
+    module = types.SimpleNamespace(get_rng_state=held.get, set_rng_state=put)
+    monkeypatch.setattr(torch, "get_device_module", {device: module}.get)
+    accelerator = types.SimpleNamespace(device=device, process_index=0)
+    states = generator_states(accelerator)
+    held[device] = torch.tensor([9])
+    drawn = torch.rand(3)
+    restore_generators(accelerator, states)
+    assert held == {device: torch.tensor([7])} and torch.equal(torch.rand(3), drawn)
+    accelerator.process_index = 1  # of a run that goes on in more processes
+    restore_generators(accelerator, states)
+
+
+def test_low_rank_updates_have_one_scale(tmp_path, tokenizer, encoder_tokenizer, parts, monkeypatch):
+    """That which they are trained with is that which they are merged with."""
+    monkeypatch.setattr("refrag.adapters.LORA_SCALE", 3)
+    prepare(parts.model, Trained(encoder="lora", decoder="lora", rank=2)).eval()
+    for name, value in parts.model.named_parameters():
+        if ".lora_B." in name:
+            value.data.normal_(0, 0.1).copy_(value.data.bfloat16())  # the file holds bfloat16
+        elif value.requires_grad:
+            value.data.copy_(value.data.bfloat16())
+    save_adapter(parts.model, tmp_path)
+    fresh = training_parts.parts(tokenizer, encoder_tokenizer)
+    loaded, _ = load_adapter(tmp_path, fresh.model.decoder, fresh.model.encoder)
+    ids = training_parts.documents(tokenizer).token_ids[:14].tolist()
+    prompt, _ = parts.collate([next_paragraph(ids, 8, 4, tokenizer, [1])])
+    torch.testing.assert_close(loaded.eval()(prompt=prompt).logits, parts.model(prompt=prompt).logits)
+
+
+def test_betas_are_a_setting(tmp_path, parts):
+    for betas in ((0.9, 0.98), (0.5, 0.6)):
+        options = {} if betas == (0.9, 0.98) else {"betas": betas}
+        trainer = trainer_of(parts, tmp_path / str(betas), **options)
+        assert [group["betas"] for group in trainer.optimizer.param_groups] == [betas] * 3
+    for betas in ((0.9,), (0.9, 1.0), (-0.1, 0.9)):
+        with pytest.raises(ValueError, match="betas: got"):
+            TrainSettings(steps=1, betas=betas)
+
+
+def test_a_checkpoint_from_before_a_setting_is_gone_on_from(tmp_path, tokenizer, encoder_tokenizer):
+    def own():
+        return training_parts.parts(tokenizer, encoder_tokenizer)
+
+    trainer_of(own(), tmp_path).train()
+    (signature,) = tmp_path.rglob("step-00000002/signature.json")
+    written = json.loads(signature.read_text())
+    del written["settings"]["betas"]
+    signature.write_text(json.dumps(written))
+    assert len(trainer_of(own(), tmp_path).train()) == 1
+    with pytest.raises(TrainingError, match="made with settings"):
+        trainer_of(own(), tmp_path, betas=(0.9, 0.99)).train()
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, tokenizer, encoder_tokenizer):

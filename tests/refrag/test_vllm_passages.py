@@ -2,10 +2,12 @@
 
 import base64
 import dataclasses
+import importlib
 import io
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 import tiny
@@ -89,6 +91,77 @@ def test_a_malformed_passage_is_refused(item, message, capsys):
     with pytest.raises(ValueError, match=message):
         parse_passage(item, 2, WIDTH)
     assert capsys.readouterr().out == ""
+
+
+class Open:
+    """Stands for a class of vLLM: takes any arguments, and has parameters of type."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    __class_getitem__ = classmethod(lambda cls, parameters: cls)
+
+
+class Info(Open):
+    """Stands for vLLM's BaseProcessingInfo."""
+
+    def __init__(self, ctx):
+        self.ctx = ctx
+
+    def get_hf_config(self):
+        return self.ctx.config
+
+    def parse_mm_data(self, mm_data, *, validate=True):
+        return {name: self.get_data_parser()._get_subparsers()[name](data) for name, data in mm_data.items()}
+
+
+@pytest.fixture
+def processing(monkeypatch):
+    """The plugin's module of that name, over stand-ins for what it takes of vLLM."""
+    items = type("Items", (Open,), {"__iter__": lambda self: iter(self.arguments[0])})
+    parser = type("Parser", (Open,), {"_get_subparsers": lambda self: {}})
+    own = {"ProcessorBatchItems": items, "MultiModalDataParser": parser, "BaseProcessingInfo": Info}
+    names = {
+        "vllm": (), "vllm.inputs": (), "vllm.inputs.engine": ["tokens_input"], "vllm.multimodal": (),
+        "vllm.multimodal.inputs": ["MultiModalFieldConfig"],
+        "vllm.multimodal.parse": ["MultiModalDataItems", "MultiModalDataParser", "ProcessorBatchItems"],
+        "vllm.multimodal.processing": ["BaseDummyInputsBuilder", "BaseMultiModalProcessor", "BaseProcessingInfo",
+                                       "ProcessorInputs", "PromptReplacement", "PromptUpdateDetails"],
+    }  # fmt: skip
+    for module, attributes in names.items():
+        stand_in = types.ModuleType(module)
+        stand_in.__dict__.update({name: own.get(name, Open) for name in attributes})
+        monkeypatch.setitem(sys.modules, module, stand_in)
+    name = "refrag.integrations.vllm.processing"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    yield importlib.import_module(name)
+    del sys.modules[name]
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_embeddings_are_refused_before_they_are_read(processing, monkeypatch, validate):
+    """Without --enable-mm-embeds a client's bytes never get as far as torch.load."""
+    config = tiny.refrag().config
+    width = config.chunk_width
+    settings = types.SimpleNamespace(enable_mm_embeds=False)
+    info = processing.PassageInfo(types.SimpleNamespace(config=config, get_mm_config=lambda: settings))
+    read = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *arguments, **options: read.append(1) or load(*arguments, **options))
+    refusal = "^passage 1: embeds: needs a server that runs with --enable-mm-embeds$"
+    rows = torch.randn(3, width)
+    for embeds in (saved(rows), saved(Evil()), "no base64!", rows):
+        for item in ({"embeds": embeds}, {"embeds": embeds, "text": BRIDGE, "id": "a"}):
+            with pytest.raises(ValueError, match=refusal):
+                info.parse_mm_data({"passage": ["It rained.", item]}, validate=validate)
+    with pytest.raises(ValueError, match=refusal):
+        info.parse_mm_data({"passage": ["It rained.", GivenPassage(embeds=rows)]})
+    assert not read
+    (passage,) = info.parse_mm_data({"passage": [{"text": BRIDGE, "embeds": None}]}, validate=validate)["passage"]
+    assert passage == GivenPassage(BRIDGE)
+    settings.enable_mm_embeds = True
+    (passage,) = info.parse_mm_data({"passage": [{"embeds": saved(rows)}]}, validate=validate)["passage"]
+    assert torch.equal(passage.embeds, rows) and read == [1]
 
 
 def rows_of(prompt):

@@ -1,4 +1,4 @@
-"""Train small models in processes of its own: ``python train_once.py FOLDER [--no-dropout] [--shard]``."""
+"""Train small models in processes of its own: ``python train_once.py FOLDER [--no-dropout] [--shard] [steps=3]``."""
 
 import sys
 from pathlib import Path
@@ -59,6 +59,7 @@ def train(folder, *, accelerator=None, mixed_precision="no", model=None, dropout
 if __name__ == "__main__":
     torch.set_num_threads(1)
     accelerator = sharding() if "--shard" in sys.argv else Accelerator(cpu=True)
-    train(sys.argv[1], dropout="--no-dropout" not in sys.argv, accelerator=accelerator)
+    settings = {name: int(value) for name, _, value in (option.partition("=") for option in sys.argv[2:]) if value}
+    train(sys.argv[1], dropout="--no-dropout" not in sys.argv, accelerator=accelerator, **settings)
     about = f"{accelerator.distributed_type.value} {accelerator.num_processes}"
     Path(sys.argv[1], f"process-{accelerator.process_index}").write_text(about)

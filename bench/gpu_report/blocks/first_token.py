@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 
@@ -28,14 +29,14 @@ def block(options: Options, results: Results) -> None:
     start = time.perf_counter()
     model, _ = _models(preset, dtype, options.device)
     results.add("model", seconds=time.perf_counter() - start, layers=preset.layers, hidden=preset.hidden)
-    pool = None
+    graphs: list[PrefillGraph] = []  # kept: a pool lasts as long as a graph that uses it
     for context, k in _REHEARSED if options.rehearsal else _SIZES:
         if options.seconds_left < (0 if options.rehearsal else 6):
             results.add(f"{context}/k={k}", status="left out", reason="no time left")
             continue
         prompt, _ = _mixed_prompts(Prompt(context, k, 0.0), preset.vocabulary)
         rows = prompt.layout.total_rows
-        graph = PrefillGraph(model, rows=-(-rows // ROW_STEP) * ROW_STEP, chunks=len(prompt.chunks), pool=pool)
+        graph = PrefillGraph(model, rows=-(-rows // ROW_STEP) * ROW_STEP, chunks=len(prompt.chunks), pool=_pool(graphs))
         with torch.inference_mode():
             embeds = model.encode_chunks(prompt.encoder_input.to(options.device))
 
@@ -59,7 +60,11 @@ def block(options: Options, results: Results) -> None:
             times = interleave({"eager": eager, "graph": replayed}, 3 if few else 9, 1, options.device)
         for name, took in times.items():
             results.add(f"{context}/k={k}/{name}", **values, status="ok", same_token=same, **_values(took))
-        pool = graph.pool()
+        graphs.append(graph)
+
+
+def _pool(graphs: list[Any]) -> Any:
+    return graphs[0].pool() if graphs else None
 
 
 def _values(took: Times) -> dict[str, float | None]:

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 Files = Annotated[
     list[Path] | None,
-    typer.Argument(help="Passages: .jsonl files with a text and an id on each line, other files whole, - for stdin."),
+    typer.Argument(
+        help="Passages: .jsonl, .ndjson, .parquet and folders of .txt as `refrag encode` reads them, other files "
+        "whole, - for standard input."
+    ),
 ]
 Question = Annotated[str, typer.Option(help="What to ask of them.")]
 Model = Annotated[

@@ -252,17 +252,25 @@ def load_trained_parts(console: Console, adapter: Path, encoder: str | None, dec
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Read a .jsonl file of questions.
+    """Read a .jsonl file of questions, or a .jsonl.xz file.
 
     Raises
     ------
     ValueError
-        If a line is no JSON object; names it.
+        If a line is no JSON object, or the file is not UTF-8; names it.
     """
     import json
+    import lzma
 
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+        text = content.decode("utf-8-sig")
+    except lzma.LZMAError as error:
+        raise ValueError(f"{path}: is damaged ({error})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 (byte {error.start})") from None
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 questions.append(dict(json.loads(line)))

@@ -6,10 +6,12 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+
+from refrag.chunking import tokenize
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _TEXT = (".txt", ".text", ".md", ".rst")
@@ -24,10 +26,13 @@ class Documents:
     token_ids : ndarray, int64 [N]
     offsets : ndarray, int64 [D+1]
         Where each document starts.
+    cuttable : ndarray, bool [N], optional
+        For each token, whether a chunk may end with it: see ``FixedChunks``. Without it any may.
     """
 
     token_ids: np.ndarray
     offsets: np.ndarray
+    cuttable: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -47,9 +52,19 @@ class Documents:
         return Windows(self, length, np.concatenate([[0], np.cumsum(counts)]))
 
 
+class Excerpt(NamedTuple):
+    """A run of tokens that begins with a whole character, and for each whether a chunk may end with it."""
+
+    token_ids: list[int]
+    cuttable: list[bool]
+
+
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Runs of tokens inside documents, each as likely as any other. Made by ``Documents.windows``."""
+    """Runs of tokens inside documents, each as likely as any other. Made by ``Documents.windows``.
+
+    One that would begin inside a character begins with it.
+    """
 
     documents: Documents
     length: int
@@ -58,14 +73,21 @@ class Windows:
     def __len__(self) -> int:
         return int(self.first_of_document[-1])
 
-    def __getitem__(self, index: int) -> list[int]:
+    def __getitem__(self, index: int) -> Excerpt:
         if not 0 <= index < len(self):
             raise IndexError(f"index: got {index}, needs 0 to {len(self) - 1}")
         document = int(np.searchsorted(self.first_of_document, index, side="right")) - 1
-        start = int(self.documents.offsets[document]) + index - int(self.first_of_document[document])
-        return self.documents.token_ids[start : start + self.length].tolist()
+        first = int(self.documents.offsets[document])
+        start = first + index - int(self.first_of_document[document])
+        cuttable = self.documents.cuttable
+        if cuttable is None:
+            return Excerpt(self.documents.token_ids[start : start + self.length].tolist(), [True] * self.length)
+        while start > first and not cuttable[start - 1]:  # back to where the character begins
+            start -= 1
+        window = slice(start, start + self.length)
+        return Excerpt(self.documents.token_ids[window].tolist(), cuttable[window].tolist())
 
-    def draw(self, seed: int, index: int) -> list[int]:
+    def draw(self, seed: int, index: int) -> Excerpt:
         """Return a run at random. Which one follows from ``seed`` and ``index``, so that training can be resumed."""
         return self[int(np.random.default_rng([seed, index]).integers(len(self)))]
 
@@ -83,7 +105,7 @@ def read_documents(
         Folders (every .txt, .text, .md and .rst file below is a document), such files, .jsonl or .parquet files with a
         row per document, or datasets of the Hugging Face hub, "name" or "name:split".
     tokenizer : PreTrainedTokenizerBase
-        The decoder's.
+        The decoder's; a fast one, because offsets are needed.
     column : str
         Which column of .jsonl, .parquet and datasets holds the text.
 
@@ -95,7 +117,8 @@ def read_documents(
     Raises
     ------
     ValueError
-        If there is no document, a source has no such column, or a file is not UTF-8; names it.
+        If there is no document, a source has no such column, or a file is not UTF-8; names it. If the tokenizer gives
+        no offsets.
     """
     import datasets
 
@@ -110,14 +133,18 @@ def read_documents(
     joined = datasets.concatenate_datasets(parts)
     seen: set[bytes] = set()
     fresh = [index for index, text in enumerate(joined["text"]) if text.strip() and _is_new(text, seen)]
+
+    def tokens(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        texts = tokenize(tokenizer, batch["text"])
+        return {"ids": [text.ids for text in texts], "cuttable": [text.cuttable for text in texts]}
+
     tokenized = joined.select(fresh).map(
-        lambda batch: {"ids": tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]},
-        batched=True,
-        batch_size=64,
-        remove_columns=["text"],
-        desc="tokenizing",
+        tokens, batched=True, batch_size=64, remove_columns=["text"], desc="tokenizing"
+    )  # fmt: skip
+    return _joined(
+        [np.asarray(ids, dtype=np.int64) for ids in tokenized["ids"]],
+        [np.asarray(own, dtype=bool) for own in tokenized["cuttable"]],
     )
-    return _joined([np.asarray(ids, dtype=np.int64) for ids in tokenized["ids"]])
 
 
 def split_documents(documents: Documents, held_out: float) -> tuple[Documents, Documents]:
@@ -133,12 +160,23 @@ def split_documents(documents: Documents, held_out: float) -> tuple[Documents, D
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out: got {held_out}, needs a share from 0 up to 1")
-    sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    for start, end in zip(documents.offsets[:-1], documents.offsets[1:]):
-        tokens = documents.token_ids[start:end]
-        digest = int.from_bytes(hashlib.sha256(tokens.tobytes()).digest()[:8], "big")
-        sides[digest / 2**64 < held_out].append(tokens)
-    return _joined(sides[0]), _joined(sides[1])
+    sides: tuple[list[int], list[int]] = ([], [])
+    spans = list(zip(documents.offsets[:-1], documents.offsets[1:]))
+    for number, (start, end) in enumerate(spans):
+        digest = int.from_bytes(hashlib.sha256(documents.token_ids[start:end].tobytes()).digest()[:8], "big")
+        sides[digest / 2**64 < held_out].append(number)
+
+    def part(array: np.ndarray, numbers: list[int]) -> list[np.ndarray]:
+        return [array[slice(*spans[number])] for number in numbers]
+
+    train, test = (
+        _joined(
+            part(documents.token_ids, numbers),
+            None if documents.cuttable is None else part(documents.cuttable, numbers),
+        )
+        for numbers in sides
+    )
+    return train, test
 
 
 def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -197,7 +235,10 @@ def _is_new(text: str, seen: set[bytes]) -> bool:
     return new
 
 
-def _joined(parts: list[np.ndarray]) -> Documents:
+def _joined(parts: list[np.ndarray], cuttable: list[np.ndarray] | None) -> Documents:
     lengths = [len(part) for part in parts]
-    flat = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-    return Documents(flat, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    return Documents(
+        np.concatenate([np.zeros(0, np.int64), *parts]),
+        np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        None if cuttable is None else np.concatenate([np.zeros(0, bool), *cuttable]),
+    )

@@ -10,7 +10,6 @@ import torch
 from refrag.model import RefragForCausalLM
 from refrag.policy import ExpansionPolicy, picks_log_prob, sample_picks
 from refrag.training.likelihood import share_beginning, target_log_probs
-from refrag.training.pause import wait_while_paused
 from refrag.training.samples import Sample
 from refrag.training.trainer import Collate
 
@@ -144,6 +143,11 @@ class PolicySettings:
             raise ValueError(f"share: got {self.share}, needs more than 0 and less than 1")
 
 
+def policy_optimizer(policy: ExpansionPolicy, settings: PolicySettings) -> torch.optim.Optimizer:
+    """Return the optimizer of a policy's parameters."""
+    return torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+
+
 def train_policy(
     policy: ExpansionPolicy,
     contexts: Callable[[int], tuple[Sample, torch.Tensor]],
@@ -171,10 +175,9 @@ def train_policy(
     optimizer : torch.optim.Optimizer, optional
         Its own, when it goes on from a checkpoint.
     """
-    optimizer = optimizer or torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    optimizer = optimizer or policy_optimizer(policy, settings)
     policy.train()
     for step in range(first_step, settings.steps):
-        wait_while_paused()
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         drawn = [contexts(step * settings.contexts + index) for index in range(settings.contexts)]
         embeds = torch.nn.utils.rnn.pad_sequence([own for _, own in drawn], batch_first=True).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,10 +32,12 @@ def reconstruction_accuracy(
     """
     windows = documents.windows(chunks * parts.k)
     prefix = prefix_ids(parts.tokenizer)
-    drawn = [reconstruction(windows.draw(_SEED, index), parts.k, parts.tokenizer, prefix) for index in range(samples)]
+    excerpts = [windows.draw(_SEED, index) for index in range(samples)]
+    drawn = [reconstruction(tokens, parts.k, parts.tokenizer, prefix, cuttable) for tokens, cuttable in excerpts]
     losses, hits, firsts = [], [], []
     for start in range(0, samples, 64):
-        prompt, labels = parts.collate(drawn[start : start + 64])
+        batch = drawn[start : start + 64]
+        prompt, labels = parts.collate(batch)
         prompt, labels = prompt.to(model.device), labels.to(model.device)
         rows = (labels != -100).nonzero()[:, 0]
         hidden = model.decoder.base_model(
@@ -47,7 +50,7 @@ def reconstruction_accuracy(
         logits = model.get_output_embeddings()(hidden).float()
         losses.append(torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none"))
         hits.append((logits.argmax(-1) == labels[rows]).float())
-        firsts.append(hits[-1].view(-1, chunks * parts.k)[:, 0])
+        firsts.append(hits[-1][list(itertools.accumulate((one.num_targets for one in batch[:-1]), initial=0))])
     return {
         "held_out_loss": torch.cat(losses).mean().item(),
         "accuracy": torch.cat(hits).mean().item(),
@@ -64,8 +67,8 @@ def next_paragraph_loss(
     windows = documents.windows(context + output_tokens)
     prefix = prefix_ids(parts.tokenizer)
     drawn = [
-        next_paragraph(windows.draw(_SEED, index), context, parts.k, parts.tokenizer, prefix)
-        for index in range(samples)
+        next_paragraph(tokens, context, parts.k, parts.tokenizer, prefix, cuttable=cuttable)
+        for tokens, cuttable in (windows.draw(_SEED, index) for index in range(samples))
     ]
     return target_loss(model, parts=parts, samples=drawn)
 

@@ -108,13 +108,15 @@ def measure(
     prefix = prefix_ids(parts.tokenizer)
     scores: dict[str, list[float]] = {}
     for index in track(range(samples)):
-        tokens = windows.draw(seed, index)
-        sample = next_paragraph(tokens, context, k, parts.tokenizer, prefix)
-        output = tokens[context:]
+        tokens, cuttable = windows.draw(seed, index)
+        sample = next_paragraph(tokens, context, k, parts.tokenizer, prefix, cuttable=cuttable)
+        chunks = [span for _, span in sample.spans if isinstance(span, Chunk)]
+        before = [token for chunk in chunks for token in chunk.token_ids]
+        output = tokens[len(before) : len(before) + sample.num_targets]
         texts = {
-            FULL: _text_sample([*prefix, *tokens[:context]], output),
-            NONE: _text_sample(prefix or tokens[context - 1 : context], output),
-            LAST: _text_sample([*prefix, *tokens[context - context // k : context]], output),
+            FULL: _text_sample([*prefix, *before], output),
+            NONE: _text_sample(prefix or before[-1:], output),
+            LAST: _text_sample([*prefix, *before[-(context // k) :]], output),
         }
         for name, value in zip(texts, _losses(parts, parts.model, list(texts.values()))):
             scores.setdefault(name, []).append(value)
@@ -124,7 +126,6 @@ def measure(
         expansions: dict[str, frozenset[int]] = {COMPRESSED: frozenset()}
         prompt, _ = parts.collate([sample])
         embeds = parts.model.encode_chunks(prompt.encoder_input)
-        chunks = [span for _, span in sample.spans if isinstance(span, Chunk)]
 
         def embed(texts: Sequence[str], chunks: Sequence[Chunk] = chunks, own: torch.Tensor = embeds) -> torch.Tensor:
             # The chunks as the model has them, in their windows; anything else alone.

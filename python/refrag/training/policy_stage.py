@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from refrag.adapters import add_policy
 from refrag.policy import ExpansionPolicy
 from refrag.training.documents import Documents, prefix_ids
-from refrag.training.expansion import PolicySettings, rollout_rewards, train_policy
+from refrag.training.expansion import PolicySettings, policy_optimizer, rollout_rewards, train_policy
 from refrag.training.parts import Parts
 from refrag.training.samples import Sample, next_paragraph
 
@@ -92,7 +92,7 @@ def run_policy_stage(
     root.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(stage.settings.seed)
     policy = ExpansionPolicy(model.config.chunk_width, stage.width, num_heads=stage.num_heads)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=stage.settings.learning_rate, weight_decay=0.0)
+    optimizer = policy_optimizer(policy, stage.settings)
     checkpoint, log_file, entries = root / "checkpoint.pt", root / "log.jsonl", []
     signature = {"stage": dataclasses.asdict(stage), **parts.signature()}
     if checkpoint.exists():
@@ -108,7 +108,8 @@ def run_policy_stage(
 
     @torch.no_grad()
     def contexts(index: int) -> tuple[Sample, torch.Tensor]:
-        sample = next_paragraph(windows.draw(stage.settings.seed, index), context, parts.k, parts.tokenizer, prefix)
+        tokens, cuttable = windows.draw(stage.settings.seed, index)
+        sample = next_paragraph(tokens, context, parts.k, parts.tokenizer, prefix, cuttable=cuttable)
         prompt, _ = parts.collate([sample])
         with lower_precision():
             return sample, model.encode_chunks(prompt.encoder_input)

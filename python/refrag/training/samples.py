@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from refrag.chunking import end_of_chunk
 from refrag.packing import Span, pack_spans
 from refrag.processor import RefragProcessor
 from refrag.prompt import Chunk, MixedPrompt, Passage
@@ -62,17 +65,46 @@ class Sample:
         return rows
 
 
-def chunks_of(token_ids: Sequence[int], k: int, tokenizer: PreTrainedTokenizerBase) -> list[Chunk]:
-    """Cut tokens into chunks of k, the last perhaps shorter, each with the text that it stands for."""
-    pieces = [tuple(token_ids[start : start + k]) for start in range(0, len(token_ids), k)]
-    texts = tokenizer.batch_decode([list(piece) for piece in pieces], clean_up_tokenization_spaces=False)
-    return [Chunk(text, piece) for text, piece in zip(texts, pieces)]
+def chunks_of(
+    token_ids: Sequence[int], k: int, tokenizer: PreTrainedTokenizerBase, cuttable: Sequence[bool] | None = None
+) -> list[Chunk]:
+    """Cut tokens into chunks of k, the last perhaps shorter, as ``FixedChunks`` cuts the text that they stand for.
+
+    Parameters
+    ----------
+    token_ids : sequence of int
+        They begin with a whole character.
+    k : int
+    tokenizer : PreTrainedTokenizerBase
+        The decoder's.
+    cuttable : sequence of bool, optional
+        For each token, whether a chunk may end with it; without it any may.
+    """
+    places = [True] * len(token_ids) if cuttable is None else cuttable
+    pieces: list[tuple[int, ...]] = []
+    first = 0
+    while first < len(token_ids):
+        end = end_of_chunk(places, first, k)
+        pieces.append(tuple(token_ids[first:end]))
+        first = end
+    # Behind the chunk before it: a decoder that takes the first space for its own would leave it out.
+    befores = [(), *pieces[:-1]]
+    runs = [list(run) for run in [*befores, *map(operator.add, befores, pieces)]]
+    texts = tokenizer.batch_decode(runs, clean_up_tokenization_spaces=False)
+    return [Chunk(text[len(before) :], piece) for before, text, piece in zip(texts, texts[len(pieces) :], pieces)]
 
 
-def reconstruction(token_ids: Sequence[int], k: int, tokenizer: PreTrainedTokenizerBase, prefix: list[int]) -> Sample:
-    """Return the first task: write x_1:s from its own s/k chunks (REFRAG, 3.1)."""
-    chunks: list[Span] = [(0, chunk) for chunk in chunks_of(token_ids, k, tokenizer)]
-    return _sample(prefix, chunks, list(token_ids))
+def reconstruction(
+    token_ids: Sequence[int],
+    k: int,
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: list[int],
+    cuttable: Sequence[bool] | None = None,
+) -> Sample:
+    """Return the first task: write x_1:s from its own s/k chunks (REFRAG, 3.1), up to its last whole character."""
+    end = len(token_ids) if cuttable is None else end_of_chunk(cuttable, 0, len(token_ids))
+    chunks: list[Span] = [(0, chunk) for chunk in chunks_of(token_ids[:end], k, tokenizer, cuttable and cuttable[:end])]
+    return _sample(prefix, chunks, list(token_ids[:end]))
 
 
 def next_paragraph(
@@ -82,10 +114,17 @@ def next_paragraph(
     tokenizer: PreTrainedTokenizerBase,
     prefix: list[int],
     expanded: Collection[int] = (),
+    cuttable: Sequence[bool] | None = None,
 ) -> Sample:
-    """Return the second: write the tokens that follow ``context`` tokens, which stand as chunks (REFRAG, 3.1)."""
-    chunks: list[Span] = [(0, chunk) for chunk in chunks_of(token_ids[:context], k, tokenizer)]
-    return _sample(prefix, chunks, list(token_ids[context:]), expanded)
+    """Return the second: write the tokens that follow ``context`` tokens, which stand as chunks (REFRAG, 3.1).
+
+    The context ends with a whole character, a few tokens earlier if need be; as many tokens follow it all the same.
+    """
+    output = len(token_ids) - context
+    # A character of more tokens than the window is cut nevertheless: something has to follow.
+    end = context if cuttable is None else min(end_of_chunk(cuttable, 0, context), len(token_ids) - 1)
+    chunks: list[Span] = [(0, chunk) for chunk in chunks_of(token_ids[:end], k, tokenizer, cuttable and cuttable[:end])]
+    return _sample(prefix, chunks, list(token_ids[end : end + output]), expanded)
 
 
 def random_picks(chunks: int, share: float, seed: int, index: int) -> frozenset[int]:
@@ -119,7 +158,8 @@ def reconstruction_sampler(
     """
 
     def sample(index: int) -> Sample:
-        return reconstruction(windows_of(schedule(index) * k).draw(seed, index), k, tokenizer, prefix)
+        tokens, cuttable = windows_of(schedule(index) * k).draw(seed, index)
+        return reconstruction(tokens, k, tokenizer, prefix, cuttable)
 
     return sample
 
@@ -147,9 +187,9 @@ def next_paragraph_sampler(
 
     def sample(index: int) -> Sample:
         context = schedule(index) * k
-        tokens = windows_of(context + output_tokens).draw(seed, index)
-        picks = random_picks(context // k, expand, seed, index)
-        return next_paragraph(tokens, context, k, tokenizer, prefix, picks)
+        tokens, cuttable = windows_of(context + output_tokens).draw(seed, index)
+        drawn = next_paragraph(tokens, context, k, tokenizer, prefix, cuttable=cuttable)
+        return dataclasses.replace(drawn, expanded=random_picks(drawn.num_chunks, expand, seed, index))
 
     return sample
 
@@ -183,10 +223,13 @@ def answer_sampler(
     tokenizer = processor.tokenizer
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
+    @functools.lru_cache(maxsize=2)  # an evaluation may read another epoch's in between
+    def order(epoch: int) -> list[int]:
+        return random.Random(f"{seed}/{epoch}").sample(range(len(questions)), len(questions))
+
     def sample(index: int) -> Sample:
         epoch, place = divmod(index, len(questions))
-        order = random.Random(f"{seed}/{epoch}").sample(range(len(questions)), len(questions))
-        entry = questions[order[place]]
+        entry = questions[order(epoch)[place]]
         parts: list[str | Passage] = []
         for text in entry["passages"]:
             parts += [Passage(text), "\n\n"]

@@ -22,9 +22,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from refrag.file_modes import usual_mode
 from refrag.model import RefragForCausalLM
 from refrag.prompt import MixedPrompt
-from refrag.training.pause import wait_while_paused
+from refrag.training.generators import generator_states, restore_generators
+from refrag.training.passes import cut_passes, make_passes
 from refrag.training.samples import Sample, Sampler
 
 # What is trained, whole and by the model's own names, however Accelerate wraps or shards it.
@@ -53,7 +55,11 @@ class TrainSettings:
         Peaks of the projector's and the encoder's own; ``learning_rate`` where they aren't given.
     warmup : float
         Share of the steps in which the rate rises; then it falls as a cosine to 0.
-    weight_decay, max_grad_norm : float
+    betas : tuple of 2 floats
+        AdamW's.
+    weight_decay : float
+    max_grad_norm : float
+        Of all gradients together.
     max_rows : int
         Decoder rows of one forward pass: a step's samples are cut into as many passes as this asks for.
     checkpoint_every, log_every, evaluate_every : int
@@ -67,6 +73,7 @@ class TrainSettings:
     projector_rate: float | None = None
     encoder_rate: float | None = None
     warmup: float = 0.04
+    betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     max_rows: int = 4096
@@ -79,6 +86,8 @@ class TrainSettings:
         for name in ("steps", "batch_size", "max_rows", "checkpoint_every", "log_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, needs 1 or more")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: got {self.betas}, needs two numbers from 0 up to 1")
 
 
 class Trainer:
@@ -100,6 +109,11 @@ class Trainer:
         What a checkpoint must agree with to be gone on from: k, the models, the stage.
     accelerator : Accelerator, optional
         With its own settings of precision and devices (``accelerate launch`` and its config hold as usual).
+
+    Raises
+    ------
+    TrainingError
+        If there are more processes than samples of a step.
     """
 
     def __init__(
@@ -115,13 +129,18 @@ class Trainer:
         accelerator: Accelerator | None = None,
     ) -> None:
         self.accelerator = accelerator or Accelerator()
+        if settings.batch_size < self.accelerator.num_processes:  # here, where every process raises it
+            raise TrainingError(
+                f"batch_size: got {settings.batch_size}, needs {self.accelerator.num_processes} or more, a sample for "
+                "each process"
+            )
         self.sampler, self.collate, self.settings = sampler, collate, settings
         self.folder = Path(folder)
         self.evaluate = evaluate
         self.signature = {"settings": dataclasses.asdict(settings), **(signature or {})}
         self.plain = model
         groups = _parameter_groups(model, settings)
-        optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, betas=(0.9, 0.98))
+        optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, betas=settings.betas)
         schedule = get_cosine_schedule_with_warmup(
             optimizer, max(1, round(settings.warmup * settings.steps)), settings.steps
         )
@@ -129,6 +148,7 @@ class Trainer:
         self.schedule = schedule
         self.step = 0
         self.tokens = 0
+        self.losses: list[float] = []  # of the steps since the last entry of the log
 
     def train(self) -> list[dict[str, Any]]:
         """Train to the last step, from the newest checkpoint if there is one.
@@ -148,24 +168,22 @@ class Trainer:
         self._resume()
         main = self.accelerator.is_main_process
         began, tokens_before = time.perf_counter(), self.tokens
-        losses: list[float] = []
         with tqdm(total=self.settings.steps, initial=self.step, disable=not main, unit="step") as bar:
             while self.step < self.settings.steps:
-                wait_while_paused()
-                losses.append(self._step())
+                self.losses.append(self._step())
                 bar.update()
                 rate = (self.tokens - tokens_before) / (time.perf_counter() - began)
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}, {rate:.0f} tokens/s")
+                bar.set_postfix_str(f"loss {self.losses[-1]:.3f}, {rate:.0f} tokens/s")
                 last = self.step == self.settings.steps
                 evaluated = {}
                 if self.evaluate and (last or self.step % self.settings.evaluate_every == 0):
                     evaluated = self._evaluate()
                 if evaluated or last or self.step % self.settings.log_every == 0:
-                    entry = {"step": self.step, "loss": sum(losses) / len(losses), "tokens": self.tokens,
+                    entry = {"step": self.step, "loss": sum(self.losses) / len(self.losses), "tokens": self.tokens,
                              "learning_rate": self.schedule.get_last_lr()[0], "tokens_per_second": rate,
                              **evaluated}  # fmt: skip
                     self._log(entry)
-                    losses = []
+                    self.losses = []
                 if last or self.step % self.settings.checkpoint_every == 0:
                     self._save()
         return self.read_log()
@@ -181,15 +199,16 @@ class Trainer:
         first = self.step * self.settings.batch_size
         indices = range(first + accelerator.process_index, first + self.settings.batch_size, world)
         samples = [self.sampler(index) for index in indices]
-        if not samples:
-            raise TrainingError(f"batch_size: got {self.settings.batch_size}, needs one sample a process, {world}")
-        passes = self._passes(samples)
+        passes = cut_passes(samples, self.settings.max_rows)
+        passes = make_passes(passes, self._most_passes(passes))
         own = torch.tensor(sum(sample.num_targets for sample in samples), device=accelerator.device)
         targets = int(accelerator.reduce(own, "sum"))
         total = torch.zeros((), device=accelerator.device)
         self.model.train()
         for number, part in enumerate(passes):
-            prompt, labels = self.collate(part)
+            prompt, labels = self.collate(part or passes[0][:1])
+            if not part:  # a pass for the others' sake, in which no token counts
+                labels = labels.fill_(-100)
             # Processes exchange gradients once a step.
             last = number == len(passes) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
@@ -207,8 +226,9 @@ class Trainer:
                 f"loss: is {loss} in step {self.step + 1}, samples {first} to {first + self.settings.batch_size - 1}; "
                 f"the newest checkpoint is {self._newest() or 'none'}"
             )
-        for group in self.optimizer.param_groups:
-            accelerator.clip_grad_norm_(group["params"], self.settings.max_grad_norm)
+        # One norm over all groups, in one call: under float16 Accelerate unscales the gradients in it. These very
+        # parameters, because it looks for a sharded model's own.
+        accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -216,22 +236,12 @@ class Trainer:
         self.tokens += targets
         return loss
 
-    def _passes(self, samples: list[Sample]) -> list[list[Sample]]:
-        """Cut samples into passes of at most ``max_rows`` rows; as many of them in every process."""
-        passes: list[list[Sample]] = [[]]
-        rows = 0
-        for sample in sorted(samples, key=lambda sample: sample.num_rows):
-            if passes[-1] and rows + sample.num_rows > self.settings.max_rows:
-                passes.append([])
-                rows = 0
-            passes[-1].append(sample)
-            rows += sample.num_rows
-        if self.accelerator.num_processes > 1:
-            # Where parameters are sharded, a pass in one process waits for its like in the others.
-            counts = self.accelerator.gather(torch.tensor([len(passes)], device=self.accelerator.device))
-            most = min(int(counts.max()), len(samples))
-            passes = [samples[start::most] for start in range(most)]
-        return passes
+    def _most_passes(self, passes: list[list[Sample]]) -> int:
+        """Return how many passes the process makes that has the most."""
+        if self.accelerator.num_processes == 1:
+            return len(passes)
+        counts = self.accelerator.gather(torch.tensor([len(passes)], device=self.accelerator.device))
+        return int(counts.max())
 
     def _evaluate(self) -> dict[str, Any]:
         self.model.eval()
@@ -249,6 +259,7 @@ class Trainer:
     def _save(self) -> None:
         # Every process takes part: it may hold a share of the parameters, which come whole to the first.
         trained, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=_WHOLE)
+        generators = generator_states(self.accelerator)
         if not self.accelerator.is_main_process:
             return
         final = self.folder / "checkpoints" / f"step-{self.step:08d}"
@@ -258,9 +269,11 @@ class Trainer:
         own = {name for name, _ in self.plain.named_parameters()}  # tied weights once
         kept = {name: cast(torch.Tensor, value).contiguous() for name, value in trained.items() if name in own}
         save_file(kept, part / "trained.safetensors")
+        os.chmod(part / "trained.safetensors", usual_mode(part))
         torch.save(
             {"optimizer": optimizer, "schedule": self.schedule.state_dict(), "step": self.step,
-             "tokens": self.tokens, "random": torch.get_rng_state(), "log_entries": len(self.read_log())},
+             "tokens": self.tokens, "losses": self.losses, "generators": generators,
+             "log_entries": len(self.read_log())},
             part / "state.pt",
         )  # fmt: skip
         (part / "signature.json").write_text(json.dumps(self.signature, indent=1))
@@ -278,6 +291,8 @@ class Trainer:
             log.unlink(missing_ok=True)
             return
         written = json.loads((checkpoint / "signature.json").read_text())
+        # Settings that it knows nothing of had their defaults.
+        written["settings"] = json.loads(json.dumps(dataclasses.asdict(TrainSettings(1)))) | written["settings"]
         wanted = json.loads(json.dumps(self.signature))
         for name in sorted(written.keys() | wanted.keys()):
             if written.get(name) != wanted.get(name):
@@ -293,7 +308,8 @@ class Trainer:
         )  # fmt: skip
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.tokens = state["step"], state["tokens"]
-        torch.set_rng_state(state["random"])
+        self.losses = list(state["losses"])
+        restore_generators(self.accelerator, state["generators"])
         if self.accelerator.is_main_process:
             # What was logged after the checkpoint will be logged again.
             kept = log.read_text().splitlines(keepends=True)[: state["log_entries"]]

@@ -37,7 +37,7 @@ class GivenPassage:
     embeds: torch.Tensor | None = None
 
 
-def parse_passage(item: Any, index: int, width: int) -> GivenPassage:
+def parse_passage(item: Any, index: int, width: int, *, takes_embeds: bool = True) -> GivenPassage:
     """Check a passage of a request.
 
     Parameters
@@ -49,6 +49,8 @@ def parse_passage(item: Any, index: int, width: int) -> GivenPassage:
         Its number in the request, for messages.
     width : int
         d_enc.
+    takes_embeds : bool
+        Whether embeddings are allowed; otherwise they are refused before anything is read from them.
 
     Raises
     ------
@@ -82,6 +84,8 @@ def parse_passage(item: Any, index: int, width: int) -> GivenPassage:
     if embeds is None and "text" not in given and "id" not in given:
         raise ValueError(f"{name}: is empty, needs one of {', '.join(_FIELDS)}")
     if embeds is not None:
+        if not takes_embeds:
+            raise ValueError(f"{name}: embeds: needs a server that runs with --enable-mm-embeds")
         embeds = _checked(_decoded(embeds, name) if isinstance(embeds, str) else embeds, name, width)
     return GivenPassage(given.get("text", ""), given.get("id"), embeds)
 

@@ -55,9 +55,10 @@ class PassageItems(ProcessorBatchItems[Any]):
 class PassageParser(MultiModalDataParser):
     """Reads ``multi_modal_data={"passage": [...]}``."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, takes_embeds: bool) -> None:
         super().__init__()
         self.width = width
+        self.takes_embeds = takes_embeds
 
     def _get_subparsers(self) -> Mapping[str, Any]:
         return {**super()._get_subparsers(), MODALITY: self._parse_passages}
@@ -73,7 +74,9 @@ class PassageParser(MultiModalDataParser):
         passages = (GivenPassage, ReadPassage)
         return PassageItems(
             [
-                item if isinstance(item, passages) else parse_passage(item, index, self.width)
+                item
+                if isinstance(item, passages)
+                else parse_passage(item, index, self.width, takes_embeds=self.takes_embeds)
                 for index, item in enumerate(items)
             ]
         )
@@ -140,13 +143,13 @@ class PassageInfo(BaseProcessingInfo):
         return TextEmbedder(self._encoder, self.processor.encoder_tokenizer)
 
     def get_data_parser(self) -> PassageParser:
-        return PassageParser(self.width)
+        return PassageParser(self.width, self.ctx.get_mm_config().enable_mm_embeds)
 
     def parse_mm_data(self, mm_data: Any, *, validate: bool = True) -> MultiModalDataItems:
         items = super().parse_mm_data(mm_data, validate=validate)
         if validate and not self.ctx.get_mm_config().enable_mm_embeds:
             for index, item in enumerate(items.get(MODALITY, ())):
-                if item.embeds is not None:
+                if item.embeds is not None:  # one that a caller in this process has parsed
                     raise ValueError(f"passage {index}: embeds: needs a server that runs with --enable-mm-embeds")
         return items
 

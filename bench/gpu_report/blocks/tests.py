@@ -1,0 +1,27 @@
+"""Every op against float64, on CUDA tensors, by Triton and by CUDA C++, in many processes."""
+
+from __future__ import annotations
+
+import os
+
+from bench.gpu_report import pytest_runs
+from bench.gpu_report.block import Options, Results, run
+
+_PROCESSES = 14  # their time goes into compiling, one kernel at a time each
+_FILES = ("tests/test_pooling_cuda.py", "tests/gpu/test_gpu_ops.py")  # the many cases last: they may be cut short
+_FEW = ("tests/gpu/test_gpu_ops.py", "-k", "pool_chunks-triton-float32-0] or merge_states-triton-float32-1]")
+
+
+def block(options: Options, results: Results) -> None:
+    """Run the tests in shards."""
+    shards = 1 if options.rehearsal else max(1, min(_PROCESSES, (os.cpu_count() or 1) - 1))
+    tests = _FEW if options.rehearsal else _FILES
+    commands = {
+        f"shard {number}": pytest_runs.command(results, *tests, shard=f"{number}/{shards}") for number in range(shards)
+    }
+    if failed := pytest_runs.run(commands):
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("tests", block))

@@ -1,0 +1,85 @@
+"""Calls that compute the same: each is checked, those that are right are timed in turns, each is a line of results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+
+from bench.case import error_of
+from bench.gpu_report.block import Options, Results
+from bench.timing import Times, interleave
+
+Call = Callable[[], object]
+
+
+def contest(
+    case: str,
+    calls: Mapping[str, Call],
+    expected: object,
+    bound: float,
+    options: Options,
+    results: Results,
+    *,
+    rounds: int = 21,
+    view: Callable[[object], object] = lambda result: result,
+    values: Callable[[Times], dict[str, float]] = lambda times: {},
+    said: Mapping[str, Mapping[str, object]] | None = None,
+) -> None:
+    """Add a line for each of ``calls``, whose times are of ``rounds`` rounds; on the CPU of one.
+
+    Parameters
+    ----------
+    case : str
+    calls : dict of str to callable
+        A call that raises is skipped, for the reason it gives.
+    expected : tensor or tuple of tensors
+        In float64.
+    bound : float
+        Greatest relative error, as a whole.
+    options : Options
+    results : Results
+    rounds : int
+    view : callable
+        What of a result is compared with ``expected``.
+    values : callable
+        More values of a line, of its times.
+    said : dict of str to dict
+        More values of the line of a name.
+    """
+    said = said or {}
+    right: dict[str, Call] = {}
+    found: dict[str, dict[str, object]] = {}
+    first: object = None
+    for name, call in calls.items():
+        about = {"contender": name, **said.get(name, {})}
+        try:
+            result = view(call())
+        except Exception as error:  # of another contender or an unfit device; the others may be right
+            results.add(case, status="failed", reason=f"{type(error).__name__}: {str(error)[:300]}", **about)
+            continue
+        error_ = error_of(result, expected)
+        if not error_ <= bound:
+            finite = error_ if math.isfinite(error_) else None
+            results.add(case, status="wrong", error=finite, reason="differs from float64", **about)
+            continue
+        first = result if first is None else first
+        right[name] = call
+        found[name] = {**about, "error": error_, "bits_of_the_first": _same(result, first)}
+    times = interleave(right, *((1, 0) if options.rehearsal else (rounds, 2)), device=options.device)
+    for name, took in times.items():
+        results.add(
+            case,
+            median_s=took.median,
+            p20_s=took.quantile(0.2),
+            p80_s=took.quantile(0.8),
+            **values(took),
+            **found[name],
+        )
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    return isinstance(a, tuple) and isinstance(b, tuple) and all(map(_same, a, b))

@@ -1,0 +1,75 @@
+"""Blocks of the GPU report run for what they launch alone: at their real shapes, on tensors of the CPU."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+from bench import peers
+from bench.gpu_report import l2
+from bench.gpu_report.block import Options, Results
+
+_MULTIPROCESSORS = 132  # of an H100
+_MOST = 6e8  # bytes of keys and values: more launch the same kernels, and take long to make
+
+
+class _Pretended(Options):
+    """Tensors are on the CPU, and all else is as on a GPU."""
+
+    rehearsal = False
+
+
+def calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield calls that make the launches of blocks, by name; a block that this checkout does not have is left out."""
+    yield "L2 read", l2.reader(24 << 20, 2 * _MULTIPROCESSORS, "cpu")[0]
+    try:
+        from bench.gpu_report.blocks import decode_sweep, grid_order
+    except ImportError:
+        pass
+    else:
+        yield "grid_order", lambda: _launch(grid_order, _rates=lambda options, results: None)
+        case = decode_sweep._case
+
+        def small(shape: Any, *rest: Any) -> None:
+            if shape.bytes <= _MOST:
+                case(shape, *rest)
+
+        yield "decode_sweep", lambda: _launch(decode_sweep, _copy=lambda results: 1.0, _case=small)
+    try:
+        from bench.gpu_report import gluon_worker
+        from refrag_kernels.triton_kernels import attention_hopper
+    except ImportError:
+        return
+
+    def gluon() -> None:
+        with mock.patch.object(attention_hopper, "_multiprocessors", lambda device: _MULTIPROCESSORS):
+            gluon_worker.compile_kernels([name for names in gluon_worker.CONFIGS.values() for name in names], "cpu")
+
+    yield "gluon", gluon
+
+
+def _launch(module: ModuleType, **stubs: Any) -> None:
+    """Run a block whose contenders are called once each, and compared with nothing."""
+
+    def contest(case: str, calls: dict[str, Callable[[], object]], *_: object, **__: object) -> None:
+        for name, call in calls.items():
+            if not name.startswith("SDPA"):
+                call()
+
+    def nothing(*_: object, **__: object) -> Callable[[], None]:
+        return lambda: None
+
+    def linear(q: Any, k: Any, v: Any, *_: object, **__: object) -> Callable[[], object]:
+        return lambda: q + 0 * (k.sum() + v.sum())  # something that has gradients
+
+    with (
+        mock.patch.multiple(module, contest=contest, **stubs),
+        mock.patch.object(peers, "sdpa_float64", nothing),
+        mock.patch.object(peers, "sdpa", linear),
+    ):
+        module.block(_Pretended("cpu", math.inf), Results("pretended", Path(os.devnull), echo=False))

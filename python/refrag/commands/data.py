@@ -1,0 +1,218 @@
+"""`refrag data`: text and questions to train and measure on, from Debian's packages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from refrag.console import clear_errors, track
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from refrag.data.questions import Question
+
+data = typer.Typer(no_args_is_help=True, help="Make text and questions to train and measure on.")
+
+Packages = Annotated[Path, typer.Option("--packages", help="Folder where downloaded packages are kept.")]
+Passages = Annotated[int, typer.Option(help="Passages of a question.")]
+Unanswerable = Annotated[float, typer.Option(help="Share of them whose answer is not in the passages.")]
+Compressed = Annotated[bool, typer.Option("--xz", help="Compress the training questions by xz.")]
+Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
+
+
+@data.command()
+def corpus(
+    output: Annotated[Path, typer.Option(help="Folder for the text and its manifest; must not exist.")],
+    packages: Packages = Path("debian-packages"),
+    package: Annotated[
+        list[str] | None,
+        typer.Option(help="Debian package to take; may be repeated. Without it, some forty packages of manuals."),
+    ] = None,
+    held_out: Annotated[
+        bool,
+        typer.Option(help="Read the held-out manuals too: Debian's handbook, PostgreSQL, Perl and Git."),
+    ] = True,
+    cap: Annotated[float, typer.Option(help="Share of the text that a single package may have.")] = 0.25,
+    validation: Annotated[float, typer.Option(help="Share of the documents that is set apart.")] = 0.02,
+    min_characters: Annotated[int, typer.Option(help="Shorter documents are dropped.")] = 1000,
+    workers: Annotated[int, typer.Option(help="Processes that convert files.")] = 2,
+    seed: Seed = 0,
+) -> None:
+    """Make a corpus from manuals: train.jsonl, valid.jsonl, heldout-*.jsonl and manifest.json.
+
+    Packages are downloaded by apt-get; root is not needed. HTML, manual pages, Info files and text become plain
+    text without navigation; each paragraph is kept once, and what is not English prose is dropped. The held-out
+    manuals are for measuring only: none of their paragraphs is in the text to train on.
+    """
+    console = Console()
+    with clear_errors(console):
+        from refrag.data.build import CorpusSettings, build_corpus
+        from refrag.data.debian import DOCUMENTATION, HELD_OUT, fetch, refuse_held_out
+
+        settings = CorpusSettings(cap, validation, min_characters, workers, seed)
+        names = list(dict.fromkeys(package or DOCUMENTATION))
+        refuse_held_out(names)
+        if output.exists():
+            raise ValueError(f"--output: {output} is there already; a new folder is needed")
+        wanted = [*names, *(name for group in HELD_OUT.values() for name in group if held_out)]
+        found = {name: fetch(name, packages) for name in track(console, wanted, "downloading packages")}
+        domains = {domain: [found[name] for name in group] for domain, group in HELD_OUT.items()} if held_out else {}
+        manifest = build_corpus(
+            [found[name] for name in names], domains, settings, output,
+            lambda read: track(console, read, "reading packages"),
+        )  # fmt: skip
+        for name, counts in manifest["splits"].items():
+            console.print(f"{name}: {counts['documents']:,} documents, {counts['characters']:,} characters")
+        console.print(f"Wrote {output}", highlight=False, soft_wrap=True)
+
+
+@data.command()
+def tokens(
+    corpus: Annotated[Path, typer.Argument(help="Output folder of `refrag data corpus`.")],
+    output: Annotated[Path, typer.Option(help="Folder for train.tok, valid.tok and heldout-*.tok.")],
+    decoder: Annotated[
+        str | None, typer.Option(help="Whose tokenizer is used, by folder or name; else SmolLM2.")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens to train on, the same number of each package as far as they reach; else all."),
+    ] = None,
+    valid_tokens: Annotated[int, typer.Option(help="Most tokens of valid.tok.")] = 500_000,
+    held_out_tokens: Annotated[int, typer.Option(help="Most tokens of each heldout-*.tok.")] = 300_000,
+    piece_mib: Annotated[
+        int | None, typer.Option("--piece-mib", help="Most MiB of a file: more are written as train-1.tok and so on.")
+    ] = None,
+) -> None:
+    """Write a corpus as files of tokens, for training on a machine without a network.
+
+    numpy and Python's standard library read them: refrag.training.token_files.load_tokens.
+    """
+    console = Console()
+    with clear_errors(console):
+        with console.status("loading transformers"):
+            from transformers import AutoTokenizer
+
+            from refrag.commands.train import folders
+            from refrag.data.tokenizing import tokenize_corpus
+            from refrag.training.token_files import read_header
+        tokenizer = AutoTokenizer.from_pretrained(folders(None, decoder, "tokens")[1])
+        files = tokenize_corpus(
+            corpus, output, tokenizer, tokens=tokens, other_tokens=valid_tokens, held_out_tokens=held_out_tokens,
+            piece_bytes=None if piece_mib is None else piece_mib << 20,
+            progress=lambda read: track(console, read, "tokenizing"),
+        )  # fmt: skip
+        for file in files:
+            header = read_header(file)
+            size = file.stat().st_size / (1 << 20)
+            what = f"{file}: {header['tokens']:,} tokens, {header['documents']:,} documents, {size:.1f} MiB"
+            console.print(what, highlight=False, soft_wrap=True)
+
+
+@data.command()
+def glossary(
+    output: Annotated[Path, typer.Option(help="Folder for glossary-train.jsonl and glossary-test.jsonl.")],
+    packages: Packages = Path("debian-packages"),
+    questions: Annotated[int, typer.Option(help="How many, of each field as evenly as they reach.")] = 24_000,
+    passages: Passages = 10,
+    hard: Annotated[float, typer.Option(help="Share of them whose other passages are MiniLM's nearest.")] = 0.5,
+    unanswerable: Unanswerable = 0.1,
+    test: Annotated[float, typer.Option(help="Share of the headwords that is set apart.")] = 0.03,
+    held_out_domain: Annotated[
+        list[str] | None,
+        typer.Option(help="Field such as law, medicine or anatomy, to test on only; may be repeated."),
+    ] = None,
+    xz: Compressed = False,
+    seed: Seed = 0,
+) -> None:
+    """Make questions about words: "What is an abatis?", over ten entries of dictionaries.
+
+    The dictionaries are GCIDE, which marks fields such as law and medicine, WordNet and FOLDOC (Debian: dict-gcide,
+    dict-wn, dict-foldoc). No headword of a test question is in a training question or its passages.
+    """
+    console = Console()
+    with clear_errors(console):
+        with console.status("loading torch and transformers"):
+            from transformers import AutoModel, AutoTokenizer
+
+            from refrag import attention, weights
+            from refrag.data.debian import fetch
+            from refrag.data.dictionaries import DICTIONARIES, Entry, read_dictionary
+            from refrag.data.glossary import glossary_questions, select_entries
+            from refrag.data.questions import QuestionSettings
+            from refrag.prompt import Passage
+            from refrag.retrieval import Retriever
+        settings = QuestionSettings(passages, hard, unanswerable, test, tuple(held_out_domain or ()), seed)
+        entries: list[Entry] = []
+        for name in track(console, DICTIONARIES, "reading dictionaries"):
+            with fetch(f"dict-{name}", packages).unpacked() as folder:
+                entries += read_dictionary(folder / "usr" / "share" / "dictd", name)
+        unknown = set(settings.held_out_domains) - {entry.domain for entry in entries}
+        if unknown:
+            raise ValueError(f"--held-out-domain: got {', '.join(sorted(unknown))}, which no entry is marked with")
+        encoder = weights.encoder_folder()
+        model = AutoModel.from_pretrained(encoder, attn_implementation=attention.NAME, local_files_only=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
+
+        def embed(texts: Sequence[str]) -> np.ndarray:
+            found = Retriever(model, tokenizer, [Passage(text) for text in texts],
+                              lambda batches: track(console, batches, "embedding entries, once"))  # fmt: skip
+            return found.embeds.numpy()
+
+        sides = glossary_questions(select_entries(entries, questions, settings), embed, settings)
+        _write_sides(console, output, "glossary", sides, xz)
+
+
+@data.command()
+def manpages(
+    output: Annotated[Path, typer.Option(help="Folder for manpages-train.jsonl and manpages-test.jsonl.")],
+    packages: Packages = Path("debian-packages"),
+    package: Annotated[
+        list[str] | None,
+        typer.Option(help="Debian package with manual pages; may be repeated. Without it, some sixty packages."),
+    ] = None,
+    passages: Passages = 10,
+    hard: Annotated[float, typer.Option(help="Share of them whose other passages are of the page or option.")] = 0.5,
+    unanswerable: Unanswerable = 0.1,
+    test: Annotated[float, typer.Option(help="Share of the pages that is set apart.")] = 0.03,
+    xz: Compressed = False,
+    seed: Seed = 0,
+) -> None:
+    """Make questions about options: "In tar, what does --strip-components do?", over ten options' descriptions.
+
+    No page of a test question is in a training question or its passages.
+    """
+    console = Console()
+    with clear_errors(console):
+        from refrag.data.debian import fetch, refuse_held_out
+        from refrag.data.manual_options import PROGRAMS, option_questions, read_options
+        from refrag.data.questions import QuestionSettings
+
+        settings = QuestionSettings(passages, hard, unanswerable, test, seed=seed)
+        names = list(dict.fromkeys(package or PROGRAMS))
+        refuse_held_out(names)
+        found = [fetch(name, packages) for name in track(console, names, "downloading packages")]
+        options = []
+        for one in track(console, found, "reading manual pages"):
+            with one.unpacked() as folder:
+                options += read_options(folder, one.name)
+        if not options:
+            raise ValueError(f"--package: {', '.join(names)} describe no option in their manual pages")
+        _write_sides(console, output, "manpages", option_questions(options, settings), xz)
+
+
+def _write_sides(console: Console, output: Path, name: str, sides: Sequence[Sequence[Question]], xz: bool) -> None:
+    from refrag.data.questions import write_questions
+
+    for side, questions in zip(("train", "test"), sides):
+        if not questions:
+            raise ValueError(f"{name}: there is no {side} question; more entries, or another --test, are needed")
+    for side, questions in zip(("train", "test"), sides):
+        path = output / f"{name}-{side}.jsonl{'.xz' * (xz and side == 'train')}"
+        write_questions(path, questions)
+        what = f"{path}: {len(questions):,} questions, {path.stat().st_size / (1 << 20):.1f} MiB"
+        console.print(what, highlight=False, soft_wrap=True)

@@ -1,0 +1,67 @@
+"""How much of each source is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def even_level(sizes: Sequence[int], total: int, *, what: str = "tokens: got {}, the sources have {} together") -> int:
+    """Return the level up to which each source gives what it has, so that they give ``total`` together.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+    total : int
+    what : str
+        Says what is wrong where all of them together have less.
+
+    Raises
+    ------
+    ValueError
+        If they do.
+
+    Examples
+    --------
+    >>> even_level([10, 100, 1000], 130)
+    60
+    """
+    if total > sum(sizes):
+        raise ValueError(what.format(f"{total:,}", f"{sum(sizes):,}"))
+    left = total
+    ordered = sorted(sizes)
+    for index, size in enumerate(ordered):
+        level = left // (len(ordered) - index)
+        if size >= level:
+            return level
+        left -= size
+    return ordered[-1] if ordered else 0
+
+
+def capped_level(sizes: Sequence[int], cap: float) -> int:
+    """Return the highest level at which no source has more than a share of ``cap`` of what is taken.
+
+    Raises
+    ------
+    ValueError
+        If ``cap`` is not a share, or there are too few sources for it.
+
+    Examples
+    --------
+    >>> capped_level([10, 10, 10, 10, 1000], 0.25)  # 13 is a quarter of 53
+    13
+    """
+    if not 0 < cap <= 1:
+        raise ValueError(f"cap: got {cap}, needs a share above 0 and up to 1")
+    ordered = sorted(sizes)
+    for taken in range(len(ordered), 0, -1):
+        # Those before `taken` whole, the others up to the level: level = cap * (whole + others * level).
+        whole, others = sum(ordered[:taken]), len(ordered) - taken
+        if not others:
+            if ordered[-1] <= cap * whole:
+                return ordered[-1]
+            continue
+        if cap * others < 1:
+            level = int(cap * whole / (1 - cap * others))
+            if ordered[taken - 1] <= level:
+                return level
+    raise ValueError(f"cap: got {cap}, which needs more sources of like size; there are {len(sizes)}")

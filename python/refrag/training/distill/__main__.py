@@ -1,0 +1,24 @@
+"""``python -m refrag.training.distill``: as ``refrag train distill``, where the packages of the console are missing."""
+
+from __future__ import annotations
+
+import sys
+
+from refrag.training.distill.arguments import parse
+
+
+def main() -> int:
+    """Run a distillation from the command line."""
+    try:
+        options = parse()
+        from refrag.training.distill.loop import distill
+
+        distill(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,197 @@
+"""The models of distillation: a frozen decoder that teaches, and the same decoder reading slots, which learns."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from refrag.attention import NAME, no_mask
+from refrag.model import RefragForCausalLM
+from refrag.token_encoder import first_layers
+from refrag.training.distill.attention import GROUPED
+from refrag.training.distill.batches import Batch, Packed, Rows
+from refrag.training.distill.loss import distillation_loss
+from refrag.training.distill.low_rank import add_low_rank, update_names
+from refrag.training.distill.options import DistillOptions
+
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Distillation:
+    """Teacher, student and what is trained of it.
+
+    Parameters
+    ----------
+    decoder : PreTrainedModel
+        The decoder as it comes, in float32. It becomes the student's.
+    options : DistillOptions
+    device : torch.device
+    dtype : torch.dtype
+        Of frozen weights and activations; what is trained is float32.
+
+    Attributes
+    ----------
+    model : RefragForCausalLM
+        The student: its linear layers but the projector's are ``LowRankLinear``.
+    teacher : nn.Module
+        The base model of the decoder as it came.
+    trained : dict of str to list of (str, Parameter)
+        "linear", "encoder" and "decoder": the parameters of each group, by name.
+    """
+
+    def __init__(
+        self, decoder: PreTrainedModel, options: DistillOptions, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        torch.manual_seed(options.seed)
+        decoder.requires_grad_(False)
+        encoder = first_layers(decoder, options.encoder_layers)
+        self.options, self.device, self.dtype = options, device, dtype
+        self.model = RefragForCausalLM.from_parts(
+            encoder, decoder, options.k, preset="tokens", pooling=options.pooling, pool_segments=options.segments,
+            projector_bias=False, encoder_window=max(options.contexts),
+        )  # fmt: skip
+        self.model.requires_grad_(False).train()
+        self.model.to(device)  # type: ignore[call-arg, arg-type]  # transformers' decorator keeps self for mypy
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(dtype)  # not the buffers: rotary frequencies need their 24 bits
+        self.teacher: Any = copy.deepcopy(decoder.base_model)
+        add_low_rank(self.model.encoder, options.encoder_rank, _LINEARS)
+        add_low_rank(self.model.decoder, options.decoder_rank, _LINEARS)
+        part: Any
+        for part in (self.teacher, self.model.encoder, self.model.decoder):
+            _fuse_norms(part)
+            for layer in part.base_model.layers if options.compile else ():
+                layer.compile()
+        self.model.projector.float()
+        self._start_projector()
+        self.model.projector.up.requires_grad_(True)
+        self.model.encoder.norm.float().requires_grad_(True)
+        self.trained: dict[str, list[tuple[str, nn.Parameter]]] = {"linear": [], "encoder": [], "decoder": []}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad or name.endswith((".lora_A", ".lora_B")):
+                part_name = name.split(".", 1)[0]
+                self.trained["linear" if part_name == "projector" else part_name].append((name, parameter))
+        self.rows = functools.cache(lambda shape: Rows(shape, device))
+
+    @property
+    def table(self) -> torch.Tensor:
+        """The decoder's token embeddings [V, d]."""
+        return self.model.get_input_embeddings().weight
+
+    @property
+    def head(self) -> torch.Tensor:
+        """The decoder's output layer [V, d]."""
+        return self.model.get_output_embeddings().weight  # type: ignore[return-value]
+
+    def use_attention(self, name: str) -> None:
+        """Let all layers attend by "refrag", or by torch's own attention, "torch"."""
+        implementation = {"refrag": NAME, "torch": GROUPED}[name]
+        for part in (self.teacher, self.model.encoder, self.model.decoder):
+            part.set_attn_implementation(implementation)
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss of a batch, and the sums of ``distillation_loss``."""
+        rows = self.rows(batch.shape)
+        taught = self.table[:0]
+        if batch.shape.continuations:
+            with torch.no_grad():
+                taught = hidden_of(self.teacher, self.embed(batch.teacher_ids), rows.teacher)[rows.teacher_outputs]
+        return distillation_loss(
+            self.student_hidden(batch), taught, batch.targets, self.head,
+            cross_entropy=self.options.cross_entropy, block=self.options.block_rows,
+        )  # fmt: skip
+
+    def student_hidden(self, batch: Batch) -> torch.Tensor:
+        """Return the student's last states in the rows that predict a target."""
+        rows = self.rows(batch.shape)
+        slots = self.slots(batch.encoder_ids, rows.encoder)
+        text = self.embed(batch.student_ids)
+        mixed = text.index_copy(0, batch.slot_rows, slots.index_select(0, batch.slot_chunks))
+        return hidden_of(self.model.decoder.base_model, mixed, rows.student).index_select(0, rows.student_outputs)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return the decoder's token embeddings."""
+        return nn.functional.embedding(token_ids, self.table)
+
+    def slots(self, token_ids: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """Encode packed windows of whole chunks of k tokens; return the chunks' slots [N, d]."""
+        embeds = self.model.encoder.get_input_embeddings()(token_ids)
+        states = hidden_of(self.model.encoder, embeds, packed)
+        chunks = states.view(-1, self.options.k, states.shape[-1])
+        pooled = chunks.flatten(1) if self.options.pooling == "concat" else chunks.mean(1)
+        projector = self.model.projector
+        projected = nn.functional.linear(pooled, projector.up.weight.to(pooled.dtype))
+        return nn.functional.linear(projected, projector.down.weight.to(pooled.dtype))
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return what the adapter's file holds, by the names that it has there; on the device, not copied."""
+        state = {update_names(name): value.detach() for group in self.trained.values() for name, value in group}
+        return {**state, "projector.down.weight": self.model.projector.down.weight.detach()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take over what an adapter's file holds.
+
+        Raises
+        ------
+        ValueError
+            If it is of another shape.
+        """
+        own = self.state()
+        for name in sorted(own.keys() | tensors.keys()):
+            if name.startswith("policy."):
+                continue
+            got, wanted = tensors.get(name), own.get(name)
+            if got is None or wanted is None or got.shape != wanted.shape:
+                shapes = [None if tensor is None else list(tensor.shape) for tensor in (got, wanted)]
+                raise ValueError(f"adapter: got shape {shapes[0]} for {name}, needs {shapes[1]}")
+            wanted.copy_(got)
+
+    @torch.no_grad()
+    def _start_projector(self) -> None:
+        """Start as the mean of a chunk's states, at the size of token embeddings."""
+        projector, width = self.model.projector, self.table.shape[1]
+        identity = torch.eye(width, device=self.device)
+        projector.up.weight.copy_(identity.repeat(1, self.options.segments) / self.options.segments)
+        projector.down.weight.copy_(identity)
+
+    @torch.no_grad()
+    def fit_scale(self, token_ids: torch.Tensor, packed: Packed) -> None:
+        """Scale the slots so that those of these windows are as large as token embeddings."""
+        size = self.table.float().pow(2).mean().sqrt()
+        self.model.projector.down.weight.mul_(size / self.slots(token_ids, packed).float().pow(2).mean().sqrt())
+
+
+def hidden_of(base: Any, embeds: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """Run a base model over packed rows [T, d]; return its last states [T, d]."""
+    output = base(
+        inputs_embeds=embeds[None],
+        attention_mask=no_mask(embeds.device),
+        position_ids=packed.positions,
+        refrag_plans=packed.plans,
+        use_cache=False,
+    )
+    return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+class _FusedNorm(nn.Module):
+    """A root mean square norm in one pass; transformers' own takes seven."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.epsilon = norm.weight, norm.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.epsilon)
+
+
+def _fuse_norms(part: nn.Module) -> None:
+    for module in list(part.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ == "LlamaRMSNorm":
+                setattr(module, name, _FusedNorm(child))

@@ -1,0 +1,156 @@
+"""AdamW over a few flat tensors, with rates that follow a run's progress and steps that a NaN can't spoil."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from refrag.training.distill.options import DistillOptions
+
+
+class FlatAdamW:
+    """AdamW on one tensor a group, of which the parameters and their gradients are views: a handful of launches a step.
+
+    A step whose gradient isn't finite changes nothing; it is counted on the device, so that nothing waits for it.
+
+    Parameters
+    ----------
+    groups : mapping of str to sequence of (str, Parameter)
+        Float32.
+    max_grad_norm : float
+        Of all gradients together.
+
+    Attributes
+    ----------
+    skipped, in_a_row : Tensor, int64 []
+        Steps left out so far, and the last ones of these that follow each other.
+    norm : Tensor []
+        The gradient's, of the last step.
+    """
+
+    def __init__(self, groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]], max_grad_norm: float) -> None:
+        self._flat: dict[str, torch.Tensor] = {}
+        for group, named in groups.items():
+            parameters = [parameter for _, parameter in named]
+            flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
+            flat.grad = torch.zeros_like(flat)
+            sizes = [parameter.numel() for parameter in parameters]
+            for parameter, own, grad in zip(parameters, flat.split(sizes), flat.grad.split(sizes)):
+                parameter.data = own.view(parameter.shape)
+                parameter.grad = grad.view(parameter.shape)
+            self._flat[group] = flat
+        device = next(iter(self._flat.values())).device
+        self._adam = torch.optim.AdamW(
+            [{"params": [flat], "name": group} for group, flat in self._flat.items()],
+            lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True,
+        )  # fmt: skip
+        self._max_grad_norm = max_grad_norm
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self.in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.norm = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def step(self, rates: Mapping[str, float]) -> None:
+        """Take a step with each group's rate, and set the gradients to zero."""
+        grads = [flat.grad for flat in self._flat.values()]
+        self.norm = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).norm()  # type: ignore[arg-type]
+        finite = self.norm.isfinite()
+        factor = self._max_grad_norm / self.norm.clamp(min=self._max_grad_norm)
+        for grad in grads:
+            grad.copy_(torch.where(finite, grad * factor, 0.0))  # type: ignore[union-attr, operator]
+        self.skipped += ~finite
+        self.in_a_row.copy_(torch.where(finite, 0, self.in_a_row + 1))
+        for group in self._adam.param_groups:
+            group["lr"] = rates[group["name"]]
+        self._adam.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Set the gradients to zero; they stay where they are."""
+        for flat in self._flat.values():
+            flat.grad.zero_()  # type: ignore[union-attr]
+
+    def gradient(self) -> torch.Tensor:
+        """Return a copy of all gradients, one after another."""
+        return torch.cat([flat.grad for flat in self._flat.values()])  # type: ignore[arg-type, misc]
+
+    def state(self) -> dict[str, Any]:
+        """Return copies on the CPU of the weights and of Adam's moments."""
+        state: dict[str, Any] = {"weights": {name: flat.cpu().clone() for name, flat in self._flat.items()}}
+        moments = self._adam.state_dict()["state"]
+        state["moments"] = {
+            number: {name: value.cpu().clone() for name, value in own.items()} for number, own in moments.items()
+        }
+        return state
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state`` returned."""
+        for name, flat in self._flat.items():
+            flat.copy_(state["weights"][name])
+        groups = self._adam.state_dict()["param_groups"]
+        self._adam.load_state_dict({"state": state["moments"], "param_groups": groups})
+
+
+def rates_at(options: DistillOptions, progress: float) -> dict[str, float]:
+    """Return each group's learning rate: the linear layer rises first, the others once it was alone for its share.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> files = (Path("a"),), (Path("b"),), Path("c"), Path("d")
+    >>> options = DistillOptions(*files, minutes=1, linear_alone=0.1, warmup=0.05)
+    >>> [round(rates_at(options, progress)["decoder"] / options.decoder_rate, 3) for progress in (0.0, 0.1, 0.15)]
+    [0.0, 0.0, 1.0]
+    >>> round(rates_at(options, 1.0)["linear"] / options.linear_rate, 3)
+    0.1
+    """
+    peaks = {"linear": options.linear_rate, "encoder": options.encoder_rate, "decoder": options.decoder_rate}
+    rates = {}
+    for name, peak in peaks.items():
+        begin = 0.0 if name == "linear" else options.linear_alone
+        since = progress - begin
+        if since < options.warmup:
+            rates[name] = peak * max(0.0, since / options.warmup)
+            continue
+        falling = min(1.0, (since - options.warmup) / max(1e-9, 1 - begin - options.warmup))
+        rates[name] = peak * (options.floor + (1 - options.floor) * 0.5 * (1 + math.cos(math.pi * falling)))
+    return rates
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is, from 0 to 1: by its steps, or by the clock.
+
+    Attributes
+    ----------
+    steps : int or None
+    seconds : float or None
+        Time for the steps, counted from ``begin`` on, with ``before``, what earlier parts of the run took.
+    """
+
+    steps: int | None
+    seconds: float | None
+    before: float = 0.0
+    _began: float | None = None
+
+    def begin(self) -> None:
+        """Start the clock."""
+        self._began = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, those of earlier parts included."""
+        return self.before + (0.0 if self._began is None else time.monotonic() - self._began)
+
+    def at(self, step: int) -> float:
+        """Return the share of the run that lies before step number ``step``."""
+        if self.steps is not None:
+            return min(1.0, step / self.steps)
+        return min(1.0, self.elapsed / max(1e-9, self.seconds or 0.0))

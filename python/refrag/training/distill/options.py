@@ -1,0 +1,171 @@
+"""What a run of ``refrag train distill`` may be told: one dataclass, from the command line to the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+# Domains that stay held out of every training, by the names of their packages.
+HELD_OUT_DOMAINS = ("debian-handbook", "postgresql-doc", "perl-doc", "git-doc", "git-man")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillOptions:
+    """How to distil; the defaults are those of a seven-minute run on one H100.
+
+    Attributes
+    ----------
+    tokens, heldout : tuple of Path
+        Token files to train on, and to measure on, one domain a file.
+    decoder : Path
+        Folder of the decoder.
+    output : Path
+        Folder for ``adapter.safetensors``, ``log.jsonl`` and ``state.pt``.
+    minutes : float, optional
+        Time that the whole run takes, from loading to the last measurement. Schedules follow the clock.
+    steps : int, optional
+        Number of steps; schedules follow the steps. Exactly one of the two is given.
+    start : Path, optional
+        An adapter to start from, made with the same ranks.
+    k : int
+        Tokens of a chunk.
+    encoder_layers, encoder_rank, decoder_rank : int
+        Layers of the encoder, the decoder's first, and ranks of the updates.
+    pooling : {"concat", "mean"}
+        Of the last states of a chunk's tokens.
+    contexts : tuple of int
+        s, tokens of a context: each step draws one of these.
+    output_tokens : int
+        o, tokens of a continuation.
+    step_tokens : int
+        Tokens of a step's contexts and continuations together.
+    expanded : float
+        Share of the chunks that are left as text.
+    reconstruction, first_reconstruction : float
+        Share of the context tokens that are written again rather than continued: at the end of the first third of
+        the run, from where it stays, and at its beginning.
+    reconstruction_chunks : tuple of int
+        Chunks that are written again at once: each step draws one of these.
+    reconstruction_token : int
+        The token before a reconstruction, which tells it apart from a continuation: one without another use.
+    cross_entropy : float
+        Weight of the cross-entropy beside the KL divergence.
+    linear_rate, encoder_rate, decoder_rate : float
+        Peak learning rates.
+    linear_alone, warmup, floor : float
+        Share of the run in which the linear layer is trained alone; share in which a rate rises; where the cosine ends,
+        as a share of the peak.
+    max_grad_norm : float
+    log_every : int
+        Steps between two lines of the log.
+    save_seconds, evaluate_seconds : float
+        Seconds between two adapters, and two measurements.
+    evaluate_samples, final_samples : int
+        Samples of a domain, in a measurement on the way and in the last one.
+    reserve_seconds : float
+        Time that is kept for the last measurement and the last adapter.
+    pieces : Path, optional
+        Folder for the adapter in pieces, each at most ``piece_bytes`` long, and a copy of the log.
+    piece_bytes : int
+    keep_state : bool
+        Whether the optimizer's state is written beside the adapter, so that a run can be resumed exactly.
+    block_rows : int
+        Rows whose logits are formed at once.
+    attention : {"auto", "refrag", "torch", "faster"}
+        refrag_kernels' or torch's own. "faster" compares them before the run, and takes the faster one of those that
+        agree; "auto" is that on a GPU, and refrag_kernels' on a CPU.
+    compile : bool
+        Whether the layers are compiled by torch.compile. Not needed: most of a step is matrix products.
+    device, dtype : str
+        Where to train, and what the frozen weights and the activations are; "auto" is bfloat16 on a GPU.
+    seed : int
+    """
+
+    tokens: tuple[Path, ...]
+    heldout: tuple[Path, ...]
+    decoder: Path
+    output: Path
+    minutes: float | None = None
+    steps: int | None = None
+    start: Path | None = None
+    k: int = 8
+    encoder_layers: int = 8
+    encoder_rank: int = 48
+    decoder_rank: int = 16
+    pooling: str = "concat"
+    contexts: tuple[int, ...] = (128, 256, 512)
+    output_tokens: int = 96
+    step_tokens: int = 40960
+    expanded: float = 0.15
+    reconstruction: float = 0.15
+    first_reconstruction: float = 0.5
+    reconstruction_chunks: tuple[int, ...] = (1, 4, 16)
+    reconstruction_token: int = 16
+    cross_entropy: float = 0.2
+    linear_rate: float = 1e-3
+    encoder_rate: float = 1e-3
+    decoder_rate: float = 7e-4
+    linear_alone: float = 0.02
+    warmup: float = 0.03
+    floor: float = 0.1
+    max_grad_norm: float = 1.0
+    log_every: int = 50
+    save_seconds: float = 60.0
+    evaluate_seconds: float = 60.0
+    evaluate_samples: int = 32
+    final_samples: int = 128
+    reserve_seconds: float = 20.0
+    pieces: Path | None = None
+    piece_bytes: int = 15 * 2**20
+    keep_state: bool = True
+    block_rows: int = 2048
+    attention: str = "auto"
+    compile: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.steps is None):
+            raise ValueError(f"minutes, steps: got {self.minutes} and {self.steps}, needs exactly one of the two")
+        for name in ("tokens", "heldout", "contexts", "reconstruction_chunks"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: got none, needs one or more")
+        for name in ("k", "encoder_layers", "encoder_rank", "decoder_rank", "output_tokens", "step_tokens", "log_every",
+                     "evaluate_samples", "final_samples", "piece_bytes", "block_rows"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, needs 1 or more")
+        for name in ("minutes", "steps", "linear_rate", "encoder_rate", "decoder_rate", "max_grad_norm"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, needs more than 0")
+        for name in ("expanded", "reconstruction", "first_reconstruction", "linear_alone", "warmup", "floor"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, needs 0 up to 1")
+        for context in self.contexts:
+            if context < self.k or context % self.k:
+                raise ValueError(f"contexts: got {context}, needs multiples of k = {self.k}")
+        if min(self.reconstruction_chunks) < 1:
+            raise ValueError(f"reconstruction_chunks: got {self.reconstruction_chunks}, needs numbers of 1 or more")
+        for name, choices in (
+            ("pooling", ("concat", "mean")),
+            ("attention", ("auto", "refrag", "torch", "faster")),
+            ("dtype", ("auto", "float32", "bfloat16")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, needs one of {', '.join(choices)}")
+        both = {path.resolve() for path in self.tokens} & {path.resolve() for path in self.heldout}
+        if both:
+            raise ValueError(f"tokens: got {sorted(both)[0]}, which is among the held-out files too")
+
+    @property
+    def segments(self) -> int:
+        """Runs of a chunk's states that "concat" keeps apart."""
+        return self.k if self.pooling == "concat" else 1
+
+    def signature(self) -> dict[str, Any]:
+        """Return what must be the same for a run to be resumed: all that shapes the adapter and the samples."""
+        own = dataclasses.asdict(self)
+        kept = ("k", "encoder_layers", "encoder_rank", "decoder_rank", "pooling", "contexts", "output_tokens",
+                "step_tokens", "expanded", "reconstruction_token", "steps", "seed")  # fmt: skip
+        return {name: list(own[name]) if isinstance(own[name], tuple) else own[name] for name in kept}

@@ -1,0 +1,249 @@
+"""Tokenized documents in files of their own, which numpy and the standard library read.
+
+A file is a line of JSON, the header, and an xz stream of three arrays: the tokens as uint16, each document's number of
+tokens as uint32, and each document's source as a uint16 index into the header's list; all little-endian. A large set is
+several such files, pieces, each with whole documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import lzma
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refrag.file_modes import usual_mode
+
+_FORMAT = "refrag tokens 1"
+_LIMIT = 1 << 20  # bytes of a header; the list of sources is the largest part of it
+# Tokens are pairs of bytes: positions and literals are told apart by the lowest bit of the position (lp, pb = 1).
+_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 26, "lc": 3, "lp": 1, "pb": 1}]
+
+
+class TokenFileError(ValueError):
+    """A file is no token file, is damaged, or may not be used in this way; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSet:
+    """Tokenized documents and what they are for.
+
+    Attributes
+    ----------
+    tokens : ndarray, uint16 [N]
+    lengths : ndarray, uint32 [documents]
+        Tokens of each document.
+    sources : sequence of str
+        Source of each document.
+    split : str
+        train, valid or heldout-NAME.
+    tokenizer : str
+        Hash of the tokenizer, from ``tokenizer_hash``.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    sources: Sequence[str]
+    split: str
+    tokenizer: str
+
+
+def load_tokens(
+    paths: Sequence[str | os.PathLike[str]], *, training: bool = False, tokenizer: str | None = None
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Read token files that belong together.
+
+    Parameters
+    ----------
+    paths : sequence of path
+        The files: all pieces of a set, or sets made with one tokenizer.
+    training : bool
+        Refuse files that are marked as held out.
+    tokenizer : str, optional
+        Hash that the files' tokenizer must have, from ``tokenizer_hash``.
+
+    Returns
+    -------
+    tokens : ndarray, uint16 [N]
+    offsets : ndarray, int64 [documents + 1]
+        Where each document starts.
+    sources : list of str
+        Source of each document.
+
+    Raises
+    ------
+    TokenFileError
+        If there is no file, one is no token file or damaged, a piece is missing or given twice, tokenizers differ, or a
+        held-out file is to be trained on; names it.
+    """
+    if not paths:
+        raise TokenFileError("paths: got none, needs token files")
+    tokens, lengths, sources = [], [], []
+    pieces: dict[str, dict[int, Path]] = {}
+    counts: dict[str, int] = {}
+    for path in map(Path, paths):
+        header = read_header(path)
+        if training and header["held_out"]:
+            raise TokenFileError(f"{path}: is held out ({header['split']}), and never trained on")
+        tokenizer = tokenizer or header["tokenizer"]
+        if header["tokenizer"] != tokenizer:
+            raise TokenFileError(f"{path}: has tokens of tokenizer {header['tokenizer'][:12]}, needs {tokenizer[:12]}")
+        number, count = header["piece"]
+        counts[header["set"]] = count
+        if pieces.setdefault(header["set"], {}).setdefault(number, path) is not path:
+            raise TokenFileError(f"{path}: is given twice (also as {pieces[header['set']][number]})")
+        own_tokens, own_lengths, own_sources = _read_arrays(path, header)
+        tokens.append(own_tokens)
+        lengths.append(own_lengths)
+        sources += [header["sources"][index] for index in own_sources.tolist()]
+    for name, found in pieces.items():
+        missing = sorted(set(range(1, counts[name] + 1)) - set(found))
+        if missing:
+            raise TokenFileError(f"{next(iter(found.values()))}: is one of {counts[name]} pieces; {missing} missing")
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)])
+    return np.concatenate(tokens), offsets, sources
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return a file's header.
+
+    Returns
+    -------
+    dict
+        tokens, documents, tokens_of_source, split, held_out, tokenizer (its hash), piece ([number, pieces]), sources,
+        set and sha256 (of the arrays).
+
+    Raises
+    ------
+    TokenFileError
+        If the file is no token file.
+    """
+    with open(path, "rb") as file:
+        line = file.readline(_LIMIT)
+    try:
+        header = json.loads(line)
+        if header["format"] != _FORMAT:
+            raise TokenFileError(f"{path}: has format {header['format']!r}, needs {_FORMAT!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, TokenFileError):
+            raise
+        raise TokenFileError(f"{path}: is no token file") from None
+    return header
+
+
+def write_tokens(path: Path, content: TokenSet, *, piece_bytes: int | None = None) -> list[Path]:
+    """Write token files, each seen either whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        NAME.tok; several pieces are called NAME-1.tok, NAME-2.tok and so on.
+    content : TokenSet
+    piece_bytes : int, optional
+        What a piece may have at most: documents are told into pieces by what they have uncompressed.
+
+    Returns
+    -------
+    list of Path
+        The files.
+
+    Raises
+    ------
+    ValueError
+        If a document has no tokens, or more than a piece may.
+    """
+    lengths = content.lengths.astype("<u4")
+    if (
+        not len(lengths)
+        or not lengths.all()
+        or lengths.sum() != len(content.tokens)
+        or len(content.sources) != len(lengths)
+    ):
+        raise ValueError("content: needs documents of one token or more, and a source for each")
+    bounds = _piece_bounds(lengths, piece_bytes)
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    whole = hashlib.sha256(content.tokens.astype("<u2").tobytes() + lengths.tobytes()).hexdigest()
+    files = []
+    for number, (first, last) in enumerate(zip(bounds, bounds[1:]), 1):
+        own = content.sources[first:last]
+        names = sorted(set(own))
+        tokens = content.tokens[ends[first] : ends[last]].astype("<u2")
+        index = np.array([names.index(source) for source in own], dtype="<u2")
+        arrays = tokens.tobytes() + lengths[first:last].tobytes() + index.tobytes()
+        header = {
+            "format": _FORMAT,
+            "split": content.split,
+            "held_out": content.split.startswith("heldout"),
+            "piece": [number, len(bounds) - 1],
+            "set": whole[:16],
+            "tokenizer": content.tokenizer,
+            "tokens": len(tokens),
+            "documents": int(last - first),
+            "sources": names,
+            "tokens_of_source": dict(zip(names, np.bincount(index, lengths[first:last]).astype(int).tolist())),
+            "sha256": hashlib.sha256(arrays).hexdigest(),
+        }
+        name = path if len(bounds) == 2 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+        stream = lzma.compress(arrays, format=lzma.FORMAT_XZ, filters=_FILTERS)
+        _write_whole(name, json.dumps(header).encode() + b"\n" + stream)
+        files.append(name)
+    return files
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return the hash of a fast tokenizer of transformers: of its vocabulary, which is what token numbers depend on."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def _read_arrays(path: Path, header: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    with open(path, "rb") as file:
+        file.readline(_LIMIT)
+        try:
+            arrays = lzma.decompress(file.read())
+        except (lzma.LZMAError, EOFError) as error:
+            raise TokenFileError(f"{path}: is damaged ({error})") from None
+    count, documents = header["tokens"], header["documents"]
+    if len(arrays) != 2 * count + 6 * documents or hashlib.sha256(arrays).hexdigest() != header["sha256"]:
+        raise TokenFileError(f"{path}: is damaged (its content has another hash than its header says)")
+    tokens = np.frombuffer(arrays, "<u2", count)
+    lengths = np.frombuffer(arrays, "<u4", documents, 2 * count)
+    return tokens, lengths, np.frombuffer(arrays, "<u2", documents, 2 * count + 4 * documents)
+
+
+def _piece_bounds(lengths: np.ndarray, piece_bytes: int | None) -> list[int]:
+    """Return where pieces of whole documents begin and end, of like size."""
+    if piece_bytes is None:
+        return [0, len(lengths)]
+    # xz adds less than 1 part in 1,000 to what it can't compress, so that the limit holds for any content.
+    limit = piece_bytes - piece_bytes // 1000 - (64 << 10)
+    bytes_of = 2 * lengths.astype(np.int64) + 6
+    if bytes_of.max() > limit:
+        raise ValueError(f"piece_bytes: got {piece_bytes}, needs more for a document of {lengths.max()} tokens")
+    pieces = -(-int(bytes_of.sum()) // limit)
+    while True:
+        target = -(-int(bytes_of.sum()) // pieces)
+        piece_of = np.minimum((np.cumsum(bytes_of) - 1) // target, pieces - 1)
+        if np.bincount(piece_of, bytes_of, pieces).max() <= limit:
+            return [*np.searchsorted(piece_of, np.arange(pieces)).tolist(), len(lengths)]
+        pieces += 1
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(prefix=f".{path.name}.part-", dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+        os.chmod(part, usual_mode(path.parent))  # mkstemp's 0600 is private
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise

@@ -1,0 +1,299 @@
+"""mixed_attention on sm_90 by Gluon: which work each multiprocessor does, and the launch. No backend chooses it yet."""
+
+from __future__ import annotations
+
+import heapq
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from refrag_kernels import extension
+from refrag_kernels.plan import AttentionPlan
+from refrag_kernels.triton_kernels import launch
+
+WIDTH = 128  # of a head
+_ROWS = 64  # of a consumer
+_ITEM_COST = 1  # of an item's first and last instructions, in pieces of 64 keys
+_ENTRY_COST = 0.4  # of a tile of 16 keys that a block sees in part: more than a quarter, for its mask
+_VERSIONS = ((3, 6), (3, 7))  # of Triton, whose Gluon the kernel is written in
+_ALIGNMENT = 16  # bytes, of what TMA copies
+
+
+class Config(NamedTuple):
+    """How the kernel is compiled.
+
+    A tile has 64 rows for each consumer: 16 of each of ``blocks`` blocks, for as many query heads of a key/value head
+    as fill it.
+    """
+
+    step: int = 128  # keys that are taken at a time: 64 or 128
+    stages: int = 2  # steps of keys, and as many of values, in shared memory
+    blocks: int = 4
+    warpgroups: int = 2  # consumers: two in a block of threads, or one in each of two blocks
+    consumer_registers: int = 232  # of a thread of two consumers; a single one has what the producer leaves
+    producer_registers: int = 40
+    masks: bool = False  # whether tiles may see keys in part
+    in_turn: bool = False  # whether two consumers issue their products one after the other
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a tile."""
+        return _ROWS * self.warpgroups // (16 * self.blocks)
+
+    @property
+    def resident(self) -> int:
+        """Blocks of threads of a multiprocessor."""
+        return 2 // self.warpgroups
+
+    @property
+    def launched_registers(self) -> int:
+        """Registers of a thread at the launch, when all have the same: those of four warps for each role."""
+        return 65536 // self.resident // (128 * (self.warpgroups + 1)) // 8 * 8
+
+
+class Work(NamedTuple):
+    """What each program does, from ``divide``: int32 tensors on one device, and what they were made for."""
+
+    starts: torch.Tensor  # [programs + 1]: its items
+    items: torch.Tensor  # [items, 6]: tile, key/value head and part of its group, first range, pieces of 64 keys,
+    # first entry, entries
+    ranges: torch.Tensor  # [R, 2]: keys [start, end), multiples of 64 long
+    entries: torch.Tensor  # [E, 2 + blocks]: of refrag_kernels.tile_lists
+    bits: torch.Tensor  # [P, 8], the plan's partial_bits
+    blocks: torch.Tensor  # [NB, 4], the plan's q_blocks
+    q_shape: tuple[int, int]  # rows and heads
+    kv_shape: tuple[int, int]
+    config: Config
+
+
+def divide(
+    plan: AttentionPlan, q_heads: int, kv_heads: int, *, programs: int | None = None, config: Config | None = None
+) -> Work:
+    """Divide the work of a plan among the programs of the kernel: the longest items first, each to the least busy.
+
+    Waits for the device if the plan is there: to be called once a plan.
+
+    Parameters
+    ----------
+    plan : AttentionPlan
+        Without ``config.masks``, its tiles of ``config.blocks`` blocks must see whole ranges of 64 keys and nothing
+        else, as they do where chunks are multiples of 64 rows long and the mask is not causal.
+    q_heads, kv_heads : int
+        H_q and H_kv.
+    programs : int, optional
+        Default: as many as the plan's device has room for.
+    config : Config, optional
+
+    Returns
+    -------
+    Work
+
+    Raises
+    ------
+    ValueError
+        If the plan needs masks and ``config`` has none, or has a capacity, or the heads don't fill tiles.
+    """
+    config = config or Config()
+    if config.step not in (64, 128) or config.warpgroups not in (1, 2) or config.stages < 2:
+        raise ValueError(f"config: got {config}, needs a step of 64 or 128, 1 or 2 warpgroups, and 2 stages or more")
+    if config.in_turn and config.warpgroups != 2:
+        raise ValueError(f"config: got in_turn for {config.warpgroups} warpgroup, needs 2")
+    allowed = [config.warpgroups * blocks for blocks in (1, 2, 4)]
+    if config.blocks not in allowed:
+        raise ValueError(
+            f"config: got {config.blocks} blocks, needs {allowed[0]}, {allowed[1]} or {allowed[2]} for "
+            f"{config.warpgroups} warpgroups"
+        )
+    group = q_heads // kv_heads
+    if q_heads % kv_heads or group % config.heads:
+        raise ValueError(
+            f"q: got {q_heads} heads for {kv_heads} of k, needs a multiple of {config.heads} for each of those"
+        )
+    host = plan.to("cpu")
+    sizes = host.sizes.tolist()
+    rows = host.q_row_block.shape[0], host.kv_row_block.shape[0]
+    if rows != (sizes[0], sizes[1]):
+        raise ValueError(f"plan: got one with a capacity of {rows[0]} rows, needs one of the {sizes[0]} rows alone")
+    units, ranges, entries = _tile_list(host, config.blocks)
+    if entries.shape[0] and not config.masks:
+        raise ValueError(
+            f"plan: got {entries.shape[0]} partial tiles in groups of {config.blocks} blocks, needs none, or "
+            "config.masks"
+        )
+    if programs is None:
+        programs = _multiprocessors(plan.device) * config.resident
+    starts, items = _items(units, kv_heads * (group // config.heads), programs)
+    starts, items, ranges, entries = (tensor.to(plan.device) for tensor in (starts, items, ranges, entries))
+    blocks, shapes = plan.q_blocks[: sizes[2]], ((rows[0], q_heads), (rows[1], kv_heads))
+    return Work(starts, items, ranges, entries, plan.partial_bits, blocks, *shapes, config)
+
+
+def _tile_list(plan: AttentionPlan, group: int) -> list[torch.Tensor]:
+    """Return units, ranges and entries of a plan on the CPU, by groups of so many blocks."""
+    built = extension.planner().tile_lists([tensor.data_ptr() for tensor in plan.tensors()[:14]], False, group, False)
+    shapes = list(zip(built.rows(), (5, 2, 2 + group)))
+    sizes = [rows * width for rows, width in shapes]
+    buffer = torch.empty(sum(sizes), dtype=torch.int32)
+    built.write(buffer.data_ptr(), [0, sizes[0], sizes[0] + sizes[1]], [rows for rows, _ in shapes])
+    return [part.view(shape) for part, shape in zip(buffer.split(sizes), shapes)]
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _items(units: torch.Tensor, heads: int, programs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``Work.starts`` and ``Work.items``: every unit for each of ``heads``."""
+    first_range, first_entry = units[:-1, 0].tolist(), units[:-1, 1].tolist()
+    pieces, entries = units[:, 2].diff().tolist(), units[:, 1].diff().tolist()
+    # Equal items go head by head, so that what runs at one time reads the same keys.
+    cost = [keys + _ENTRY_COST * count + _ITEM_COST for keys, count in zip(pieces, entries)]
+    order = sorted((-cost[tile], head, tile) for head in range(heads) for tile in range(len(cost)))
+    programs = max(1, min(programs, len(order)))
+    of_program: list[list[tuple[int, ...]]] = [[] for _ in range(programs)]
+    busy = [(0.0, program) for program in range(programs)]
+    for _, head, tile in order:
+        work, program = busy[0]
+        item = (tile, head, first_range[tile], pieces[tile], first_entry[tile], entries[tile])
+        of_program[program].append(item)
+        heapq.heapreplace(busy, (work + cost[tile], program))
+    starts = torch.tensor([0, *(len(items) for items in of_program)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    items = torch.tensor([item for items in of_program for item in items], dtype=torch.int32).reshape(len(order), 6)
+    return starts, items
+
+
+def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> str | None:
+    """Return why the kernel does not take these arguments, or None if it does."""
+    if reason := unsupported_tensors(q, k, v):
+        return reason
+    if not scale > 0:
+        return f"scale: got {scale}, needs a positive number"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) not in _VERSIONS:
+        return f"triton: got {triton.__version__}, needs 3.6 or 3.7"
+    if launch.architecture(q.device) != "sm_90":
+        return f"device: got {launch.architecture(q.device)}, needs sm_90"
+    return None
+
+
+def unsupported_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Return why the kernel does not take tensors of this kind, or None if it does."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype != torch.bfloat16:
+            return f"{name}: got {tensor.dtype}, needs torch.bfloat16"
+        if tensor.dim() != 3 or tensor.shape[2] != WIDTH:
+            return f"{name}: got shape {list(tensor.shape)}, needs [T, H, {WIDTH}]"
+        strides = [stride for stride, size in zip(tensor.stride()[:2], tensor.shape) if size > 1]
+        if tensor.stride(2) != 1 or any(stride <= 0 or 2 * stride % _ALIGNMENT for stride in strides):
+            return f"{name}: got strides {tensor.stride()}, needs multiples of 8, and 1 for the last"
+        if tensor.data_ptr() % _ALIGNMENT:
+            return (
+                f"{name}: got memory that starts {tensor.data_ptr() % _ALIGNMENT} bytes off, needs {_ALIGNMENT} bytes"
+            )
+        if tensor.device != q.device:
+            return f"{name}: got a tensor on {tensor.device}, needs {q.device} as q"
+    if k.shape != v.shape:
+        return f"v: got shape {list(v.shape)}, needs {list(k.shape)} as k"
+    return None
+
+
+def hopper_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, work: Work, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention on sm_90: see ``refrag_kernels.mixed_attention``.
+
+    Parameters
+    ----------
+    q : Tensor [T_q, H_q, 128], bfloat16
+        Strides must be multiples of 16 bytes, as those of k and v.
+    k, v : Tensor [T_kv, H_kv, 128], bfloat16
+    work : Work
+        From ``divide``.
+    scale : float
+        Positive.
+
+    Returns
+    -------
+    out : Tensor [T_q, H_q, 128], bfloat16
+    lse : Tensor [T_q, H_q], float32
+
+    Raises
+    ------
+    ValueError
+        If an argument is of another kind, Triton is not 3.6 or 3.7, or the device is not sm_90.
+    """
+    reason = unsupported(q, k, v, scale)
+    if reason:
+        raise ValueError(reason)
+    for name, shape, wanted in (("q", q.shape, work.q_shape), ("k", k.shape, work.kv_shape)):
+        if tuple(shape[:2]) != wanted:
+            raise ValueError(f"{name}: got shape {list(shape)}, needs {[*wanted, WIDTH]}, for which work was divided")
+    if work.items.device != q.device:
+        raise ValueError(f"work: got tensors on {work.items.device}, needs {q.device} as q")
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if not out.numel():
+        return out, lse
+    if not k.numel():
+        return out.zero_(), lse.fill_(float("-inf"))
+    kernel, arguments, options = launch_arguments(q, k, v, out, lse, work, scale)
+    with launch.on(q.device):
+        kernel[(work.starts.shape[0] - 1,)](**arguments, **options)
+    return out, lse
+
+
+def launch_arguments(q, k, v, out, lse, work: Work, scale: float) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    """Return the kernel, its arguments by name, and the compiler's options."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from refrag_kernels.triton_kernels.attention_hopper_forward import PIECE, mixed_attention_fwd_hopper_kernel
+
+    config = work.config
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    k_box, entry_box, q_box = [1, PIECE.value, WIDTH], [1, 16, WIDTH], [16, config.heads, WIDTH]
+    masks = work.entries.shape[0] > 0
+    arguments = dict(
+        q_desc=TensorDescriptor(q, [*q.shape], _strides(q), q_box, layout),
+        k_desc=_by_heads(k, k_box, layout, TensorDescriptor),
+        v_desc=_by_heads(v, k_box, layout, TensorDescriptor),
+        k_entry_desc=_by_heads(k, entry_box, layout, TensorDescriptor) if masks else None,
+        v_entry_desc=_by_heads(v, entry_box, layout, TensorDescriptor) if masks else None,
+        p_out=out,
+        p_lse=lse,
+        p_starts=work.starts,
+        p_items=work.items,
+        p_ranges=work.ranges,
+        p_entries=work.entries,
+        p_bits=work.bits,
+        p_blocks=work.blocks,
+        num_blocks=work.blocks.shape[0],
+        scale=scale,
+        stride_ot=out.stride(0),
+        stride_oh=out.stride(1),
+        total_heads=q.shape[1],
+        GROUP=q.shape[1] // k.shape[1],
+        HEADS=config.heads,
+        BLOCKS=config.blocks,
+        STEP=config.step,
+        STAGES=config.stages,
+        WARPGROUPS=config.warpgroups,
+        MASKS=masks,
+        IN_TURN=config.in_turn,
+        D=WIDTH,
+        CONSUMER_REGISTERS=config.consumer_registers,
+        PRODUCER_REGISTERS=config.producer_registers,
+    )
+    return mixed_attention_fwd_hopper_kernel, arguments, dict(num_warps=4, maxnreg=config.launched_registers)
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """Return the strides of a tensor; where a dimension has one row only, any that TMA takes."""
+    return [stride if size > 1 else WIDTH for stride, size in zip(tensor.stride()[:2], tensor.shape)] + [1]
+
+
+def _by_heads(tensor: torch.Tensor, box: list[int], layout, descriptor) -> Any:
+    """Return a descriptor of a tensor [T, H, D] as [H, T, D]."""
+    rows, heads, width = tensor.shape
+    row_stride, head_stride, _ = _strides(tensor)
+    return descriptor(tensor, [heads, rows, width], [head_stride, row_stride, 1], box, layout)

@@ -1,0 +1,58 @@
+"""A small decoder with the demo's tokenizer, and token files, for the tests of distillation."""
+
+import numpy as np
+import torch
+from refrag.training import token_files
+from refrag.training.distill.options import DistillOptions
+from refrag.training.token_files import TokenSet
+from transformers import LlamaConfig, LlamaForCausalLM
+
+WORDS = "the a of bridge river town stood built when who year stone arch old new near by was is and in to it".split()
+
+
+def write_tokens(path, documents, split="train", source="manuals"):
+    """Write a token file."""
+    tokens, lengths = np.concatenate(documents).astype(np.uint16), np.array([len(document) for document in documents])
+    return token_files.write_tokens(
+        path, TokenSet(tokens, lengths.astype(np.uint32), [source] * len(documents), split, "a" * 64)
+    )[0]
+
+
+def documents(count, seed, tokenizer=None):
+    """Return the tokens of documents of random words, or of random numbers below 40 without a tokenizer."""
+    generator = np.random.default_rng(seed)
+    if tokenizer is None:
+        return [generator.integers(20, 40, size=120) for _ in range(count)]
+    return [np.array(tokenizer(" ".join(generator.choice(WORDS, 120)))["input_ids"]) for _ in range(count)]
+
+
+def write_decoder(folder, vocabulary):
+    """Write a decoder whose weights are large enough for a token to become likely by an update of low rank."""
+    torch.manual_seed(5)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=3, head_dim=8,
+            num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+            initializer_range=0.2,
+        )
+    ).save_pretrained(folder / "decoder")  # fmt: skip
+
+
+def write(folder, tokenizer=None):
+    """Write a decoder, with a tokenizer where one is given, and the files "train" and "rivers" into ``folder``."""
+    write_decoder(folder, 40 if tokenizer is None else len(tokenizer))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / "decoder")
+    write_tokens(folder / "train.tok", documents(12, 0, tokenizer))
+    write_tokens(folder / "heldout-rivers.tok", documents(4, 1, tokenizer), "heldout-rivers")
+
+
+def options(folder, **changed):
+    """Return options for a short run on what ``write`` wrote."""
+    given = dict(
+        tokens=(folder / "train.tok",), heldout=(folder / "heldout-rivers.tok",), decoder=folder / "decoder",
+        output=folder / "out", steps=6, k=4, encoder_layers=2, encoder_rank=4, decoder_rank=4, contexts=(16, 32),
+        output_tokens=8, step_tokens=160, reconstruction_chunks=(1, 2), log_every=2, save_seconds=0.0,
+        evaluate_seconds=1e9, evaluate_samples=4, final_samples=4, device="cpu",
+    )  # fmt: skip
+    return DistillOptions(**{**given, **changed})

@@ -1,0 +1,34 @@
+"""What Triton's pipeliner makes of decoding on sm_90: buffers of keys and values, and copies that overlap products."""
+
+import re
+
+import pytest
+
+from bench import ahead_of_time
+from bench.launches import CASES
+from refrag_kernels.triton_kernels import decode
+from refrag_kernels.triton_kernels.decode import Decode
+
+CASE = next(case for case in CASES if case.name == "paged-bfloat16-D128-group8-rows1")
+
+
+def pipeline(way: Decode) -> tuple[list[int], int]:
+    """Return the buffers of 64 keys and of their values, and the copies that a step leaves under way as it begins."""
+    with decode.use(way):
+        recorded = ahead_of_time.record(CASE.call, "sm_90")
+    launch = next(launch for launch in recorded if launch.kernel.__name__ == "paged_attention_kernel")
+    text = ahead_of_time.compile_launch(launch, "sm_90").asm["ttgir"]
+    buffers = [int(count) for count in re.findall(r"local_alloc .*memdesc<(\d+)x64x128xbf16", text)]
+    loop = text[text.index("scf.for") :]
+    return buffers, int(re.search(r"async_wait .*num = (\d+)", loop).group(1))
+
+
+@pytest.mark.parametrize("stages", (3, 4))
+def test_pages_that_are_loaded_ahead_leave_the_stages_to_the_keys(stages):
+    """Keys and values are copied apart: each step that is under way is two copies."""
+    assert pipeline(Decode(stages=stages)) == ([stages - 1] * 2, 2 * (stages - 2))
+
+
+def test_pages_that_are_loaded_in_step_take_the_stages():
+    """Why they are loaded ahead. Where a version of Triton does better, they needn't be."""
+    assert pipeline(Decode(ahead=False, stages=3)) == ([1, 1], 0)

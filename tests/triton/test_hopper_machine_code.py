@@ -1,0 +1,110 @@
+"""What Triton makes of the Hopper kernel: its resources, and the order of what the emulator takes for granted."""
+
+import re
+
+import pytest
+import torch
+import triton
+from modes import ALL
+
+import refrag_kernels as rk
+from bench import ahead_of_time, resources
+from refrag_kernels.triton_kernels import attention_hopper
+from refrag_kernels.triton_kernels.attention_hopper import Config
+from refrag_kernels.triton_kernels.launch import SHARED_MEMORY
+
+pytestmark = pytest.mark.skipif(
+    triton.__version__[:4] not in ("3.6.", "3.7."), reason=f"written for Triton 3.6 and 3.7, got {triton.__version__}"
+)
+
+# Configuration, query heads, key/value heads.
+LAUNCHES = [
+    (Config(), 8, 2),
+    (Config(step=64, stages=4), 8, 2),
+    (Config(in_turn=True), 8, 2),
+    (Config(masks=True), 8, 2),
+    (Config(blocks=8), 2, 2),
+    (Config(step=64, warpgroups=1), 2, 2),
+]
+if ALL:
+    LAUNCHES += [
+        (Config(step=64, stages=3), 8, 2),
+        (Config(consumer_registers=240, producer_registers=24), 8, 2),
+        (Config(blocks=2), 8, 2),
+        (Config(step=64, stages=4, masks=True), 8, 2),
+        (Config(blocks=8, masks=True), 2, 2),
+        (Config(in_turn=True, masks=True), 8, 2),
+    ]
+
+
+@pytest.fixture(scope="module", params=LAUNCHES, ids=str)
+def compiled(request):
+    config, q_heads, kv_heads = request.param
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[256]]), causal=config.masks)
+    work = attention_hopper.divide(plan, q_heads, kv_heads, programs=4, config=config)
+    q, k = (torch.empty(256, heads, 128, dtype=torch.bfloat16) for heads in (q_heads, kv_heads))
+    recorded = ahead_of_time.record(lambda: attention_hopper.hopper_attention(q, k, k, work, 0.1), "sm_90")
+    return config, ahead_of_time.compile_launch(recorded[0], "sm_90")
+
+
+def test_resources(compiled):
+    config, kernel = compiled
+    usage, code = ahead_of_time.machine_code(kernel)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    assert not stack and not re.search(r"\b(LDL|STL)\b", code), usage
+    assert registers == config.launched_registers
+    taken = config.consumer_registers * config.warpgroups + config.producer_registers
+    assert config.warpgroups == 1 or taken <= registers * (config.warpgroups + 1)
+    assert kernel.metadata.shared <= SHARED_MEMORY["sm_90"]
+    warps = kernel.metadata.num_warps
+    assert warps == 4 * (config.warpgroups + 1)
+    assert resources.occupancy("sm_90", registers, kernel.metadata.shared, warps) == config.resident
+
+
+def test_machine_code(compiled):
+    """Count instructions: wgmma of 16 rows of K, copies of 64 columns, and a wait for each place that has one.
+
+    Where the compiler can't keep products apart it waits for each, which would show in the last.
+    """
+    config, kernel = compiled
+    code = ahead_of_time.machine_code(kernel)[1]
+    count = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "UTMALDG", "WARPGROUP.DEPBAR")}
+    assert count["HGMMA"] == config.warpgroups * 2 * (128 // 16 + config.step // 16)  # the first and last, and the loop
+    # An item's first, its others and the last: pieces of 64 keys, and with masks of 16; halves of 64 columns.
+    pieces = config.step // 64 + (config.step // 16 if config.masks else 0)
+    assert count["UTMALDG"] == 2 * (5 * pieces + config.blocks)
+    assert count["WARPGROUP.DEPBAR"] == 4 * config.warpgroups
+    assert re.search(r"\bUSETMAXREG\b", code) and not re.search(r"\bLDGSTS\b", code)
+
+
+def test_the_softmax_covers_the_products_of_values(compiled):
+    """All exponentials of a step, 64 rows by 128 threads, come before the wait for the sums."""
+    config, kernel = compiled
+    code = ahead_of_time.machine_code(kernel)[1]
+    between = re.findall(r"DEPBAR\.LE gsb0, 0x1\b(.*?)DEPBAR\.LE gsb0, 0x0\b", code, re.S)
+    assert len(between) == config.warpgroups
+    assert all(part.count("MUFU.EX2") >= config.step * 64 // 128 for part in between)
+
+
+def test_warps_of_a_consumer_are_in_step_before_one_of_them_releases_a_buffer(compiled):
+    """One thread arrives for four warps, each of which has waited for its own part of a product only."""
+    config, kernel = compiled
+    in_step, arrivals = False, 0
+    for line in kernel.asm["ptx"].splitlines():
+        if re.search(r"\bbar\.sync\s+\d+, 128", line):
+            in_step = True
+        elif "wgmma.wait_group" in line or "wgmma.mma_async" in line:
+            in_step = False
+        elif re.search(r"\bmbarrier\.arrive\.shared", line):
+            arrivals += 1
+            assert in_step, line
+    assert arrivals == (5 + config.in_turn) * config.warpgroups
+
+
+def test_copies_see_barriers_as_they_were_initialised(compiled):
+    _, kernel = compiled
+    ptx = kernel.asm["ptx"]
+    initialised = ptx.rindex("mbarrier.init")
+    fence = ptx.index("fence.proxy.async", initialised)
+    assert fence < ptx.index("barrier.sync", initialised)  # where the other warps are let go
+    assert ptx.index("cp.async.bulk") > fence
