@@ -173,8 +173,13 @@ def mixed_attention_bwd_dq_kernel(
         seen = visible & m_key[None, :]
         b_dq = _dq_step(b_q, b_do, b_lse, b_delta, b_dq, b_k, b_v, seen, scale, softcap, SOFTCAP, PRECISION, True)
     p_rows = p_dq + rows[:, None] * stride_dt + head[:, None] * stride_dh + o_d[None, :]
+    again = spoilt(b_dq)
     tl.store(p_rows, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_tile)
-    if spoilt(b_dq):
+
+    ROWS: tl.constexpr = BLOCKS * 16
+    first = tl.load(p_sizes) + tile * ROWS
+    fill_rows(p_dq, first, q_rows, tl.num_programs(0) * ROWS, o_m, head, m_head, o_d, stride_dt, stride_dh, HEADS, D)
+    if again:
         tl.debug_barrier()  # what was stored is written before what is stored again
         rows_again(
             p_q, p_keys, p_values, p_grad_out, p_lse, p_delta, p_dq, p_blocks, p_bits, p_all_units, p_ranges, p_entries,
@@ -182,10 +187,6 @@ def mixed_attention_bwd_dq_kernel(
             stride_vh, stride_gt, stride_gh, stride_dt, stride_dh, True, GROUP, HEADS, BLOCKS, D, BD, WIDE, SOFTCAP,
             PRECISION,
         )  # fmt: skip
-
-    ROWS: tl.constexpr = BLOCKS * 16
-    first = tl.load(p_sizes) + tile * ROWS
-    fill_rows(p_dq, first, q_rows, tl.num_programs(0) * ROWS, o_m, head, m_head, o_d, stride_dt, stride_dh, HEADS, D)
 
 
 @triton.jit
@@ -319,6 +320,12 @@ def mixed_attention_bwd_dkv_kernel(
         m_tile = m_rows[:, None] & (o_d[None, :] < D)
         tl.store(p_dk + at, b_dk.to(p_dk.dtype.element_ty), mask=m_tile)
         tl.store(p_dv + at, b_dv.to(p_dv.dtype.element_ty), mask=m_tile)
+
+    first = tl.load(p_sizes + 1) + unit * 64
+    stride = tl.num_programs(TILES) // PARTS * 64
+    o_head = tl.zeros([KEYS], tl.int64) + kv_head
+    fill_rows(p_dk, first, kv_rows, stride, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)
+    fill_rows(p_dv, first, kv_rows, stride, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)
     if again:
         tl.debug_barrier()  # what was stored is written before what is stored again
         keys_again(
@@ -326,12 +333,6 @@ def mixed_attention_bwd_dkv_kernel(
             p_entries, scale, softcap, num_blocks, slots, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt,
             stride_vh, stride_gt, stride_gh, stride_dt, stride_dh, GROUP, KEYS, D, BD, WIDE, SOFTCAP, PRECISION, TILES,
         )  # fmt: skip
-
-    first = tl.load(p_sizes + 1) + unit * 64
-    stride = tl.num_programs(TILES) // PARTS * 64
-    o_head = tl.zeros([KEYS], tl.int64) + kv_head
-    fill_rows(p_dk, first, kv_rows, stride, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)
-    fill_rows(p_dv, first, kv_rows, stride, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)
 
 
 @triton.jit

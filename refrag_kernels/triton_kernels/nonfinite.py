@@ -47,8 +47,8 @@ def add_seen(b_weights, b_rows, visible, b_acc, PRECISION: tl.constexpr):
 def rows_again(
     p_q, p_k, p_v, p_grad, p_lse, p_delta, p_out, p_blocks, p_bits, p_units, p_ranges, p_entries, scale, softcap,
     num_blocks, section, ahead, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    stride_ot, stride_oh, BACKWARD: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr, D: tl.constexpr,
-    BD: tl.constexpr, WIDE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    stride_ot, stride_oh, BACKWARD: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr,
+    D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the outputs of a tile of query rows, or the gradients of the rows (``BACKWARD``)."""
     WIDTH: tl.constexpr = 2 + BLOCKS
