@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from refrag_kernels.triton_kernels.nonfinite import rows_again, spoilt
 from refrag_kernels.triton_kernels.tiles import (
     LN2,
     LOG2E,
@@ -109,7 +108,6 @@ def mixed_attention_fwd_kernel(
     m_rows = m_rows & m_head
     p_rows = rows.to(tl.int64)[:, None] * stride_qt + head.to(tl.int64)[:, None] * stride_qh + o_d[None, :]
     b_q = tl.load(p_q + p_rows, mask=m_rows[:, None] & (o_d[None, :] < D), other=0.0)  # [BM, BD]
-    p_keys, p_values, p_all_units = p_k, p_v, p_units  # as they were, for rows_again
     p_k += kv_head.to(tl.int64) * stride_kh
     p_v += kv_head.to(tl.int64) * stride_vh
 
@@ -139,7 +137,6 @@ def mixed_attention_fwd_kernel(
 
     if FUSED:
         b_max *= scale * LOG2E
-    again = spoilt(b_acc)
     if SINKS:
         b_sink = tl.load(p_sinks + head, mask=m_head, other=float("-inf")) * LOG2E
         new_max = tl.maximum(b_max, b_sink)
@@ -155,13 +152,6 @@ def mixed_attention_fwd_kernel(
     tl.store(p_out + p_rows, b_out.to(p_out.dtype.element_ty), mask=m_rows[:, None] & (o_d[None, :] < D))
     heads = tl.num_programs(1) // PARTS * GROUP
     tl.store(p_lse + rows.to(tl.int64) * heads + head, b_lse, mask=m_rows)
-    if again:
-        tl.debug_barrier()  # the lse is written
-        rows_again(
-            p_q, p_keys, p_values, p_q, p_lse, p_lse, p_out, p_blocks, p_bits, p_all_units, p_ranges, p_entries, scale,
-            softcap, num_blocks, section, ahead, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-            stride_qt, stride_qh, stride_ot, stride_oh, False, GROUP, HEADS, BLOCKS, D, BD, WIDE, SOFTCAP, PRECISION,
-        )  # fmt: skip
 
     # Rows beyond the batch, under a capacity.
     ROWS: tl.constexpr = BLOCKS * 16
