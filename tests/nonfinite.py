@@ -86,11 +86,12 @@ class SpoiltPaged:
         assert out[self.nan_rows].isnan().all() and lse[self.nan_rows].isnan().all()
 
 
-def spoilt_paged(seed: int, dtype: torch.dtype, **options) -> SpoiltPaged:
+def spoilt_paged(seed: int, dtype: torch.dtype, *, decode: bool = False, **options) -> SpoiltPaged:
     """Put a few numbers that are not finite into a random problem of paged attention."""
     rng = random.Random(seed)
     lengths = [rng.choice([1, 5, 16, 33, 70, 130]) for _ in range(rng.randint(1, 3))]
-    counts = [rng.randint(0, min(length, 20)) for length in lengths] if rng.random() < 0.7 else None
+    prefill = rng.random() < 0.7 and not decode
+    counts = [rng.randint(0, min(length, 20)) for length in lengths] if prefill else None
     options = {
         "heads": rng.choice([(1, 1), (4, 2), (8, 1)]),
         "page": rng.choice([1, 4, 16]),

@@ -4,10 +4,13 @@ import paged_problems
 import pytest
 import test_append_kv
 import test_merge_states
+import test_nonfinite
 import test_paged
 import torch
 from modes import ALL
+from nonfinite import spoilt_paged
 
+import refrag_kernels as rk
 from refrag_kernels.triton_kernels import paged
 
 DTYPES = paged_problems.LOW_DTYPES if ALL else (torch.float32,)
@@ -32,6 +35,19 @@ def test_attention_in_16_bits(dtype):
 @pytest.mark.parametrize("seed", range(12) if ALL else (4,))
 def test_random_shapes(seed):
     test_paged.test_random_shapes(seed, "triton")
+
+
+# Decoding steps, whose heads see the same keys. Rows of a prefill that share a tile still share what is not finite.
+@pytest.mark.parametrize("seed", range(60) if ALL else (0, 3, 4, 7, 8))
+def test_where_nan_goes(seed):
+    """As tests/test_nonfinite.py says of the other backends."""
+    spoilt = spoilt_paged(seed, torch.float32, decode=True)
+    spoilt.check(*rk.paged_attention(*spoilt.problem.args, **spoilt.problem.options, return_lse=True, backend="triton"))
+
+
+def test_what_is_nan_is_seen():
+    test_nonfinite.test_a_key_of_nan_is_not_a_key_that_is_not_seen("triton")
+    test_nonfinite.test_merge_states("triton")
 
 
 @pytest.mark.parametrize("case", ("decode", "prefill", "visible, window, sinks, softcap"))
