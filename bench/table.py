@@ -10,7 +10,8 @@ import torch
 from bench import attention, decoding, model, paged, plans, rows
 from bench.case import Entry, Goal, Sweep
 
-OPS = (
+# Those that have kernels for GPUs.
+GPU_OPS = (
     "mixed_attention",
     "paged_attention",
     "append_kv",
@@ -18,6 +19,9 @@ OPS = (
     "pool_chunks",
     "project_chunks",
     "embed_mixed",
+)
+OPS = (
+    *GPU_OPS,
     "linear_rows",
     "plan_attention",
     "visible_ranges",

@@ -15,20 +15,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))  # tests/: factor
 import triton_on_cpu  # noqa: E402
 
 import refrag_kernels as rk  # noqa: E402
+from bench.table import GPU_OPS  # noqa: E402
 from refrag_kernels import backends  # noqa: E402
 
 REHEARSAL = triton_on_cpu.TTSEM or (os.environ.get("REFRAG_GPU_TESTS") == "cpu" and triton_on_cpu.INTERPRETED)
 DEVICE = "cpu" if REHEARSAL else "cuda"
 collect_ignore_glob = [] if REHEARSAL or torch.cuda.is_available() else ["test_*.py"]
-OPS = (
-    "mixed_attention",
-    "paged_attention",
-    "append_kv",
-    "merge_states",
-    "pool_chunks",
-    "project_chunks",
-    "embed_mixed",
-)
 
 
 class Move:
@@ -111,5 +103,5 @@ def ops_on_the_device(monkeypatch):
         return function
 
     monkeypatch.setattr(backends, "select", spied)
-    for name in OPS:
+    for name in GPU_OPS:
         monkeypatch.setattr(rk, name, _on_device(name, served))

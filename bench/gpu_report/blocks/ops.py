@@ -13,15 +13,6 @@ from bench.case import Entry, Sweep
 from bench.gpu_report.block import Options, Results, run
 from bench.gpu_report.measured import measure_rows
 
-OPS = (
-    "mixed_attention",
-    "paged_attention",
-    "append_kv",
-    "merge_states",
-    "pool_chunks",
-    "project_chunks",
-    "embed_mixed",
-)
 _BACKENDS = ("triton", "cuda")
 
 
@@ -52,7 +43,7 @@ def _rows(device: str, preset: str, contexts: Sequence[int], *cases: str) -> Ite
         sweep = Sweep((preset,), context=(context,), dtypes=(torch.bfloat16,), device=device)
         sweep = dataclasses.replace(sweep, batch=(1, 32), table=(0, 131072))
         for row in table.entries(sweep, flex=False):
-            if row.op in OPS and (row.case in cases if cases else not row.on_request):
+            if row.op in table.GPU_OPS and (row.case in cases if cases else not row.on_request):
                 yield row
 
 

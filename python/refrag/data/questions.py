@@ -6,13 +6,11 @@ import dataclasses
 import hashlib
 import json
 import lzma
-import os
 import random
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from refrag.file_modes import usual_mode
+from refrag.file_modes import write_whole
 
 UNANSWERED = "The passages do not say."
 
@@ -147,13 +145,4 @@ def write_questions(path: Path, questions: Iterable[Question]) -> None:
         # Passages come again far apart, as others' company: the window spans them.
         filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 27}]
         content = lzma.compress(content, filters=filters)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.part-", dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-        os.chmod(part, usual_mode(path.parent))  # mkstemp's 0600 is private
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+    write_whole(path, content)

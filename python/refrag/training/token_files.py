@@ -12,14 +12,13 @@ import hashlib
 import json
 import lzma
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from refrag.file_modes import usual_mode
+from refrag.file_modes import write_whole
 
 _FORMAT = "refrag tokens 1"
 _LIMIT = 1 << 20  # bytes of a header; the list of sources is the largest part of it
@@ -192,7 +191,7 @@ def write_tokens(path: Path, content: TokenSet, *, piece_bytes: int | None = Non
         }
         name = path if len(bounds) == 2 else path.with_name(f"{path.stem}-{number}{path.suffix}")
         stream = lzma.compress(arrays, format=lzma.FORMAT_XZ, filters=_FILTERS)
-        _write_whole(name, json.dumps(header).encode() + b"\n" + stream)
+        write_whole(name, json.dumps(header).encode() + b"\n" + stream)
         files.append(name)
     return files
 
@@ -234,16 +233,3 @@ def _piece_bounds(lengths: np.ndarray, piece_bytes: int | None) -> list[int]:
         if np.bincount(piece_of, bytes_of, pieces).max() <= limit:
             return [*np.searchsorted(piece_of, np.arange(pieces)).tolist(), len(lengths)]
         pieces += 1
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.part-", dir=path.parent)
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-        os.chmod(part, usual_mode(path.parent))  # mkstemp's 0600 is private
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
