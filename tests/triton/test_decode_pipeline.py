@@ -3,10 +3,11 @@
 import re
 
 import pytest
+import torch
 
 from bench import ahead_of_time
 from bench.launches import CASES
-from refrag_kernels.triton_kernels import decode
+from refrag_kernels.triton_kernels import decode, paged
 from refrag_kernels.triton_kernels.decode import Decode
 
 CASE = next(case for case in CASES if case.name == "paged-bfloat16-D128-group8-rows1")
@@ -32,3 +33,15 @@ def test_pages_that_are_loaded_ahead_leave_the_stages_to_the_keys(stages):
 def test_pages_that_are_loaded_in_step_take_the_stages():
     """Why they are loaded ahead. Where a version of Triton does better, they needn't be."""
     assert pipeline(Decode(ahead=False, stages=3)) == ([1, 1], 0)
+
+
+@pytest.mark.parametrize(("architecture", "sequences", "stages"), [("sm_90", 1, 3), ("sm_90", 32, 4), ("sm_80", 32, 3)])
+def test_a_third_buffer_where_sequences_fill_the_device(architecture, sequences, stages):
+    pages = torch.empty(8, 16, 8, 128, dtype=torch.bfloat16)
+    table, lengths = torch.zeros(sequences, 4, dtype=torch.int32), torch.zeros(sequences, dtype=torch.int32)
+    q = torch.empty(sequences, 32, 128, dtype=torch.bfloat16)
+    recorded = ahead_of_time.record(
+        lambda: paged.paged_attention(q, pages, pages, table, lengths, None, None, None, 0.1, 0.0, -1, -1, None),
+        architecture,
+    )
+    assert recorded[0].options["num_stages"] == stages
