@@ -2,7 +2,7 @@
 
 import pytest
 from refrag import Passage
-from refrag.corpus import python_reference
+from refrag.demo.corpus import python_reference
 from refrag.retrieval import Retriever
 
 PASSAGES = [

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from refrag import GenerationState, Passage, weights
 from refrag.adapters import AdapterError, adapter_path, read_adapter
-from refrag.caution import DISTILLED, TRAINED, UNTRAINED, caution
 from refrag.cli import app
+from refrag.demo.caution import DISTILLED, TRAINED, UNTRAINED, caution
 from refrag.integrations.answering import Answerer
 from refrag.loading import is_adapter, load_trained, trained_sources
 from refrag.training.documents import Documents

@@ -16,7 +16,7 @@ from refrag import (
     RefragProcessor,
 )
 from refrag.adapters import Trained, load_adapter, prepare, save_adapter
-from refrag.inspection import PromptCounts, draw
+from refrag.demo.inspection import PromptCounts, draw
 from refrag.integrations.prompt_embeds import mixed_cache_key
 from refrag.training.parts import Parts, start_projector
 from refrag.training.samples import Sample

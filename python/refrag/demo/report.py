@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from refrag.caution import caution
-from refrag.demo import CACHED, FULL, READINGS, Answered, DemoSettings, Models
+from refrag.demo.caution import caution
+from refrag.demo.demo import CACHED, FULL, READINGS, Answered, DemoSettings, Models
 
 
 def print_answers(console: Console, settings: DemoSettings, answered: Answered, models: Models) -> None:

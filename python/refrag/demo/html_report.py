@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from refrag.pictures import ALLOWED, FULL, SLOT, TEXT, WASTE, layout_svg, plan_svg
+from refrag.demo.pictures import ALLOWED, FULL, SLOT, TEXT, WASTE, layout_svg, plan_svg
 from refrag_kernels import ChunkLayout, ChunkMask, plan_attention
 
 _STYLE = """
@@ -101,8 +101,8 @@ def report(layout: ChunkLayout, masks: dict[str, ChunkMask], causal: bool, figur
 
 def _measured(figures: dict[str, Any]) -> list[str]:
     # With matplotlib and the demo's models behind them: a report of a layout alone doesn't wait for these.
-    from refrag.demo import CACHED, ENCODED, FULL, READINGS
-    from refrag.plot import plot_curves
+    from refrag.demo.demo import CACHED, ENCODED, FULL, READINGS
+    from refrag.demo.plot import plot_curves
 
     machine, k = figures["machine"], figures["settings"]["k"]
     contexts = sorted(map(int, figures["plot"]))

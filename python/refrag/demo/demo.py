@@ -15,13 +15,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 from refrag import attention, weights
 from refrag.choosers import CosineChooser
-from refrag.corpus import python_reference
+from refrag.demo.corpus import python_reference
+from refrag.demo.timing import Continuation, CpuPressure, Reading, Track, continue_greedily, time_readings
 from refrag.loading import load_model, load_processor
 from refrag.model import RefragForCausalLM
 from refrag.processor import Part, RefragProcessor
 from refrag.prompt import MixedPrompt, Passage
 from refrag.retrieval import Retriever
-from refrag.timing import Continuation, CpuPressure, Reading, Track, continue_greedily, time_readings
 
 INSTRUCTION = "Answer the question with the help of this documentation.\n\n"
 

@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator  # noqa: E402
 
-from refrag.demo import CACHED, ENCODED, FULL, READINGS  # noqa: E402
-from refrag.timing import Reading  # noqa: E402
+from refrag.demo.demo import CACHED, ENCODED, FULL, READINGS  # noqa: E402
+from refrag.demo.timing import Reading  # noqa: E402
 
 _COLOURS = {FULL: "#4a4a4a", ENCODED: "#d9730d", CACHED: "#1f6fb4"}
 _MARKERS = {FULL: "o", ENCODED: "s", CACHED: "D"}
@@ -45,7 +45,7 @@ def plot_curves(
     Parameters
     ----------
     curves : dict
-        Reading, of ``refrag.demo.READINGS`` -> (tokens, cost), ascending; ``FULL`` is what others are compared with.
+        Reading, of ``READINGS`` of the demo -> (tokens, cost), ascending; ``FULL`` is what others are compared with.
     title, y_label : str
     better : str
         What a smaller cost is called.
