@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from refrag.data.budget import even_level
-from refrag.data.dictionaries import Entry
-from refrag.data.questions import Question, QuestionSettings, draw_question
+from refrag.corpus.budget import even_level
+from refrag.corpus.dictionaries import Entry
+from refrag.corpus.questions import Question, QuestionSettings, draw_question
 
 _NEIGHBOURS = 24  # of which those of the same headword are left out
 

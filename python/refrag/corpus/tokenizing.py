@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from refrag.data.budget import even_level
+from refrag.corpus.budget import even_level
 from refrag.training.token_files import TokenSet, tokenizer_hash, write_tokens
 
 _BATCH = 256  # documents: enough for the tokenizer's threads

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refrag.data.budget import capped_level
-from refrag.data.cleaning import Deduplicator, is_english_prose
-from refrag.data.debian import Package, licences
-from refrag.data.texts import TextFile, needs, read_text, text_files
+from refrag.corpus.budget import capped_level
+from refrag.corpus.cleaning import Deduplicator, is_english_prose
+from refrag.corpus.debian import Package, licences
+from refrag.corpus.texts import TextFile, needs, read_text, text_files
 
 
 @dataclasses.dataclass(frozen=True)

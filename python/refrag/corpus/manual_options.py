@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from refrag.data.dictionaries import first_clauses, first_words
-from refrag.data.questions import Question, QuestionSettings, draw_question
-from refrag.data.texts import manual_html, parse_html, text_files
+from refrag.corpus.dictionaries import first_clauses, first_words
+from refrag.corpus.questions import Question, QuestionSettings, draw_question
+from refrag.corpus.texts import manual_html, parse_html, text_files
 
 # Programs with many options; none of the pages is in the corpus.
 PROGRAMS = (
