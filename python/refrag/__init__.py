@@ -16,8 +16,8 @@ if TYPE_CHECKING:
         RandomChooser,
         ThresholdChooser,
     )
-    from refrag.chunking import Chunker, FixedChunks, SentenceChunks
     from refrag.config import RefragConfig
+    from refrag.data.chunking import Chunker, FixedChunks, SentenceChunks
     from refrag.encoder import TextEmbedder
     from refrag.model import RefragForCausalLM
     from refrag.passage_cache import PassageCache
@@ -37,10 +37,10 @@ _MODULE_OF = {
     "Chunk": "prompt",
     "ChunkRecipe": "recipe",
     "ChunkStore": "store",
-    "Chunker": "chunking",
+    "Chunker": "data.chunking",
     "CosineChooser": "choosers",
     "ExpansionPolicy": "policy",
-    "FixedChunks": "chunking",
+    "FixedChunks": "data.chunking",
     "GenerationState": "state",
     "MixedPrompt": "prompt",
     "NoChunks": "choosers",
@@ -55,7 +55,7 @@ _MODULE_OF = {
     "RefragConfig": "config",
     "RefragForCausalLM": "model",
     "RefragProcessor": "processor",
-    "SentenceChunks": "chunking",
+    "SentenceChunks": "data.chunking",
     "StoreError": "shard",
     "TextEmbedder": "encoder",
     "ThresholdChooser": "choosers",

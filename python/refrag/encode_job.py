@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from refrag import attention, weights
 from refrag.config import RefragConfig
+from refrag.data.sources import Fields, Slice
 from refrag.feed_forward import fuse_feed_forward
 from refrag.inference_linear import use_inference_linears
 from refrag.loading import DEFAULT_K, is_adapter, load_model, load_processor, load_trained
@@ -19,7 +20,6 @@ from refrag.passage_encoder import PassageEncoder
 from refrag.processor import RefragProcessor
 from refrag.prompt import Passage
 from refrag.recipe import ChunkRecipe
-from refrag.sources import Fields, Slice
 from refrag.store import DTYPES, ChunkStore
 
 

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from refrag.chat import render_chat
 from refrag.choosers import Chooser
-from refrag.chunking import Chunker, FixedChunks, SentenceChunks, describe_chunker
 from refrag.config import RefragConfig
+from refrag.data.chunking import Chunker, FixedChunks, SentenceChunks, describe_chunker
 from refrag.encoder import TextEmbedder
 from refrag.expansion import expanded_chunks
 from refrag.packing import Span, pack_chunks, pack_spans

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refrag.chunking import describe_chunker
+from refrag.data.chunking import describe_chunker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from refrag import ChunkStore, Passage, PassageEncoder, RefragForCausalLM, RefragProcessor, StoreError
-from refrag.chunking import SentenceChunks
+from refrag.data.chunking import SentenceChunks
 from refrag.encoder import pack_texts
 from refrag.integrations.prompt_embeds import build
 from refrag.recipe import ChunkRecipe, encoder_digest, tokenizer_digest

@@ -7,7 +7,7 @@ import tiny
 import torch
 from refrag import Passage, PromptTooLongError, RandomChooser, RefragConfig, RefragProcessor
 from refrag.choosers import CosineChooser
-from refrag.chunking import FixedChunks
+from refrag.data.chunking import FixedChunks
 
 TEXTS = {
     "plain": "The bridge of Orla was built in 1871 and is 40 m long.",

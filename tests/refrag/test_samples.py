@@ -4,8 +4,8 @@ import random
 
 import numpy as np
 from refrag import RefragProcessor
+from refrag.data.documents import Documents
 from refrag.training.curriculum import scaled_table
-from refrag.training.documents import Documents
 from refrag.training.samples import (
     answer_sampler,
     collate,

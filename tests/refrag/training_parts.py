@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from refrag import RefragForCausalLM
-from refrag.training.documents import Documents
+from refrag.data.documents import Documents
 from refrag.training.parts import Parts, start_projector
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 

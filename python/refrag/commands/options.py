@@ -112,8 +112,8 @@ class PromptOptions:
 
     def prompt(self, max_new_tokens: int = 0) -> tuple[RefragProcessor, MixedPrompt]:
         """Return the processor and the prompt it made."""
+        from refrag.data.passage_files import read_passages
         from refrag.loading import is_adapter, load_processor, load_trained
-        from refrag.passage_files import read_passages
         from refrag.prompt import Passage
 
         passages = read_passages(self.files)

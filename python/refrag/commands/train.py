@@ -173,7 +173,7 @@ def policy(
     """Stage 4: make a policy choose the chunks to expand, by reinforcement learning (REFRAG, A.1)."""
     console = Console()
     with clear_errors(console):
-        from refrag.training.documents import read_documents, split_documents
+        from refrag.data.documents import read_documents, split_documents
         from refrag.training.expansion import PolicySettings
         from refrag.training.policy_stage import PolicyStage, run_policy_stage
 
@@ -191,7 +191,7 @@ def _run_stage(objective: str, options: dict[str, Any]) -> None:
     console = Console()
     with clear_errors(console):
         from refrag.adapters import Trained
-        from refrag.training.documents import read_documents, split_documents
+        from refrag.data.documents import read_documents, split_documents
         from refrag.training.parts import Parts
         from refrag.training.recipe import Stage, run_fine_tuning, run_stage
         from refrag.training.trainer import TrainingError, TrainSettings

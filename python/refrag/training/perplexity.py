@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from refrag.choosers import by_name
+from refrag.data.documents import Documents, prefix_ids
 from refrag.model import RefragForCausalLM
 from refrag.policy import ExpansionPolicy
 from refrag.prompt import Chunk
-from refrag.training.documents import Documents, prefix_ids
 from refrag.training.likelihood import target_log_probs
 from refrag.training.parts import Parts
 from refrag.training.samples import Sample, next_paragraph

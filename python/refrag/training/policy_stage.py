@@ -13,8 +13,8 @@ import torch
 from tqdm.auto import tqdm
 
 from refrag.adapters import add_policy
+from refrag.data.documents import Documents, prefix_ids
 from refrag.policy import ExpansionPolicy
-from refrag.training.documents import Documents, prefix_ids
 from refrag.training.expansion import PolicySettings, policy_optimizer, rollout_rewards, train_policy
 from refrag.training.parts import Parts
 from refrag.training.samples import Sample, next_paragraph

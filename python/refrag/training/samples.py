@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from refrag.chunking import end_of_chunk
+from refrag.data.chunking import end_of_chunk
+from refrag.data.documents import Windows
 from refrag.packing import Span, pack_spans
 from refrag.processor import RefragProcessor
 from refrag.prompt import Chunk, MixedPrompt, Passage
-from refrag.training.documents import Windows
 
 Sampler = Callable[[int], "Sample"]  # a sample's number -> the sample, always the same
 

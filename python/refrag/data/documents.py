@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from refrag.chunking import tokenize
+from refrag.data.chunking import tokenize
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _TEXT = (".txt", ".text", ".md", ".rst")
