@@ -16,48 +16,48 @@ if TYPE_CHECKING:
         RandomChooser,
         ThresholdChooser,
     )
-    from refrag.config import RefragConfig
     from refrag.data.chunking import Chunker, FixedChunks, SentenceChunks
-    from refrag.encoder import TextEmbedder
-    from refrag.model import RefragForCausalLM
-    from refrag.passage_cache import PassageCache
+    from refrag.model.config import RefragConfig
+    from refrag.model.encoder import TextEmbedder
+    from refrag.model.inputs import Chunk, MixedPrompt, PackedTexts, Passage, PromptTooLongError
+    from refrag.model.modeling import RefragForCausalLM
+    from refrag.model.passage_cache import PassageCache
+    from refrag.model.policy import ExpansionPolicy
+    from refrag.model.state import GenerationState
     from refrag.passage_encoder import PassageEncoder
-    from refrag.policy import ExpansionPolicy
     from refrag.processor import RefragProcessor
-    from refrag.prompt import Chunk, MixedPrompt, PackedTexts, Passage, PromptTooLongError
     from refrag.recipe import ChunkRecipe
     from refrag.shard import StoreError
-    from refrag.state import GenerationState
     from refrag.store import ChunkStore, UnknownPassageError
 
 # Loaded when first asked for: torch and transformers take seconds, which "refrag --help" needn't wait for.
 _MODULE_OF = {
     "AllChunks": "choosers",
     "Chooser": "choosers",
-    "Chunk": "prompt",
+    "Chunk": "model.inputs",
     "ChunkRecipe": "recipe",
     "ChunkStore": "store",
     "Chunker": "data.chunking",
     "CosineChooser": "choosers",
-    "ExpansionPolicy": "policy",
+    "ExpansionPolicy": "model.policy",
     "FixedChunks": "data.chunking",
-    "GenerationState": "state",
-    "MixedPrompt": "prompt",
+    "GenerationState": "model.state",
+    "MixedPrompt": "model.inputs",
     "NoChunks": "choosers",
-    "PackedTexts": "prompt",
-    "Passage": "prompt",
-    "PassageCache": "passage_cache",
+    "PackedTexts": "model.inputs",
+    "Passage": "model.inputs",
+    "PassageCache": "model.passage_cache",
     "PassageEncoder": "passage_encoder",
     "PerplexityChooser": "choosers",
     "PolicyChooser": "choosers",
-    "PromptTooLongError": "prompt",
+    "PromptTooLongError": "model.inputs",
     "RandomChooser": "choosers",
-    "RefragConfig": "config",
-    "RefragForCausalLM": "model",
+    "RefragConfig": "model.config",
+    "RefragForCausalLM": "model.modeling",
     "RefragProcessor": "processor",
     "SentenceChunks": "data.chunking",
     "StoreError": "shard",
-    "TextEmbedder": "encoder",
+    "TextEmbedder": "model.encoder",
     "ThresholdChooser": "choosers",
     "UnknownPassageError": "store",
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from refrag.prompt import Part, Passage, require_text
+from refrag.model.inputs import Part, Passage, require_text
 
 
 def render_chat(

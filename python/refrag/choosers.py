@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from refrag.acceptance import require_decoder
-from refrag.attention import AttentionPlans, packed_pass
-from refrag.policy import ExpansionPolicy, sample_picks
-from refrag.prompt import Chunk
+from refrag.model.acceptance import require_decoder
+from refrag.model.attention import AttentionPlans, packed_pass
+from refrag.model.inputs import Chunk
+from refrag.model.policy import ExpansionPolicy, sample_picks
 from refrag_kernels import ChunkLayout, ChunkMask
 
-Embed = Callable[[Sequence[str]], torch.Tensor]  # texts -> embeddings [N, d], such as refrag.encoder.TextEmbedder
+Embed = Callable[[Sequence[str]], torch.Tensor]  # texts -> embeddings [N, d], such as refrag.model.encoder.TextEmbedder
 
 _ROWS = 1024  # rows whose logits are held at once: with a vocabulary of 128k words, half a gigabyte
 

@@ -10,15 +10,16 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from refrag import attention, weights
-from refrag.config import RefragConfig
+from refrag import weights
 from refrag.data.sources import Fields, Slice
-from refrag.feed_forward import fuse_feed_forward
-from refrag.inference_linear import use_inference_linears
 from refrag.loading import DEFAULT_K, is_adapter, load_model, load_processor, load_trained
+from refrag.model import attention
+from refrag.model.config import RefragConfig
+from refrag.model.feed_forward import fuse_feed_forward
+from refrag.model.inference_linear import use_inference_linears
+from refrag.model.inputs import Passage
 from refrag.passage_encoder import PassageEncoder
 from refrag.processor import RefragProcessor
-from refrag.prompt import Passage
 from refrag.recipe import ChunkRecipe
 from refrag.store import DTYPES, ChunkStore
 

@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 
 from refrag.choosers import Chooser
-from refrag.encoder import TextEmbedder
-from refrag.prompt import Chunk
+from refrag.model.encoder import TextEmbedder
+from refrag.model.inputs import Chunk
 
 
 def expanded_chunks(

@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from refrag import weights
 from refrag.adapters import adapter_path, load_adapter, read_adapter
-from refrag.config import RefragConfig
-from refrag.model import RefragForCausalLM
-from refrag.policy import ExpansionPolicy
+from refrag.model.config import RefragConfig
+from refrag.model.modeling import RefragForCausalLM
+from refrag.model.policy import ExpansionPolicy
 from refrag.processor import RefragProcessor
 
 DEFAULT_K = 8  # what the adapter that comes along was trained for

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from refrag.acceptance import reading_of
-from refrag.config import RefragConfig
-from refrag.encoder import encode_packed, pack_texts
-from refrag.model import RefragForCausalLM
+from refrag.model.acceptance import reading_of
+from refrag.model.config import RefragConfig
+from refrag.model.encoder import encode_packed, pack_texts
+from refrag.model.inputs import Chunk, Passage
+from refrag.model.modeling import RefragForCausalLM
 from refrag.processor import RefragProcessor
-from refrag.prompt import Chunk, Passage
 from refrag.recipe import ChunkRecipe
 from refrag.store import ChunkStore, PutCounts
 

@@ -15,12 +15,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from refrag.chat import render_chat
 from refrag.choosers import Chooser
-from refrag.config import RefragConfig
 from refrag.data.chunking import Chunker, FixedChunks, SentenceChunks, describe_chunker
-from refrag.encoder import TextEmbedder
 from refrag.expansion import expanded_chunks
-from refrag.packing import Span, pack_chunks, pack_spans
-from refrag.prompt import Chunk, MixedPrompt, Part, Passage, PromptTooLongError, require_text
+from refrag.model.config import RefragConfig
+from refrag.model.encoder import TextEmbedder
+from refrag.model.inputs import Chunk, MixedPrompt, Part, Passage, PromptTooLongError, require_text
+from refrag.model.packing import Span, pack_chunks, pack_spans
 from refrag.store import ChunkStore, StoreError
 
 

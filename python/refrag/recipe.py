@@ -15,7 +15,7 @@ from refrag.data.chunking import describe_chunker
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from refrag.config import RefragConfig
+    from refrag.model.config import RefragConfig
     from refrag.processor import RefragProcessor
 
 # Fields of a config that say nothing about what the encoder computes, and change from one loading to the next.

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refrag.cache import build_once
 from refrag.demo.timing import Track
-from refrag.encoder import encode_packed, pack_texts
-from refrag.prompt import Passage
+from refrag.model.encoder import encode_packed, pack_texts
+from refrag.model.inputs import Passage
 
 _BATCH = 32
 _TOKENS = 256  # what all-MiniLM-L6-v2 was made for (its sentence_bert_config.json)

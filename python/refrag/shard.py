@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from refrag.file_modes import usual_mode
 from refrag.key_index import KEY_BYTES
-from refrag.prompt import Chunk
+from refrag.model.inputs import Chunk
 
 
 class StoreError(ValueError):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from refrag.key_index import KEY_BYTES
-from refrag.prompt import Chunk, Passage
+from refrag.model.inputs import Chunk, Passage
 from refrag.recipe import ChunkRecipe
 from refrag.shard import Shard, StoreError, encode_text, publish, write_shard
 from refrag.store_state import StoreState, key_of_id

@@ -5,7 +5,7 @@ import signal
 
 import refrag.shard
 import torch
-from refrag.prompt import Chunk, Passage
+from refrag.model.inputs import Chunk, Passage
 from refrag.recipe import ChunkRecipe
 from refrag.store import ChunkStore
 

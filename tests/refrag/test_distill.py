@@ -12,7 +12,7 @@ import torch
 from refrag.adapters import load_adapter, read_adapter
 from refrag.cli import app
 from refrag.loading import load_trained
-from refrag.prompt import Passage
+from refrag.model.inputs import Passage
 from refrag.training.distill import arguments, batches
 from refrag.training.distill.checkpoint import read_state
 from refrag.training.distill.loop import DistillationError, distill

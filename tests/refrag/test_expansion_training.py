@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import training_parts
-from refrag.policy import ExpansionPolicy
+from refrag.model.policy import ExpansionPolicy
 from refrag.training.expansion import (
     PolicySettings,
     clipped_objective,

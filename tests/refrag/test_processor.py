@@ -163,7 +163,7 @@ def test_batch(processor):
 
 
 def test_choosers(processor, demo_model, encoder_tokenizer):
-    from refrag.encoder import encode_packed, pack_texts
+    from refrag.model.encoder import encode_packed, pack_texts
 
     def embed(texts):
         return encode_packed(demo_model.encoder, pack_texts(encoder_tokenizer, texts), "mean")

@@ -16,7 +16,7 @@ import store_writer
 import torch
 from refrag import ChunkStore, Passage, StoreError, UnknownPassageError
 from refrag.key_index import KeyIndex
-from refrag.prompt import Chunk
+from refrag.model.inputs import Chunk
 from store_writer import BATCH, RECIPE, WIDTH, chunks, passage, put, rows
 
 

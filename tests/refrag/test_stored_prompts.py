@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
-from refrag import ChunkStore, CosineChooser, Passage, TextEmbedder, encoder, loading, model, weights
+from refrag import ChunkStore, CosineChooser, Passage, TextEmbedder, loading, weights
 from refrag.adapters import Trained, prepare, save_adapter
 from refrag.cli import app
+from refrag.model import encoder, modeling
 from refrag.training.parts import Parts
 from typer.testing import CliRunner
 
@@ -62,7 +63,7 @@ def encoded(monkeypatch):
         counts.append(texts.layout.num_chunks)
         return encoder.encode_packed(encoder_, texts, *arguments)
 
-    monkeypatch.setattr(model, "encode_packed", counting)
+    monkeypatch.setattr(modeling, "encode_packed", counting)
     return counts
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from refrag import ChunkStore, Passage, PassageEncoder
 from refrag.choosers import CosineChooser, RandomChooser
-from refrag.encoder import TextEmbedder
 from refrag.integrations.vllm.passages import MARK
+from refrag.model.encoder import TextEmbedder
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 

@@ -139,12 +139,13 @@ def glossary(
         with console.status("loading torch and transformers"):
             from transformers import AutoModel, AutoTokenizer
 
-            from refrag import attention, weights
+            from refrag import weights
             from refrag.corpus.debian import fetch
             from refrag.corpus.dictionaries import DICTIONARIES, Entry, read_dictionary
             from refrag.corpus.glossary import glossary_questions, select_entries
             from refrag.corpus.questions import QuestionSettings
-            from refrag.prompt import Passage
+            from refrag.model import attention
+            from refrag.model.inputs import Passage
             from refrag.retrieval import Retriever
         settings = QuestionSettings(passages, hard, unanswerable, test, tuple(held_out_domain or ()), seed)
         entries: list[Entry] = []

@@ -15,7 +15,7 @@ from refrag.console import clear_errors
 if TYPE_CHECKING:
     import torch
 
-    from refrag.prompt import MixedPrompt
+    from refrag.model.inputs import MixedPrompt
 
 
 def generate(

@@ -10,11 +10,11 @@ import typer
 
 if TYPE_CHECKING:
     from refrag.choosers import Chooser
-    from refrag.encoder import TextEmbedder
-    from refrag.model import RefragForCausalLM
-    from refrag.policy import ExpansionPolicy
+    from refrag.model.encoder import TextEmbedder
+    from refrag.model.inputs import MixedPrompt
+    from refrag.model.modeling import RefragForCausalLM
+    from refrag.model.policy import ExpansionPolicy
     from refrag.processor import RefragProcessor
-    from refrag.prompt import MixedPrompt
     from refrag.store import ChunkStore
 
 Files = Annotated[
@@ -114,7 +114,7 @@ class PromptOptions:
         """Return the processor and the prompt it made."""
         from refrag.data.passage_files import read_passages
         from refrag.loading import is_adapter, load_processor, load_trained
-        from refrag.prompt import Passage
+        from refrag.model.inputs import Passage
 
         passages = read_passages(self.files)
         if self.model_folder is not None and is_adapter(self.model_folder):
@@ -165,7 +165,7 @@ class PromptOptions:
 
     def _chooser(self, processor: RefragProcessor) -> Chooser | None:
         from refrag import choosers
-        from refrag.encoder import TextEmbedder
+        from refrag.model.encoder import TextEmbedder
 
         name = self.chooser
         if name is None and self.expand is not None:
@@ -196,7 +196,7 @@ class PromptOptions:
             return self._stage_policy
         from refrag import weights
         from refrag.adapters import load_policy
-        from refrag.policy import ExpansionPolicy
+        from refrag.model.policy import ExpansionPolicy
 
         adapter = weights.adapter_file(k) if self.model_folder is None else None
         if self.policy is None and adapter is not None:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from refrag.prompt import Chunk, require_text
+from refrag.model.inputs import Chunk, require_text
 
 
 class Chunker(Protocol):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from refrag.data.sources import Fields, is_corpus, read_lines, read_text, slices
-from refrag.prompt import Passage
+from refrag.model.inputs import Passage
 
 _SLICE = 4096  # records; any number reads the same
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from refrag.prompt import Passage, half_surrogate
+from refrag.model.inputs import Passage, half_surrogate
 
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 

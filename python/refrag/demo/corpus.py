@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pydoc_data.topics import topics
 
-from refrag.prompt import Passage
+from refrag.model.inputs import Passage
 
 PASSAGE_WORDS = 120  # about 200 tokens of this text: a dozen chunks at k = 16
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from refrag.prompt import MixedPrompt
+from refrag.model.inputs import MixedPrompt
 
 SLOT, EXPANDED, HIDDEN = "bold cyan", "green", "dim cyan"
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from refrag.state import key_values
+from refrag.model.state import key_values
 
 Prefill = Callable[[], CausalLMOutputWithPast]
 Track = Callable[[Sequence[Any]], Iterable[Any]]

@@ -14,12 +14,12 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 from refrag import choosers, weights
 from refrag.adapters import load_policy
 from refrag.choosers import Chooser
-from refrag.encoder import TextEmbedder
 from refrag.loading import is_adapter, load_model, load_processor, load_trained
-from refrag.model import RefragForCausalLM
-from refrag.policy import ExpansionPolicy
+from refrag.model.encoder import TextEmbedder
+from refrag.model.inputs import Chunk, MixedPrompt, Passage
+from refrag.model.modeling import RefragForCausalLM
+from refrag.model.policy import ExpansionPolicy
 from refrag.processor import Part, RefragProcessor
-from refrag.prompt import Chunk, MixedPrompt, Passage
 from refrag.store import ChunkStore
 
 TEMPLATE = "Answer the question with the help of these documents.\n\n{passages}\nQuestion: {question}"

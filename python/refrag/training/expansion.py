@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from refrag.model import RefragForCausalLM
-from refrag.policy import ExpansionPolicy, picks_log_prob, sample_picks
+from refrag.model.modeling import RefragForCausalLM
+from refrag.model.policy import ExpansionPolicy, picks_log_prob, sample_picks
 from refrag.training.likelihood import share_beginning, target_log_probs
 from refrag.training.samples import Sample
 from refrag.training.trainer import Collate

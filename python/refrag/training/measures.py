@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from refrag.data.documents import Documents, prefix_ids
-from refrag.model import RefragForCausalLM
+from refrag.model.modeling import RefragForCausalLM
 from refrag.training.likelihood import hidden_rows, logits_of, target_log_probs
 from refrag.training.parts import Parts
 from refrag.training.samples import Sample, next_paragraph, reconstruction

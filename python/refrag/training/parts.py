@@ -12,10 +12,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 import refrag_kernels as rk
 from refrag.adapters import load_adapter
-from refrag.encoder import pack_texts
-from refrag.model import RefragForCausalLM
-from refrag.policy import ExpansionPolicy
-from refrag.token_encoder import token_encoder
+from refrag.model.encoder import pack_texts
+from refrag.model.modeling import RefragForCausalLM
+from refrag.model.policy import ExpansionPolicy
+from refrag.model.token_encoder import token_encoder
 from refrag.training.samples import Sample, collate
 
 

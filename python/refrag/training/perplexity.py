@@ -14,9 +14,9 @@ import torch
 
 from refrag.choosers import by_name
 from refrag.data.documents import Documents, prefix_ids
-from refrag.model import RefragForCausalLM
-from refrag.policy import ExpansionPolicy
-from refrag.prompt import Chunk
+from refrag.model.inputs import Chunk
+from refrag.model.modeling import RefragForCausalLM
+from refrag.model.policy import ExpansionPolicy
 from refrag.training.likelihood import target_log_probs
 from refrag.training.parts import Parts
 from refrag.training.samples import Sample, next_paragraph

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from refrag.adapters import add_policy
 from refrag.data.documents import Documents, prefix_ids
-from refrag.policy import ExpansionPolicy
+from refrag.model.policy import ExpansionPolicy
 from refrag.training.expansion import PolicySettings, policy_optimizer, rollout_rewards, train_policy
 from refrag.training.parts import Parts
 from refrag.training.samples import Sample, next_paragraph

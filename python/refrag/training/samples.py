@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from refrag.data.chunking import end_of_chunk
 from refrag.data.documents import Windows
-from refrag.packing import Span, pack_spans
+from refrag.model.inputs import Chunk, MixedPrompt, Passage
+from refrag.model.packing import Span, pack_spans
 from refrag.processor import RefragProcessor
-from refrag.prompt import Chunk, MixedPrompt, Passage
 
 Sampler = Callable[[int], "Sample"]  # a sample's number -> the sample, always the same
 

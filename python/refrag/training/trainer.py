@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from refrag.file_modes import usual_mode
-from refrag.model import RefragForCausalLM
-from refrag.prompt import MixedPrompt
+from refrag.model.inputs import MixedPrompt
+from refrag.model.modeling import RefragForCausalLM
 from refrag.training.generators import generator_states, restore_generators
 from refrag.training.passes import cut_passes, make_passes
 from refrag.training.samples import Sample, Sampler

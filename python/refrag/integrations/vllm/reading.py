@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from refrag import choosers
-from refrag.encoder import TextEmbedder, pack_texts
 from refrag.expansion import expanded_chunks
 from refrag.integrations.vllm.passages import GivenPassage
+from refrag.model.encoder import TextEmbedder, pack_texts
+from refrag.model.inputs import Chunk, PackedTexts, Passage
 from refrag.processor import RefragProcessor
-from refrag.prompt import Chunk, PackedTexts, Passage
 from refrag.store import ChunkStore
 
 # What a request may say, and of which types. Numbers that JSON may write either way come as int or float.

@@ -14,18 +14,18 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import refrag_kernels as rk
-from refrag import attention
-from refrag.acceptance import FamilyError, accept_decoder, accept_encoder, require_decoder
-from refrag.config import RefragConfig
-from refrag.encoder import encode_packed
-from refrag.feed_forward import fuse_feed_forward
-from refrag.generation import PackedPrefill, packed_prefill, padded_inputs, refuse_options, require_empty
-from refrag.inference_linear import use_inference_linears
-from refrag.merged import merged_state
-from refrag.projector import ChunkProjector
-from refrag.prompt import Chunk, MixedPrompt, PackedTexts
-from refrag.state import GenerationState, append, first_step, generate_from, text_prompt
-from refrag.token_scale import token_scale_of
+from refrag.model import attention
+from refrag.model.acceptance import FamilyError, accept_decoder, accept_encoder, require_decoder
+from refrag.model.config import RefragConfig
+from refrag.model.encoder import encode_packed
+from refrag.model.feed_forward import fuse_feed_forward
+from refrag.model.generation import PackedPrefill, packed_prefill, padded_inputs, refuse_options, require_empty
+from refrag.model.inference_linear import use_inference_linears
+from refrag.model.inputs import Chunk, MixedPrompt, PackedTexts
+from refrag.model.merged import merged_state
+from refrag.model.projector import ChunkProjector
+from refrag.model.state import GenerationState, append, first_step, generate_from, text_prompt
+from refrag.model.token_scale import token_scale_of
 from refrag_kernels import ChunkMask
 
 

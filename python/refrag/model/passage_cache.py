@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 import torch
 
-from refrag.acceptance import require_decoder
-from refrag.key_rotation import KeyRotation
-from refrag.model import RefragForCausalLM
-from refrag.prompt import MixedPrompt
-from refrag.state import GenerationState, append, key_values, require_room
+from refrag.model.acceptance import require_decoder
+from refrag.model.inputs import MixedPrompt
+from refrag.model.key_rotation import KeyRotation
+from refrag.model.modeling import RefragForCausalLM
+from refrag.model.state import GenerationState, append, key_values, require_room
 
 
 @dataclasses.dataclass(frozen=True)

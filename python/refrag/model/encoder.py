@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import refrag_kernels as rk
-from refrag.acceptance import reading_of
-from refrag.attention import AttentionPlans, packed_pass
-from refrag.prompt import PackedTexts
+from refrag.model.acceptance import reading_of
+from refrag.model.attention import AttentionPlans, packed_pass
+from refrag.model.inputs import PackedTexts
 from refrag_kernels import ChunkLayout, ChunkMask
 
 

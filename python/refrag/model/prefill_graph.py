@@ -13,11 +13,11 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import refrag_kernels as rk
-from refrag import attention
-from refrag.acceptance import require_decoder
-from refrag.model import RefragForCausalLM
-from refrag.prompt import MixedPrompt
-from refrag.state import key_values
+from refrag.model import attention
+from refrag.model.acceptance import require_decoder
+from refrag.model.inputs import MixedPrompt
+from refrag.model.modeling import RefragForCausalLM
+from refrag.model.state import key_values
 from refrag_kernels import ChunkLayout, ChunkMask
 
 ROW_STEP = 64  # rows of a bucket are a multiple of this: up to so many rows are computed in vain

@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 import refrag_kernels as rk
-from refrag.masked_attention import masked_attention
+from refrag.model.masked_attention import masked_attention
 from refrag_kernels import AttentionPlan, ChunkLayout, ChunkMask, PlanCapacity
 
 NAME = "refrag"

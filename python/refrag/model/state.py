@@ -11,8 +11,8 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from refrag.attention import AttentionPlans, packed_pass
-from refrag.prompt import Chunk, MixedPrompt, PackedTexts, PromptTooLongError
+from refrag.model.attention import AttentionPlans, packed_pass
+from refrag.model.inputs import Chunk, MixedPrompt, PackedTexts, PromptTooLongError
 from refrag_kernels import ChunkLayout, ChunkMask
 
 

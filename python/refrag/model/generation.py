@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from refrag.attention import AttentionPlans, packed_pass
-from refrag.prompt import MixedPrompt
+from refrag.model.attention import AttentionPlans, packed_pass
+from refrag.model.inputs import MixedPrompt
 
 
 @dataclasses.dataclass(frozen=True)

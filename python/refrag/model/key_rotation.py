@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from refrag.state import key_values
+from refrag.model.state import key_values
 
 _PROBE = 4  # rows of the probe
 _SHIFT = 5  # how far it is moved

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from refrag.config import RefragConfig
+from refrag.model.config import RefragConfig
 
 
 class ChunkProjector(nn.Module):

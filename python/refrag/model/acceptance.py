@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel, cache_utils
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from refrag.attention import (
+from refrag.model.attention import (
     NAME,
     AttentionPlans,
     attention_of,
@@ -27,8 +27,8 @@ from refrag.attention import (
     refrag_attention,
     require_refrag,
 )
-from refrag.prompt import PackedTexts
-from refrag.state import key_values
+from refrag.model.inputs import PackedTexts
+from refrag.model.state import key_values
 from refrag_kernels import ChunkLayout, ChunkMask
 
 _PROBE = "refrag-probe"
@@ -339,7 +339,7 @@ def _try_encoder(encoder: PreTrainedModel, watch: _Watch, own: str) -> Reading:
     def refuse(why: str) -> FamilyError:
         return FamilyError(f"encoder: got {kind}, {why}; {_ADVICE}")
 
-    from refrag.encoder import packed_rows, padded_rows
+    from refrag.model.encoder import packed_rows, padded_rows
 
     ids, other = _ids(encoder, _ROWS), _ids(encoder, _OTHER_ROWS, 3)
     texts = _texts(torch.cat([other, ids], dim=1)[0], [_OTHER_ROWS, _ROWS])

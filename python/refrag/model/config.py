@@ -20,7 +20,7 @@ _PADDED_POSITIONS = ("roberta", "camembert", "mpnet", "xmod", "data2vec-text", "
 
 # What the paper leaves open, each set chosen as a whole. "paper": REFRAG, section 2 and B.2, with the first token
 # ([CLS]) as a chunk's embedding. "lclm": arXiv 2606.09659, windows of 1,024 tokens read together, the mean of a
-# chunk's own tokens, and a norm before the MLP. "tokens": ours, for refrag.token_encoder: the chunk's tokens in their
+# chunk's own tokens, and a norm before the MLP. "tokens": ours, for token_encoder: the chunk's tokens in their
 # order and a projector without an activation, which learns from far less text.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {

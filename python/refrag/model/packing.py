@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from refrag.encoder import pack_texts
-from refrag.prompt import Chunk, MixedPrompt, PackedTexts
+from refrag.model.encoder import pack_texts
+from refrag.model.inputs import Chunk, MixedPrompt, PackedTexts
 from refrag_kernels import ChunkLayout
 
 # The passage's number in its sequence, -1 for text; and the text's tokens, or the chunk.
