@@ -12,7 +12,7 @@ from refrag.adapters import adapter_path, load_adapter, read_adapter
 from refrag.model.config import RefragConfig
 from refrag.model.modeling import RefragForCausalLM
 from refrag.model.policy import ExpansionPolicy
-from refrag.processor import RefragProcessor
+from refrag.processing.processor import RefragProcessor
 
 DEFAULT_K = 8  # what the adapter that comes along was trained for
 

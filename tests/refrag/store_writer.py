@@ -3,11 +3,11 @@
 import os
 import signal
 
-import refrag.shard
 import torch
 from refrag.model.inputs import Chunk, Passage
-from refrag.recipe import ChunkRecipe
-from refrag.store import ChunkStore
+from refrag.store import shard
+from refrag.store.fingerprint import ChunkRecipe
+from refrag.store.store import ChunkStore
 
 WIDTH, CHUNKS, BATCH = 64, 12, 50
 RECIPE = ChunkRecipe("tiny", "r1", "t1", "t2", "fixed, k = 4", "first", True, WIDTH)
@@ -51,7 +51,7 @@ def write_and_die(folder, moment):
         os.kill(os.getpid(), signal.SIGKILL)
 
     store = ChunkStore.open(folder, RECIPE)
-    real = refrag.shard.save_file
+    real = shard.save_file
 
     def die_half_written(tensors, path, **options):
         real(tensors, path, **options)
@@ -59,7 +59,7 @@ def write_and_die(folder, moment):
         die()
 
     if moment == "half written":
-        refrag.shard.save_file = die_half_written
+        shard.save_file = die_half_written
     else:
         setattr(
             os, {"before the sync": "fsync", "before the rename": "replace", "after the rename": "open"}[moment], die

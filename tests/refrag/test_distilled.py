@@ -83,7 +83,7 @@ def test_chunks_are_expanded_after_reading(trained):
 
 def test_from_a_store_it_answers_the_same(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("refrag.loading.load_trained", lambda *_, **__: trained)
-    monkeypatch.setattr("refrag.encode_job.load_trained", lambda *_, **__: trained)
+    monkeypatch.setattr("refrag.encoding.encode_job.load_trained", lambda *_, **__: trained)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "manual.txt").write_text(MANUAL.read_text()[:600])
     store = tmp_path / "store"

@@ -10,7 +10,7 @@ from refrag.data.chunking import SentenceChunks
 from refrag.integrations.prompt_embeds import build
 from refrag.model.encoder import pack_texts
 from refrag.model.token_encoder import token_encoder
-from refrag.recipe import ChunkRecipe, encoder_digest, tokenizer_digest
+from refrag.store.fingerprint import ChunkRecipe, encoder_digest, tokenizer_digest
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, RobertaModel
 
 PASSAGES = [

@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 from refrag import Passage, PromptTooLongError, RandomChooser, RefragConfig, RefragProcessor
-from refrag.choosers import CosineChooser
 from refrag.data.chunking import FixedChunks
+from refrag.processing.selectors import CosineChooser
 
 TEXTS = {
     "plain": "The bridge of Orla was built in 1871 and is 40 m long.",

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from refrag.choosers import Chooser
     from refrag.model.encoder import TextEmbedder
     from refrag.model.inputs import MixedPrompt
     from refrag.model.modeling import RefragForCausalLM
     from refrag.model.policy import ExpansionPolicy
-    from refrag.processor import RefragProcessor
-    from refrag.store import ChunkStore
+    from refrag.processing.processor import RefragProcessor
+    from refrag.processing.selectors import Chooser
+    from refrag.store.store import ChunkStore
 
 Files = Annotated[
     list[Path] | None,
@@ -151,8 +151,8 @@ class PromptOptions:
         """Return the store, or refuse what another encoder, or another way of cutting passages, has filled."""
         if self.store is None:
             return None
-        from refrag.recipe import ChunkRecipe
-        from refrag.store import ChunkStore
+        from refrag.store.fingerprint import ChunkRecipe
+        from refrag.store.store import ChunkStore
 
         model = self.model()
         return ChunkStore.open(self.store, ChunkRecipe.of(model.encoder, processor, model.config))
@@ -164,16 +164,16 @@ class PromptOptions:
         return self._embedder([chunk.text for chunk in prompt.chunks])
 
     def _chooser(self, processor: RefragProcessor) -> Chooser | None:
-        from refrag import choosers
         from refrag.model.encoder import TextEmbedder
+        from refrag.processing import selectors
 
         name = self.chooser
         if name is None and self.expand is not None:
             name = "cosine"
         if name is None:
             return None
-        if name not in choosers.NAMES:
-            raise ValueError(f"--chooser: got {name!r}, needs one of {', '.join(choosers.NAMES)}")
+        if name not in selectors.NAMES:
+            raise ValueError(f"--chooser: got {name!r}, needs one of {', '.join(selectors.NAMES)}")
         if name in ("random", "cosine", "perplexity-asc", "perplexity-desc", "policy") and self.expand is None:
             raise ValueError(f"--expand: got nothing, --chooser {name} needs a share or a number of chunks")
         if name == "threshold" and self.threshold is None:
@@ -181,7 +181,7 @@ class PromptOptions:
         policy = self._policy(processor.k) if name == "policy" else None
         if name in ("cosine", "threshold", "policy"):
             self._embedder = TextEmbedder(self.model(), processor.encoder_tokenizer)
-        return choosers.by_name(
+        return selectors.by_name(
             name,
             model=self.model() if name.startswith("perplexity") else None,
             embed=self._embedder,

@@ -14,14 +14,14 @@ import transformers
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from refrag import weights
-from refrag.choosers import CosineChooser
 from refrag.demo.corpus import python_reference
 from refrag.demo.timing import Continuation, CpuPressure, Reading, Track, continue_greedily, time_readings
 from refrag.loading import load_model, load_processor
 from refrag.model import attention
 from refrag.model.inputs import MixedPrompt, Passage
 from refrag.model.modeling import RefragForCausalLM
-from refrag.processor import Part, RefragProcessor
+from refrag.processing.processor import Part, RefragProcessor
+from refrag.processing.selectors import CosineChooser
 from refrag.retrieval import Retriever
 
 INSTRUCTION = "Answer the question with the help of this documentation.\n\n"

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from refrag.choosers import by_name
 from refrag.data.documents import Documents, prefix_ids
 from refrag.model.inputs import Chunk
 from refrag.model.modeling import RefragForCausalLM
 from refrag.model.policy import ExpansionPolicy
+from refrag.processing.selectors import by_name
 from refrag.training.likelihood import target_log_probs
 from refrag.training.parts import Parts
 from refrag.training.samples import Sample, next_paragraph
@@ -36,7 +36,7 @@ class Conditions:
     rates : tuple of float
         Effective compression rates at which choosers expand chunks: k / (1 - p + k p), at most k.
     choosers : tuple of str
-        Names of ``refrag.choosers`` that pick a given number.
+        Names of ``refrag.processing.selectors`` that pick a given number.
     """
 
     context: int = 256

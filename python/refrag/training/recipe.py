@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from refrag.adapters import Trained, merge_state, prepare, save_adapter, trained_state
 from refrag.data.documents import Documents, prefix_ids
 from refrag.model.modeling import RefragForCausalLM
-from refrag.processor import RefragProcessor
+from refrag.processing.processor import RefragProcessor
 from refrag.training.measures import next_paragraph_loss, reconstruction_accuracy, target_loss
 from refrag.training.parts import Parts
 from refrag.training.samples import (

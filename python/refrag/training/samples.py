@@ -16,7 +16,7 @@ from refrag.data.chunking import end_of_chunk
 from refrag.data.documents import Windows
 from refrag.model.inputs import Chunk, MixedPrompt, Passage
 from refrag.model.packing import Span, pack_spans
-from refrag.processor import RefragProcessor
+from refrag.processing.processor import RefragProcessor
 
 Sampler = Callable[[int], "Sample"]  # a sample's number -> the sample, always the same
 

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from refrag.key_index import KEY_BYTES
 from refrag.model.inputs import Chunk, Passage
-from refrag.recipe import ChunkRecipe
-from refrag.shard import Shard, StoreError, encode_text, publish, write_shard
-from refrag.store_state import StoreState, key_of_id
+from refrag.store.fingerprint import ChunkRecipe
+from refrag.store.key_index import KEY_BYTES
+from refrag.store.shard import Shard, StoreError, encode_text, publish, write_shard
+from refrag.store.store_state import StoreState, key_of_id
 
 _FORMAT = 1
 _MANIFEST = "store.json"

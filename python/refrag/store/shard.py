@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from refrag.file_modes import usual_mode
-from refrag.key_index import KEY_BYTES
 from refrag.model.inputs import Chunk
+from refrag.store.key_index import KEY_BYTES
 
 
 class StoreError(ValueError):

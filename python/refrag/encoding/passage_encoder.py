@@ -13,9 +13,9 @@ from refrag.model.config import RefragConfig
 from refrag.model.encoder import encode_packed, pack_texts
 from refrag.model.inputs import Chunk, Passage
 from refrag.model.modeling import RefragForCausalLM
-from refrag.processor import RefragProcessor
-from refrag.recipe import ChunkRecipe
-from refrag.store import ChunkStore, PutCounts
+from refrag.processing.processor import RefragProcessor
+from refrag.store.fingerprint import ChunkRecipe
+from refrag.store.store import ChunkStore, PutCounts
 
 _BATCH_TOKENS = 8192  # 455 chunks of 16 tokens and the two special ones: past it, packing more no longer pays on a CPU
 

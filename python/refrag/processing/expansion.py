@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from refrag.choosers import Chooser
 from refrag.model.encoder import TextEmbedder
 from refrag.model.inputs import Chunk
+from refrag.processing.selectors import Chooser
 
 
 def expanded_chunks(

@@ -12,16 +12,16 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from refrag import weights
 from refrag.data.sources import Fields, Slice
+from refrag.encoding.passage_encoder import PassageEncoder
 from refrag.loading import DEFAULT_K, is_adapter, load_model, load_processor, load_trained
 from refrag.model import attention
 from refrag.model.config import RefragConfig
 from refrag.model.feed_forward import fuse_feed_forward
 from refrag.model.inference_linear import use_inference_linears
 from refrag.model.inputs import Passage
-from refrag.passage_encoder import PassageEncoder
-from refrag.processor import RefragProcessor
-from refrag.recipe import ChunkRecipe
-from refrag.store import DTYPES, ChunkStore
+from refrag.processing.processor import RefragProcessor
+from refrag.store.fingerprint import ChunkRecipe
+from refrag.store.store import DTYPES, ChunkStore
 
 
 class Step(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from refrag.data.sources import Slice
-from refrag.encode_job import EncodeJob, Step
+from refrag.encoding.encode_job import EncodeJob, Step
 
 
 def run_on_ray(job: EncodeJob, slices: Sequence[Slice], *, workers: int | None = None) -> Iterator[Step]:

@@ -13,15 +13,15 @@ from typing import cast
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from refrag.chat import render_chat
-from refrag.choosers import Chooser
 from refrag.data.chunking import Chunker, FixedChunks, SentenceChunks, describe_chunker
-from refrag.expansion import expanded_chunks
 from refrag.model.config import RefragConfig
 from refrag.model.encoder import TextEmbedder
 from refrag.model.inputs import Chunk, MixedPrompt, Part, Passage, PromptTooLongError, require_text
 from refrag.model.packing import Span, pack_chunks, pack_spans
-from refrag.store import ChunkStore, StoreError
+from refrag.processing.chat import render_chat
+from refrag.processing.expansion import expanded_chunks
+from refrag.processing.selectors import Chooser
+from refrag.store.store import ChunkStore, StoreError
 
 
 class RefragProcessor:

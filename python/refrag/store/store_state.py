@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from refrag.key_index import KEY_BYTES, KeyIndex
-from refrag.shard import Shard, encode_text
+from refrag.store.key_index import KEY_BYTES, KeyIndex
+from refrag.store.shard import Shard, encode_text
 
 
 @dataclasses.dataclass(frozen=True)

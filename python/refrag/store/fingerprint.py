@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from refrag.model.config import RefragConfig
-    from refrag.processor import RefragProcessor
+    from refrag.processing.processor import RefragProcessor
 
 # Fields of a config that say nothing about what the encoder computes, and change from one loading to the next.
 _VOLATILE = frozenset(
