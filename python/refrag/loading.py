@@ -114,7 +114,7 @@ def load_trained(
     ValueError
         If the adapter was trained on others, or for another k.
     """
-    from refrag.training.parts import Parts
+    from refrag.bundle import Parts
 
     _check_k(k, read_adapter(folder)[0]["fields"]["chunk_size"])
     encoder, decoder = trained_sources(folder, encoder, decoder)

@@ -39,9 +39,9 @@ def put(store, numbers, **options):
 def write_forever(folder, connection):
     """Put one shard after another, and tell the number of each one that is done."""
     store = ChunkStore.open(folder, RECIPE)
-    for shard in range(100_000):
-        put(store, range(shard * BATCH, (shard + 1) * BATCH))
-        connection.send(shard)
+    for number in range(100_000):
+        put(store, range(number * BATCH, (number + 1) * BATCH))
+        connection.send(number)
 
 
 def write_and_die(folder, moment):

@@ -3,7 +3,7 @@
 import pytest
 from refrag import Passage
 from refrag.demo.corpus import python_reference
-from refrag.retrieval import Retriever
+from refrag.retrieval.retriever import Retriever
 
 PASSAGES = [
     Passage("A lambda expression makes an anonymous function.", "lambda"),

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from refrag import GenerationState, Passage, weights
 from refrag.adapters import AdapterError, adapter_path, read_adapter
+from refrag.bundle import Parts
 from refrag.cli import app
 from refrag.data.documents import Documents
 from refrag.demo.caution import DISTILLED, TRAINED, UNTRAINED, caution
 from refrag.integrations.answering import Answerer
 from refrag.loading import is_adapter, load_trained, trained_sources
-from refrag.training.parts import Parts
 from refrag.training.perplexity import COMPRESSED, FULL, NONE, Conditions, measure, value_kept
 from typer.testing import CliRunner
 

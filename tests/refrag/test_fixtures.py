@@ -9,11 +9,11 @@ import pytest
 import torch
 from refrag import ChunkStore, Passage, PassageEncoder
 from refrag.adapters import Trained, load_policy
+from refrag.bundle import Parts
 from refrag.data.documents import Documents
 from refrag.loading import load_model, load_processor, load_trained
-from refrag.retrieval import Retriever
-from refrag.training.parts import Parts
-from refrag.training.recipe import Stage, run_stage
+from refrag.retrieval.retriever import Retriever
+from refrag.training.stages import Stage, run_stage
 from refrag.training.trainer import TrainSettings
 from safetensors.torch import load_file
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from refrag import ChunkStore, CosineChooser, Passage, TextEmbedder, loading, weights
 from refrag.adapters import Trained, prepare, save_adapter
+from refrag.bundle import Parts
 from refrag.cli import app
 from refrag.model import encoder, modeling
-from refrag.training.parts import Parts
 from typer.testing import CliRunner
 
 PASSAGES = {

@@ -146,7 +146,7 @@ def glossary(
             from refrag.corpus.questions import QuestionSettings
             from refrag.model import attention
             from refrag.model.inputs import Passage
-            from refrag.retrieval import Retriever
+            from refrag.retrieval.retriever import Retriever
         settings = QuestionSettings(passages, hard, unanswerable, test, tuple(held_out_domain or ()), seed)
         entries: list[Entry] = []
         for name in track(console, DICTIONARIES, "reading dictionaries"):

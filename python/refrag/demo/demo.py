@@ -22,7 +22,7 @@ from refrag.model.inputs import MixedPrompt, Passage
 from refrag.model.modeling import RefragForCausalLM
 from refrag.processing.processor import Part, RefragProcessor
 from refrag.processing.selectors import CosineChooser
-from refrag.retrieval import Retriever
+from refrag.retrieval.retriever import Retriever
 
 INSTRUCTION = "Answer the question with the help of this documentation.\n\n"
 

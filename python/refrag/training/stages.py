@@ -14,15 +14,16 @@ import torch
 from accelerate import Accelerator
 
 from refrag.adapters import Trained, merge_state, prepare, save_adapter, trained_state
+from refrag.bundle import Parts
 from refrag.data.documents import Documents, prefix_ids
 from refrag.model.modeling import RefragForCausalLM
 from refrag.processing.processor import RefragProcessor
 from refrag.training.measures import next_paragraph_loss, reconstruction_accuracy, target_loss
-from refrag.training.parts import Parts
 from refrag.training.samples import (
     Sample,
     Sampler,
     answer_sampler,
+    collate_for,
     next_paragraph_sampler,
     reconstruction_sampler,
 )
@@ -166,7 +167,7 @@ def _train(
         return dataclasses.replace(sampler(index), latents=latents)
 
     trainer = Trainer(
-        parts.model, counted, parts.collate, stage.settings, folder,
+        parts.model, counted, functools.partial(collate_for, parts), stage.settings, folder,
         evaluate=evaluate,
         signature={**parts.signature(), "objective": stage.objective, "trained": dataclasses.asdict(stage.trained)},
         accelerator=accelerator,

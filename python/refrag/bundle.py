@@ -16,7 +16,6 @@ from refrag.model.encoder import pack_texts
 from refrag.model.modeling import RefragForCausalLM
 from refrag.model.policy import ExpansionPolicy
 from refrag.model.token_encoder import token_encoder
-from refrag.training.samples import Sample, collate
 
 
 @dataclasses.dataclass
@@ -75,18 +74,6 @@ class Parts:
     def k(self) -> int:
         """Decoder tokens of a chunk."""
         return self.model.config.chunk_size
-
-    def collate(self, samples: Sequence[Sample]):
-        """Pack samples for the model."""
-        config = self.model.config
-        return collate(
-            samples,
-            self.encoder_tokenizer,
-            position_ids=config.position_ids,
-            special_tokens=config.encoder_special_tokens,
-            latents=config.latents,
-            encoder_window=config.window,
-        )
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """Return the chunk embeddings of texts, as choosers want them: [N, d_enc]."""
