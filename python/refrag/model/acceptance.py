@@ -27,6 +27,7 @@ from refrag.model.attention import (
     refrag_attention,
     require_refrag,
 )
+from refrag.model.encoder_rows import packed_rows, padded_rows
 from refrag.model.inputs import PackedTexts
 from refrag.model.state import key_values
 from refrag_kernels import ChunkLayout, ChunkMask
@@ -338,8 +339,6 @@ def _try_encoder(encoder: PreTrainedModel, watch: _Watch, own: str) -> Reading:
 
     def refuse(why: str) -> FamilyError:
         return FamilyError(f"encoder: got {kind}, {why}; {_ADVICE}")
-
-    from refrag.model.encoder import packed_rows, padded_rows
 
     ids, other = _ids(encoder, _ROWS), _ids(encoder, _OTHER_ROWS, 3)
     texts = _texts(torch.cat([other, ids], dim=1)[0], [_OTHER_ROWS, _ROWS])

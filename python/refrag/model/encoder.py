@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import refrag_kernels as rk
 from refrag.model.acceptance import reading_of
-from refrag.model.attention import AttentionPlans, packed_pass
+from refrag.model.encoder_rows import first_position, packed_rows, padded_rows, position_table, window_of_text
 from refrag.model.inputs import PackedTexts
-from refrag_kernels import ChunkLayout, ChunkMask
+from refrag_kernels import ChunkLayout
 
 
 def pack_texts(
@@ -175,9 +174,9 @@ def most_tokens(encoder: PreTrainedModel) -> int | None:
     A tokenizer need not know: many folders name no ``model_max_length``, and RoBERTa's table holds rows that are no
     positions.
     """
-    table = _position_table(encoder)
+    table = position_table(encoder)
     if table is not None:
-        return table.num_embeddings - _first_position(encoder)
+        return table.num_embeddings - first_position(encoder)
     positions = getattr(encoder.config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
 
@@ -189,7 +188,7 @@ def _require_positions(encoder: PreTrainedModel, texts: PackedTexts) -> None:
     lengths = texts.layout.lengths()[0]
     name = "text"
     if texts.windows is not None:
-        name, texts_of = "window", zip(_window_of_text(texts).tolist(), lengths, strict=True)
+        name, texts_of = "window", zip(window_of_text(texts).tolist(), lengths, strict=True)
         lengths = [sum(length for _, length in own) for _, own in itertools.groupby(texts_of, lambda pair: pair[0])]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     if lengths[longest] > most:
@@ -197,42 +196,6 @@ def _require_positions(encoder: PreTrainedModel, texts: PackedTexts) -> None:
             f"texts: {name} {longest} has {lengths[longest]} tokens for the encoder, needs at most {most}; take a "
             f"smaller {'encoder_window' if name == 'window' else 'k'}"
         )
-
-
-def packed_rows(encoder: PreTrainedModel, texts: PackedTexts, *, causal: bool) -> torch.Tensor:
-    """Return the encoder's rows [T, d] of packed texts, read in one pass with plans."""
-    mask = ChunkMask.diagonal() if texts.windows is None else ChunkMask.passages(texts.windows)
-    output = packed_pass(
-        encoder,
-        AttentionPlans(texts.layout, mask, causal=causal),
-        input_ids=texts.token_ids[None],
-        position_ids=_positions(texts, _first_position(encoder))[None],
-    )
-    rows: torch.Tensor = output.last_hidden_state[0]
-    return rows
-
-
-def padded_rows(encoder: PreTrainedModel, texts: PackedTexts) -> torch.Tensor:
-    """Return the encoder's rows [T, d] of packed texts, read as a padded batch: one sequence a text, or a window."""
-    lengths = texts.layout.chunk_offsets.diff().long()
-    if texts.windows is not None:
-        lengths = torch.zeros_like(lengths).index_add_(0, _window_of_text(texts), lengths)
-        lengths = lengths[lengths > 0]
-    kept = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-    padding = getattr(encoder.config.get_text_config(), "pad_token_id", None)
-    ids = torch.full(kept.shape, 0 if padding is None else padding, device=lengths.device)
-    ids[kept] = texts.token_ids
-    rows: torch.Tensor = encoder(input_ids=ids, attention_mask=kept.long(), return_dict=True).last_hidden_state[kept]
-    return rows
-
-
-def _window_of_text(texts: PackedTexts) -> torch.Tensor:
-    """Return the number of each text's window, int64 [N], from 0."""
-    windows = texts.windows
-    assert windows is not None  # only then is it asked for
-    begins = torch.ones_like(windows, dtype=torch.bool)
-    begins[1:] = windows[1:] != windows[:-1]
-    return begins.cumsum(0) - 1
 
 
 def _pool_segments(hidden: torch.Tensor, layout: ChunkLayout, segments: int) -> torch.Tensor:
@@ -250,26 +213,3 @@ def _pool_segments(hidden: torch.Tensor, layout: ChunkLayout, segments: int) -> 
         place = torch.arange(len(chunk), device=hidden.device) - (ends - stretched)[chunk]
         hidden = hidden[starts[chunk] + place * lengths[chunk] // stretched[chunk]]
     return rk.pool_chunks(hidden, offsets, "mean").unflatten(0, (-1, segments)).flatten(1)
-
-
-def _positions(texts: PackedTexts, first: int) -> torch.Tensor:
-    """Return position ids that start again at ``first`` in every text, or in every window."""
-    layout = texts.layout
-    starts = layout.chunk_offsets[:-1].long()
-    lengths = layout.chunk_offsets.diff().long()
-    if texts.windows is not None:
-        window = _window_of_text(texts)
-        starts = starts[torch.searchsorted(window, window)]  # of the window's first text
-    rows = torch.arange(layout.total_rows, device=layout.device)
-    return rows - starts.repeat_interleave(lengths, output_size=layout.total_rows) + first
-
-
-def _first_position(encoder: PreTrainedModel) -> int:
-    """Return the position id of a text's first token: RoBERTa's tables hold a row for padding and count on from it."""
-    padding = getattr(_position_table(encoder), "padding_idx", None)
-    return 0 if padding is None else padding + 1
-
-
-def _position_table(encoder: PreTrainedModel) -> nn.Embedding | None:
-    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
-    return table if isinstance(table, nn.Embedding) else None
