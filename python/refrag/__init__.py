@@ -6,7 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from refrag.choosers import (
+    from refrag.data.chunking import Chunker, FixedChunks, SentenceChunks
+    from refrag.encoding.passage_encoder import PassageEncoder
+    from refrag.model.config import RefragConfig
+    from refrag.model.encoder import TextEmbedder
+    from refrag.model.inputs import Chunk, MixedPrompt, PackedTexts, Passage, PromptTooLongError
+    from refrag.model.modeling import RefragForCausalLM
+    from refrag.model.passage_cache import PassageCache
+    from refrag.model.policy import ExpansionPolicy
+    from refrag.model.state import GenerationState
+    from refrag.processing.processor import RefragProcessor
+    from refrag.processing.selectors import (
         AllChunks,
         Chooser,
         CosineChooser,
@@ -16,50 +26,40 @@ if TYPE_CHECKING:
         RandomChooser,
         ThresholdChooser,
     )
-    from refrag.chunking import Chunker, FixedChunks, SentenceChunks
-    from refrag.config import RefragConfig
-    from refrag.encoder import TextEmbedder
-    from refrag.model import RefragForCausalLM
-    from refrag.passage_cache import PassageCache
-    from refrag.passage_encoder import PassageEncoder
-    from refrag.policy import ExpansionPolicy
-    from refrag.processor import RefragProcessor
-    from refrag.prompt import Chunk, MixedPrompt, PackedTexts, Passage, PromptTooLongError
-    from refrag.recipe import ChunkRecipe
-    from refrag.shard import StoreError
-    from refrag.state import GenerationState
-    from refrag.store import ChunkStore, UnknownPassageError
+    from refrag.store.fingerprint import ChunkRecipe
+    from refrag.store.shard import StoreError
+    from refrag.store.store import ChunkStore, UnknownPassageError
 
 # Loaded when first asked for: torch and transformers take seconds, which "refrag --help" needn't wait for.
 _MODULE_OF = {
-    "AllChunks": "choosers",
-    "Chooser": "choosers",
-    "Chunk": "prompt",
-    "ChunkRecipe": "recipe",
-    "ChunkStore": "store",
-    "Chunker": "chunking",
-    "CosineChooser": "choosers",
-    "ExpansionPolicy": "policy",
-    "FixedChunks": "chunking",
-    "GenerationState": "state",
-    "MixedPrompt": "prompt",
-    "NoChunks": "choosers",
-    "PackedTexts": "prompt",
-    "Passage": "prompt",
-    "PassageCache": "passage_cache",
-    "PassageEncoder": "passage_encoder",
-    "PerplexityChooser": "choosers",
-    "PolicyChooser": "choosers",
-    "PromptTooLongError": "prompt",
-    "RandomChooser": "choosers",
-    "RefragConfig": "config",
-    "RefragForCausalLM": "model",
-    "RefragProcessor": "processor",
-    "SentenceChunks": "chunking",
-    "StoreError": "shard",
-    "TextEmbedder": "encoder",
-    "ThresholdChooser": "choosers",
-    "UnknownPassageError": "store",
+    "AllChunks": "processing.selectors",
+    "Chooser": "processing.selectors",
+    "Chunk": "model.inputs",
+    "ChunkRecipe": "store.fingerprint",
+    "ChunkStore": "store.store",
+    "Chunker": "data.chunking",
+    "CosineChooser": "processing.selectors",
+    "ExpansionPolicy": "model.policy",
+    "FixedChunks": "data.chunking",
+    "GenerationState": "model.state",
+    "MixedPrompt": "model.inputs",
+    "NoChunks": "processing.selectors",
+    "PackedTexts": "model.inputs",
+    "Passage": "model.inputs",
+    "PassageCache": "model.passage_cache",
+    "PassageEncoder": "encoding.passage_encoder",
+    "PerplexityChooser": "processing.selectors",
+    "PolicyChooser": "processing.selectors",
+    "PromptTooLongError": "model.inputs",
+    "RandomChooser": "processing.selectors",
+    "RefragConfig": "model.config",
+    "RefragForCausalLM": "model.modeling",
+    "RefragProcessor": "processing.processor",
+    "SentenceChunks": "data.chunking",
+    "StoreError": "store.shard",
+    "TextEmbedder": "model.encoder",
+    "ThresholdChooser": "processing.selectors",
+    "UnknownPassageError": "store.store",
 }
 
 __all__ = [

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from accuracy import relative_error
-from refrag import attention
+from refrag.model import attention
 from transformers import AutoModelForCausalLM
 
 from refrag_kernels import ChunkLayout, ChunkMask

@@ -5,8 +5,8 @@ import tiny
 import torch
 from accuracy import relative_error
 from refrag import RefragConfig
-from refrag.encoder import TextEmbedder, encode_packed, most_tokens, pack_texts
-from refrag.prompt import PackedTexts
+from refrag.model.encoder import TextEmbedder, encode_packed, most_tokens, pack_texts
+from refrag.model.inputs import PackedTexts
 from transformers import CamembertConfig, LlamaConfig
 
 from refrag_kernels import ChunkLayout

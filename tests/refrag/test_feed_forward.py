@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from accuracy import relative_error
-from refrag.feed_forward import fuse_feed_forward
+from refrag.model.feed_forward import fuse_feed_forward
 from transformers import AutoModel, XmodConfig
 
 

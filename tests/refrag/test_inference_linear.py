@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 from accuracy import relative_error
-from refrag import inference_linear
-from refrag.inference_linear import is_inference_linear, use_inference_linears
+from refrag.model import inference_linear
+from refrag.model.inference_linear import is_inference_linear, use_inference_linears
 from torch import nn
 
 
@@ -21,8 +21,8 @@ def calls(monkeypatch):
         rows.append(len(x))
         return kernel(x, weight, bias)
 
-    kernel = inference_linear.linear_rows
-    monkeypatch.setattr(inference_linear, "linear_rows", counting)
+    kernel = inference_linear.cpu_linear_rows
+    monkeypatch.setattr(inference_linear, "cpu_linear_rows", counting)
     return rows
 
 

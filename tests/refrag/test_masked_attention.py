@@ -4,8 +4,8 @@ import pytest
 import tiny
 import torch
 from accuracy import relative_error
-from refrag import masked_attention as module
-from refrag.masked_attention import masked_attention
+from refrag.model import masked_attention as module
+from refrag.model.masked_attention import masked_attention
 from test_acceptance import made
 
 FAMILIES = {

@@ -6,7 +6,7 @@ import torch
 from accuracy import relative_error
 from refrag import RefragForCausalLM
 from refrag.adapters import Trained, prepare
-from refrag.merged import merged_state
+from refrag.model.merged import merged_state
 from torch import nn
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import training_parts
-from refrag.policy import ExpansionPolicy
+from refrag.model.policy import ExpansionPolicy
 from refrag.training.perplexity import (
     COMPRESSED,
     FULL,

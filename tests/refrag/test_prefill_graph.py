@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from accuracy import relative_error
-from refrag.prefill_graph import PrefillGraph, copy_of
+from refrag.model.prefill_graph import PrefillGraph, copy_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PROMPTS = (

@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 from refrag import Passage, PromptTooLongError, RandomChooser, RefragConfig, RefragProcessor
-from refrag.choosers import CosineChooser
-from refrag.chunking import FixedChunks
+from refrag.data.chunking import FixedChunks
+from refrag.processing.selectors import CosineChooser
 
 TEXTS = {
     "plain": "The bridge of Orla was built in 1871 and is 40 m long.",
@@ -163,7 +163,7 @@ def test_batch(processor):
 
 
 def test_choosers(processor, demo_model, encoder_tokenizer):
-    from refrag.encoder import encode_packed, pack_texts
+    from refrag.model.encoder import encode_packed, pack_texts
 
     def embed(texts):
         return encode_packed(demo_model.encoder, pack_texts(encoder_tokenizer, texts), "mean")

@@ -1,0 +1,1 @@
+"""The model: an encoder whose chunk embeddings stand among a decoder's tokens, and what it reads."""

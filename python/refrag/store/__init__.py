@@ -1,0 +1,1 @@
+"""The store: chunk embeddings on disk, found by what they were made of."""
