@@ -11,10 +11,10 @@ from accuracy import LSE, OUTPUT, relative_error
 from factory import random_plan_problem
 
 import refrag_kernels as rk
-from bench.prompts import Passages
+from bench.cases.prompts import Passages
+from bench.static import gluon_on_cpu
 from refrag_kernels.reference.mask import allowed_pairs
 
-gluon_on_cpu = pytest.importorskip("gluon_on_cpu")
 hopper = pytest.importorskip("refrag_kernels.triton_kernels.attention_hopper", exc_type=ImportError)
 Config = hopper.Config
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import model, results, table
-from bench.case import Case, Entry, Goal, Skip, Sweep, bound_of, error_of
-from bench.compare import compare, percentage
-from bench.presets import PRESETS
-from bench.prompts import Passages, Prompt
-from bench.run import OURS, measure
-from bench.timing import interleave, peak_bytes, rotated
+from bench.cases import model, table
+from bench.cases.presets import PRESETS
+from bench.cases.prompts import Passages, Prompt
+from bench.engine import results
+from bench.engine.case import Case, Entry, Goal, Skip, Sweep, bound_of, error_of
+from bench.engine.compare import compare, percentage
+from bench.engine.run import OURS, measure
+from bench.engine.timing import interleave, peak_bytes, rotated
 
 ROOT = Path(__file__).parent.parent
 

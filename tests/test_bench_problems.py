@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import refrag_kernels as rk
-from bench import peers, problems, wheels
-from bench.case import Skip, error_of
-from bench.prompts import Passages
+from bench.cases import peers, problems, wheels
+from bench.cases.prompts import Passages
+from bench.engine.case import Skip, error_of
 
 PROBLEMS = {
     "causal": problems.causal(300),

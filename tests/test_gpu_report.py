@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import table
+from bench.cases import table
 from bench.gpu_report import catalogue, ncu, runner, schema, tables
 from bench.gpu_report import report as gpu_report
 from bench.gpu_report.block import Options, Results
@@ -132,7 +132,7 @@ def test_a_block_without_time_says_what_it_left_out(tmp_path):
     """A wrong result has no time, a row that fails does not stop the next, and what no time is left for is named."""
     import torch
 
-    from bench.case import Case, Entry
+    from bench.engine.case import Case, Entry
     from bench.gpu_report.measured import measure_rows
 
     def entry(name, value):

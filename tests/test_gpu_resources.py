@@ -12,7 +12,9 @@ import torch
 
 from refrag_kernels import extension
 
-resources = pytest.importorskip("cuda_resources", reason="Triton carries the disassembler", exc_type=ImportError)
+resources = pytest.importorskip(
+    "bench.static.cuda_resources", reason="Triton carries the disassembler", exc_type=ImportError
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = os.environ.get("REFRAG_GPU_PROOF") == "all"  # make test-gpu-proof: all architectures of a release

@@ -66,8 +66,8 @@ def test_the_command_line(tmp_path):
 
 def test_blocks_make_their_launches_without_a_gpu(monkeypatch):
     """What would be compiled beforehand, recorded: real shapes, of which the largest are left out here."""
-    from bench.ahead_of_time import record
     from bench.gpu_report import catalogue, pretended
+    from bench.static.ahead_of_time import record
 
     monkeypatch.setattr(pretended, "_MOST", 2e7)
     launches = {name: record(call, "sm_90") for name, call in pretended.calls()}

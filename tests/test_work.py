@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import refrag_kernels as rk
-from bench import peers, roofline, work
-from bench.presets import PRESETS
-from bench.problems import of_passages
-from bench.prompts import Passages, Prompt
+from bench.cases import peers
+from bench.cases.presets import PRESETS
+from bench.cases.problems import of_passages
+from bench.cases.prompts import Passages, Prompt
+from bench.static import roofline, work
 from refrag_kernels import tile_lists
 
 PROBLEMS = {(problem.name, problem.group): problem for problem in work.problems()}

@@ -15,7 +15,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))  # tests/: factor
 import triton_on_cpu  # noqa: E402
 
 import refrag_kernels as rk  # noqa: E402
-from bench.table import GPU_OPS  # noqa: E402
+from bench.cases.table import GPU_OPS  # noqa: E402
 from refrag_kernels import backends  # noqa: E402
 
 REHEARSAL = triton_on_cpu.TTSEM or (os.environ.get("REFRAG_GPU_TESTS") == "cpu" and triton_on_cpu.INTERPRETED)

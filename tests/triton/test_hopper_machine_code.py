@@ -8,7 +8,7 @@ import triton
 from modes import ALL
 
 import refrag_kernels as rk
-from bench import ahead_of_time, resources
+from bench.static import ahead_of_time, resources
 from refrag_kernels.triton_kernels import attention_hopper
 from refrag_kernels.triton_kernels.attention_hopper import Config
 from refrag_kernels.triton_kernels.launch import SHARED_MEMORY

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from bench import attention, decoding, model, paged, plans, rows
-from bench.case import Entry, Goal, Sweep
+from bench.cases import attention, decoding, model, paged, plans, rows
+from bench.engine.case import Entry, Goal, Sweep
 
 # Those that have kernels for GPUs.
 GPU_OPS = (

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import limits
+from bench.engine import limits
 from refrag_kernels import backends
 
 _QUERY = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.mem,ecc.mode.current,mig.mode.current"

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 import refrag_kernels as rk
-from bench.case import Skip
+from bench.engine.case import Skip
 
 SHARED = 64  # rows of the prefix, and of the question
 

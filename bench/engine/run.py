@@ -11,10 +11,10 @@ from collections.abc import Callable, Container, Sequence
 import torch
 
 import refrag_kernels as rk
-from bench import limits
-from bench.case import OURS as OURS
-from bench.case import Call, Case, Entry, Goal, Skip, error_of
-from bench.timing import Times, cpu_pressure, interleave, peak_bytes, rotated, waited
+from bench.engine import limits
+from bench.engine.case import OURS as OURS
+from bench.engine.case import Call, Case, Entry, Goal, Skip, error_of
+from bench.engine.timing import Times, cpu_pressure, interleave, peak_bytes, rotated, waited
 
 _PLANS = 5  # times that a plan is made
 

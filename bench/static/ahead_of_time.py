@@ -49,7 +49,7 @@ MATRIX = {
     "sm_120": "HMMA",
     "gfx942": "MFMA",
 }
-CACHE = Path(__file__).resolve().parent.parent / "build" / "gpu-resources"
+CACHE = Path(__file__).resolve().parents[2] / "build" / "gpu-resources"
 _NAMES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64",
     torch.bool: "i1", torch.uint8: "u8",

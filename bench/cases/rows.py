@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 import refrag_kernels as rk
-from bench.case import Case, Entry, Skip, Sweep, bound_of
-from bench.peers import late, vllm_overlay
-from bench.presets import PRESETS, Preset
+from bench.cases.peers import late, vllm_overlay
+from bench.cases.presets import PRESETS, Preset
+from bench.engine.case import Case, Entry, Skip, Sweep, bound_of
 
 _WEIGHT_SCALE = 0.05  # keeps the projection's outputs near 1
 

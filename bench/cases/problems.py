@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 import refrag_kernels as rk
-from bench.case import Skip
-from bench.prompts import SHARED, Passages
+from bench.cases.prompts import SHARED, Passages
+from bench.engine.case import Skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ def random_passages(rows: int) -> Problem:
 
 
 def of_passages(passages: Passages) -> Problem:
-    """Return the passages of ``bench.prompts``, which are not causal."""
+    """Return the passages of ``bench.cases.prompts``, which are not causal."""
     spans = list(_spans(passages.spans()))
     rows, last = passages.rows, len(spans) - 1
     own = [(0, rows) if number == last else (start, start + length) for number, (start, length) in enumerate(spans)]

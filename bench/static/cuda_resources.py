@@ -1,6 +1,6 @@
 """Read what the CUDA kernels take of each architecture from their machine code; no GPU is needed.
 
-``python tests/cuda_resources.py`` compiles csrc/cuda for all that a release has, and prints the table of
+``python -m bench.static.cuda_resources`` compiles csrc/cuda for all that a release has, and prints the table of
 docs/gpu-resources.md.
 """
 
@@ -21,7 +21,7 @@ import triton
 
 import refrag_kernels
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = Path(refrag_kernels.__file__).parent / "_C.so"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

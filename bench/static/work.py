@@ -14,13 +14,13 @@ from unittest import mock
 import torch
 
 import refrag_kernels as rk
-from bench.presets import PRESETS
-from bench.prompts import Passages, Prompt
+from bench.cases.presets import PRESETS
+from bench.cases.prompts import Passages, Prompt
 from refrag_kernels import tile_lists
 from refrag_kernels.plan import TILE
 from refrag_kernels.reference.mask import allowed_pairs
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "gpu-work.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu-work.md"
 _ARCHITECTURE = "sm_90"
 
 
@@ -137,7 +137,7 @@ _BEFORE = """# Work that GPU kernels issue
 
 Matrix work issued, which is whole tiles, over the work that a mask needs, which is the pairs of rows that it allows:
 counted, not timed (times: [GPU results](gpu-results.md)). Written by `python -m bench.work`; how each column is counted
-is in `bench/work.py`, and `tests/test_work.py` checks the counts.
+is in `bench/static/work.py`, and `tests/test_work.py` checks the counts.
 
 """
 _AFTER = """

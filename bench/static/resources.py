@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import NamedTuple
 
 import triton
 
-from bench import ahead_of_time, launches
+from bench.static import ahead_of_time, cuda_resources, launches
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "gpu-resources.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu-resources.md"
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
@@ -167,16 +166,10 @@ def tables(rows: Iterable[Row]) -> str:
 
 def cuda_section(release: bool = False) -> tuple[str, str]:
     """Return title and table of the CUDA C++ kernels, of this build or of a release's architectures, as Markdown."""
-    # Of the tests, which check the same.
-    spec = importlib.util.spec_from_file_location("cuda_resources", PAGE.parent.parent / "tests" / "cuda_resources.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
     before = "A cell: registers of a thread / spilled bytes / blocks of threads at once; - where the launchers choose\n"
     before += "another one for the architecture.\n\n"
-    binaries = [module.compile_release()] if release else []
-    return f"CUDA C++, {module.compiler()}", before + module.markdown(*binaries)
+    binaries = [cuda_resources.compile_release()] if release else []
+    return f"CUDA C++, {cuda_resources.compiler()}", before + cuda_resources.markdown(*binaries)
 
 
 def page(sections: dict[str, str]) -> str:

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from bench.timing import interleave
+from bench.engine.timing import interleave
 
 _SIDE = {"cpu": 2048, "cuda": 8192}  # a product that is large enough to run at the library's best rate
 _BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # more than the caches hold

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import torch
 
 import refrag_kernels as rk
-from bench import decoding
-from bench.case import Case, Entry, Sweep, bound_of
-from bench.presets import PRESETS
+from bench.cases import decoding
+from bench.cases.presets import PRESETS
+from bench.engine.case import Case, Entry, Sweep, bound_of
 
 _ROWS = 64  # of a chunk of prefill, as append_kv writes them
 

@@ -12,8 +12,8 @@ from types import ModuleType
 
 import torch
 
-from bench.case import Skip
-from bench.problems import Problem
+from bench.cases.problems import Problem
+from bench.engine.case import Skip
 
 Attention = Callable[[], torch.Tensor]
 # q, k, v, where sequences start in q and in k, the longest of each, whether they are causal.

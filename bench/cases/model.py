@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 import refrag_kernels as rk
-from bench.case import Case, Entry, Skip, Sweep
-from bench.presets import PRESETS, Preset
-from bench.prompts import SHARED, Prompt
+from bench.cases.presets import PRESETS, Preset
+from bench.cases.prompts import SHARED, Prompt
+from bench.engine.case import Case, Entry, Skip, Sweep
 
 _POSITIONS = 1 << 17  # more than a context has; the weights don't depend on it
 OPS = ("ttft", "decode", "passage_cache")

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import refrag_kernels as rk
-from bench.presets import PRESETS, Preset
-from bench.prompts import Passages, Prompt
+from bench.cases.presets import PRESETS, Preset
+from bench.cases.prompts import Passages, Prompt
 
 _BYTES = 2  # of a bfloat16 number
 

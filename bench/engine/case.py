@@ -121,7 +121,7 @@ class Sweep:
 
     Attributes
     ----------
-    presets : names of ``bench.presets.PRESETS``
+    presets : names of ``bench.cases.presets.PRESETS``
     k : tokens of a chunk
     context : tokens of the context
     density : shares of the pairs of rows that are allowed

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import torch
 
 import refrag_kernels as rk
-from bench import peers
-from bench.case import ANY, Case, Entry, Sweep
-from bench.problems import of_passages
-from bench.prompts import Passages, Prompt
+from bench.cases import peers
+from bench.cases.problems import of_passages
+from bench.cases.prompts import Passages, Prompt
+from bench.engine.case import ANY, Case, Entry, Sweep
 
 
 def _passages(context: int, k: int, density: float) -> Case:

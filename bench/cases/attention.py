@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 import refrag_kernels as rk
-from bench import peers, problems, wheels
-from bench.case import OURS, Case, Entry, Skip, Sweep, bound_of
-from bench.presets import PRESETS
-from bench.problems import Problem, of_passages
-from bench.prompts import Passages, Prompt
+from bench.cases import peers, problems, wheels
+from bench.cases.presets import PRESETS
+from bench.cases.problems import Problem, of_passages
+from bench.cases.prompts import Passages, Prompt
+from bench.engine.case import OURS, Case, Entry, Skip, Sweep, bound_of
 from refrag_kernels import backends
 
 # Blocks of 64 need more shared memory than an H100 has.
@@ -100,7 +100,7 @@ def plans_of(problem: Problem, q, key, v, blocks: Sequence[int]) -> dict[str, Ca
 def _masked(
     make: Callable[[int], Problem], preset: str, rows: int, dtype: torch.dtype, device: str, flex: bool
 ) -> Case:
-    """One of the masks of ``bench.problems``."""
+    """One of the masks of ``bench.cases.problems``."""
     shape, problem = PRESETS[preset], make(rows)
     q, key, v = tensors(shape.heads, shape.kv_heads, shape.width, rows, dtype, device)
     plan = problem.plan(device)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import refrag_kernels as rk
-from bench.case import Case, Entry, Skip, Sweep, bound_of
-from bench.presets import PRESETS
+from bench.cases.presets import PRESETS
+from bench.engine.case import Case, Entry, Skip, Sweep, bound_of
 from refrag_kernels import backends
 
 PAGE = 16

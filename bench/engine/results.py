@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from bench.limits import BANDWIDTH
-from bench.run import Outcome
+from bench.engine.limits import BANDWIDTH
+from bench.engine.run import Outcome
 from refrag_kernels import backends
 
 SCHEMA = 1
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(threads: int, rounds: int, command: str, device: str = "cpu") -> dict[str, Any]:

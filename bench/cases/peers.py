@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from bench import wheels
-from bench.case import Skip
-from bench.problems import Problem
+from bench.cases import wheels
+from bench.cases.problems import Problem
+from bench.engine.case import Skip
 
 Attention = Callable[[], torch.Tensor]
 
