@@ -1,0 +1,5 @@
+"""``python -m bench.work``: see ``bench.static.work``."""
+
+from bench.static.work import main
+
+raise SystemExit(main())
