@@ -137,7 +137,7 @@ _BEFORE = """# Work that GPU kernels issue
 
 Matrix work issued, which is whole tiles, over the work that a mask needs, which is the pairs of rows that it allows:
 counted, not timed (times: [GPU results](gpu-results.md)). Written by `python -m bench.work`; how each column is counted
-is in `bench/static/work.py`, and `tests/test_work.py` checks the counts.
+is in `bench/static/work.py`, and `tests/bench/test_work.py` checks the counts.
 
 """
 _AFTER = """
