@@ -80,7 +80,7 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield calls of the Triton backend that the report makes, on tensors of the CPU: nothing reads their values."""
-    from bench.case import Skip
+    from bench.engine.case import Skip
     from bench.gpu_report import known_launches, pretended
     from bench.gpu_report.blocks import ops
 
@@ -137,7 +137,7 @@ def _no_gpu() -> Iterator[None]:
     from triton.runtime import build, driver
     from triton.runtime.jit import JITFunction
 
-    from bench.ahead_of_time import _architecture
+    from bench.static.ahead_of_time import _architecture
     from refrag_kernels import backends
 
     class Stub:

@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import sys
 
-import host_library
 import pytest
 import torch
+
+from tests.cuda_host import host_library
 
 FAULTS = (
     "none",

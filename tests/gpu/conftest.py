@@ -5,18 +5,14 @@ asks for a rehearsal: Triton's interpreter in the GPU's place. ``python -m ttsem
 """
 
 import os
-import sys
 
 import pytest
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))  # tests/: factory, accuracy, triton_on_cpu
-
-import triton_on_cpu  # noqa: E402
-
-import refrag_kernels as rk  # noqa: E402
-from bench.table import GPU_OPS  # noqa: E402
-from refrag_kernels import backends  # noqa: E402
+import refrag_kernels as rk
+from bench.cases.table import GPU_OPS
+from refrag_kernels import backends
+from tests.support import triton_on_cpu
 
 REHEARSAL = triton_on_cpu.TTSEM or (os.environ.get("REFRAG_GPU_TESTS") == "cpu" and triton_on_cpu.INTERPRETED)
 DEVICE = "cpu" if REHEARSAL else "cuda"

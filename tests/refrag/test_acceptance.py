@@ -7,10 +7,8 @@ import re
 import weakref
 
 import pytest
-import tiny
 import torch
 import transformers
-from accuracy import relative_error
 from refrag import RefragForCausalLM
 from refrag.model import attention
 from refrag.model.acceptance import FamilyError, Reading, accept_decoder, accept_encoder
@@ -19,6 +17,8 @@ from refrag.model.inputs import PackedTexts
 from transformers import AutoModel, AutoModelForCausalLM
 
 from refrag_kernels import ChunkLayout, ChunkMask
+from tests.refrag import tiny
+from tests.support.accuracy import relative_error
 
 SMALL = dict(
     vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,

@@ -5,7 +5,6 @@ import functools
 
 import pytest
 import torch
-import training_parts
 from refrag.model.policy import ExpansionPolicy
 from refrag.training.likelihood import share_beginning, target_log_probs
 from refrag.training.policy_gradient import (
@@ -16,6 +15,8 @@ from refrag.training.policy_gradient import (
     train_policy,
 )
 from refrag.training.samples import collate_for, next_paragraph
+
+from tests.refrag import training_parts
 
 
 @pytest.fixture

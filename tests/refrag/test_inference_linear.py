@@ -4,12 +4,13 @@ import copy
 import pickle
 
 import pytest
-import tiny
 import torch
-from accuracy import relative_error
 from refrag.model import inference_linear
 from refrag.model.inference_linear import is_inference_linear, use_inference_linears
 from torch import nn
+
+from tests.refrag import tiny
+from tests.support.accuracy import relative_error
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 import asyncio
 
 import pytest
-import small_answerer
 from refrag import Passage
+
+from tests.refrag import small_answerer
 
 pytest.importorskip("langchain_core")
 

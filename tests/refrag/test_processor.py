@@ -3,11 +3,12 @@
 import copy
 
 import pytest
-import tiny
 import torch
 from refrag import Passage, PromptTooLongError, RandomChooser, RefragConfig, RefragProcessor
 from refrag.data.chunking import FixedChunks
 from refrag.processing.selectors import CosineChooser
+
+from tests.refrag import tiny
 
 TEXTS = {
     "plain": "The bridge of Orla was built in 1871 and is 40 m long.",

@@ -6,10 +6,11 @@ import sys
 import types
 
 import pytest
-import tiny
 import torch
 from refrag.integrations.prompt_embeds import build
 from refrag.integrations.sglang import async_generate, generate, generate_request
+
+from tests.refrag import tiny
 
 SAMPLING = {"temperature": 0, "max_new_tokens": 4}
 
