@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import refrag_kernels as rk
 from refrag_kernels import backends
 
-BACKENDS = backends.available("mixed_attention", "attention", torch.device("cpu"))
+BACKENDS = backends.available("mixed_attention", torch.device("cpu"))
 SEEDS = range(24)
 
 

@@ -10,7 +10,7 @@ from instruction_sets import LOWER, run_on
 import refrag_kernels as rk
 from refrag_kernels import backends
 
-BACKENDS = backends.available("linear_rows", "linear", torch.device("cpu"))
+BACKENDS = backends.available("linear_rows", torch.device("cpu"))
 
 
 def problem(seed, dtype):

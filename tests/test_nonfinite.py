@@ -8,7 +8,7 @@ from nonfinite import spoilt_paged, spoilt_problem
 import refrag_kernels as rk
 from refrag_kernels import backends
 
-BACKENDS = backends.available("mixed_attention", "attention", torch.device("cpu"))
+BACKENDS = backends.available("mixed_attention", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("first_seed", range(0, 40, 10))

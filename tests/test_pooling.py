@@ -10,7 +10,7 @@ from factory import random_lengths
 import refrag_kernels as rk
 from refrag_kernels import backends
 
-BACKENDS = backends.available("pool_chunks", "pooling", torch.device("cpu"))
+BACKENDS = backends.available("pool_chunks", torch.device("cpu"))
 MODES = ("mean", "first", "last")
 
 

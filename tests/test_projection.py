@@ -13,7 +13,7 @@ from instruction_sets import LOWER, run_on
 import refrag_kernels as rk
 from refrag_kernels import backends
 
-BACKENDS = backends.available("embed_mixed", "projection", torch.device("cpu"))
+BACKENDS = backends.available("embed_mixed", torch.device("cpu"))
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
