@@ -174,7 +174,7 @@ def _backward(preset: str, context: int, k: int, density: float, dtype: torch.dt
         return torch.autograd.grad(peers.sdpa(*wide, dense)(), wide, upstream.double())
 
     return Case(
-        ours=lambda: gradients(ours(backends.pinned(None))),
+        ours=lambda: gradients(ours(backends.effective_backend(None))),
         peers={"SDPA, passage by passage": lambda: gradients(theirs())},
         expected=expected,
         bound=8e-6 if dtype == torch.float32 else 8e-3,

@@ -59,7 +59,7 @@ def _decode(preset: str, context: int, batch: int, table: int, dtype: torch.dtyp
         return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
 
     def ours() -> torch.Tensor:
-        return rk.paged_attention(q, k_pages, v_pages, tables[turn(backends.pinned(None))], lengths)
+        return rk.paged_attention(q, k_pages, v_pages, tables[turn(backends.effective_backend(None))], lengths)
 
     def contiguous() -> torch.Tensor:
         return attend(q, *pieces[turn("SDPA")])

@@ -115,7 +115,7 @@ def test_sizes_and_choices_are_those_of_the_headers(tmp_path):
             width, choice = numbers
             shared = resources.MULTIPROCESSORS[architecture].shared_kb << 10
             lines.append(f"static_assert({choices[name]}<{width}>({{{shared}, 1024}}) == {choice});")
-    headers = "".join(f'#include "cuda/{name}.cuh"\n' for name in ("attention", "paged", "projection"))
+    headers = "".join(f'#include "cuda/{name}_kernels.cuh"\n' for name in ("attention", "paged", "projection"))
     source.write_text(headers + "using namespace refrag::cuda;\n" + "\n".join(lines))
     command = "c++ -std=c++20 -fsyntax-only -Wno-unknown-pragmas -DREFRAG_CUDA_HOST".split()
     done = subprocess.run(

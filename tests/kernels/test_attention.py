@@ -12,7 +12,7 @@ from refrag_kernels import backends
 from tests.support.accuracy import DTYPES, GRADIENT, LSE, OUTPUT, relative_error
 from tests.support.factory import random_attention_problem
 
-BACKENDS = backends.available("mixed_attention", "attention", torch.device("cpu"))
+BACKENDS = backends.available("mixed_attention", torch.device("cpu"))
 SEEDS = range(24)
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import refrag_kernels as rk
-from refrag_kernels import extension
-from refrag_kernels.cuda_kernels import attention, paged, pooling, projection
-from refrag_kernels.validation import values_are_checked
+from refrag_kernels import extension, support
+from refrag_kernels.cuda_kernels import projection
+from refrag_kernels.registration import values_are_checked
 from tests.support.accuracy import LSE, OUTPUT, relative_error
 from tests.support.factory import random_attention_problem
 from tests.support.paged_problems import make_problem
@@ -32,10 +32,14 @@ def test_every_kernel_is_registered_for_cuda(op):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"refrag_cuda::{op}", "CUDA")
 
 
+def unsupported(op, *args):
+    return support.OPS[op].implementations["cuda"].unsupported(args)
+
+
 @pytest.mark.parametrize(
     ("width", "first", "dtype", "message"),
     [
-        (80, 0, torch.bfloat16, "head width 80"),
+        (80, 0, torch.bfloat16, "head_dim 80"),
         (64, 0, torch.float32, "dtype float32"),
         (64, 4, torch.float16, "q has rows that don't start at multiples of 16 bytes"),
     ],
@@ -43,34 +47,34 @@ def test_every_kernel_is_registered_for_cuda(op):
 def test_what_attention_leaves_to_other_backends(width, first, dtype, message):
     q = torch.zeros(4, 2, width + first, dtype=dtype)[..., first:]
     pages = torch.zeros(2, 16, 2, width, dtype=dtype)
-    assert attention.mixed_attention.unsupported(q, pages[0], pages[0]) == message
-    assert paged.paged_attention.unsupported(q, pages, pages) == message
+    assert unsupported("mixed_attention", q, pages[0], pages[0]) == message
+    assert unsupported("paged_attention", q, pages, pages) == message
 
 
 def test_what_attention_takes():
     for width in (64, 96, 128):
         q, k, v = (torch.zeros(4, 2, width + 8, dtype=torch.bfloat16)[..., :width] for _ in range(3))
-        assert attention.mixed_attention.unsupported(q, k, v) is None
+        assert unsupported("mixed_attention", q, k, v) is None
 
 
 def test_what_the_projection_leaves_to_torch_and_to_other_backends():
     w1, w2 = torch.zeros(64, 32).half(), torch.zeros(16, 64).half()
-    not_skinny = projection._not_skinny
-    assert not_skinny(torch.zeros(64, 32).half(), w1, None, w2, None, "gelu", None) is None
-    assert not_skinny(torch.zeros(65, 32).half(), w1, None, w2, None, "gelu", None) == "65 chunks"
-    assert not_skinny(torch.zeros(2, 32), w1.float(), None, w2.float(), None, "gelu", None) == "dtype float32"
-    assert "width 12" in not_skinny(torch.zeros(2, 12).half(), w1[:, :12], None, w2, None, "gelu", None)
+    not_small_m = projection._not_small_m
+    assert not_small_m(torch.zeros(64, 32).half(), w1, None, w2, None, "gelu", None) is None
+    assert not_small_m(torch.zeros(65, 32).half(), w1, None, w2, None, "gelu", None) == "65 chunks"
+    assert not_small_m(torch.zeros(2, 32), w1.float(), None, w2.float(), None, "gelu", None) == "dtype float32"
+    assert "hidden sizes 12" in not_small_m(torch.zeros(2, 12).half(), w1[:, :12], None, w2, None, "gelu", None)
 
     before = torch.get_float32_matmul_precision()
     try:
-        for op, first in ((projection.project_chunks, 0), (projection.embed_mixed, 1)):
+        for op, first in (("project_chunks", 0), ("embed_mixed", 1)):
             leading = (None,) * first
             for precision, said in (("highest", None), ("high", "single pass of TF32")):
                 torch.set_float32_matmul_precision(precision)
-                reason = op.unsupported(*leading, torch.zeros(65, 32), w1, None, w2, None, "gelu", None)
+                reason = unsupported(op, *leading, torch.zeros(65, 32), w1, None, w2, None, "gelu", None)
                 assert reason is None if said is None else said in reason
-                assert op.unsupported(*leading, torch.zeros(65, 32).half(), w1, None, w2, None, "gelu", None) is None
-            assert op.unsupported(*leading, torch.zeros(65, 32).double()) == "dtype float64"
+                assert unsupported(op, *leading, torch.zeros(65, 32).half(), w1, None, w2, None, "gelu", None) is None
+            assert unsupported(op, *leading, torch.zeros(65, 32).double()) == "dtype float64"
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -88,10 +92,9 @@ def test_many_chunks_are_projected_by_torch(dtype):
 def test_values_are_not_checked_within_a_graph(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    hidden, offsets = torch.ones(4, 8), torch.tensor([0, 4], dtype=torch.int32)
     monkeypatch.setenv("REFRAG_KERNELS_CHECK", "1")
     with pytest.raises(RuntimeError, match="REFRAG_KERNELS_CHECK=1 reads indices on the host"):
-        pooling.pool_chunks(hidden, offsets, "mean")
+        values_are_checked()
     monkeypatch.setenv("REFRAG_KERNELS_CHECK", "0")
     assert not values_are_checked()
 

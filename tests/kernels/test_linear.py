@@ -10,7 +10,7 @@ from refrag_kernels import backends
 from tests.support.accuracy import DTYPES, OUTPUT, relative_error
 from tests.support.instruction_sets import LOWER, run_on
 
-BACKENDS = backends.available("linear_rows", "linear", torch.device("cpu"))
+BACKENDS = backends.available("linear_rows", torch.device("cpu"))
 
 
 def problem(seed, dtype):

@@ -8,7 +8,7 @@ from refrag_kernels import backends
 from tests.support.accuracy import DTYPES
 from tests.support.nonfinite import spoilt_paged, spoilt_problem
 
-BACKENDS = backends.available("mixed_attention", "attention", torch.device("cpu"))
+BACKENDS = backends.available("mixed_attention", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("first_seed", range(0, 40, 10))

@@ -10,7 +10,7 @@ from refrag_kernels import backends
 from tests.support.accuracy import DTYPES, OUTPUT, relative_error
 from tests.support.factory import random_lengths
 
-BACKENDS = backends.available("pool_chunks", "pooling", torch.device("cpu"))
+BACKENDS = backends.available("pool_chunks", torch.device("cpu"))
 MODES = ("mean", "first", "last")
 
 

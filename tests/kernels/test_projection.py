@@ -13,7 +13,7 @@ from tests.support.accuracy import DTYPES, GRADIENT, OUTPUT, relative_error
 from tests.support.factory import random_lengths
 from tests.support.instruction_sets import LOWER, run_on
 
-BACKENDS = backends.available("embed_mixed", "projection", torch.device("cpu"))
+BACKENDS = backends.available("embed_mixed", torch.device("cpu"))
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

@@ -3,6 +3,7 @@
 ``triton.jit`` reads TRITON_INTERPRET when it decorates: a process has either the interpreter or the compiler.
 """
 
+import dataclasses
 import os
 import sys
 
@@ -11,7 +12,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from refrag_kernels import backends, plan, tile_lists
+from refrag_kernels import plan, selection, tile_lists
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TTSEM = "ttsem" in sys.modules  # ``python -m ttsem.sanitize pytest``: it runs what Triton's compiler makes of a kernel
@@ -27,9 +28,8 @@ def plans_have_tile_lists(patch):
 def install(patch):
     """Let the CPU have the backend; undone with ``patch``, a pytest.MonkeyPatch."""
     plans_have_tile_lists(patch)
-    found = backends._BACKENDS["triton"]._replace(devices=("cpu", "cuda"), missing=lambda: None)
-    patch.setitem(backends._BACKENDS, "triton", found)
-    backends._find.cache_clear()
+    here = dataclasses.replace(selection.BACKENDS["triton"], devices=("cpu", "cuda"), why_missing=lambda: None)
+    patch.setitem(selection.BACKENDS, "triton", here)
     if INTERPRETED:
         _bfloat16(patch)
 

@@ -1,7 +1,6 @@
-"""Checks of the values in a paged cache's tables, on CPU tensors, with errors that name the argument.
+"""Checks of the values of index tensors, on the CPU, by errors that name the argument.
 
-The reference runs them before each call. The C++ backend tests the same rules itself (see csrc/cpu/paged.cpp), in a
-microsecond, and comes here for the error once it has found a fault.
+One function for each op that reads indices from tensors; ``registration`` says when they run.
 """
 
 from __future__ import annotations
@@ -9,16 +8,18 @@ from __future__ import annotations
 import torch
 
 
-def check_attention(
+def check_paged_attention(
     q: torch.Tensor,
     k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
     page_table: torch.Tensor,
     kv_lengths: torch.Tensor,
     q_offsets: torch.Tensor | None,
     visible_indptr: torch.Tensor | None,
     visible_ranges: torch.Tensor | None,
+    *_: object,
 ) -> None:
-    """Raise ValueError unless the tables of a ``paged_attention`` call hold together."""
+    """Raise ValueError unless the tables of a ``paged_attention`` call agree with each other."""
     _check_lengths(k_pages, page_table, kv_lengths)
     if q_offsets is not None:
         # With no keys at all the rows see nothing; else each row is one of the keys' rows.
@@ -28,17 +29,49 @@ def check_attention(
         _check_ranges(visible_indptr, visible_ranges)
 
 
-def check_append(
+def check_append_kv(
     k: torch.Tensor,
+    v: torch.Tensor,
     k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
     page_table: torch.Tensor,
     kv_lengths: torch.Tensor,
     q_offsets: torch.Tensor,
 ) -> None:
-    """Raise ValueError unless the tables of an ``append_kv`` call hold together."""
+    """Raise ValueError unless the tables of an ``append_kv`` call agree with each other."""
     _check_lengths(k_pages, page_table, kv_lengths)
     _check_offsets(k.shape[0], kv_lengths, q_offsets, torch.ones_like(kv_lengths, dtype=torch.bool))
     _check_pages(k_pages, page_table, kv_lengths - q_offsets.diff(), kv_lengths)
+
+
+def check_pool_chunks(hidden: torch.Tensor, chunk_offsets: torch.Tensor, *_: object) -> None:
+    """Raise ValueError unless ``chunk_offsets`` start at 0, ascend and end within the rows of ``hidden``."""
+    if int(chunk_offsets[0]) != 0 or int(chunk_offsets[-1]) > hidden.shape[0]:
+        raise ValueError(
+            f"chunk_offsets: got first {int(chunk_offsets[0])} and last {int(chunk_offsets[-1])}, "
+            f"needs 0 and at most the {hidden.shape[0]} rows of hidden"
+        )
+    lengths = chunk_offsets.diff()
+    if bool((lengths < 1).any()):
+        chunk = int((lengths < 1).nonzero()[0])
+        raise ValueError(f"chunk_offsets: got a length of {int(lengths[chunk])} for chunk {chunk}, needs at least 1")
+
+
+def check_embed_mixed(
+    token_ids: torch.Tensor, token_table: torch.Tensor, chunks: torch.Tensor, slot_of_row: torch.Tensor, *_: object
+) -> None:
+    """Raise IndexError unless slots are rows of ``chunks`` or -1, and the ids of text rows are in the table."""
+    if not token_ids.numel():
+        return
+    count, vocabulary = chunks.shape[0], token_table.shape[0]
+    bad = (slot_of_row < -1) | (slot_of_row >= count)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise IndexError(f"slot_of_row: got {int(slot_of_row[row])} in row {row}, needs -1 or a chunk in [0, {count})")
+    bad = (slot_of_row < 0) & ((token_ids < 0) | (token_ids >= vocabulary))
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise IndexError(f"token_ids: got {int(token_ids[row])} in row {row}, needs a token in [0, {vocabulary})")
 
 
 def _first(bad: torch.Tensor) -> tuple[int, ...] | None:
