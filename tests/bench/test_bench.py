@@ -21,6 +21,8 @@ from bench.engine.compare import compare, percentage
 from bench.engine.run import OURS, measure
 from bench.engine.timing import interleave, peak_bytes, rotated
 
+pytestmark = pytest.mark.cpp
+
 ROOT = Path(__file__).parents[2]
 
 product = torch.randn(8, 8)

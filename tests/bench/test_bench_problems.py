@@ -8,6 +8,8 @@ from bench.cases import peers, problems, wheels
 from bench.cases.prompts import Passages
 from bench.engine.case import Skip, error_of
 
+pytestmark = pytest.mark.cpp
+
 PROBLEMS = {
     "causal": problems.causal(300),
     "documents": problems.documents(700),

@@ -13,6 +13,8 @@ from bench.cases.prompts import Passages, Prompt
 from bench.static import roofline, work
 from refrag_kernels import tile_lists
 
+pytestmark = pytest.mark.cpp
+
 PROBLEMS = {(problem.name, problem.group): problem for problem in work.problems()}
 SMALL = Passages(512, 16, 0.4)
 

@@ -15,6 +15,8 @@ from tests.support.accuracy import LSE, OUTPUT, relative_error
 from tests.support.factory import AttentionProblem, PlanProblem, random_mask, random_plan_problem
 from tests.support.nonfinite import spoilt_problem
 
+pytestmark = pytest.mark.device_code
+
 # Head width, and tiles of a stage: fewer than 4 where a multiprocessor has 100 KB of shared memory only.
 VARIANTS = [
     (torch.bfloat16, 64, 4),

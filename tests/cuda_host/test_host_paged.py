@@ -11,6 +11,8 @@ from tests.support.accuracy import DTYPES, LSE, OUTPUT, relative_error
 from tests.support.nonfinite import spoilt_paged
 from tests.support.paged_problems import Problem, make_problem
 
+pytestmark = pytest.mark.device_code
+
 # Head width, and warps of a block: 2 where a multiprocessor has 100 KB of shared memory only.
 VARIANTS = [
     (torch.bfloat16, 64, 4),

@@ -9,6 +9,8 @@ import refrag_kernels as rk
 from tests.cuda_host import host_library
 from tests.support.accuracy import DTYPES, OUTPUT, relative_error
 
+pytestmark = pytest.mark.device_code
+
 MODES = ("mean", "first", "last")
 
 

@@ -7,6 +7,8 @@ from refrag_kernels.reference.projection import ACTIVATIONS
 from tests.cuda_host import host_library
 from tests.support.accuracy import DTYPES, OUTPUT, relative_error
 
+pytestmark = pytest.mark.device_code
+
 NAMES = ("none", "gelu", "gelu_tanh", "silu", "relu", "tanh")
 
 

@@ -98,6 +98,7 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.refrag.append_kv.default, call, {"backend": backend})
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_with_dynamic_shapes(backend):
     torch._dynamo.reset()

@@ -166,6 +166,7 @@ def test_opcheck(backend, sinks):
     )
 
 
+@pytest.mark.compiles
 def test_twenty_layouts_compile_at_most_twice():
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -192,6 +193,7 @@ def test_twenty_layouts_compile_at_most_twice():
     assert compiled >= 20 and counter.frame_count <= 2
 
 
+@pytest.mark.compiles
 def test_compiles_with_inductor():
     problem = random_attention_problem(5, torch.float32)
     plan = problem.plan_problem.plan()
@@ -293,6 +295,7 @@ def test_a_plan_of_another_type_is_refused():
         rk.mixed_attention(q, kv, kv, plan.tensors())
 
 
+@pytest.mark.compiles
 def test_bad_shapes_are_refused_under_compile_too():
     op = torch.ops.refrag.mixed_attention
     tensors = plan.tensors()

@@ -82,6 +82,7 @@ def test_empty_and_float64(backend):
     torch.testing.assert_close(rk.linear_rows(x, weight), x @ weight.T)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_and_compile(backend):
     x, weight, bias = torch.randn(2, 8), torch.randn(5, 8), torch.randn(5)

@@ -136,6 +136,7 @@ def test_opcheck(backend):
     )
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_with_dynamic_shapes(backend):
     torch._dynamo.reset()

@@ -191,6 +191,7 @@ def test_opcheck(case, backend):
     )  # fmt: skip
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_with_dynamic_shapes(backend):
     torch._dynamo.reset()

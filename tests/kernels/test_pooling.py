@@ -76,6 +76,7 @@ def test_opcheck(backend, mode):
     torch.library.opcheck(torch.ops.refrag.pool_chunks_backward.default, args, {"backend": backend})
 
 
+@pytest.mark.compiles
 def test_compiles_for_any_layout_at_most_twice():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     call = torch.compile(lambda h, o: rk.pool_chunks(h * 2, o, "mean"), fullgraph=True, backend=counter)

@@ -245,6 +245,7 @@ def test_opcheck(backend):
     torch.library.opcheck(ops.project_chunks_backward.default, args, options)
 
 
+@pytest.mark.compiles
 def test_compiles_for_any_row_count_at_most_twice():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     problem = random_problem(4, torch.float32)

@@ -22,6 +22,7 @@ from tests.cuda_host import host_library
 from tests.support.accuracy import OUTPUT, relative_error
 from tests.support.paged_problems import make_problem
 
+pytestmark = pytest.mark.gpu_proof
 ROOT = Path(__file__).parents[2]
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML by itself")
 BUILD = tomllib.loads((ROOT / "build.toml").read_text())

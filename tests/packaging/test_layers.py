@@ -7,6 +7,7 @@ from torch import nn
 import refrag_kernels as rk
 from refrag_kernels.layers import LAYERS, kernel_mapping
 
+pytestmark = [pytest.mark.integrations, pytest.mark.cpp]
 kernels = pytest.importorskip("kernels")
 
 calls = []
@@ -78,6 +79,7 @@ def test_the_ops_take_the_place_of_plain_functions(problem, mode):
     assert not calls
 
 
+@pytest.mark.compiles
 def test_under_compile(problem):
     model, inputs = problem
     expected = model(*inputs)

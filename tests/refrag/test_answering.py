@@ -12,6 +12,7 @@ from transformers import StoppingCriteria
 
 from tests.refrag import small_answerer
 
+pytestmark = pytest.mark.integrations
 BRIDGE = Passage("The bridge of Orla was built in 1871 by masons from the north.", "bridge")
 TOWER = Passage("The tower of Enna has four bells, and two of them are cracked.", "tower")
 QUESTION = "When was the bridge built?"

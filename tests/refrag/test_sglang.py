@@ -12,6 +12,7 @@ from refrag.integrations.sglang import async_generate, generate, generate_reques
 
 from tests.refrag import tiny
 
+pytestmark = pytest.mark.integrations
 SAMPLING = {"temperature": 0, "max_new_tokens": 4}
 
 

@@ -15,6 +15,8 @@ from refrag_kernels.reference.mask import allowed_pairs
 from tests.support.accuracy import LSE, OUTPUT, relative_error
 from tests.support.factory import random_plan_problem
 
+pytestmark = pytest.mark.cpp
+
 hopper = pytest.importorskip("refrag_kernels.triton_kernels.attention_hopper", exc_type=ImportError)
 Config = hopper.Config
 

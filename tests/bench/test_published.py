@@ -1,4 +1,4 @@
-"""The published rows as pytest-benchmark cases: ``pytest bench/ --benchmark-json out.json``.
+"""The published rows as pytest-benchmark cases: ``pytest -m published tests/bench``.
 
 One benchmark per row, for ours and for the first peer; a result that differs from float64 fails.
 """
@@ -18,6 +18,7 @@ from bench.engine.run import OURS  # noqa: E402
 ENTRIES = [entry for entry in table.published(flex=False) if entry.op not in model.OPS]
 
 
+@pytest.mark.published
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 @pytest.mark.parametrize("who", ["ours", "first peer"])
 def test_row(entry: Entry, who: str, benchmark) -> None:
