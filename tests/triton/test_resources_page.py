@@ -9,6 +9,7 @@ from modes import ALL
 from bench import ahead_of_time, resources
 from bench.launches import CASES
 from bench.resources import Row
+from refrag_kernels.architectures import ARCHITECTURES
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ from bench.resources import Row
     ],
 )
 def test_occupancy(architecture, registers, shared, warps, blocks):
-    assert resources.occupancy(architecture, registers, shared, warps) == blocks
+    assert ARCHITECTURES[architecture].resident_ctas(registers, shared, warps) == blocks
 
 
 def test_a_result_is_kept_until_the_source_changes(tmp_path, monkeypatch):
