@@ -14,6 +14,7 @@
 #include "cpu/ops.h"
 #include "cpu/tasks.h"
 #include "cpu/tensors.h"
+#include "plan_fields.h"
 
 namespace refrag::cpu {
 namespace {
@@ -36,31 +37,12 @@ HeadRows head_rows(const char* name, const Tensor& tensor, Element element) {
   return {static_cast<const char*>(tensor.const_data_ptr()), tensor.stride(0) * bytes, tensor.stride(1) * bytes};
 }
 
-// Fields of a plan, in the order of AttentionPlan.tensors().
-enum Field {
-  kSizes,
-  kQRowBlock,
-  kKvRowBlock,
-  kQBlocks,
-  kFullOffsets,
-  kFullRanges,
-  kPartialOffsets,
-  kPartialKeys,
-  kPartialBits,
-  kKvBlocks,
-  kFullTOffsets,
-  kFullTRanges,
-  kPartialTOffsets,
-  kPartialTTiles,
-  kNumFields
-};
-
 // Numbers of rows and blocks in use; a plan made for a capacity has tensors for more.
 struct Sizes {
   int32_t q_rows, kv_rows, q_blocks, kv_blocks;
 };
 
-const int32_t* field(const std::vector<Tensor>& plan, Field which) {
+const int32_t* field(const std::vector<Tensor>& plan, PlanField which) {
   const Tensor& tensor = plan[which];
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous(),
                   "plan: needs contiguous int32 tensors");
@@ -68,9 +50,9 @@ const int32_t* field(const std::vector<Tensor>& plan, Field which) {
 }
 
 PlanView view(const std::vector<Tensor>& plan, Sizes& sizes) {
-  STD_TORCH_CHECK(plan.size() == kNumFields, "plan: got ", plan.size(), " tensors, needs ", int{kNumFields});
+  STD_TORCH_CHECK(plan.size() == kNumPlanFields, "plan: got ", plan.size(), " tensors, needs ", int{kNumPlanFields});
   const int32_t* counts = field(plan, kSizes);
-  sizes = {counts[0], counts[1], counts[2], counts[3]};
+  sizes = {counts[kNumQRows], counts[kNumKvRows], counts[kNumQBlocks], counts[kNumKvBlocks]};
   return {sizes.q_blocks,
           sizes.kv_blocks,
           field(plan, kQBlocks),

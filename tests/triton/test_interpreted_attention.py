@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import refrag_kernels as rk
 from refrag_kernels import tile_lists
+from refrag_kernels.plan_fields import PlanField
 from refrag_kernels.triton_kernels import attention, configs
 from tests.support.accuracy import GRADIENT, LSE, OUTPUT, relative_error
 from tests.support.factory import random_attention_problem
@@ -83,7 +84,7 @@ def test_chunks_that_see_themselves(lengths, group):
     plan = rk.plan_attention(layout, rk.ChunkMask.diagonal(), causal=False)
     for kernel in ("forward", "dq"):
         tiles = attention.tiles_of(kernel, "sm_90", plan.tensors(), group, 16, 4, False)
-        assert (tiles.blocks, tiles.step) == (1, 16)
+        assert (tiles.blocks, tiles.block_n) == (1, 16)
     rows = layout.total_rows
     q, k, v = torch.randn(rows, 2 * group, 16), torch.randn(rows, 2, 16), torch.randn(rows, 2, 16)
     got, want = [], []
@@ -98,7 +99,7 @@ def test_chunks_that_see_themselves(lengths, group):
 @pytest.mark.parametrize(("width", "group"), ((128, 1), (128, 8), (256, 2)) if ALL else ((128, 3),))
 def test_wide_heads_in_float32(width, group):
     """Of which 64 rows don't fit in shared memory: tiles of one block, and parts of a tile of keys."""
-    assert configs.attention("dkv", "sm_80", width, 4).rows < 64
+    assert configs.attention("dkv", "sm_80", width, 4).block_m < 64
     layout = rk.ChunkLayout.from_lengths([[50, 1, 1, 30], [20]])
     rows = layout.total_rows
     plan = rk.plan_attention(layout, capacity=rk.PlanCapacity.for_rows(130, sequences=2, ranges_per_block=8))
@@ -236,7 +237,7 @@ def test_opcheck():
 
 def test_a_plan_without_tile_lists_is_refused():
     layout = rk.ChunkLayout.from_lengths([[4]])
-    tensors = rk.plan_attention(layout).tensors()[:14]
+    tensors = rk.plan_attention(layout).tensors()[: len(PlanField)]
     q = torch.randn(4, 1, 8)
     with pytest.raises(RuntimeError, match="a plan without tile lists"):
         torch.ops.refrag.mixed_attention(q, q, q, tensors, 1.0, 0.0, None, backend="triton")
