@@ -49,8 +49,8 @@ _ATTENTION_OTHER: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
     ("sm_100", 2): {"forward": {128: Config(64, 8, 2, 128)}, "dq": {64: Config(32, 8, 1, 128), 128: Config(32, 4, 2)}},
     ("sm_120", 2): {
         "forward": {128: Config(32, 8, 2, 128)},
-        "dq": {128: Config(32, 8, 2)},
-        "dkv": {256: Config(16, 8, 1)},
+        "dq": {128: Config(32, 8, 1)},
+        "dkv": {64: Config(32, 4, 1), 256: Config(16, 8, 1)},
     },
     # A wave has 512 registers if the block has 4; shared memory is 64 KiB.
     ("gfx942", 2): {
