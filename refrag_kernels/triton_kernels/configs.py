@@ -94,8 +94,11 @@ _ATTENTION_OTHER: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
     },
     ("sm_120", 2): {
         "forward": {128: Config(block_m=128, block_n=32, num_warps=8, num_stages=2)},
-        "dq": {128: Config(block_m=64, block_n=32, num_warps=8, num_stages=2)},
-        "dkv": {256: Config(block_m=64, block_n=16, num_warps=8, num_stages=1)},
+        "dq": {128: Config(block_m=64, block_n=32, num_warps=8, num_stages=1)},
+        "dkv": {
+            64: Config(block_m=64, block_n=32, num_warps=4, num_stages=1),
+            256: Config(block_m=64, block_n=16, num_warps=8, num_stages=1),
+        },
     },
     # A wave has 512 registers if the block has 4; shared memory is 64 KiB.
     ("gfx942", 2): {

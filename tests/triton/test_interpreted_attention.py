@@ -5,18 +5,21 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+import triton.language as tl
 
 import refrag_kernels as rk
 from refrag_kernels import tile_lists
 from refrag_kernels.plan_fields import PlanField
-from refrag_kernels.triton_kernels import attention, configs
+from refrag_kernels.triton_kernels import attention, configs, nonfinite
 from tests.support.accuracy import GRADIENT, LSE, OUTPUT, relative_error
 from tests.support.factory import random_attention_problem
+from tests.support.nonfinite import spoilt_problem
 from tests.triton.modes import ALL
 
 # The interpreter takes a second for a few hundred rows.
 LIMITS = {"max_sequences": 2, "max_chunks": 5}
 SEEDS = range(60) if ALL else (1, 3, 6)
+NONFINITE = range(40) if ALL else (3, 4)
 CASES = [
     *((seed, torch.float32) for seed in SEEDS),
     *((seed, torch.float16) for seed in (SEEDS if ALL else (6,))),
@@ -41,6 +44,15 @@ def test_against_float64(seed, dtype):
         upstream = problem.grad_out if name.startswith("d") else None
         error = relative_error(actual, expected(seed, dtype)[name], upstream)
         assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.0e}; problem_of({seed}, {dtype})"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("seed", NONFINITE)
+def test_where_nan_goes(seed, dtype, monkeypatch):
+    """As tests/kernels/test_nonfinite.py says of the other backends."""
+    monkeypatch.setattr(nonfinite, "REPAIR_ROWS", tl.constexpr(16))  # 16 take the interpreter as long as one
+    spoilt = spoilt_problem(seed, dtype, **LIMITS)
+    spoilt.check(spoilt.spoilt.run("triton"))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16) if ALL else (torch.bfloat16,), ids=str)
