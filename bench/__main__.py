@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from bench import results, table
-from bench.case import Entry, Sweep
-from bench.compare import compare, percentage
-from bench.presets import PRESETS
-from bench.run import OURS, Outcome, measure, threads, unmeasured
+from bench.cases import table
+from bench.cases.presets import PRESETS
+from bench.engine import results
+from bench.engine.case import Entry, Sweep
+from bench.engine.compare import compare, percentage
+from bench.engine.run import OURS, Outcome, measure, threads, unmeasured
 from refrag_kernels import backends
 
 
@@ -193,7 +194,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _plot(options: argparse.Namespace) -> int:
     run = results.read(options.run)
-    from bench.plot import plot  # matplotlib takes a second to load
+    from bench.engine.plot import plot  # matplotlib takes a second to load
 
     for path in plot(run, options.output):
         print(path)

@@ -1,7 +1,7 @@
 """Kernels for compressed retrieval-augmented decoding: torch ops over mixed sequences of text and chunk embeddings."""
 
+from refrag_kernels import backends as backends
 from refrag_kernels.attention import mixed_attention
-from refrag_kernels.backends import use_backend
 from refrag_kernels.layout import ChunkLayout
 from refrag_kernels.linear import linear_rows
 from refrag_kernels.mask import ChunkMask
@@ -9,6 +9,8 @@ from refrag_kernels.paged import append_kv, merge_states, paged_attention
 from refrag_kernels.plan import AttentionPlan, PlanCapacity, plan_attention
 from refrag_kernels.pooling import pool_chunks
 from refrag_kernels.projection import PackedProjection, embed_mixed, project_chunks
+from refrag_kernels.selection import use_backend
+from refrag_kernels.version import __version__ as __version__
 from refrag_kernels.visible import VisibleRanges, visible_ranges
 
 __all__ = [
@@ -30,5 +32,3 @@ __all__ = [
     "use_backend",
     "visible_ranges",
 ]
-
-__version__ = "0.1.0"

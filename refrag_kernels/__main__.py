@@ -1,5 +1,5 @@
 """``python -m refrag_kernels``: what this build and this machine offer."""
 
-from refrag_kernels import backends
+from refrag_kernels.report import collect
 
-print(backends.report())
+print(collect())

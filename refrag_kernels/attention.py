@@ -8,9 +8,10 @@ from typing import Literal, overload
 
 import torch
 
-from refrag_kernels import backends
 from refrag_kernels.plan import AttentionPlan
 from refrag_kernels.registration import register_op
+from refrag_kernels.selection import effective_backend
+from refrag_kernels.support import HALF, REFERENCE, TENSOR_CORES, Support
 from refrag_kernels.validation import (
     FLOAT_DTYPES,
     MAX_HEAD_WIDTH,
@@ -83,7 +84,7 @@ def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, softcap, 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
     q, k, v, plan, ctx.scale, ctx.softcap, sinks = inputs
     ctx.save_for_backward(q, k, v, sinks, *output, *plan)
-    ctx.backend = backends.pinned(keyword_only_inputs["backend"])
+    ctx.backend = effective_backend(keyword_only_inputs["backend"])
 
 
 def _backward(ctx, grad_out, grad_lse):
@@ -98,10 +99,17 @@ def _backward(ctx, grad_out, grad_lse):
     return dq, dk, dv, [None] * len(plan), None, None, None if sinks is None else dsinks
 
 
+# Triton's kernels are the faster ones on an H100 (docs/gpu-results.md).
 _mixed_attention = register_op(
     "mixed_attention(Tensor q, Tensor k, Tensor v, Tensor[] plan, float scale, float softcap, Tensor? sinks, *, "
     "str? backend) -> (Tensor, Tensor)",
     family="attention",
+    support=[
+        Support("triton", tile_lists=True),
+        Support("cuda", HALF, head_dims=(64, 96, 128), capability=TENSOR_CORES, aligned=("q", "k", "v")),
+        Support("cpu", binds=True),
+        REFERENCE,
+    ],
     fake=_fake,
     setup_context=_setup_context,
     backward=_backward,
@@ -111,6 +119,12 @@ register_op(
     "mixed_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor[] plan, float scale, float softcap, Tensor? sinks, *, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
     family="attention",
+    support=[
+        Support("triton", tile_lists=True),
+        Support("cuda", missing="has no gradients of attention"),
+        Support("cpu", binds=True),
+        REFERENCE,
+    ],
     fake=_fake_backward,
 )
 

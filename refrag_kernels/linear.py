@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from refrag_kernels.registration import register_op
+from refrag_kernels.support import REFERENCE, Support
 from refrag_kernels.validation import (
     FLOAT_DTYPES,
     check_dtype,
@@ -37,6 +38,12 @@ def _fake(x, weight, bias, *, backend=None):
 _linear_rows = register_op(
     "linear_rows(Tensor x, Tensor weight, Tensor? bias, *, str? backend=None) -> Tensor",
     family="linear",
+    support=[
+        Support("cuda", missing="has no linear_rows: torch's own products are as fast there"),
+        Support("triton", missing="has no linear_rows: torch's own products are as fast there"),
+        Support("cpu", binds=True),
+        REFERENCE,
+    ],
     fake=_fake,
     autocast=("x", "weight", "bias"),
 )
@@ -79,3 +86,8 @@ def linear_rows(
     """
     _check(x, weight, bias)
     return _linear_rows(x, weight, bias, backend=backend)
+
+
+def cpu_linear_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Run the C++ kernel of ``linear_rows`` on tensors that are known to fit: nothing is checked, no backend chosen."""
+    return torch.ops.refrag_cpu.linear_rows(x, weight, bias)

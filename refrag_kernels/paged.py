@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from refrag_kernels import backends, validation
+from refrag_kernels import validation, values
 from refrag_kernels.registration import register_op
+from refrag_kernels.selection import effective_backend
+from refrag_kernels.support import HALF, REFERENCE, TENSOR_CORES, Support
 
 if TYPE_CHECKING:
     from refrag_kernels.visible import VisibleRanges
@@ -401,35 +403,47 @@ def _merge_states_backward_fake(grad_out, grad_lse, out_a, lse_a, out_b, lse_b, 
 
 def _merge_states_context(ctx, inputs, keyword_only_inputs, output):
     ctx.save_for_backward(*inputs)
-    ctx.backend = backends.pinned(keyword_only_inputs["backend"])
+    ctx.backend = effective_backend(keyword_only_inputs["backend"])
 
 
 def _merge_states_backward(ctx, grad_out, grad_lse):
     return _merge_states_backward_op(grad_out, grad_lse, *ctx.saved_tensors, backend=ctx.backend)
 
 
+# Triton's attention and append_kv are the faster ones on an H100 (docs/gpu-results.md).
 _paged_attention_op = register_op(
     "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor kv_lengths, Tensor? q_offsets,"
     " Tensor? visible_indptr, Tensor? visible_ranges, float scale, float softcap, int window_left, int window_right,"
     " Tensor? sinks, *, str? backend=None) -> (Tensor, Tensor)",
     family=_FAMILY,
+    support=[
+        Support("triton"),
+        Support("cuda", HALF, head_dims=(64, 96, 128), capability=TENSOR_CORES, aligned=("q", "k_pages", "v_pages")),
+        Support("cpu", binds=True),
+        REFERENCE,
+    ],
     fake=_paged_attention_fake,
+    values=values.check_paged_attention,
 )
 _append_kv_op = register_op(
     "append_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor page_table, Tensor kv_lengths,"
     " Tensor q_offsets, *, str? backend=None) -> ()",
     family=_FAMILY,
+    support=[Support("triton"), Support("cuda"), Support("cpu", binds=True), REFERENCE],
     fake=_append_kv_fake,
+    values=values.check_append_kv,
 )
 _merge_states_backward_op = register_op(
     "merge_states_backward(Tensor grad_out, Tensor grad_lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, *,"
     " str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
     family=_FAMILY,
+    support=[Support("cuda", missing="has no gradients of merge_states"), Support("triton"), Support("cpu"), REFERENCE],
     fake=_merge_states_backward_fake,
 )
 _merge_states_op = register_op(
     "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, *, str? backend=None) -> (Tensor, Tensor)",
     family=_FAMILY,
+    support=[Support("cuda"), Support("triton"), Support("cpu", binds=True), REFERENCE],
     fake=_merge_states_fake,
     setup_context=_merge_states_context,
     backward=_merge_states_backward,

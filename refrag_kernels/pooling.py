@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from refrag_kernels import backends
+from refrag_kernels import values
 from refrag_kernels.registration import register_op
+from refrag_kernels.selection import effective_backend
+from refrag_kernels.support import REFERENCE, Support
 from refrag_kernels.validation import (
     FLOAT_DTYPES,
     check_dtype,
@@ -42,7 +44,7 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
     hidden, chunk_offsets, ctx.mode = inputs
     ctx.save_for_backward(chunk_offsets)
     ctx.rows = hidden.shape[0]
-    ctx.backend = backends.pinned(keyword_only_inputs["backend"])
+    ctx.backend = effective_backend(keyword_only_inputs["backend"])
 
 
 def _backward(ctx, grad):
@@ -54,13 +56,22 @@ def _backward(ctx, grad):
 _pool_chunks = register_op(
     "pool_chunks(Tensor hidden, Tensor chunk_offsets, str mode, *, str? backend=None) -> Tensor",
     family="pooling",
+    support=[Support("cuda"), Support("triton"), Support("cpu"), REFERENCE],
     fake=_fake,
+    values=values.check_pool_chunks,
     setup_context=_setup_context,
     backward=_backward,
 )
+# The gradient spreads rows: torch's own ops are limited by the memory's bandwidth already.
 register_op(
     "pool_chunks_backward(Tensor grad, Tensor chunk_offsets, str mode, SymInt rows, *, str? backend=None) -> Tensor",
     family="pooling",
+    support=[
+        Support("cuda", FLOAT_DTYPES, fallback="reference"),
+        Support("triton"),
+        Support("cpu", FLOAT_DTYPES, fallback="reference"),
+        REFERENCE,
+    ],
     fake=_fake_backward,
 )
 

@@ -6,8 +6,10 @@ import dataclasses
 
 import torch
 
-from refrag_kernels import backends, pytree
+from refrag_kernels import pytree, values
 from refrag_kernels.registration import register_op
+from refrag_kernels.selection import available, effective_backend
+from refrag_kernels.support import REFERENCE, Support
 from refrag_kernels.validation import (
     FLOAT_DTYPES,
     autocast_is_on,
@@ -66,7 +68,7 @@ class PackedProjection:
         for name in ("w1", "b1", "w2", "b2"):
             weight = getattr(self, name)
             object.__setattr__(self, name, None if weight is None else weight.detach())
-        packs = "cpu" in backends.available("project_chunks", _FAMILY, self.w1.device)
+        packs = "cpu" in available("project_chunks", self.w1.device)
         packs = packs and self.w1.dtype == self.w2.dtype != torch.float64
         packed = torch.ops.refrag_cpu.pack_projection(self.w1, self.w2) if packs else None
         object.__setattr__(self, "packed", packed)
@@ -148,7 +150,7 @@ def _fake_project_backward(grad, chunks, w1, b1, w2, b2, activation, *, backend=
 def _setup_project(ctx, inputs, keyword_only_inputs, output):
     *tensors, ctx.activation, _ = inputs
     ctx.save_for_backward(*tensors)
-    ctx.backend = backends.pinned(keyword_only_inputs["backend"])
+    ctx.backend = effective_backend(keyword_only_inputs["backend"])
 
 
 def _present(gradients, tensors):
@@ -178,7 +180,7 @@ def _fake_embed_backward(
 def _setup_embed(ctx, inputs, keyword_only_inputs, output):
     *tensors, ctx.activation, ctx.token_scale, _ = inputs
     ctx.save_for_backward(*tensors)
-    ctx.backend = backends.pinned(keyword_only_inputs["backend"])
+    ctx.backend = effective_backend(keyword_only_inputs["backend"])
 
 
 def _backward_embed(ctx, grad):
@@ -190,11 +192,20 @@ def _backward_embed(ctx, grad):
     return None, dtable, dchunks, None, *dweights, None, None, None
 
 
+_FORWARD = [Support("cuda", exact_matmul=True), Support("triton")]
+# Five products of large matrices: torch's own are as fast as any.
+_BACKWARD = [
+    Support("cuda", missing="has no gradients of a projection"),
+    Support("triton"),
+    Support("cpu", FLOAT_DTYPES, fallback="reference"),
+    REFERENCE,
+]
 _WEIGHTS = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation"
 _ROWS = "Tensor token_ids, Tensor token_table, Tensor chunks, Tensor slot_of_row"
 _project_chunks = register_op(
     f"project_chunks(Tensor chunks, {_WEIGHTS}, Tensor? packed, *, str? backend=None) -> Tensor",
     family=_FAMILY,
+    support=[*_FORWARD, Support("cpu", binds=True), REFERENCE],
     fake=_fake_project,
     setup_context=_setup_project,
     backward=_backward_project,
@@ -204,12 +215,16 @@ register_op(
     f"project_chunks_backward(Tensor grad, Tensor chunks, {_WEIGHTS}, *, str? backend=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     family=_FAMILY,
+    support=_BACKWARD,
     fake=_fake_project_backward,
 )
 _embed_mixed = register_op(
     f"embed_mixed({_ROWS}, {_WEIGHTS}, float token_scale, Tensor? packed, *, str? backend=None) -> Tensor",
     family=_FAMILY,
+    support=[*_FORWARD, Support("cpu"), REFERENCE],
     fake=_fake_embed,
+    values=values.check_embed_mixed,
+    dtype_of="token_table",
     setup_context=_setup_embed,
     backward=_backward_embed,
     autocast=("token_table", "chunks", "w1", "b1", "w2", "b2"),
@@ -218,6 +233,7 @@ register_op(
     f"embed_mixed_backward(Tensor grad, {_ROWS}, {_WEIGHTS}, float token_scale, *, str? backend=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     family=_FAMILY,
+    support=_BACKWARD,
     fake=_fake_embed_backward,
 )
 

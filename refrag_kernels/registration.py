@@ -1,28 +1,30 @@
-"""How an op enters torch: schema, implementation, fake kernel, autograd and autocast, the same way for every op."""
+"""How an op enters torch: schema, implementations, fake kernel, autograd and autocast, the same way for every op."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 
 import torch
 
-from refrag_kernels import backends
+from refrag_kernels.selection import BACKENDS, select
+from refrag_kernels.support import OPS, Implementation, Op, Support
 from refrag_kernels.validation import AUTOCAST_DEVICES, AUTOCAST_DTYPES
 
 _LIBRARY = torch.library.Library("refrag", "DEF")
-
-# The module of a backend's folder that implements each op.
-FAMILY_OF_OP: dict[str, str] = {}
 
 
 def register_op(
     schema: str,
     *,
     family: str,
+    support: Sequence[Support],
     fake: Callable,
+    values: Callable[..., None] | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     autocast: tuple[str, ...] = (),
+    dtype_of: str | None = None,
 ) -> torch._ops.OpOverload:
     """Register ``refrag::<op>`` and return it.
 
@@ -31,25 +33,33 @@ def register_op(
     schema : str
         The op's schema. Its last argument is the keyword-only ``str? backend``.
     family : str
-        The module that implements the op in each backend's folder (see ``backends``).
+        The module that implements the op in each backend's folder (see ``selection``).
+    support : sequence of Support
+        One row for each backend, in order of preference.
     fake : callable
         The fake kernel: checks shapes and dtypes as the public function does, returns empty tensors.
+    values : callable, optional
+        Raises an error that names the argument whose values are bad. It takes the op's arguments, with integer tensors
+        on the CPU; ``selection.Backend.values`` says when it runs.
     setup_context, backward : callable, optional
         As ``torch.library.register_autograd`` takes them. Without ``backward``, differentiating the op raises.
     autocast : tuple of str
         The tensor arguments that take part in autocast: cast to its dtype when they are float32, float16 or bfloat16.
+    dtype_of : str, optional
+        The argument whose dtype the rows of ``support`` restrict; the first one by default.
     """
     name = schema[: schema.index("(")]
-    FAMILY_OF_OP[name] = family
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = getattr(torch.ops.refrag, name).default
-    names = [argument.name for argument in op._schema.arguments]
+    overload = getattr(torch.ops.refrag, name).default
+    names = [argument.name for argument in overload._schema.arguments]
+    op = OPS[name] = Op(name, family, _implementations(name, family, support, names, dtype_of or names[0]))
 
-    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    aliases = [argument.alias_info for argument in overload._schema.arguments]
+    written = [i for i, alias in enumerate(aliases) if alias is not None and alias.is_write]
 
-    def implementation(*args, backend=None, **kwargs):
-        device = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)).device
-        result = backends.select(name, family, backend, device, args, kwargs)(*args, **kwargs)
+    def implementation(*args, backend=None):
+        chosen = select(op, backend, args)
+        result = chosen.function(*args) if values is None else _run_with_values(chosen, values, args)
         if written:
             # As torch.library.custom_op does: a backward pass that needs the old values finds that they are gone.
             torch.autograd.graph.increment_version([args[i] for i in written if not args[i].is_inference()])
@@ -57,15 +67,64 @@ def register_op(
 
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"refrag::{name}", fake, lib=_LIBRARY)
-    if not op._schema.is_mutable:
+    if not overload._schema.is_mutable:
         torch.library.register_autograd(
             f"refrag::{name}", backward or _not_differentiable(name), setup_context=setup_context, lib=_LIBRARY
         )
     if autocast:
         positions = {names.index(argument) for argument in autocast}
         for device_type in AUTOCAST_DEVICES:
-            _register_autocast(name, op, device_type, positions)
-    return op
+            _register_autocast(name, overload, device_type, positions)
+    return overload
+
+
+def _implementations(
+    op: str, family: str, support: Sequence[Support], names: Sequence[str], dtype_of: str
+) -> dict[str, Implementation]:
+    """Return the op's rows by backend; one that falls back on another backend has that one's."""
+    rows = {row.backend: row for row in support}
+    if len(rows) != len(support) or set(rows) != set(BACKENDS):
+        raise ValueError(
+            f"support of refrag::{op}: got rows for {', '.join(row.backend for row in support)}, needs one for each of "
+            f"{', '.join(BACKENDS)}"
+        )
+    modules = {name: f"refrag_kernels.{BACKENDS[row.fallback or name].folder}.{family}" for name, row in rows.items()}
+    return {name: Implementation(op, row, modules[name], names, dtype_of) for name, row in rows.items()}
+
+
+def _run_with_values(chosen: Implementation, values: Callable[..., None], args: Sequence):
+    """Call an implementation, and check the values of integer tensors as its backend wants it."""
+    when = BACKENDS[chosen.backend].values
+    if when == "on failure":
+        try:
+            return chosen.function(*args)
+        except RuntimeError:
+            values(*args)  # what the kernels refused, by name
+            raise
+    if when == "before" and args[0].device.type == "cpu":
+        values(*args)
+    elif values_are_checked():
+        values(*(_on_host(value) for value in args))
+    return chosen.function(*args)
+
+
+def values_are_checked() -> bool:
+    """Return whether REFRAG_KERNELS_CHECK=1 asks ops on a GPU to check indices, which waits for the device.
+
+    Raise RuntimeError where it does while a CUDA graph is captured, for a graph can't hold the wait.
+    """
+    if os.environ.get("REFRAG_KERNELS_CHECK") != "1":
+        return False
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "REFRAG_KERNELS_CHECK=1 reads indices on the host, which a CUDA graph can't hold: unset it to capture one"
+        )
+    return True
+
+
+def _on_host(value: object) -> object:
+    is_index = isinstance(value, torch.Tensor) and not value.is_floating_point()
+    return value.cpu() if is_index else value  # type: ignore[attr-defined]
 
 
 def _not_differentiable(name: str) -> Callable:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-import refrag_kernels
-from refrag_kernels import backends, extension, registration
+from refrag_kernels import extension, selection
+from refrag_kernels.support import OPS
+from refrag_kernels.version import __version__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Report:
         For each backend why it can't run here; None when it can.
     ops : dict
         For each op and each type of device the backends that can run it, fastest first.
+    fallbacks : dict
+        For each op whose backends have no kernel of their own: backend -> the backend whose code it runs instead.
     environment : dict
         The variables that change what runs.
     """
@@ -43,6 +46,7 @@ class Report:
     build: dict[str, str]
     backends: dict[str, str | None]
     ops: dict[str, dict[str, list[str]]]
+    fallbacks: dict[str, dict[str, str]]
     environment: dict[str, str]
 
     def __str__(self) -> str:
@@ -52,7 +56,10 @@ class Report:
             "build": self.build,
             "backends": {name: "no: " + reason if reason else "yes" for name, reason in self.backends.items()},
             "ops": {
-                op: "; ".join(f"{device}: {', '.join(names)}" for device, names in served.items())
+                op: "; ".join(
+                    f"{device}: {', '.join(self._with_fallback(op, name) for name in names)}"
+                    for device, names in served.items()
+                )
                 for op, served in self.ops.items()
             },
             "environment": self.environment,
@@ -63,17 +70,22 @@ class Report:
             lines += [title, *(f"  {name:<{width}}  {value}" for name, value in section.items())] if section else []
         return _without_paths("\n".join(lines))
 
+    def _with_fallback(self, op: str, backend: str) -> str:
+        other = self.fallbacks.get(op, {}).get(backend)
+        return f"{backend} (runs {other})" if other else backend
+
 
 def collect() -> Report:
     """Look at the build and the machine; ``backends.report`` is its public name."""
     types = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    ops = {
-        op: {device: backends.available(op, family, torch.device(device)) for device in types}
-        for op, family in sorted(registration.FAMILY_OF_OP.items())
+    ops = {op: {device: selection.available(op, torch.device(device)) for device in types} for op in sorted(OPS)}
+    fallbacks = {
+        op: {name: row.support.fallback for name, row in OPS[op].implementations.items() if row.support.fallback}
+        for op in sorted(OPS)
     }
     return Report(
         versions={
-            "refrag-kernels": refrag_kernels.__version__,
+            "refrag-kernels": __version__,
             "python": platform.python_version(),
             **{name: _version(name) for name in ("torch", "triton", "transformers")},
         },
@@ -84,8 +96,9 @@ def collect() -> Report:
         },
         devices=_devices(),
         build=_build(),
-        backends=backends.missing(),
+        backends=selection.missing(),
         ops=ops,
+        fallbacks={op: names for op, names in fallbacks.items() if names},
         environment={name: value for name, value in sorted(os.environ.items()) if name.startswith("REFRAG_KERNELS_")},
     )
 

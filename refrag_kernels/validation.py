@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-import os
 from typing import Any, TypeVar
 
 import torch
@@ -37,20 +36,6 @@ def same_under_autocast(first: torch.dtype, second: torch.dtype) -> bool:
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def values_are_checked() -> bool:
-    """Return whether REFRAG_KERNELS_CHECK=1 asks ops on a GPU to check indices, which waits for the device.
-
-    Raise RuntimeError where it does while a CUDA graph is captured, for a graph can't hold the wait.
-    """
-    if os.environ.get("REFRAG_KERNELS_CHECK") != "1":
-        return False
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "REFRAG_KERNELS_CHECK=1 reads indices on the host, which a CUDA graph can't hold: unset it to capture one"
-        )
-    return True
 
 
 def unchecked(cls: type[T], **fields: object) -> T:

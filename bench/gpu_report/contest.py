@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from bench.case import error_of
+from bench.engine.case import error_of
+from bench.engine.timing import Times, interleave
 from bench.gpu_report.block import Options, Results
-from bench.timing import Times, interleave
 
 Call = Callable[[], object]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import refrag_kernels as rk
-from bench.prompts import Passages
+from bench.cases.prompts import Passages
 from refrag_kernels.triton_kernels import attention_hopper
 from refrag_kernels.triton_kernels.attention_hopper import Config
 
@@ -130,7 +130,7 @@ def runner(problem: Problem, config: Config, plan: rk.AttentionPlan, tensors: Te
 
 
 def _emulated(problem: Problem, config: Config, plan: rk.AttentionPlan, tensors: Tensors) -> Callable[[], tuple]:
-    from tests.gluon_on_cpu import Emulator
+    from bench.static.gluon_on_cpu import Emulator
 
     work = attention_hopper.divide(plan, *problem.heads, programs=2, config=config)
     out, lse = torch.empty(tensors[0].shape, dtype=tensors[0].dtype), torch.empty(tensors[0].shape[:2])

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 
 import refrag_kernels as rk
-from bench import peers
-from bench.case import bound_of, error_of
+from bench.cases import peers
+from bench.engine.case import bound_of, error_of
+from bench.engine.timing import interleave
 from bench.gpu_report.gluon_cases import CHECKS, CONFIGS, TIMED, TINY, Problem, config_named, expected, runner
-from bench.timing import interleave
 from refrag_kernels.triton_kernels import attention_hopper
 
 _LSE_BOUND = 5e-6

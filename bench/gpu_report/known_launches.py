@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 
 import refrag_kernels as rk
-from bench.attention import tensors
-from bench.presets import PRESETS
-from bench.prompts import Passages, Prompt
+from bench.cases.attention import tensors
+from bench.cases.presets import PRESETS
+from bench.cases.prompts import Passages, Prompt
 
 _PAGE = 16
 

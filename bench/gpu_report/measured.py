@@ -7,10 +7,10 @@ import traceback
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench import results as records
-from bench.case import Entry
+from bench.engine import results as records
+from bench.engine.case import Entry
+from bench.engine.run import OURS, measure, unmeasured
 from bench.gpu_report.block import Options, Results
-from bench.run import OURS, measure, unmeasured
 
 _LEAST = 3.0  # seconds that a row takes, about
 
@@ -28,7 +28,7 @@ def measure_rows(
     backends : sequence of str
         Time ours once on each of these; on the CPU, on the one that is chosen there.
     **how
-        Passed to ``bench.run.measure``; ``rounds`` is 11 unless given, on the CPU 1.
+        Passed to ``bench.engine.run.measure``; ``rounds`` is 11 unless given, on the CPU 1.
     """
     bad = []
     # Tensors are there three times on a GPU, so that calls in turns find them in memory and not in a cache.

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-from bench import peers
+from bench.cases import peers
 from bench.gpu_report import l2
 from bench.gpu_report.block import Options, Results
 

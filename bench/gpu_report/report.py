@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench.engine import results
 from bench.gpu_report import catalogue, runner, schema, tables, triton_cache
 from bench.gpu_report.catalogue import Block
 

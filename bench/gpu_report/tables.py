@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bench import results
-from bench.run import OURS
+from bench.engine import results
+from bench.engine.run import OURS
 
 _CACHED, _ENCODING = OURS, f"{OURS}, with encoding"
 _LAYERS = 32  # that a plan serves

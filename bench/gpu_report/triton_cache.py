@@ -80,7 +80,7 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield calls of the Triton backend that the report makes, on tensors of the CPU: nothing reads their values."""
-    from bench.case import Skip
+    from bench.engine.case import Skip
     from bench.gpu_report import known_launches, pretended
     from bench.gpu_report.blocks import ops
 
@@ -132,13 +132,15 @@ def compile_calls(named: Iterable[tuple[str, Callable[[], object]]], deadline: f
 @contextlib.contextmanager
 def _no_gpu() -> Iterator[None]:
     """Let Triton compile for sm_90, with the specialization of real arguments, and launch nothing."""
+    import dataclasses
+
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import build, driver
     from triton.runtime.jit import JITFunction
 
-    from bench.ahead_of_time import _architecture
-    from refrag_kernels import backends
+    from bench.static.ahead_of_time import _architecture
+    from refrag_kernels import selection
 
     class Stub:
         get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
@@ -152,11 +154,11 @@ def _no_gpu() -> Iterator[None]:
         nvidia.CudaLauncher(kernel.src, kernel.metadata)  # compiles the module that launches it
         return kernel
 
-    triton = backends._BACKENDS["triton"]._replace(devices=("cpu", "cuda"), missing=lambda: None)
+    triton = dataclasses.replace(selection.BACKENDS["triton"], devices=("cpu", "cuda"), why_missing=lambda: None)
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.dict(backends._BACKENDS, triton=triton),
+        mock.patch.dict(selection.BACKENDS, triton=triton),
         mock.patch.object(driver, "_active", Stub()),
         mock.patch.object(build, "_load_module_from_path", lambda name, path: mock.MagicMock()),
         _architecture("sm_90"),
@@ -166,11 +168,9 @@ def _no_gpu() -> Iterator[None]:
         subprocess.run(["cc", "-shared", "-o", str(library), "-x", "c", "/dev/null"], check=True)
         os.environ["TRITON_LIBCUDA_PATH"] = folder
         nvidia.CudaUtils()
-        backends._find.cache_clear()
         try:
             yield
         finally:
-            backends._find.cache_clear()
             del os.environ["TRITON_LIBCUDA_PATH"]
 
 

@@ -1,5 +1,5 @@
 // mixed_attention: checks, and the kernel that fits the head width and the device.
-#include "cuda/attention.cuh"
+#include "cuda/attention_kernels.cuh"
 
 #include <torch/csrc/stable/library.h>
 

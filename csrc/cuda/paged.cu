@@ -1,5 +1,5 @@
 // paged_attention, append_kv and merge_states: checks, memory, and the kernels that fit.
-#include "cuda/paged.cuh"
+#include "cuda/paged_kernels.cuh"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,7 +8,7 @@
 #include <tuple>
 
 #include "cuda/attention_launch.h"
-#include "cuda/paged_rows.cuh"
+#include "cuda/paged_append_merge_kernels.cuh"
 
 namespace refrag::cuda {
 namespace {

@@ -1,4 +1,4 @@
-#include "cuda/pooling.cuh"
+#include "cuda/pooling_kernels.cuh"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

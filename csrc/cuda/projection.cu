@@ -1,5 +1,5 @@
 // project_chunks for few chunks, and the assembly of embed_mixed: checks, memory, and the kernels that fit.
-#include "cuda/projection.cuh"
+#include "cuda/projection_kernels.cuh"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

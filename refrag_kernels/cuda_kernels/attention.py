@@ -6,15 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from refrag_kernels import backends, grid_order
-from refrag_kernels.cuda_kernels.support import attention_unsupported
+from refrag_kernels import grid_order
 
 
-def _unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: object, **__: object) -> str | None:
-    return attention_unsupported(q, k=k, v=v)
-
-
-@backends.requires(_unsupported)
 def mixed_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -10,26 +10,13 @@ from typing import TypeVar
 
 import torch
 
-from refrag_kernels import backends, paged_values
-from refrag_kernels.cuda_kernels.support import attention_unsupported, no_float64
-from refrag_kernels.validation import values_are_checked
-
 _Tensor = TypeVar("_Tensor", torch.Tensor, torch.Tensor | None)
-
-
-def _host(tensor: _Tensor) -> _Tensor:
-    return None if tensor is None else tensor.cpu()
 
 
 def _contiguous(tensor: _Tensor) -> _Tensor:
     return None if tensor is None else tensor.contiguous()
 
 
-def _unsupported(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *_: object, **__: object) -> str | None:
-    return attention_unsupported(q, k_pages=k_pages, v_pages=v_pages)
-
-
-@backends.requires(_unsupported)
 def paged_attention(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -46,9 +33,6 @@ def paged_attention(
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``refrag_kernels.paged_attention``; returns (out, lse)."""
-    if values_are_checked():
-        tables = _host(page_table), _host(kv_lengths), _host(q_offsets)
-        paged_values.check_attention(q, k_pages, *tables, _host(visible_indptr), _host(visible_ranges))
     return torch.ops.refrag_cuda.paged_attention.default(
         q, k_pages, v_pages, page_table, kv_lengths.contiguous(), _contiguous(q_offsets),
         _contiguous(visible_indptr), _contiguous(visible_ranges), scale, softcap, window_left, window_right,
@@ -56,7 +40,6 @@ def paged_attention(
     )  # fmt: skip
 
 
-@backends.requires(no_float64)
 def append_kv(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -67,13 +50,10 @@ def append_kv(
     q_offsets: torch.Tensor,
 ) -> None:
     """See ``refrag_kernels.append_kv``."""
-    if values_are_checked():
-        paged_values.check_append(k, k_pages, page_table.cpu(), kv_lengths.cpu(), q_offsets.cpu())
     kv_lengths, q_offsets = kv_lengths.contiguous(), q_offsets.contiguous()
     torch.ops.refrag_cuda.append_kv.default(k, v, k_pages, v_pages, page_table, kv_lengths, q_offsets)
 
 
-@backends.requires(no_float64)
 def merge_states(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,24 +8,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from refrag_kernels import backends
-from refrag_kernels.cuda_kernels.support import no_tensor_cores, unaligned
-from refrag_kernels.reference.projection import ACTIVATIONS, check_indices
-from refrag_kernels.validation import values_are_checked
+from refrag_kernels.reference.projection import ACTIVATIONS
+from refrag_kernels.support import HALF, TENSOR_CORES, too_old, unaligned
 
-MAX_SKINNY_CHUNKS = 64
+MAX_SMALL_M = 64
 
 
-def _torch_multiplies(dtype: torch.dtype) -> str | None:
-    """Return why torch's own products of a dtype are not what the ops promise, or None."""
-    if dtype == torch.float64:
-        return "dtype float64"
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return "torch multiplies float32 in a single pass of TF32 (torch.set_float32_matmul_precision)"
-    return None
-
-
-def _not_skinny(
+def _not_small_m(
     chunks: torch.Tensor,
     w1: torch.Tensor,
     b1: torch.Tensor | None,
@@ -35,18 +24,15 @@ def _not_skinny(
     packed: torch.Tensor | None,
 ) -> str | None:
     """Return why the kernel of csrc/cuda does not take these arguments, or None."""
-    if chunks.shape[0] > MAX_SKINNY_CHUNKS:
+    if chunks.shape[0] > MAX_SMALL_M:
         return f"{chunks.shape[0]} chunks"
     if w1.shape[0] % 8 or w1.shape[1] % 8:
-        return f"a projection of width {w1.shape[1]} and {w1.shape[0]}"
-    return no_tensor_cores(chunks) or unaligned(chunks=chunks, w1=w1, w2=w2)
+        return f"a projection of hidden sizes {w1.shape[1]} and {w1.shape[0]}"
+    if chunks.dtype not in HALF:
+        return f"dtype {str(chunks.dtype).removeprefix('torch.')}"
+    return too_old(chunks.device, TENSOR_CORES) or unaligned(chunks=chunks, w1=w1, w2=w2)
 
 
-def _unsupported(chunks: torch.Tensor, *_: object, **__: object) -> str | None:
-    return _torch_multiplies(chunks.dtype)
-
-
-@backends.requires(_unsupported)
 def project_chunks(
     chunks: torch.Tensor,
     w1: torch.Tensor,
@@ -57,17 +43,12 @@ def project_chunks(
     packed: torch.Tensor | None,
 ) -> torch.Tensor:
     """See ``refrag_kernels.project_chunks``."""
-    if _not_skinny(chunks, w1, b1, w2, b2, activation, packed):
+    if _not_small_m(chunks, w1, b1, w2, b2, activation, packed):
         return F.linear(ACTIVATIONS[activation][0](F.linear(chunks, w1, b1)), w2, b2)
     b1, b2 = (None if bias is None else bias.contiguous() for bias in (b1, b2))
     return torch.ops.refrag_cuda.project_chunks.default(chunks, w1, b1, w2, b2, activation, packed)
 
 
-def _embed_unsupported(token_ids: torch.Tensor, token_table: torch.Tensor, *_: object, **__: object) -> str | None:
-    return _torch_multiplies(token_table.dtype)
-
-
-@backends.requires(_embed_unsupported)
 def embed_mixed(
     token_ids: torch.Tensor,
     token_table: torch.Tensor,
@@ -82,8 +63,6 @@ def embed_mixed(
     packed: torch.Tensor | None,
 ) -> torch.Tensor:
     """See ``refrag_kernels.embed_mixed``; a row whose token or slot does not exist gives zeros."""
-    if values_are_checked():
-        check_indices(token_ids.cpu(), token_table, chunks, slot_of_row.cpu())
     projected = project_chunks(chunks, w1, b1, w2, b2, activation, packed)
     return torch.ops.refrag_cuda.assemble_mixed.default(
         token_ids.contiguous(), token_table, projected, slot_of_row.contiguous(), token_scale

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from refrag_kernels import paged_values
-
 # Gathered keys and values of one block of query rows stay below this many elements (each 8 bytes).
 _GATHER_LIMIT = 1 << 24
 
@@ -26,8 +24,6 @@ def paged_attention(
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gather, for each query row, all keys that its page table could hold; mask, softmax, sum."""
-    if q.device.type == "cpu":
-        paged_values.check_attention(q, k_pages, page_table, kv_lengths, q_offsets, visible_indptr, visible_ranges)
     num_rows, heads, dim = q.shape
     num_pages, page, kv_heads, _ = k_pages.shape
     num_keys = page_table.shape[1] * page if num_pages else 0
@@ -113,8 +109,6 @@ def append_kv(
     q_offsets: torch.Tensor,
 ) -> None:
     """Write each new row at its position's page and slot."""
-    if k.device.type == "cpu":
-        paged_values.check_append(k, k_pages, page_table, kv_lengths, q_offsets)
     if not len(k):
         return
     sequence, position = _rows(len(k), kv_lengths, q_offsets)

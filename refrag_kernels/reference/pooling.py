@@ -5,21 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def check_offsets(hidden: torch.Tensor, chunk_offsets: torch.Tensor) -> None:
-    """Raise ValueError unless CPU ``chunk_offsets`` start at 0, ascend and end within the rows of ``hidden``."""
-    if chunk_offsets.device.type != "cpu":
-        return
-    if int(chunk_offsets[0]) != 0 or int(chunk_offsets[-1]) > hidden.shape[0]:
-        raise ValueError(
-            f"chunk_offsets: got first {int(chunk_offsets[0])} and last {int(chunk_offsets[-1])}, "
-            f"needs 0 and at most the {hidden.shape[0]} rows of hidden"
-        )
-    lengths = chunk_offsets.diff()
-    if bool((lengths < 1).any()):
-        chunk = int((lengths < 1).nonzero()[0])
-        raise ValueError(f"chunk_offsets: got a length of {int(lengths[chunk])} for chunk {chunk}, needs at least 1")
-
-
 def _chunk_of_row(chunk_offsets: torch.Tensor, rows: int) -> torch.Tensor:
     """Return the chunk of each row; rows beyond the last chunk have the number of chunks."""
     row = torch.arange(rows, dtype=torch.int32, device=chunk_offsets.device)
@@ -32,7 +17,6 @@ def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 def pool_chunks(hidden: torch.Tensor, chunk_offsets: torch.Tensor, mode: str) -> torch.Tensor:
     """See ``refrag_kernels.pool_chunks``."""
-    check_offsets(hidden, chunk_offsets)
     if mode == "first":
         return hidden[chunk_offsets[:-1].long()]
     if mode == "last":

@@ -92,23 +92,6 @@ def project_chunks_backward(
     return tuple(gradient.to(dtype) for gradient in gradients)
 
 
-def check_indices(
-    token_ids: torch.Tensor, token_table: torch.Tensor, chunks: torch.Tensor, slot_of_row: torch.Tensor
-) -> None:
-    """Raise IndexError unless CPU slots are rows of ``chunks`` or -1, and the ids of text rows are in the table."""
-    if token_ids.device.type != "cpu" or not token_ids.numel():
-        return
-    count, vocabulary = chunks.shape[0], token_table.shape[0]
-    bad = (slot_of_row < -1) | (slot_of_row >= count)
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise IndexError(f"slot_of_row: got {int(slot_of_row[row])} in row {row}, needs -1 or a chunk in [0, {count})")
-    bad = (slot_of_row < 0) & ((token_ids < 0) | (token_ids >= vocabulary))
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise IndexError(f"token_ids: got {int(token_ids[row])} in row {row}, needs a token in [0, {vocabulary})")
-
-
 def embed_mixed(
     token_ids: torch.Tensor,
     token_table: torch.Tensor,
@@ -123,7 +106,6 @@ def embed_mixed(
     packed: torch.Tensor | None,
 ) -> torch.Tensor:
     """See ``refrag_kernels.embed_mixed``."""
-    check_indices(token_ids, token_table, chunks, slot_of_row)
     text = slot_of_row < 0
     rows = token_table[token_ids.masked_fill(~text, 0)].to(_compute_dtype(token_table)) * token_scale
     if chunks.shape[0]:

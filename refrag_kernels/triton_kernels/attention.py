@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from refrag_kernels import backends, grid_order
-from refrag_kernels.tile_lists import ROW_SHAPES, TileList, tensors_of
+from refrag_kernels import grid_order
+from refrag_kernels.plan_fields import PlanField
+from refrag_kernels.tile_lists import TileList, tensors_of
 from refrag_kernels.triton_kernels import configs, launch
 from refrag_kernels.triton_kernels.attention_backward import (
     mixed_attention_bwd_dkv_kernel,
@@ -18,30 +19,13 @@ from refrag_kernels.triton_kernels.attention_backward import (
 )
 from refrag_kernels.triton_kernels.attention_forward import mixed_attention_fwd_kernel
 
-_PLAN_FIELDS = 14  # of AttentionPlan, before its tile lists
 _DELTA_ROWS = 32  # a warp's width, for the sum over rows of dsinks
 _SUM_ROWS = 16  # of a tile's 64, whose parts are added up by one program
 
 
-def _reason(tensor: torch.Tensor, plan: Sequence[torch.Tensor]) -> str | None:
-    if tensor.dtype == torch.float64:
-        return "dtype float64"
-    if len(plan) != _PLAN_FIELDS + len(ROW_SHAPES):
-        return "a plan without tile lists; make it with device='cuda' or move it there with .to"
-    return None
-
-
-def _unsupported(q, k, v, plan, scale, softcap, sinks):
-    return _reason(q, plan)
-
-
-def _unsupported_backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, softcap, sinks):
-    return _reason(q, plan)
-
-
 def _list(plan: Sequence[torch.Tensor], which: TileList) -> Sequence[torch.Tensor]:
     """Return units, ranges, entries and slots of a tile list."""
-    return tensors_of(plan[_PLAN_FIELDS:], which)
+    return tensors_of(plan[len(PlanField) :], which)
 
 
 class Tiles(NamedTuple):
@@ -113,7 +97,6 @@ def _query_tiles(kernel, q, k, v, plan: Sequence[torch.Tensor], softcap: float):
     return grid, walk, grid_order.order_of(k).columns(grid[1], k.shape[1]), constants, options
 
 
-@backends.requires(_unsupported)
 def mixed_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -142,7 +125,6 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:2]]
 
 
-@backends.requires(_unsupported_backward)
 def mixed_attention_backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 import triton
 
-from refrag_kernels import backends, paged_values
 from refrag_kernels.triton_kernels import configs, decode, launch
 from refrag_kernels.triton_kernels.merge import merge_states_bwd_kernel, merge_states_fwd_kernel
 from refrag_kernels.triton_kernels.paged_attention import (
@@ -16,7 +15,6 @@ from refrag_kernels.triton_kernels.paged_attention import (
     paged_attention_kernel,
     paged_attention_merge_kernel,
 )
-from refrag_kernels.validation import values_are_checked
 
 # Programs that fill a device of 132 multiprocessors (H100) twice: keys are split until there are as many. A constant,
 # not the device's own number, so that a result does not depend on where it was computed.
@@ -26,10 +24,6 @@ _PART_KEYS, _MAX_PARTS = 256, 32
 _STATES = 4  # of a program of merge_states: rows of a few hundred bytes
 
 
-def _unsupported(first, *_):
-    return "dtype float64" if first.dtype == torch.float64 else None
-
-
 def parts_of(programs: int, max_keys: int, step: int) -> tuple[int, int]:
     """Return into how many parts keys are split, and the keys of a part if a sequence has all, from shapes alone."""
     parts = min(_MAX_PARTS, -(-_PROGRAMS // programs), -(-max_keys // _PART_KEYS))
@@ -37,15 +31,11 @@ def parts_of(programs: int, max_keys: int, step: int) -> tuple[int, int]:
     return max(1, -(-max_keys // max(1, keys))), max(step, keys)
 
 
-@backends.requires(_unsupported)
 def paged_attention(
     q, k_pages, v_pages, page_table, kv_lengths, q_offsets, visible_indptr, visible_ranges,
     scale, softcap, window_left, window_right, sinks,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """See ``refrag_kernels.paged_attention``; a bound to the right adds nothing to causality."""
-    if values_are_checked():
-        offsets, indptr, ranges = (None if t is None else t.cpu() for t in (q_offsets, visible_indptr, visible_ranges))
-        paged_values.check_attention(q, k_pages, page_table.cpu(), kv_lengths.cpu(), offsets, indptr, ranges)
     q_rows, q_heads, columns = q.shape
     num_pages, page, kv_heads, _ = k_pages.shape
     sequences, max_pages = page_table.shape
@@ -97,11 +87,8 @@ def paged_attention(
     return out, lse
 
 
-@backends.requires(_unsupported)
 def append_kv(k, v, k_pages, v_pages, page_table, kv_lengths, q_offsets) -> None:
     """See ``refrag_kernels.append_kv``. A row whose page is not in the cache is dropped."""
-    if values_are_checked():
-        paged_values.check_append(k, k_pages, page_table.cpu(), kv_lengths.cpu(), q_offsets.cpu())
     rows, heads, columns = k.shape
     if not k.numel() or not page_table.numel():
         return
@@ -116,7 +103,6 @@ def append_kv(k, v, k_pages, v_pages, page_table, kv_lengths, q_offsets) -> None
         )  # fmt: skip
 
 
-@backends.requires(_unsupported)
 def merge_states(out_a, lse_a, out_b, lse_b) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``refrag_kernels.merge_states``."""
     out = torch.empty(out_a.shape, dtype=out_a.dtype, device=out_a.device)
@@ -130,7 +116,6 @@ def merge_states(out_a, lse_a, out_b, lse_b) -> tuple[torch.Tensor, torch.Tensor
     return out, lse
 
 
-@backends.requires(_unsupported)
 def merge_states_backward(grad_out, grad_lse, out_a, lse_a, out_b, lse_b) -> tuple[torch.Tensor, ...]:
     """Return the gradients of the four arguments."""
     gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (out_a, lse_a, out_b, lse_b)]

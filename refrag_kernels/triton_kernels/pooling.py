@@ -6,10 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from refrag_kernels import backends
-from refrag_kernels.reference.pooling import check_offsets
 from refrag_kernels.triton_kernels import launch
-from refrag_kernels.validation import values_are_checked
 
 # Columns of a program: 1 KiB of 16-bit values, four accesses of 128 bytes for each of 2 warps. Rows it reads at a time:
 # chunks have 1 to 32.
@@ -92,15 +89,8 @@ def pool_chunks_bwd_kernel(
     tl.store(p_rows, b_grad.to(p_out.dtype.element_ty), mask=(o_row < rows)[:, None] & (o_d < D)[None, :])
 
 
-def _unsupported(hidden, *_):
-    return "dtype float64" if hidden.dtype == torch.float64 else None
-
-
-@backends.requires(_unsupported)
 def pool_chunks(hidden: torch.Tensor, chunk_offsets: torch.Tensor, mode: str) -> torch.Tensor:
     """See ``refrag_kernels.pool_chunks``; a chunk whose rows are not within ``hidden`` gives zeros."""
-    if values_are_checked():
-        check_offsets(hidden, chunk_offsets.cpu())
     chunks, columns = chunk_offsets.shape[0] - 1, hidden.shape[1]
     out = torch.empty(chunks, columns, dtype=hidden.dtype, device=hidden.device)
     if out.numel():
@@ -112,7 +102,6 @@ def pool_chunks(hidden: torch.Tensor, chunk_offsets: torch.Tensor, mode: str) ->
     return out
 
 
-@backends.requires(_unsupported)
 def pool_chunks_backward(grad: torch.Tensor, chunk_offsets: torch.Tensor, mode: str, rows: int) -> torch.Tensor:
     """Return the gradient [rows, d] of ``hidden``."""
     columns = grad.shape[1]

@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 import triton
 
-from refrag_kernels import backends
-from refrag_kernels.reference.projection import check_indices
 from refrag_kernels.triton_kernels import configs, launch
 from refrag_kernels.triton_kernels.linear import (
     embed_text_kernel,
@@ -17,14 +15,8 @@ from refrag_kernels.triton_kernels.linear import (
     list_slots_kernel,
     sum_rows_kernel,
 )
-from refrag_kernels.validation import values_are_checked
 
 _COLUMNS = 1024  # of a program that moves rows: 2 KiB of 16-bit values, 16 bytes for each thread of 4 warps
-
-
-def _unsupported(*args):
-    wide = any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in args)
-    return "dtype float64" if wide else None
 
 
 def _linear(
@@ -60,14 +52,12 @@ def _linear(
     return out
 
 
-@backends.requires(_unsupported)
 def project_chunks(chunks, w1, b1, w2, b2, activation, packed) -> torch.Tensor:
     """See ``refrag_kernels.project_chunks``. ``packed`` is the CPU's."""
     hidden = _linear(chunks, w1.T, chunks.new_empty(chunks.shape[0], w1.shape[0]), bias=b1, activation=activation)
     return _linear(hidden, w2.T, chunks.new_empty(chunks.shape[0], w2.shape[0]), bias=b2)
 
 
-@backends.requires(_unsupported)
 def project_chunks_backward(grad, chunks, w1, b1, w2, b2, activation) -> tuple[torch.Tensor, ...]:
     """Return the gradients of chunks, w1, b1, w2, b2; an absent bias has an empty one."""
     shape = (chunks.shape[0], w1.shape[0])
@@ -89,7 +79,6 @@ def _column_sums(grad: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return grad.sum(0, dtype=torch.float32).to(grad.dtype)
 
 
-@backends.requires(_unsupported)
 def embed_mixed(
     token_ids, token_table, chunks, slot_of_row, w1, b1, w2, b2, activation, token_scale, packed
 ) -> torch.Tensor:
@@ -97,8 +86,6 @@ def embed_mixed(
 
     A row whose token or slot does not exist gives zeros; REFRAG_KERNELS_CHECK=1 raises instead.
     """
-    if values_are_checked():
-        check_indices(token_ids.cpu(), token_table, chunks, slot_of_row.cpu())
     rows, columns, count = token_ids.shape[0], token_table.shape[1], chunks.shape[0]
     out = torch.empty(rows, columns, dtype=token_table.dtype, device=token_table.device)
     if not out.numel():
@@ -130,7 +117,6 @@ def _sum_rows(grad: torch.Tensor, keys: torch.Tensor, out: torch.Tensor, scale: 
     return out
 
 
-@backends.requires(_unsupported)
 def embed_mixed_backward(
     grad, token_ids, token_table, chunks, slot_of_row, w1, b1, w2, b2, activation, token_scale
 ) -> tuple[torch.Tensor, ...]:

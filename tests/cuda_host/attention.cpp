@@ -1,7 +1,7 @@
 // mixed_attention on the host.
 #include "entry.h"
 
-#include "cuda/attention.cuh"
+#include "cuda/attention_kernels.cuh"
 
 namespace {
 

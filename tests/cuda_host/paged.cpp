@@ -1,8 +1,8 @@
 // The paged family on the host.
 #include "entry.h"
 
-#include "cuda/paged.cuh"
-#include "cuda/paged_rows.cuh"
+#include "cuda/paged_kernels.cuh"
+#include "cuda/paged_append_merge_kernels.cuh"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // pool_chunks on the host.
 #include "entry.h"
 
-#include "cuda/pooling.cuh"
+#include "cuda/pooling_kernels.cuh"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // The skinny projection and the assembly of embed_mixed on the host.
 #include "entry.h"
 
-#include "cuda/projection.cuh"
+#include "cuda/projection_kernels.cuh"
 
 namespace {
 

@@ -4,16 +4,18 @@ import dataclasses
 import itertools
 import random
 
-import host_library
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import LSE, OUTPUT, relative_error
-from factory import AttentionProblem, PlanProblem, random_mask, random_plan_problem
-from nonfinite import spoilt_problem
 
 import refrag_kernels as rk
 from refrag_kernels.grid_order import TILES_FIRST, Order
+from tests.cuda_host import host_library
+from tests.support.accuracy import LSE, OUTPUT, relative_error
+from tests.support.factory import AttentionProblem, PlanProblem, random_mask, random_plan_problem
+from tests.support.nonfinite import spoilt_problem
+
+pytestmark = pytest.mark.device_code
 
 # Head width, and tiles of a stage: fewer than 4 where a multiprocessor has 100 KB of shared memory only.
 VARIANTS = [
@@ -78,7 +80,7 @@ def check(problem: AttentionProblem, out: torch.Tensor, lse: torch.Tensor) -> No
 
 @pytest.mark.parametrize("seed", range(48 if host_library.ALL else 12))
 def test_where_nan_goes(seed):
-    """As tests/test_nonfinite.py says of the other backends."""
+    """As tests/kernels/test_nonfinite.py says of the other backends."""
     rng = random.Random(seed)
     dtype, width, tiles = VARIANTS[seed % len(VARIANTS)]
     plan_problem = random_plan_problem(rng, max_sequences=3, max_chunks=6)

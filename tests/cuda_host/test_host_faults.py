@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import sys
 
-import host_library
 import pytest
 import torch
+
+from tests.cuda_host import host_library
 
 FAULTS = (
     "none",
@@ -127,9 +128,9 @@ def test_thread_sanitizer(fault):
 
 # A test of each kernel family that runs through the family's every barrier.
 RUNS = {
-    "attention.cuh": "test_host_attention.py::test_random_problems[0]",
-    "paged.cuh": "test_host_paged.py::test_random_problems[4]",
-    "projection.cuh": "test_host_projection.py::test_skinny_projection[8-1304-33-0-dtype0]",
+    "attention_kernels.cuh": "test_host_attention.py::test_random_problems[0]",
+    "paged_kernels.cuh": "test_host_paged.py::test_random_problems[4]",
+    "projection_kernels.cuh": "test_host_projection.py::test_skinny_projection[8-1304-33-0-dtype0]",
 }
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
 CSRC = host_library.ROOT / "csrc"

@@ -6,17 +6,17 @@ A runtime of our own (fake_runtime/) runs what they launch on the host of the ot
 import ctypes
 import functools
 
-import host_library
 import pytest
 import torch
-from accuracy import DTYPES, LSE, OUTPUT, relative_error
-from factory import random_attention_problem
-from paged_problems import make_problem
 
 import refrag_kernels as rk
 from refrag_kernels import extension, grid_order
 from refrag_kernels.cuda_kernels import attention, paged, pooling, projection
 from refrag_kernels.grid_order import TILES_FIRST, Order
+from tests.cuda_host import host_library
+from tests.support.accuracy import DTYPES, LSE, OUTPUT, relative_error
+from tests.support.factory import random_attention_problem
+from tests.support.paged_problems import make_problem
 
 HALF = (torch.bfloat16, torch.float16)
 

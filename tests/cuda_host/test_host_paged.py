@@ -2,14 +2,16 @@
 
 import random
 
-import host_library
 import pytest
 import torch
-from accuracy import DTYPES, LSE, OUTPUT, relative_error
-from nonfinite import spoilt_paged
-from paged_problems import Problem, make_problem
 
 import refrag_kernels as rk
+from tests.cuda_host import host_library
+from tests.support.accuracy import DTYPES, LSE, OUTPUT, relative_error
+from tests.support.nonfinite import spoilt_paged
+from tests.support.paged_problems import Problem, make_problem
+
+pytestmark = pytest.mark.device_code
 
 # Head width, and warps of a block: 2 where a multiprocessor has 100 KB of shared memory only.
 VARIANTS = [
@@ -89,7 +91,7 @@ def test_random_problems(seed):
 
 @pytest.mark.parametrize("seed", range(48 if host_library.ALL else 12))
 def test_where_nan_goes(seed):
-    """As tests/test_nonfinite.py says of the other backends."""
+    """As tests/kernels/test_nonfinite.py says of the other backends."""
     dtype, width, warps = VARIANTS[seed % len(VARIANTS)]
     spoilt = spoilt_paged(seed, dtype, dim=width, heads=HEADS[seed % len(HEADS)])
     spoilt.check(*run(spoilt.problem, warps=warps, splits=seed % 3, seed=seed))

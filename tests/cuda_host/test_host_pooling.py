@@ -2,12 +2,14 @@
 
 import itertools
 
-import host_library
 import pytest
 import torch
-from accuracy import DTYPES, OUTPUT, relative_error
 
 import refrag_kernels as rk
+from tests.cuda_host import host_library
+from tests.support.accuracy import DTYPES, OUTPUT, relative_error
+
+pytestmark = pytest.mark.device_code
 
 MODES = ("mean", "first", "last")
 

@@ -1,11 +1,13 @@
 """The projection family's CUDA kernels, run on the CPU thread by thread, against float64."""
 
-import host_library
 import pytest
 import torch
-from accuracy import DTYPES, OUTPUT, relative_error
 
 from refrag_kernels.reference.projection import ACTIVATIONS
+from tests.cuda_host import host_library
+from tests.support.accuracy import DTYPES, OUTPUT, relative_error
+
+pytestmark = pytest.mark.device_code
 
 NAMES = ("none", "gelu", "gelu_tanh", "silu", "relu", "tanh")
 

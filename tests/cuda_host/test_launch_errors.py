@@ -2,9 +2,10 @@
 
 import re
 
-import host_library
 import pytest
 import torch
+
+from tests.cuda_host import host_library
 
 
 @pytest.fixture(scope="module")

@@ -5,18 +5,14 @@ asks for a rehearsal: Triton's interpreter in the GPU's place. ``python -m ttsem
 """
 
 import os
-import sys
 
 import pytest
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))  # tests/: factory, accuracy, triton_on_cpu
-
-import triton_on_cpu  # noqa: E402
-
-import refrag_kernels as rk  # noqa: E402
-from bench.table import GPU_OPS  # noqa: E402
-from refrag_kernels import backends  # noqa: E402
+import refrag_kernels as rk
+from bench.cases.table import GPU_OPS
+from refrag_kernels import registration
+from tests.support import triton_on_cpu
 
 REHEARSAL = triton_on_cpu.TTSEM or (os.environ.get("REFRAG_GPU_TESTS") == "cpu" and triton_on_cpu.INTERPRETED)
 DEVICE = "cpu" if REHEARSAL else "cuda"
@@ -78,7 +74,7 @@ def _on_device(name, served):
         result = op(*there, **{key: move(value) for key, value in options.items()})
         if DEVICE == "cuda":
             torch.cuda.synchronize()  # a fault is this call's
-        if served[name] != f"{wanted}_kernels":
+        if served[name] != wanted:
             pytest.skip(f"{wanted} leaves this call of {name} to {served[name]}")
         if name == "append_kv":
             # All of the storage, for a stray write shows beside the view.
@@ -95,13 +91,13 @@ def ops_on_the_device(monkeypatch):
     if REHEARSAL:
         triton_on_cpu.install(monkeypatch)
     served = {}
-    select = backends.select
+    select = registration.select
 
     def spied(op, *args):
-        function = select(op, *args)
-        served[op] = function.__module__.split(".")[1]
-        return function
+        chosen = select(op, *args)
+        served[op.name] = chosen.backend
+        return chosen
 
-    monkeypatch.setattr(backends, "select", spied)
+    monkeypatch.setattr(registration, "select", spied)
     for name in GPU_OPS:
         monkeypatch.setattr(rk, name, _on_device(name, served))

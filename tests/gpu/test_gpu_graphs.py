@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from accuracy import LSE, OUTPUT, relative_error
 
 import refrag_kernels as rk
 from refrag_kernels import attention, paged
+from tests.support.accuracy import LSE, OUTPUT, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REHEARSAL = DEVICE == "cpu"

@@ -6,17 +6,12 @@ Tests of different ops take turns, after those of edge cases, so that a run that
 import itertools
 
 import pytest
-import test_append_kv
-import test_attention
-import test_merge_states
-import test_paged
-import test_pooling
-import test_projection
 import torch
-from accuracy import DTYPES, LSE, OUTPUT, relative_error
-from factory import random_attention_problem
 
 import refrag_kernels as rk
+from tests.kernels import test_append_kv, test_attention, test_merge_states, test_paged, test_pooling, test_projection
+from tests.support.accuracy import DTYPES, LSE, OUTPUT, relative_error
+from tests.support.factory import random_attention_problem
 
 
 def _cuda_attention(backend, dtype, seed):

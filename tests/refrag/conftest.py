@@ -5,10 +5,11 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import tiny
 import torch
 from refrag import weights
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from tests.refrag import tiny
 
 
 @pytest.fixture(scope="session")

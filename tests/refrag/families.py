@@ -2,9 +2,7 @@
 
 import copy
 
-import tiny
 import torch
-from accuracy import relative_error
 from refrag import RefragForCausalLM
 from refrag.acceptance import FamilyError
 from refrag.prompt import PackedTexts
@@ -12,6 +10,8 @@ from refrag.training.likelihood import hidden_rows, logits_of
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 from refrag_kernels import ChunkLayout
+from tests.refrag import tiny
+from tests.support.accuracy import relative_error
 
 # What configs call their sizes; those that a config doesn't have are left out.
 _SIZES = {

@@ -7,10 +7,8 @@ import re
 import weakref
 
 import pytest
-import tiny
 import torch
 import transformers
-from accuracy import relative_error
 from refrag import RefragForCausalLM, attention
 from refrag.acceptance import FamilyError, Reading, accept_decoder, accept_encoder
 from refrag.encoder import encode_packed
@@ -18,6 +16,8 @@ from refrag.prompt import PackedTexts
 from transformers import AutoModel, AutoModelForCausalLM
 
 from refrag_kernels import ChunkLayout, ChunkMask
+from tests.refrag import tiny
+from tests.support.accuracy import relative_error
 
 SMALL = dict(
     vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,

@@ -6,11 +6,13 @@ import threading
 import time
 
 import pytest
-import small_answerer
 from refrag import ChunkStore, Passage, PassageEncoder, PromptTooLongError
 from refrag.integrations.answering import TEMPLATE, Answerer
 from transformers import StoppingCriteria
 
+from tests.refrag import small_answerer
+
+pytestmark = pytest.mark.integrations
 BRIDGE = Passage("The bridge of Orla was built in 1871 by masons from the north.", "bridge")
 TOWER = Passage("The tower of Enna has four bells, and two of them are cracked.", "tower")
 QUESTION = "When was the bridge built?"

@@ -1,7 +1,6 @@
 """Choosers: what each picks, by name too, and what the processor refuses of them."""
 
 import pytest
-import tiny
 import torch
 from refrag import (
     AllChunks,
@@ -18,6 +17,8 @@ from refrag import (
     choosers,
 )
 from torch import nn
+
+from tests.refrag import tiny
 
 CHUNKS = [Chunk(text, (index + 3, 9, 4)) for index, text in enumerate("abcdef")]
 # Cosines to the question: a 1, b 0.8, c 0.6, d 0, e -0.6, f -1. Lengths must not matter.

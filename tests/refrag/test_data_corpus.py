@@ -4,9 +4,7 @@ import gzip
 import json
 import shutil
 
-import fake_debian
 import pytest
-from fake_debian import prose
 from refrag.cli import app
 from refrag.data import build
 from refrag.data.budget import capped_level, even_level
@@ -14,6 +12,9 @@ from refrag.data.cleaning import Deduplicator, is_english_prose
 from refrag.data.debian import Package, PackageError, fetch, licences
 from refrag.data.texts import read_text, text_files
 from typer.testing import CliRunner
+
+from tests.refrag import fake_debian
+from tests.refrag.fake_debian import prose
 
 SHARED = (
     "This paragraph is in the handbook as well as in a manual: the two are the same but for spacing and the digit 1."

@@ -5,7 +5,6 @@ import gzip
 import json
 import lzma
 
-import fake_debian
 import numpy as np
 import pytest
 from refrag.cli import app
@@ -16,6 +15,8 @@ from refrag.data.glossary import glossary_questions, question_text, select_entri
 from refrag.data.manual_options import Option, option_questions, read_options
 from refrag.data.questions import UNANSWERED, QuestionSettings, write_questions
 from typer.testing import CliRunner
+
+from tests.refrag import fake_debian
 
 GCIDE = {
     "Abatis": """Abatis \\Ab"a*tis\\, Abattis \\Aba"t*tis\\, ([a^]b"[.a]*t[i^]s;

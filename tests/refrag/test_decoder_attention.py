@@ -3,13 +3,13 @@
 import copy
 
 import pytest
-import tiny
 import torch
-from accuracy import relative_error
 from refrag import attention
 from transformers import AutoModelForCausalLM
 
 from refrag_kernels import ChunkLayout, ChunkMask
+from tests.refrag import tiny
+from tests.support.accuracy import relative_error
 
 BOUND = 1e-5
 

@@ -5,7 +5,6 @@ import json
 import math
 import time
 
-import distill_files
 import numpy as np
 import pytest
 import torch
@@ -28,6 +27,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from bench.gpu_report.blocks import training
+from tests.refrag import distill_files
 
 
 @pytest.fixture(scope="module")

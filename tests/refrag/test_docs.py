@@ -15,8 +15,9 @@ OPTIONAL = ("haystack", "kernels", "langchain_core", "llama_index")
 
 ROOT = Path(__file__).parents[2]
 PAGES = {str(path.relative_to(ROOT / "docs")): path.read_text() for path in sorted((ROOT / "docs").rglob("*.md"))}
+WITH_FRAMEWORKS = ("how-to/rag-frameworks.md", "how-to/sglang.md", "how-to/transformers.md")
 BLOCKS = [
-    pytest.param(block, id=f"{name}-{number}")
+    pytest.param(block, id=f"{name}-{number}", marks=pytest.mark.integrations if name in WITH_FRAMEWORKS else ())
     for name, text in PAGES.items()
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
 ]

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from refrag import (
     ChunkStore,
@@ -22,6 +21,8 @@ from refrag.cli import app
 from refrag.encode_job import EncodeJob
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel
 from typer.testing import CliRunner
+
+from tests.refrag import tiny
 
 PASSAGES = [Passage(f"Passage {number} tells of the number {number * 17}. " * (1 + number % 5), f"p{number}")
             for number in range(20)]  # fmt: skip

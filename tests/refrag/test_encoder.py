@@ -1,15 +1,15 @@
 """The encoder: chunks packed without padding equal the same chunks padded, one by one."""
 
 import pytest
-import tiny
 import torch
-from accuracy import relative_error
 from refrag import RefragConfig
 from refrag.encoder import TextEmbedder, encode_packed, most_tokens, pack_texts
 from refrag.prompt import PackedTexts
 from transformers import CamembertConfig, LlamaConfig
 
 from refrag_kernels import ChunkLayout
+from tests.refrag import tiny
+from tests.support.accuracy import relative_error
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean", "last"])

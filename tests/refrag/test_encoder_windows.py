@@ -4,9 +4,7 @@ import copy
 import dataclasses
 
 import pytest
-import tiny
 import torch
-from accuracy import relative_error
 from refrag import (
     ChunkStore,
     CosineChooser,
@@ -26,6 +24,8 @@ from refrag.prompt import PackedTexts
 from transformers import AutoModelForCausalLM, BertConfig, RobertaConfig
 
 from refrag_kernels import ChunkLayout
+from tests.refrag import tiny
+from tests.support.accuracy import relative_error
 
 LENGTHS = [5, 3, 4, 9, 2, 6]
 WINDOWS = [0, 0, 0, 1, 2, 2]

@@ -9,9 +9,9 @@ import refrag
 import torch
 
 MODULES = [
-    module.name.removeprefix("refrag.")
-    for module in pkgutil.walk_packages(refrag.__path__, "refrag.")
-    if not module.name.endswith("__main__")
+    pytest.param(name, marks=pytest.mark.integrations if name.startswith("integrations") else ())
+    for name in (module.name.removeprefix("refrag.") for module in pkgutil.walk_packages(refrag.__path__, "refrag."))
+    if not name.endswith("__main__")
 ]
 
 

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-import training_parts
 from refrag.policy import ExpansionPolicy
 from refrag.training.expansion import (
     PolicySettings,
@@ -15,6 +14,8 @@ from refrag.training.expansion import (
 )
 from refrag.training.likelihood import share_beginning, target_log_probs
 from refrag.training.samples import next_paragraph
+
+from tests.refrag import training_parts
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ import re
 import signal
 from pathlib import Path
 
-import families
 import pytest
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, MODEL_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+from tests.refrag import families
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 DECODERS = "llama qwen2 qwen3 mistral gemma gemma2 gemma3_text phi3 granite cohere olmo2 gpt_oss".split()

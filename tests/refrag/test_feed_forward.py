@@ -5,11 +5,12 @@ import io
 import pickle
 
 import pytest
-import tiny
 import torch
-from accuracy import relative_error
 from refrag.feed_forward import fuse_feed_forward
 from transformers import AutoModel, XmodConfig
+
+from tests.refrag import tiny
+from tests.support.accuracy import relative_error
 
 
 def hidden_states(model, tokens):

@@ -5,9 +5,7 @@ import stat
 
 import numpy as np
 import pytest
-import store_writer
 import torch
-import training_parts
 from refrag import ChunkStore
 from refrag.adapters import Trained, add_policy, prepare, save_adapter
 from refrag.cache import build_once
@@ -16,7 +14,9 @@ from refrag.data.questions import write_questions
 from refrag.policy import ExpansionPolicy
 from refrag.training.token_files import TokenSet, write_tokens
 from safetensors.torch import save_file
-from train_once import train
+
+from tests.refrag import store_writer, training_parts
+from tests.refrag.train_once import train
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o027, 0o077], ids=oct)

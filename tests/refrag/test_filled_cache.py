@@ -1,9 +1,10 @@
 """A packed prompt is refused where a cache holds rows already: its plans know its own rows only."""
 
 import pytest
-import tiny
 import torch
 from transformers import DynamicCache, StaticCache
+
+from tests.refrag import tiny
 
 
 @pytest.mark.parametrize("decoder", tiny.DECODERS)

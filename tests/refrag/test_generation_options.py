@@ -1,11 +1,12 @@
 """What transformers' models take besides tokens: it works on packed rows too, or is refused by name."""
 
 import pytest
-import tiny
 import torch
-from accuracy import relative_error
 from refrag import RefragForCausalLM
-from test_acceptance import made
+
+from tests.refrag import tiny
+from tests.refrag.test_acceptance import made
+from tests.support.accuracy import relative_error
 
 HOW = dict(max_new_tokens=4, do_sample=False)
 

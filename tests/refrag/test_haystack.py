@@ -3,8 +3,9 @@
 import asyncio
 
 import pytest
-import small_answerer
 from refrag import Passage
+
+from tests.refrag import small_answerer
 
 pytest.importorskip("haystack")
 
@@ -13,6 +14,7 @@ from haystack.components.retrievers.in_memory import InMemoryBM25Retriever
 from haystack.document_stores.in_memory import InMemoryDocumentStore
 from refrag.integrations.haystack import RefragGenerator
 
+pytestmark = pytest.mark.integrations
 QUESTION = "When was the bridge built?"
 DOCUMENTS = [
     Document(content="The bridge of Orla was built in 1871.", id="bridge", meta={"page": 3}),

@@ -4,12 +4,13 @@ import copy
 import pickle
 
 import pytest
-import tiny
 import torch
-from accuracy import relative_error
 from refrag import inference_linear
 from refrag.inference_linear import is_inference_linear, use_inference_linears
 from torch import nn
+
+from tests.refrag import tiny
+from tests.support.accuracy import relative_error
 
 
 @pytest.fixture
@@ -21,8 +22,8 @@ def calls(monkeypatch):
         rows.append(len(x))
         return kernel(x, weight, bias)
 
-    kernel = inference_linear.linear_rows
-    monkeypatch.setattr(inference_linear, "linear_rows", counting)
+    kernel = inference_linear.cpu_linear_rows
+    monkeypatch.setattr(inference_linear, "cpu_linear_rows", counting)
     return rows
 
 

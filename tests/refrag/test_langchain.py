@@ -3,8 +3,9 @@
 import asyncio
 
 import pytest
-import small_answerer
 from refrag import Passage
+
+from tests.refrag import small_answerer
 
 pytest.importorskip("langchain_core")
 
@@ -13,6 +14,7 @@ from langchain_core.documents import Document
 from langchain_core.runnables import RunnableGenerator, RunnableLambda, RunnablePassthrough
 from refrag.integrations.langchain import RefragChain
 
+pytestmark = pytest.mark.integrations
 QUESTION = "When was the bridge built?"
 DOCUMENTS = [
     Document("The bridge of Orla was built in 1871.", id="bridge", metadata={"page": 3}),

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from accuracy import relative_error
 from refrag import (
     ChunkStore,
     Passage,
@@ -22,6 +21,8 @@ from refrag.training.parts import Parts, start_projector
 from refrag.training.samples import Sample
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, Gemma3TextConfig, LlamaConfig
+
+from tests.support.accuracy import relative_error
 
 K, LATENTS = 5, 3
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, head_dim=16)

@@ -1,11 +1,12 @@
 """The log-likelihood of labels equals that of the decoder's own logits, whatever stands between its rows and those."""
 
 import pytest
-import tiny
 import torch
 from refrag import RefragForCausalLM
 from refrag.training.likelihood import target_log_probs
-from test_acceptance import made
+
+from tests.refrag import tiny
+from tests.refrag.test_acceptance import made
 
 DECODERS = {
     "Granite": dict(logits_scaling=4.0, embedding_multiplier=3.0),

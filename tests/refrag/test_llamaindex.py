@@ -3,8 +3,9 @@
 import asyncio
 
 import pytest
-import small_answerer
 from refrag import Passage
+
+from tests.refrag import small_answerer
 
 pytest.importorskip("llama_index.core")
 
@@ -15,6 +16,7 @@ from llama_index.core.retrievers import BaseRetriever
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 from refrag.integrations.llamaindex import RefragSynthesizer
 
+pytestmark = pytest.mark.integrations
 QUESTION = "When was the bridge built?"
 NODES = [
     NodeWithScore(node=TextNode(id_="bridge", text="The bridge of Orla was built in 1871.", metadata={"page": 3})),

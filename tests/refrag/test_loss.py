@@ -1,9 +1,10 @@
 """The loss of a packed prompt: slots and sequence ends don't count, and it trains all three parts."""
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
+
+from tests.refrag import tiny
 
 
 def by_hand(logits, prompt, labels):

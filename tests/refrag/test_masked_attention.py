@@ -1,12 +1,13 @@
 """Decode steps of decoders whose attention has a softcap, sinks or windows: eager's logits at every step."""
 
 import pytest
-import tiny
 import torch
-from accuracy import relative_error
 from refrag import masked_attention as module
 from refrag.masked_attention import masked_attention
-from test_acceptance import made
+
+from tests.refrag import tiny
+from tests.refrag.test_acceptance import made
+from tests.support.accuracy import relative_error
 
 FAMILIES = {
     # name: what its attention has

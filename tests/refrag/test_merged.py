@@ -1,13 +1,14 @@
 """A model with low-rank adapters is saved merged, and is itself again when it is loaded."""
 
 import pytest
-import tiny
 import torch
-from accuracy import relative_error
 from refrag import RefragForCausalLM
 from refrag.adapters import Trained, prepare
 from refrag.merged import merged_state
 from torch import nn
+
+from tests.refrag import tiny
+from tests.support.accuracy import relative_error
 
 
 @pytest.mark.parametrize("encoder", ["lora", "all"])

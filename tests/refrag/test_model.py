@@ -3,12 +3,13 @@
 import dataclasses
 
 import pytest
-import tiny
 import torch
-from accuracy import relative_error
 from refrag import Passage, RefragConfig, RefragForCausalLM, RefragProcessor
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.refrag import tiny
+from tests.support.accuracy import relative_error
 
 
 @pytest.mark.parametrize("norm", ["none", "rms", "layer"])

@@ -4,12 +4,13 @@ import copy
 import dataclasses
 
 import pytest
-import tiny
 import torch
-from accuracy import relative_error
 from refrag import PassageCache, PromptTooLongError
 from refrag.key_rotation import KeyRotation
 from transformers import AutoModelForCausalLM, GPT2Config, SmolLM3Config
+
+from tests.refrag import tiny
+from tests.support.accuracy import relative_error
 
 BOUND = 1e-5
 A = [("slot", 0), ("expanded", 4, 0), ("slot", 0)]

@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import tiny
 import torch
 from refrag import ChunkStore, Passage, PassageEncoder, RefragForCausalLM, RefragProcessor, StoreError
 from refrag.chunking import SentenceChunks
@@ -12,6 +11,8 @@ from refrag.integrations.prompt_embeds import build
 from refrag.recipe import ChunkRecipe, encoder_digest, tokenizer_digest
 from refrag.token_encoder import token_encoder
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, RobertaModel
+
+from tests.refrag import tiny
 
 PASSAGES = [
     Passage("The bridge of Orla was built in 1871 and is 40 m long. It is older than the town.", "bridge"),

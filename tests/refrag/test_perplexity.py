@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-import training_parts
 from refrag.policy import ExpansionPolicy
 from refrag.training.perplexity import (
     COMPRESSED,
@@ -20,6 +19,8 @@ from refrag.training.perplexity import (
     value_kept,
     write_tables,
 )
+
+from tests.refrag import training_parts
 
 CONDITIONS = Conditions(context=16, output_tokens=6, rates=(2.0, 4.0), choosers=("random", "perplexity-desc", "cosine"))
 

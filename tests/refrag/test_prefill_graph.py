@@ -4,11 +4,12 @@ On the CPU nothing is captured: the same forward pass runs on the same static te
 """
 
 import pytest
-import tiny
 import torch
-from accuracy import relative_error
 from refrag.prefill_graph import PrefillGraph, copy_of
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.refrag import tiny
+from tests.support.accuracy import relative_error
 
 PROMPTS = (
     tiny.MIXED,

@@ -3,11 +3,12 @@
 import copy
 
 import pytest
-import tiny
 import torch
 from refrag import Passage, PromptTooLongError, RandomChooser, RefragConfig, RefragProcessor
 from refrag.choosers import CosineChooser
 from refrag.chunking import FixedChunks
+
+from tests.refrag import tiny
 
 TEXTS = {
     "plain": "The bridge of Orla was built in 1871 and is 40 m long.",

@@ -6,10 +6,11 @@ import io
 import json
 
 import pytest
-import tiny
 import torch
 from refrag import Passage, RefragProcessor
 from refrag.integrations.prompt_embeds import build, mixed_cache_key
+
+from tests.refrag import tiny
 
 TEXT = "The bridge of Orla was built in 1871 by masons from the north. It has seven arches of red stone."
 QUESTION = "When was the bridge built?"

@@ -6,11 +6,13 @@ import sys
 import types
 
 import pytest
-import tiny
 import torch
 from refrag.integrations.prompt_embeds import build
 from refrag.integrations.sglang import async_generate, generate, generate_request
 
+from tests.refrag import tiny
+
+pytestmark = pytest.mark.integrations
 SAMPLING = {"temperature": 0, "max_new_tokens": 4}
 
 

@@ -3,14 +3,14 @@
 import dataclasses
 
 import pytest
-import tiny
 import torch
-from accuracy import relative_error
 from refrag import Chunk, GenerationState, PromptTooLongError
 from refrag.prompt import PackedTexts
 from refrag.state import text_prompt
 
 from refrag_kernels import ChunkLayout
+from tests.refrag import tiny
+from tests.support.accuracy import relative_error
 
 BOUND = 1e-5
 FIRST = [("text", 5), ("slot", 0), ("slot", 0), ("expanded", 4, 1), ("text", 7)]

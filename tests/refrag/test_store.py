@@ -12,12 +12,13 @@ import time
 
 import numpy as np
 import pytest
-import store_writer
 import torch
 from refrag import ChunkStore, Passage, StoreError, UnknownPassageError
 from refrag.key_index import KeyIndex
 from refrag.prompt import Chunk
-from store_writer import BATCH, RECIPE, WIDTH, chunks, passage, put, rows
+
+from tests.refrag import store_writer
+from tests.refrag.store_writer import BATCH, RECIPE, WIDTH, chunks, passage, put, rows
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Pooling "concat" keeps the order of a chunk's rows, and the token encoder is the decoder's embeddings in it."""
 
 import pytest
-import tiny
 import torch
 from refrag import RefragConfig, RefragForCausalLM
 from refrag.encoder import encode_packed
@@ -9,6 +8,7 @@ from refrag.prompt import PackedTexts
 from refrag.token_encoder import first_layers, token_encoder
 
 from refrag_kernels import ChunkLayout
+from tests.refrag import tiny
 
 LENGTHS = [3, 8, 5, 1, 12, 4]
 

@@ -3,14 +3,14 @@
 import json
 
 import pytest
-import tiny
 import torch
-import training_parts
 from refrag import weights
 from refrag.cli import app
 from refrag.loading import trained_sources
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
+
+from tests.refrag import tiny, training_parts
 
 
 @pytest.fixture(scope="module")

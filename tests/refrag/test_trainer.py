@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import training_parts
 from accelerate import Accelerator
 from refrag.adapters import AdapterError, Trained, load_adapter, prepare, save_adapter, trained_state
 from refrag.training.generators import generator_states, restore_generators
@@ -27,7 +26,9 @@ from refrag.training.recipe import Stage, run_stage
 from refrag.training.samples import Sample, next_paragraph
 from refrag.training.trainer import Trainer, TrainingError, TrainSettings
 from safetensors.torch import load_file
-from train_once import train
+
+from tests.refrag import training_parts
+from tests.refrag.train_once import train
 
 FIGURES = ("step", "loss", "tokens", "learning_rate", "held_out_loss")
 

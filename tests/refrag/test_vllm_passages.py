@@ -10,7 +10,6 @@ import sys
 import types
 
 import pytest
-import tiny
 import torch
 from refrag import ChunkRecipe, ChunkStore, Passage, RefragProcessor
 from refrag.choosers import AllChunks, CosineChooser, NoChunks, RandomChooser, ThresholdChooser
@@ -18,6 +17,8 @@ from refrag.integrations.vllm.folder_encoder import FolderEncoder
 from refrag.integrations.vllm.messages import take_passages
 from refrag.integrations.vllm.passages import MARK, GivenPassage, parse_passage
 from refrag.integrations.vllm.reading import read_passages
+
+from tests.refrag import tiny
 
 BRIDGE = "The bridge of Orla was built in 1871 by masons from the north."
 MILL = "The mill of Orla was pulled down in the year of the flood."

@@ -5,7 +5,6 @@ import random
 import unicodedata
 
 import pytest
-import training_parts
 from refrag import FixedChunks, SentenceChunks
 from refrag.prompt import Chunk
 from refrag.training.documents import read_documents, split_documents
@@ -15,6 +14,8 @@ from refrag.training.samples import chunks_of, next_paragraph_sampler, reconstru
 from refrag.training.schedules import constant_schedule
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from tests.refrag import training_parts
 
 WORDS = "café Ünïcode Việt-Nam ế ǻ 한국어 각 日本語 が ぷ ক্ো Ω ½ ﬁ 👩‍👩‍👧 plain ñ' \u0301 ạ́ q̣̇ שָׁלוֹם ไม่ हिन्दी".split(" ")
 

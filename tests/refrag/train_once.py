@@ -11,8 +11,9 @@ from refrag import weights
 from refrag.adapters import Trained
 from refrag.training.recipe import Stage, run_stage
 from refrag.training.trainer import TrainSettings
-from training_parts import documents, parts
 from transformers import AutoTokenizer
+
+from tests.refrag.training_parts import documents, parts
 
 
 def stage(**settings):

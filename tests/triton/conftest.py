@@ -1,18 +1,13 @@
-"""Run Triton's kernels on the CPU: see tests/triton_on_cpu.py.
+"""Run Triton's kernels on the CPU: see tests/support/triton_on_cpu.py.
 
 Files named test_interpreted_* need the interpreter or ttsem, all others the compiler; each process collects its own.
 ``tests/triton/test_interpreter.py`` and ``test_second_opinion.py`` start the former from the latter. By hand:
 ``TRITON_INTERPRET=1 pytest tests/triton``. REFRAG_GPU_PROOF=all (``make test-gpu-proof``) tests more cases.
 """
 
-import os
-import sys
-
 import pytest
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(__file__)))  # tests/: factory, accuracy, triton_on_cpu
-
-import triton_on_cpu  # noqa: E402
+from tests.support import triton_on_cpu
 
 RUNS_KERNELS = triton_on_cpu.INTERPRETED or triton_on_cpu.TTSEM
 collect_ignore_glob = ["test_[!i]*.py", "test_interpreter.py"] if RUNS_KERNELS else ["test_interpreted_*.py"]

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from modes import ALL
 
-from bench import ahead_of_time, resources
-from bench.launches import CASES
+from bench.static import ahead_of_time, resources
+from bench.static.launches import CASES
 from refrag_kernels.triton_kernels.launch import SHARED_MEMORY
+from tests.triton.modes import ALL
 
 # sm_86 has the kernels of sm_80 with the memory of sm_120, or nearly: `make test` leaves it to `make test-gpu-proof`,
 # which leaves out its float16.

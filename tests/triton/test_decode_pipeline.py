@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from bench import ahead_of_time
-from bench.launches import CASES
+from bench.static import ahead_of_time
+from bench.static.launches import CASES
 from refrag_kernels.triton_kernels import decode, paged
 from refrag_kernels.triton_kernels.decode import Decode
 

@@ -5,13 +5,13 @@ import re
 import pytest
 import torch
 import triton
-from modes import ALL
 
 import refrag_kernels as rk
-from bench import ahead_of_time, resources
+from bench.static import ahead_of_time, resources
 from refrag_kernels.triton_kernels import attention_hopper
 from refrag_kernels.triton_kernels.attention_hopper import Config
 from refrag_kernels.triton_kernels.launch import SHARED_MEMORY
+from tests.triton.modes import ALL
 
 pytestmark = pytest.mark.skipif(
     triton.__version__[:4] not in ("3.6.", "3.7."), reason=f"written for Triton 3.6 and 3.7, got {triton.__version__}"

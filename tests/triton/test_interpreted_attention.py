@@ -5,13 +5,13 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import GRADIENT, LSE, OUTPUT, relative_error
-from factory import random_attention_problem
-from modes import ALL
 
 import refrag_kernels as rk
 from refrag_kernels import tile_lists
 from refrag_kernels.triton_kernels import attention, configs
+from tests.support.accuracy import GRADIENT, LSE, OUTPUT, relative_error
+from tests.support.factory import random_attention_problem
+from tests.triton.modes import ALL
 
 # The interpreter takes a second for a few hundred rows.
 LIMITS = {"max_sequences": 2, "max_chunks": 5}

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from accuracy import OUTPUT, relative_error
-from paged_problems import assert_rows_close, make_problem
 
 import refrag_kernels as rk
 from refrag_kernels.triton_kernels import paged, projection
+from tests.support.accuracy import OUTPUT, relative_error
+from tests.support.paged_problems import assert_rows_close, make_problem
 
 
 @pytest.fixture(autouse=True)

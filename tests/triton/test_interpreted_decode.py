@@ -5,13 +5,13 @@ import itertools
 
 import pytest
 import torch
-from accuracy import LSE, OUTPUT
-from modes import ALL
-from paged_problems import assert_rows_close, make_problem
 
 import refrag_kernels as rk
 from refrag_kernels.triton_kernels import decode, paged
 from refrag_kernels.triton_kernels.decode import Decode
+from tests.support.accuracy import LSE, OUTPUT
+from tests.support.paged_problems import assert_rows_close, make_problem
+from tests.triton.modes import ALL
 
 WAYS = [Decode(ahead, by_length) for ahead, by_length in itertools.product((False, True), repeat=2)]
 # Ragged lengths: below and at a step of keys, and beyond several.

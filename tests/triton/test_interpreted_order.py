@@ -6,13 +6,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from modes import ALL
 
 import refrag_kernels as rk
 from refrag_kernels import grid_order
 from refrag_kernels.grid_order import TILES_FIRST, Order
 from refrag_kernels.triton_kernels import attention
 from refrag_kernels.triton_kernels.tiles import tile_and_column
+from tests.triton.modes import ALL
 
 
 @triton.jit

@@ -1,17 +1,14 @@
 """paged_attention, append_kv and merge_states by Triton's kernels in the interpreter, against float64."""
 
-import paged_problems
 import pytest
-import test_append_kv
-import test_merge_states
-import test_nonfinite
-import test_paged
 import torch
-from modes import ALL
-from nonfinite import spoilt_paged
 
 import refrag_kernels as rk
 from refrag_kernels.triton_kernels import paged
+from tests.kernels import test_append_kv, test_merge_states, test_nonfinite, test_paged
+from tests.support import paged_problems
+from tests.support.nonfinite import spoilt_paged
+from tests.triton.modes import ALL
 
 DTYPES = paged_problems.LOW_DTYPES if ALL else (torch.float32,)
 CASES = {
@@ -40,7 +37,7 @@ def test_random_shapes(seed):
 # Decoding steps, whose heads see the same keys. Rows of a prefill that share a tile still share what is not finite.
 @pytest.mark.parametrize("seed", range(60) if ALL else (0, 3, 4, 7, 8))
 def test_where_nan_goes(seed):
-    """As tests/test_nonfinite.py says of the other backends."""
+    """As tests/kernels/test_nonfinite.py says of the other backends."""
     spoilt = spoilt_paged(seed, torch.float32, decode=True)
     spoilt.check(*rk.paged_attention(*spoilt.problem.args, **spoilt.problem.options, return_lse=True, backend="triton"))
 

@@ -8,13 +8,13 @@ import contextlib
 
 import pytest
 import torch
-from accuracy import GRADIENT, LSE, OUTPUT, relative_error
-from paged_problems import assert_rows_close, make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 import refrag_kernels as rk
 from refrag_kernels.triton_kernels import attention, paged, projection
+from tests.support.accuracy import GRADIENT, LSE, OUTPUT, relative_error
+from tests.support.paged_problems import assert_rows_close, make_problem
 
 
 class Recording(TorchDispatchMode):

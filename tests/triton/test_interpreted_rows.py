@@ -1,13 +1,12 @@
 """pool_chunks, project_chunks and embed_mixed by Triton's kernels in the interpreter, against float64."""
 
 import pytest
-import test_pooling
-import test_projection
 import torch
-from accuracy import DTYPES, OUTPUT, relative_error
-from modes import ALL
 
 import refrag_kernels as rk
+from tests.kernels import test_pooling, test_projection
+from tests.support.accuracy import DTYPES, OUTPUT, relative_error
+from tests.triton.modes import ALL
 
 SEEDS = range(18) if ALL else (2, 4, 9)
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import triton
-from modes import ALL
 
-from bench import ahead_of_time, resources
-from bench.launches import CASES
-from bench.resources import Row
+from bench.static import ahead_of_time, resources
+from bench.static.launches import CASES
+from bench.static.resources import Row
+from tests.triton.modes import ALL
 
 
 @pytest.mark.parametrize(

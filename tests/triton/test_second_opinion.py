@@ -13,7 +13,8 @@ import subprocess
 import sys
 
 import pytest
-from modes import ALL
+
+from tests.triton.modes import ALL
 
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = [

@@ -4,9 +4,20 @@ import pytest
 import torch
 from refrag import Passage
 from refrag.integrations.prompt_embeds import build
-from test_offline import BLOCK, BRIDGE, GREEDY, PAIRS, PROMPTS, assert_same, first_difference, ours, surrounded
 from vllm import LLM, SamplingParams
 from vllm.renderers.embed_utils import safe_load_prompt_embeds
+
+from tests.vllm_plugin.test_offline import (
+    BLOCK,
+    BRIDGE,
+    GREEDY,
+    PAIRS,
+    PROMPTS,
+    assert_same,
+    first_difference,
+    ours,
+    surrounded,
+)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from refrag import ChunkStore, Passage, PassageEncoder
 from refrag.integrations.vllm.passages import MARK
-from server import serving
+
+from tests.vllm_plugin.server import serving
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "vllm.md"
 REQUESTS, AT_ONCE = 200, 8

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from bench.case import bound_of
+from bench.engine.case import bound_of
+from bench.engine.timing import Times, interleave
 from bench.gpu_report.block import Options, Results, run
 from bench.gpu_report.contest import contest
-from bench.timing import Times, interleave
 from refrag_kernels.triton_kernels import decode, paged
 from refrag_kernels.triton_kernels.decode import Decode
 

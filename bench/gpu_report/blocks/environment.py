@@ -6,10 +6,10 @@ import dataclasses
 
 import torch
 
-from bench import limits, machine
+from bench.engine import limits, machine
+from bench.engine.timing import Times, interleave
 from bench.gpu_report import compilations, l2
 from bench.gpu_report.block import Options, Results, run
-from bench.timing import Times, interleave
 from refrag_kernels import backends
 
 

@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 
-from bench.case import error_of
+from bench.cases.model import _mixed_prompts, _models
+from bench.cases.presets import PRESETS
+from bench.cases.prompts import Prompt
+from bench.engine.case import error_of
+from bench.engine.timing import Times, interleave
 from bench.gpu_report.block import Options, Results, run
-from bench.model import _mixed_prompts, _models
-from bench.presets import PRESETS
-from bench.prompts import Prompt
-from bench.timing import Times, interleave
 
 # Context and k. Rows: 376, 252, 1,144, 624, 636, 4,216 with the prefix and the question.
 _SIZES = ((4096, 16), (4096, 32), (16384, 16), (4096, 8), (16384, 32), (65536, 16))
 _REHEARSED = ((256, 16),)
-_BOUND = 8e-2  # of the logits of all layers in bfloat16, as in bench.model: a wrong mask moves them by tens of per cent
+# Of the logits of all layers in bfloat16, as in bench.cases.model: a wrong mask moves them by tens of per cent.
+_BOUND = 8e-2
 
 
 def block(options: Options, results: Results) -> None:

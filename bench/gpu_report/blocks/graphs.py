@@ -8,7 +8,7 @@ from bench.gpu_report.block import Options, Results, run
 _GROUPS = {
     "graphs": ("tests/gpu/test_gpu_graphs.py",),
     "capacity": ("tests/gpu/test_gpu_ops.py", "-k", "capacity"),
-    "CUDA C++": ("tests/test_cuda_kernels.py",),
+    "CUDA C++": ("tests/kernels/test_cuda_kernels.py",),
 }
 
 

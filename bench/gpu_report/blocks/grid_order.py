@@ -9,14 +9,14 @@ from unittest import mock
 import torch
 
 import refrag_kernels as rk
-from bench import peers
-from bench.attention import tensors
-from bench.case import bound_of
+from bench.cases import peers
+from bench.cases.attention import tensors
+from bench.cases.prompts import Passages, Prompt
+from bench.engine.case import bound_of
+from bench.engine.timing import Times, interleave
 from bench.gpu_report import l2
 from bench.gpu_report.block import Options, Results, run
 from bench.gpu_report.contest import contest
-from bench.prompts import Passages, Prompt
-from bench.timing import Times, interleave
 from refrag_kernels import extension, grid_order, tile_lists
 from refrag_kernels.grid_order import TILES_FIRST, Order
 

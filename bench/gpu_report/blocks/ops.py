@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from bench import table
-from bench.case import Entry, Sweep
+from bench.cases import table
+from bench.engine.case import Entry, Sweep
 from bench.gpu_report.block import Options, Results, run
 from bench.gpu_report.measured import measure_rows
 

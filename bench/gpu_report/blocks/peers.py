@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from bench import attention
-from bench.case import Entry, Sweep
+from bench.cases import attention
+from bench.engine.case import Entry, Sweep
 from bench.gpu_report.block import Options, Results, run
 from bench.gpu_report.measured import measure_rows
 

@@ -11,11 +11,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 import refrag_kernels as rk
-from bench import peers
-from bench.attention import tensors
-from bench.case import bound_of, error_of
+from bench.cases import peers
+from bench.cases.attention import tensors
+from bench.engine.case import bound_of, error_of
+from bench.engine.timing import interleave
 from bench.gpu_report.block import Options, Results, run
-from bench.timing import interleave
 
 _BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,

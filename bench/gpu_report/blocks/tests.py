@@ -8,7 +8,8 @@ from bench.gpu_report import pytest_runs
 from bench.gpu_report.block import Options, Results, run
 
 _PROCESSES = 14  # their time goes into compiling, one kernel at a time each
-_FILES = ("tests/test_pooling_cuda.py", "tests/gpu/test_gpu_ops.py")  # the many cases last: they may be cut short
+# The many cases last: they may be cut short.
+_FILES = ("tests/kernels/test_pooling_cuda.py", "tests/gpu/test_gpu_ops.py")
 _FEW = ("tests/gpu/test_gpu_ops.py", "-k", "pool_chunks-triton-float32-0] or merge_states-triton-float32-1]")
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from bench import model
-from bench.case import Entry, Sweep
+from bench.cases import model
+from bench.engine.case import Entry, Sweep
 from bench.gpu_report.block import Options, Results, run
 from bench.gpu_report.measured import measure_rows
 

@@ -1,0 +1,1 @@
+"""Measure cases, and write, compare and draw what was measured."""

@@ -1,0 +1,210 @@
+"""What each GPU kernel takes of each architecture: ``python -m bench.resources`` writes docs/gpu-resources.md.
+
+Nothing is run: kernels are compiled ahead of time and the compiled code is read. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+from bench.static import ahead_of_time, cuda_resources, launches
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu-resources.md"
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+class Unit(NamedTuple):
+    """What the blocks of a multiprocessor (AMD: compute unit) share."""
+
+    registers: int  # 32-bit
+    shared: int  # bytes
+    reserved: int  # bytes of shared memory that the system takes of each block
+    warps: int
+    blocks: int
+    lanes: int  # of a warp
+
+
+# CUDA C++ programming guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA guide: four SIMDs of 512
+# registers a lane and 8 waves each, 64 KiB of local memory.
+UNITS = {
+    "sm_80": Unit(65536, 164 << 10, 1 << 10, 64, 32, 32),
+    "sm_86": Unit(65536, 100 << 10, 1 << 10, 48, 16, 32),
+    "sm_90": Unit(65536, 228 << 10, 1 << 10, 64, 32, 32),
+    "sm_100": Unit(65536, 228 << 10, 1 << 10, 64, 32, 32),
+    "sm_120": Unit(65536, 100 << 10, 1 << 10, 48, 24, 32),
+    "gfx942": Unit(4 * 512 * 64, 64 << 10, 0, 32, 32, 64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A compiled kernel: what it is, and what a block of it takes. See ``ahead_of_time.Resources``."""
+
+    kernel: str
+    shape: str
+    dtype: str
+    architecture: str
+    registers: int
+    spilled: int
+    shared: int
+    warps: int
+    matrix: str = ""
+    tile: str = ""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that a multiprocessor has room for."""
+        return occupancy(self.architecture, self.registers, self.shared, self.warps)
+
+
+def occupancy(architecture: str, registers: int, shared: int, warps: int) -> int:
+    """Return how many blocks of so many warps fit on a multiprocessor.
+
+    Registers are handed out to warps in units of 8 a thread.
+    """
+    unit = UNITS[architecture]
+    a_warp = -(-max(registers, 1) // 8) * 8 * unit.lanes
+    # Each of the four schedulers (SIMDs) has a quarter of the registers, and whole warps.
+    fit = 4 * (unit.registers // 4 // a_warp)
+    return min(unit.blocks, unit.warps // warps, fit // warps, unit.shared // (shared + unit.reserved or 1))
+
+
+def triton_rows(architectures: Sequence[str] = ARCHITECTURES, progress: bool = False) -> list[Row]:
+    """Return a row for each kernel of Triton's that an op launches, by head width, dtype and architecture."""
+    rows: dict[Row, None] = {}
+    for case in launches.CASES:
+        for architecture in architectures:
+            if progress:
+                print(f"{case} {architecture}", file=sys.stderr, flush=True)
+            for recorded in ahead_of_time.record(case.call, architecture):
+                built = ahead_of_time.build(recorded, architecture)
+                matrix = ", ".join(f"{count} {name}" for name, count in built.matrix.items() if count)
+                taken = (built.registers, built.spilled, built.shared, built.warps, matrix)
+                name = recorded.kernel.__name__.removesuffix("_kernel")
+                shape, tile = _shape(case, recorded)
+                rows[Row(name, shape, str(case.dtype)[6:], architecture, *taken, tile)] = None
+    return list(rows)
+
+
+def tile_rows(recorded: ahead_of_time.Launch) -> int:
+    """Return how many rows the tiles have that a kernel multiplies."""
+    a = recorded.arguments
+    if "BM" in a:
+        return a["BM"]
+    # The gradients of keys go by tiles of keys, all others by tiles of query rows.
+    return a["HEADS"] * a.get("ROWS", a.get("BLOCKS", 1) * 16) if "HEADS" in a else a["KEYS"]
+
+
+def _shape(case: launches.Case, recorded: ahead_of_time.Launch) -> tuple[str, str]:
+    """Return what a kernel is specialised for by a call, and the tile that was chosen for it."""
+    a = recorded.arguments
+    parts = [f"D {case.width}"] if case.width else []
+    tile = ""
+    if "GROUP" in a and "STEP" in a:
+        tile = f"{tile_rows(recorded)} x {a['STEP']}"
+        parts += [f"{a['GROUP']} heads a key", *(["softcap"] if a["SOFTCAP"] else [])]
+        parts += ["few keys"] if a.get("BLOCKS") == 1 and a["STEP"] == 16 else []
+    elif "BM" in a:
+        tile = f"{a['BM']} x {a['BN']} x {a['BK']}"
+        parts += [case.name.split("-")[2].replace("N", "N "), *(["listed rows"] if a["LISTED"] else [])]
+    return ", ".join(parts), tile
+
+
+def triton_tables() -> str:
+    """Return a summary and a table of each of Triton's kernels, as Markdown."""
+    rows = triton_rows()
+    return f"{summary(rows)}\n{tables(rows)}"
+
+
+def summary(rows: Iterable[Row]) -> str:
+    """Return how many variants spill, and how many warps find room, by architecture, as Markdown."""
+    kinds: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        kind = "float32" if row.dtype == "float32" else "16 bits, D 256" if "D 256" in row.shape else "16 bits"
+        kinds.setdefault(kind, {}).setdefault(row.architecture, []).append(row)
+    architectures = dict.fromkeys(architecture for found in kinds.values() for architecture in found)
+    lines = ["| variants / that spill / lowest occupancy, warps | " + " | ".join(architectures) + " |"]
+    lines += ["| --- " * (1 + len(architectures)) + "|"]
+    for kind, found in sorted(kinds.items()):
+        cells = []
+        for of_kind in (found.get(architecture, []) for architecture in architectures):
+            spilling, warps = sum(row.spilled > 0 for row in of_kind), [row.blocks * row.warps for row in of_kind]
+            cells.append(f"{len(of_kind)} / {spilling} / {min(warps)}" if of_kind else "-")
+        lines.append("| " + " | ".join([kind, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def tables(rows: Iterable[Row]) -> str:
+    """Return a table of each kernel with a column for each architecture, as Markdown. See ``page`` for the cells."""
+    found: dict[str, dict[tuple[str, str], dict[str, list[str]]]] = {}
+    architectures: dict[str, None] = {}
+    for row in rows:
+        architectures[row.architecture] = None
+        line = found.setdefault(row.kernel, {}).setdefault((row.shape, row.dtype), {})
+        spilled = f"**{row.spilled}**" if row.spilled else "0"
+        parts = [str(row.registers), spilled, str(row.shared), f"{row.blocks} x {row.warps}"]
+        parts += [part for part in (row.matrix, row.tile) if part]
+        line.setdefault(row.architecture, []).append(" / ".join(parts))
+    lines = []
+    for kernel, shapes in found.items():
+        lines += [f"### {kernel}", "", "| shape | dtype | " + " | ".join(architectures) + " |"]
+        lines += ["| --- " * (2 + len(architectures)) + "|"]
+        for (shape, dtype), cells in shapes.items():
+            # A call may launch a kernel twice, such as both layers of the projection.
+            each = ["<br>".join(dict.fromkeys(cells.get(architecture, ["-"]))) for architecture in architectures]
+            lines.append("| " + " | ".join([shape, dtype, *each]) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def cuda_section(release: bool = False) -> tuple[str, str]:
+    """Return title and table of the CUDA C++ kernels, of this build or of a release's architectures, as Markdown."""
+    before = "Cells: registers per thread / spilled bytes / resident CTAs per multiprocessor; - if the launchers select\n"
+    before += "another variant for the architecture.\n\n"
+    binaries = [cuda_resources.compile_release()] if release else []
+    return f"CUDA C++, {cuda_resources.compiler()}", before + cuda_resources.markdown(*binaries)
+
+
+def page(sections: dict[str, str]) -> str:
+    """Return the page, with tables under titles."""
+    lines = [
+        "# GPU resources",
+        "",
+        "Resources of the compiled kernels, read from their code. For times, see [GPU results](gpu-results.md).",
+        "Written by `python -m bench.resources --release`; `make test-gpu-proof` checks that it is up to date.",
+        "",
+        "The first table is a summary: the number of compiled variants (shapes and dtypes), how many of them spill, and the",
+        "lowest occupancy in warps per multiprocessor (AMD: compute unit).",
+        "",
+        "Cells of Triton's tables: registers per thread / spills, in bold if there are any / bytes of shared memory",
+        "per CTA / resident CTAs per multiprocessor x warps per CTA / matrix instructions / the tile selected for the",
+        "architecture. Spills are an error in bfloat16 and float16 up to D 128, and reported for float32 and D 256.",
+    ]
+    for title, body in sections.items():
+        lines += ["", f"## {title}", "", body.strip()]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page."""
+    parser = argparse.ArgumentParser("python -m bench.resources", description=__doc__)
+    parser.add_argument("--output", type=Path, default=PAGE)
+    parser.add_argument("--release", action="store_true", help="compile csrc/cuda for all that a release has: minutes")
+    options = parser.parse_args(arguments)
+    triton_rows(progress=True)
+    # Another backend's kernels join by a title and the tables under it.
+    cuda, table = cuda_section(options.release)
+    sections = {f"Triton {triton.__version__}": triton_tables(), cuda: table}
+    options.output.write_text(page(sections))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,37 @@
+"""The published rows as pytest-benchmark cases: ``pytest -m published tests/bench``.
+
+One benchmark per row, for ours and for the first peer; a result that differs from float64 fails.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+
+from bench.cases import model, table  # noqa: E402
+from bench.engine.case import Entry, Skip, error_of  # noqa: E402
+from bench.engine.run import OURS  # noqa: E402
+
+# flex_attention takes half a minute a shape to compile: `python -m bench run` has it.
+ENTRIES = [entry for entry in table.published(flex=False) if entry.op not in model.OPS]
+
+
+@pytest.mark.published
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("who", ["ours", "first peer"])
+def test_row(entry: Entry, who: str, benchmark) -> None:
+    case = entry.build()
+    with torch.enable_grad() if case.grad else torch.no_grad():
+        expected = case.expected() if case.expected else None
+        name, call = (OURS, case.ours) if who == "ours" else next(iter(case.peers.items()))
+        try:
+            result = call()
+        except Skip as reason:
+            pytest.skip(f"{name}: {reason}")
+        if expected is not None:
+            assert error_of(result, expected) <= (case.bound if who == "ours" else 10 * case.bound)
+        benchmark.group = entry.name
+        benchmark.extra_info.update(contender=name, op=entry.op, dtype=entry.dtype_name, **entry.parameters)
+        benchmark.pedantic(call, rounds=5, warmup_rounds=1)

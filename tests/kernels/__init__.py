@@ -1,0 +1,1 @@
+"""The ops of refrag_kernels, their plans and their backends."""

@@ -1,0 +1,1 @@
+"""Triton's kernels without a GPU."""
