@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from refrag import Passage
-from refrag.corpus import python_reference
+from refrag.demo.corpus import python_reference
 
 WAYS = ("text", "slots", "store")
 QUESTION = "\nWhat is this about?"

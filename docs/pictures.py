@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from refrag.pictures import layout_svg, plan_svg
+from refrag.demo.pictures import layout_svg, plan_svg
 
 import refrag_kernels as rk
 

@@ -1,7 +1,8 @@
 """Compile what the Triton backend launches for architectures that are not at hand, and read what the result takes.
 
 A call of an op is recorded instead of run: the launches it makes, with their real arguments, are then compiled for an
-architecture. What was read is kept under a hash of the kernel's source and of all that it was compiled with.
+architecture. What was read is kept under a hash of the kernel's source and of all that it was compiled with, and under
+one of its TTIR: a change of comments or names compiles nothing again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -23,8 +25,9 @@ from unittest import mock
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
@@ -122,28 +125,60 @@ def build(recorded: Launch, architecture: str, cache: Path = CACHE) -> Resources
     signature, constants, attributes = _specialised(recorded)
     # The kernel's key is a hash of its source and of that of all functions it calls.
     parts = (recorded.kernel.cache_key, signature, constants, attributes, recorded.options, architecture, _versions())
-    file = cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.json"
-    if file.exists():
-        return Resources(**json.loads(file.read_text()))
-    compiled = compile_launch(recorded, architecture)
-    read = _read_amd if architecture.startswith("gfx") else _read_nvidia
-    registers, spilled, matrix = read(compiled)
-    products = _products(compiled.asm["ttir"])
-    taken = (compiled.metadata.shared, compiled.metadata.num_warps)
-    resources = Resources(registers, spilled, *taken, matrix, products)
-    cache.mkdir(parents=True, exist_ok=True)
+    by_source = _file(cache, parts)
+    if by_source.exists():
+        return Resources(**json.loads(by_source.read_text()))
+    # Names and comments are not in the TTIR, which is made in a fraction of the time of compiling it.
+    by_ttir = _file(cache, (ttir(recorded, architecture), recorded.options, architecture, _versions()))
+    if not by_ttir.exists():
+        _write(by_ttir, _read(compile_launch(recorded, architecture), architecture))
+    resources = Resources(**json.loads(by_ttir.read_text()))
+    _write(by_source, resources)
+    return resources
+
+
+def _file(cache: Path, parts: tuple) -> Path:
+    return cache / f"{hashlib.sha256(repr(parts).encode()).hexdigest()}.json"
+
+
+def _write(file: Path, resources: Resources) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(dataclasses.asdict(resources)))
     partial.replace(file)
-    return resources
+
+
+def _read(compiled: CompiledKernel, architecture: str) -> Resources:
+    read = _read_amd if architecture.startswith("gfx") else _read_nvidia
+    registers, spilled, matrix = read(compiled)
+    taken = (compiled.metadata.shared, compiled.metadata.num_warps)
+    return Resources(registers, spilled, *taken, matrix, _products(compiled.asm["ttir"]))
 
 
 def compile_launch(recorded: Launch, architecture: str) -> CompiledKernel:
     """Compile a launch for an architecture."""
+    return triton.compile(_source(recorded), target=TARGETS[architecture], options=recorded.options)
+
+
+def ttir(recorded: Launch, architecture: str) -> str:
+    """Return the IR that a launch's kernel starts from, with its functions numbered instead of named."""
+    source, target = _source(recorded), TARGETS[architecture]
+    backend = make_backend(target)
+    options = backend.parse_options({**recorded.options, **source.parse_options()})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    builders = backend.get_codegen_implementation(options)
+    module = source.make_ir(target, options, builders, backend.get_module_map(), context)
+    numbers: dict[str, int] = {}
+    functions = re.compile(r"@[\w.$]+|@\"[^\"]*\"")
+    return functions.sub(lambda name: f"@{numbers.setdefault(name[0], len(numbers))}", module.str_nodebug())
+
+
+def _source(recorded: Launch) -> ASTSource:
     signature, constants, attributes = _specialised(recorded)
     source = GluonASTSource if recorded.kernel.is_gluon() else ASTSource
-    kernel = source(recorded.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(kernel, target=TARGETS[architecture], options=recorded.options)
+    return source(recorded.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def _specialised(recorded: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
@@ -177,8 +212,9 @@ def _specialised(recorded: Launch) -> tuple[dict[str, str], dict[tuple[int], Any
 
 @functools.cache
 def _versions() -> tuple[str, str]:
-    """Return Triton's version, and this file's: what is read from a kernel may change with it."""
-    return triton.__version__, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    """Return Triton's version, and a hash of the functions that read a kernel: what is kept may change with either."""
+    readers = (Resources, _read, _read_amd, _read_nvidia, _products, machine_code)
+    return triton.__version__, hashlib.sha256("".join(map(inspect.getsource, readers)).encode()).hexdigest()
 
 
 def _products(ttir: str) -> dict[str, int]:

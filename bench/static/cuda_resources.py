@@ -80,7 +80,7 @@ CONFIGURATIONS = {
     ("paged_attention_kernel", 96, 2): Configuration(64, 3, _paged(96, 2), SMALL),
     ("paged_attention_kernel", 128, 4): Configuration(128, 2, _paged(128, 4), _LARGE),
     ("paged_attention_kernel", 128, 2): Configuration(64, 2, _paged(128, 2), SMALL),
-    **{("skinny_projection_kernel", tiles): Configuration(256, 2, 8 * tiles * 8 * 16 * 4) for tiles in (1, 2, 4, 8)},
+    **{("small_m_projection_kernel", tiles): Configuration(256, 2, 8 * tiles * 8 * 16 * 4) for tiles in (1, 2, 4, 8)},
 }
 # Kernels that only move rows, without shared memory: 1024 threads of a multiprocessor's 1536 or 2048 at least.
 _MOVERS = {

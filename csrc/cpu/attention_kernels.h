@@ -1,10 +1,10 @@
-// What csrc/cpu/attention.cpp asks of the attention kernels, which are compiled once per instruction set.
+// Interface between csrc/cpu/attention.cpp and the attention kernels, which are compiled once per instruction set.
 //
-// A kernel works on one query block and one key/value head. The rows of the heads that share the key/value head are
-// packed into lanes: pair x = g * rows + r is row r of the block in the group's head g, and a panel is 16 of them.
-// Scores are kept transposed, [key][pair], so that
-// - the keys and values are read as they lie in memory (their numbers are broadcast, or loaded along D),
-// - maximum and sum over the keys need no horizontal step.
+// A kernel works on one query block and one key/value head. The query heads that share the key/value head are packed
+// into rows: packed row g * rows + r is row r of the block in head g of the group. A row tile is 16 packed rows, one
+// vector of simd.h. Scores are stored transposed, as [key][packed row], so that
+// - keys and values are read in their memory order (elements are broadcast, or loaded along D), and
+// - the maximum and the sum over keys need no horizontal reduction.
 #pragma once
 
 #include <cstdint>
@@ -14,30 +14,30 @@
 
 namespace refrag::cpu {
 
-inline constexpr int kTile = 16;  // query rows of a block, keys of a tile; the planner's
-// Panels that one pass over the keys serves: their rows, scores and sums fit in the first-level cache together.
-inline constexpr int kMaxPanels = 4;
+inline constexpr int kTile = 16;  // query rows per block and keys per tile, as in the planner
+// Row tiles per pass over the keys: their queries, scores and outputs fit in the L1 cache together.
+inline constexpr int kMaxRowTiles = 4;
 
 struct HeadRows {
   const char* data;
   int64_t row_bytes, head_bytes;
 
-  // Views of one storage may begin at the same address and still hold other rows.
+  // Two views of one storage may start at the same address and still differ in their strides.
   bool operator==(const HeadRows&) const = default;
 };
 
-// Keys or values in the form in which a kernel reads them: the tensor itself, or a copy made by attention_pack.
+// Keys or values as a kernel reads them: the tensor itself, or a copy made by attention_pack.
 struct Operand {
-  const char* data;  // null: each visit of a tile packs it anew
+  const char* data;  // null: a tile is packed again each time it is visited
   int64_t row_bytes, head_bytes;
-  bool tiled;  // rows are counted in whole tiles, so that every tile starts at a multiple of 16 rows
+  bool tiled;  // rows are indexed by whole tiles, so that every tile starts at a multiple of 16 rows
 };
 
-// What an operand's copy holds.
-enum class Form : int32_t {
-  tensor,  // no copy: the tensor will do
-  rows,    // float32 rows, padded with zeros to a multiple of 16
-  pairs,   // bfloat16, keys 2i and 2i+1 interleaved: what vdpbf16ps takes as its second factor
+// Memory layout of an operand.
+enum class Layout : int32_t {
+  in_place,     // no copy: the tensor itself
+  padded_rows,  // float32 rows, zero-padded to a multiple of 16 elements
+  bf16_pairs,   // bfloat16, keys 2i and 2i + 1 interleaved (VNNI), as the second operand of vdpbf16ps
 };
 
 struct PlanView {
@@ -49,76 +49,77 @@ struct PlanView {
 
 struct AttentionParams {
   Element element;
-  int32_t heads, kv_heads, width;
+  int32_t heads, kv_heads, head_dim;
   float scale, softcap;
   const float* sinks;  // null: none
   HeadRows q, k, v;
   PlanView plan;
-  Operand k_rows, v_rows;  // each number broadcast: first factor of the products over D
-  Operand k_cols, v_cols;  // loaded along D: second factor of the products over the keys
+  Operand k_rows, v_rows;  // elements are broadcast: first operand of the products over D
+  Operand k_cols, v_cols;  // loaded along D: second operand of the products over keys
   char* out;               // [T_q, H_q, D]
   float* lse;              // [T_q, H_q]
 
   int32_t group() const { return heads / kv_heads; }
-  int32_t padded_width() const { return (width + 15) / 16 * 16; }
-  // Passes over the keys that a whole block needs.
-  int32_t panel_groups() const { return (group() + kMaxPanels - 1) / kMaxPanels; }
+  int32_t padded_head_dim() const { return (head_dim + 15) / 16 * 16; }
+  // Passes over the keys for a block of kTile rows.
+  int32_t row_tile_groups() const { return (group() + kMaxRowTiles - 1) / kMaxRowTiles; }
 };
 
-struct Forms {
-  Form rows, cols;
+struct Layouts {
+  Layout rows, cols;
 };
 
 struct PackTask {
   HeadRows source;
-  Form form;
+  Layout layout;
   char* copy;  // [kv_heads][tile]
   int64_t tile_bytes;
 };
 
-// The forms that this instruction set needs for `element` and `width`.
-REFRAG_DECLARE_KERNEL(Forms, attention_forms, Element element, int32_t width);
+// Layouts that this instruction set uses for `element` and `head_dim`.
+REFRAG_DECLARE_KERNEL(Layouts, attention_layouts, Element element, int32_t head_dim);
 
-// Copies tiles [begin, end) of all heads.
+// Packs tiles [begin, end) of all heads.
 REFRAG_DECLARE_KERNEL(void, attention_pack, const AttentionParams& params, const PackTask& task, int32_t begin,
                       int32_t end);
 
 REFRAG_DECLARE_KERNEL(int64_t, attention_forward_scratch, const AttentionParams& params);
 
 struct AttentionTask {
-  int32_t block, kv_head, panel_group;
+  int32_t block, kv_head, row_tile_group;
 };
 
 REFRAG_DECLARE_KERNEL(void, attention_forward, const AttentionParams& params, const AttentionTask& task, char* scratch);
 
-// The backward pass walks the plan once, strip by strip: consecutive query blocks of one sequence, chosen by the plan
-// alone. A strip sums the gradients of the keys and values that it sees in slots of its own, one a tile; a tile's slots
-// are then added in the order of the strips.
-struct Strip {
+// The backward pass walks the plan once, in ranges of consecutive query blocks of one sequence, which depend on the
+// plan only. Each range accumulates dk and dv in accumulator tiles of its own, one for each key tile that it attends
+// to; the accumulator tiles of a key tile are then reduced in the order of the ranges, so the result is deterministic.
+struct BlockRange {
   int32_t first_block, last_block;
-  int32_t first_tile;    // of its sequence
-  const int32_t* slots;  // of each tile of its sequence, from the strip's first slot on; -1: no block sees the tile
-  int32_t first_slot, num_slots;
+  int32_t first_tile;          // of the sequence
+  const int32_t* accum_tiles;  // [tiles of the sequence], relative to first_accum_tile; -1: no block attends to it
+  int32_t first_accum_tile, num_accum_tiles;
 };
 
 struct AttentionBackwardParams {
-  AttentionParams forward;  // its out and lse are not used
+  AttentionParams forward;  // `out` and `lse` are unused
   HeadRows grad_out, out;
   const float *lse, *grad_lse;  // [T_q, H_q]
   char *dq, *dk, *dv;
-  float* dsinks;             // [query blocks, H_q], to be added; null without sinks
-  float *dk_sums, *dv_sums;  // [kv_heads, slots, 16, padded width]
-  int64_t num_slots;
-  const int32_t *slot_offsets, *slot_lists;  // [tiles + 1] and the slots of each tile
+  float* dsinks;               // [query blocks, H_q], to be summed over the blocks; null: no sinks
+  float *dk_accum, *dv_accum;  // [kv_heads, num_accum_tiles, 16, padded_head_dim]
+  int64_t num_accum_tiles;
+  const int32_t *accum_offsets, *accum_lists;  // CSR: the accumulator tiles of each key tile
 };
 
 REFRAG_DECLARE_KERNEL(int64_t, attention_backward_scratch, const AttentionBackwardParams& params);
 
-// dq of the strip's rows, and its share of dk and dv.
-REFRAG_DECLARE_KERNEL(void, attention_backward, const AttentionBackwardParams& params, const Strip& strip,
+// Computes dq of the range's rows, and accumulates the range's part of dk and dv.
+REFRAG_DECLARE_KERNEL(void, attention_backward, const AttentionBackwardParams& params, const BlockRange& range,
                       int32_t kv_head, char* scratch);
 
-// dk and dv of tiles [begin, end) of all heads.
-REFRAG_DECLARE_KERNEL(void, attention_backward_sum, const AttentionBackwardParams& params, int32_t begin, int32_t end);
+// Reduces dk and dv of tiles [begin, end) of all heads.
+REFRAG_DECLARE_KERNEL(void, attention_backward_reduce, const AttentionBackwardParams& params, int32_t begin,
+                      int32_t end);
 
 }  // namespace refrag::cpu

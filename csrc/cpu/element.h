@@ -1,4 +1,4 @@
-// The types of numbers that the CPU kernels read and write.
+// Element types of the CPU kernels' tensors.
 #pragma once
 
 #include <cstdint>

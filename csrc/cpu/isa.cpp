@@ -1,3 +1,4 @@
+// Detection of the instruction set to use.
 #include "cpu/isa.h"
 
 #include <torch/headeronly/util/Exception.h>
@@ -10,8 +11,8 @@ namespace {
 
 constexpr Isa kBestFirst[] = {Isa::avx512_bf16, Isa::avx512, Isa::avx2, Isa::portable};
 
-// The features here are those of the compiler flags in setup.py. __builtin_cpu_supports also asks whether the operating
-// system saves the registers.
+// These features match the compiler flags in setup.py. __builtin_cpu_supports also checks that the operating system
+// saves the registers.
 bool machine_runs(Isa isa) {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");

@@ -1,21 +1,21 @@
-// The instruction sets that csrc/cpu/kernels is compiled for, and the choice among them at run time.
+// The instruction sets that csrc/cpu/kernels is compiled for, and their dispatch at run time.
 //
 // A kernel file exports functions in refrag::cpu::REFRAG_ISA. Its header declares each of them with
 //
 //   REFRAG_DECLARE_KERNEL(void, attention_forward, const AttentionParams& params);
 //
-// and the code that calls it takes the one for this machine with REFRAG_KERNEL(attention_forward).
+// and callers select the version for this machine with REFRAG_KERNEL(attention_forward).
 //
-// Kernel files include this header, so it must not include any that defines inline functions: the linker keeps one copy
-// of those, which may be one that was compiled for AVX-512.
+// Kernel files include this header, so it must not include headers that define inline functions: the linker keeps one
+// copy of each, which may be the one compiled for AVX-512.
 #pragma once
 
 namespace refrag::cpu {
 
 enum class Isa : int { portable, avx2, avx512, avx512_bf16 };
 
-// The best one that this machine can run and the environment variable REFRAG_KERNELS_ISA allows. The variable is read
-// once; a value that is unknown or that the machine can't run throws.
+// The best instruction set that this machine supports and that the environment variable REFRAG_KERNELS_ISA allows. The
+// variable is read once. Throws if its value is unknown or not supported by the machine.
 Isa active_isa();
 
 const char* name_of(Isa isa);

@@ -1,4 +1,4 @@
-// What csrc/cpu/linear.cpp asks of the kernel of a linear layer on few rows, which is compiled once per instruction set.
+// Interface between csrc/cpu/linear.cpp and the small-M linear kernel, which is compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,23 +8,23 @@
 
 namespace refrag::cpu {
 
-// Rows of the weights that are summed together: the lanes of a register.
-inline constexpr int kLinearPanel = 16;
+// Output features per tile: one for each lane of a vector.
+inline constexpr int kLinearTile = 16;
 
 struct LinearParams {
   Element element;
   const char* x;
   int64_t x_row_bytes;
-  int32_t count;  // rows of x
+  int32_t num_rows;  // rows of x
   const char* weight;
   int64_t weight_row_bytes;
-  int32_t width;  // of the rows of both
-  int32_t outputs;
+  int32_t in_features;
+  int32_t out_features;
   const char* bias;  // null: none
-  char* out;         // [count, outputs]
+  char* out;         // [num_rows, out_features]
 };
 
-// Outputs [begin, end) of every row; `begin` is a multiple of kLinearPanel.
+// Outputs [begin, end) of every row; `begin` is a multiple of kLinearTile.
 REFRAG_DECLARE_KERNEL(void, linear_rows, const LinearParams& params, int32_t begin, int32_t end);
 
 }  // namespace refrag::cpu

@@ -1,4 +1,4 @@
-// The CPU ops that ops.cpp registers. Arguments are those of the schemas, in their order.
+// The CPU ops that ops.cpp registers. Arguments match the schemas.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -26,7 +26,7 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight, const std::optional<Te
 
 Tensor pool_chunks(const Tensor& hidden, const Tensor& chunk_offsets, std::string mode);
 
-// Copies of the weights in the form that the kernels read; empty where they read the tensors themselves.
+// Packs the weights into the layout that the kernels read; empty if they read the tensors themselves.
 Tensor pack_projection(const Tensor& w1, const Tensor& w2);
 
 Tensor project_chunks(const Tensor& chunks, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,

@@ -1,8 +1,9 @@
-// paged_attention, append_kv and merge_states on the CPU: checks, memory and threads around the kernels of
-// csrc/cpu/kernels/paged_*.cpp.
+// paged_attention, append_kv and merge_states on the CPU: checks arguments, allocates memory and runs the kernels of
+// csrc/cpu/kernels/paged_*.cpp on torch's threads.
 //
-// The values of page tables, lengths, offsets and ranges are checked here, before any work, because a wrong one would
-// read or write outside the cache. An error says no more than that: refrag_kernels/paged_values.py finds the culprit.
+// The values of page tables, lengths, offsets and ranges are checked here before any work starts, because a wrong one
+// would read or write outside the cache. The error only names the argument; refrag_kernels/paged_values.py finds the
+// value.
 #include "cpu/paged_kernels.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -24,36 +25,37 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// States up to this size are kept for the next call.
-constexpr int64_t kKeptBytes = int64_t{64} << 20;
+// Split states up to this size are kept for the next call.
+constexpr int64_t kMaxRetainedBytes = int64_t{64} << 20;
 
-// Work that is worth a trip to another thread and back: key and value numbers times the rows that they meet.
-constexpr int64_t kTaskWork = int64_t{1} << 17;
+// Least work per task, in elements of keys and values times the rows that attend to them: less is not worth handing to
+// another thread.
+constexpr int64_t kMinTaskWork = int64_t{1} << 17;
 
-// Tasks for each thread, so that the last ones to finish are short.
+// Tasks per thread: enough that the last ones to finish are short.
 constexpr int64_t kTasksPerThread = 4;
 
-const int32_t* indices(const char* name, const Tensor& tensor, int64_t dim) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.dim() == dim, name, ": needs ", dim,
+const int32_t* indices(const char* name, const Tensor& tensor, int64_t num_dims) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.dim() == num_dims, name, ": needs ", num_dims,
                   "-dimensional int32");
-  STD_TORCH_CHECK(tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1, name,
+  STD_TORCH_CHECK(tensor.size(num_dims - 1) <= 1 || tensor.stride(num_dims - 1) == 1, name,
                   ": needs a contiguous last dimension");
   return static_cast<const int32_t*>(tensor.const_data_ptr());
 }
 
-void check_rows(const char* name, const Tensor& tensor, int64_t dim, Element element) {
-  STD_TORCH_CHECK(tensor.dim() == dim && element_of(tensor) == element, name, ": needs ", dim,
+void check_rows(const char* name, const Tensor& tensor, int64_t num_dims, Element element) {
+  STD_TORCH_CHECK(tensor.dim() == num_dims && element_of(tensor) == element, name, ": needs ", num_dims,
                   " dimensions and the others' dtype");
-  STD_TORCH_CHECK(tensor.size(dim - 1) <= 1 || tensor.stride(dim - 1) == 1, name,
+  STD_TORCH_CHECK(tensor.size(num_dims - 1) <= 1 || tensor.stride(num_dims - 1) == 1, name,
                   ": needs a contiguous last dimension");
 }
 
-// The cache and its tables, as both ops take them.
+// The paged cache and its tables, as both ops take them.
 struct Cache {
   Element element;
   PagedPages k, v;
-  int64_t num_pages, page, heads, dim, sequences, max_pages;
-  const int32_t *table, *lengths, *offsets;  // offsets: null for one row a sequence
+  int64_t num_pages, page_size, heads, head_dim, sequences, max_pages;
+  const int32_t *table, *lengths, *offsets;  // offsets: null if each sequence has one row
   int64_t table_stride;
 
   Cache(const Tensor& k_pages, const Tensor& v_pages, const Tensor& page_table, const Tensor& kv_lengths,
@@ -63,12 +65,13 @@ struct Cache {
     check_rows("v_pages", v_pages, 4, element);
     for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(k_pages.size(i) == v_pages.size(i), "v_pages: needs k_pages' shape");
     num_pages = k_pages.size(0);
-    page = k_pages.size(1);
+    page_size = k_pages.size(1);
     heads = k_pages.size(2);
-    dim = k_pages.size(3);
-    STD_TORCH_CHECK(page > 0 && heads > 0 && dim > 0 && dim % 8 == 0 && dim <= 256, "k_pages: shape not supported");
-    k = pages(k_pages);
-    v = pages(v_pages);
+    head_dim = k_pages.size(3);
+    STD_TORCH_CHECK(page_size > 0 && heads > 0 && head_dim > 0 && head_dim % 8 == 0 && head_dim <= 256,
+                    "k_pages: shape not supported");
+    k = page_view(k_pages);
+    v = page_view(v_pages);
     table = indices("page_table", page_table, 2);
     lengths = indices("kv_lengths", kv_lengths, 1);
     sequences = kv_lengths.size(0);
@@ -82,26 +85,26 @@ struct Cache {
   int64_t first_row(int64_t sequence) const { return offsets == nullptr ? sequence : offsets[sequence]; }
   int64_t rows(int64_t sequence) const { return first_row(sequence + 1) - first_row(sequence); }
 
-  // In an `append` only the new rows' pages are needed; else those of all keys, and rows without keys are allowed.
+  // An `append` needs only the pages of the new rows; attention needs those of all keys, and allows rows without keys.
   void check_values(int64_t num_rows, bool append) const {
     STD_TORCH_CHECK(first_row(0) == 0 && first_row(sequences) == num_rows, "q_offsets: not from 0 to the number of rows");
     for (int64_t b = 0; b < sequences; ++b) {
       const int64_t length = lengths[b], count = rows(b);
-      STD_TORCH_CHECK(length >= 0 && length <= max_pages * page, "kv_lengths: out of range");
+      STD_TORCH_CHECK(length >= 0 && length <= max_pages * page_size, "kv_lengths: out of range");
       STD_TORCH_CHECK(count >= 0, "q_offsets: not ascending");
       STD_TORCH_CHECK(count <= length || (!append && (length == 0 || offsets == nullptr)),
                       "kv_lengths: fewer keys than rows");
-      const int64_t used = (length + page - 1) / page;
+      const int64_t pages = (length + page_size - 1) / page_size;
       bool fits = true;
-      for (int64_t slot = append ? (length - count) / page : 0; slot < used; ++slot) {
-        fits &= static_cast<uint32_t>(table[b * table_stride + slot]) < static_cast<uint64_t>(num_pages);
+      for (int64_t page_index = append ? (length - count) / page_size : 0; page_index < pages; ++page_index) {
+        fits &= static_cast<uint32_t>(table[b * table_stride + page_index]) < static_cast<uint64_t>(num_pages);
       }
       STD_TORCH_CHECK(fits, "page_table: a page outside k_pages");
     }
   }
 
  private:
-  PagedPages pages(const Tensor& tensor) const {
+  PagedPages page_view(const Tensor& tensor) const {
     const int64_t bytes = bytes_of(element);
     return {static_cast<const char*>(tensor.const_data_ptr()), tensor.stride(0) * bytes, tensor.stride(1) * bytes,
             tensor.stride(2) * bytes};
@@ -122,19 +125,20 @@ void check_ranges(const int32_t* indptr, int64_t rows, const int32_t* ranges, in
   }
 }
 
-// The keys of one block, and the states that they are taken in.
-struct Unit {
+// A block of query rows and heads with its keys. The unit of scheduling: one task runs all of its splits in order, or
+// each split is a task of its own.
+struct WorkItem {
   PagedBlock block;
-  int first_key, last_key;  // the first is the start of a split
+  int first_key, last_key;  // first_key is the start of a split
   int splits;
-  bool walked;      // by one task, which keeps one state; otherwise a task and a state for each split
-  int64_t states;   // where the unit's states are, in floats; unused when walked
-  int64_t remaining;  // index of the counter of splits that are still to be done
+  bool sequential;    // whether one task runs all splits
+  int64_t states;     // otherwise: offset of the splits' states, in floats,
+  int64_t remaining;  // and index of the counter of splits that are not done yet
 };
 
 struct Task {
-  int64_t unit;
-  int split;  // -1: all of them
+  int64_t item;
+  int split;  // -1: all splits
   int64_t work;
 };
 
@@ -142,7 +146,7 @@ class Attention {
  public:
   Attention(const PagedParams& params, const Cache& cache, int64_t num_rows)
       : params_(params), cache_(cache), threads_(std::max<int64_t>(1, torch::stable::get_num_threads())) {
-    make_units(num_rows);
+    make_work_items(num_rows);
     make_tasks();
   }
 
@@ -160,120 +164,125 @@ class Attention {
     run_tasks(static_cast<int64_t>(tasks_.size()), grain_, [&](int64_t index) {
       thread_local Workspace kept_scratch;
       const Task task = tasks_[index];
-      const Unit& unit = units_[task.unit];
-      const int64_t size = floats(params_, unit.block);
-      // For the kernel, and for two states.
-      const int64_t bytes = scratch_bytes(params_, unit.block);
+      const WorkItem& item = work_items_[task.item];
+      const int64_t size = floats(params_, item.block);
+      // The kernel's scratch memory, and two states.
+      const int64_t bytes = scratch_bytes(params_, item.block);
       char* scratch = kept_scratch.at_least(bytes + 2 * size * 4);
       float* total = reinterpret_cast<float*>(scratch + bytes);
       if (task.split >= 0) {
-        float* part = states + unit.states + task.split * size;
-        split(params_, unit.block, key_of(unit, task.split), key_of(unit, task.split + 1), part, scratch);
-        // Whoever does a unit's last split merges them all.
-        if (remaining[unit.remaining].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+        float* partial = states + item.states + task.split * size;
+        split(params_, item.block, split_start(item, task.split), split_start(item, task.split + 1), partial, scratch);
+        // The task that finishes the last split merges all of them.
+        if (remaining[item.remaining].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
       }
-      empty(params_, unit.block, total);
-      for (int i = 0; i < unit.splits; ++i) {
-        float* part = unit.walked ? total + size : states + unit.states + i * size;
-        if (unit.walked) split(params_, unit.block, key_of(unit, i), key_of(unit, i + 1), part, scratch);
-        merge(params_, unit.block, total, part);
+      empty(params_, item.block, total);
+      for (int i = 0; i < item.splits; ++i) {
+        float* partial = item.sequential ? total + size : states + item.states + i * size;
+        if (item.sequential)
+          split(params_, item.block, split_start(item, i), split_start(item, i + 1), partial, scratch);
+        merge(params_, item.block, total, partial);
       }
-      finish(params_, unit.block, total);
+      finish(params_, item.block, total);
     });
-    kept_states.trim(kKeptBytes);
+    kept_states.trim(kMaxRetainedBytes);
   }
 
  private:
   int split_keys(const PagedBlock& block) const {
-    return block.rows * params_.group > kPagedFewRows ? kPagedManyRowsSplit : kPagedFewRowsSplit;
+    return block.rows * params_.group > kPagedMaxSmallM ? kPagedLargeMSplit : kPagedSmallMSplit;
   }
 
-  int key_of(const Unit& unit, int split) const {
-    return static_cast<int>(std::min<int64_t>(unit.first_key + int64_t{split} * split_keys(unit.block), unit.last_key));
+  int split_start(const WorkItem& item, int split) const {
+    return static_cast<int>(std::min<int64_t>(item.first_key + int64_t{split} * split_keys(item.block), item.last_key));
   }
 
-  // Keys times the rows that they meet, with a little for what every key costs.
-  int64_t work(const Unit& unit, int64_t keys) const {
-    return keys * unit.block.heads * params_.dim * (2 + int64_t{unit.block.rows} * params_.group);
+  // Keys times rows, plus a constant for the cost of reading a key.
+  int64_t work(const WorkItem& item, int64_t keys) const {
+    return keys * item.block.heads * params_.head_dim * (2 + int64_t{item.block.rows} * params_.group);
   }
 
   void add_blocks(int64_t sequence, int heads) {
-    const int64_t rows = cache_.rows(sequence), most = std::max(1, kPagedMaxRows / params_.group);
-    const int64_t blocks = (rows + most - 1) / most;
+    const int64_t rows = cache_.rows(sequence), max_rows = std::max(1, kPagedMaxRows / params_.group);
+    const int64_t blocks = (rows + max_rows - 1) / max_rows;
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t first = rows * i / blocks, last = rows * (i + 1) / blocks;
-      Unit unit{};
-      unit.block.table = cache_.table + sequence * cache_.table_stride;
-      unit.block.first_row = cache_.first_row(sequence) + first;
-      unit.block.rows = static_cast<int>(last - first);
-      unit.block.position = static_cast<int>(cache_.lengths[sequence] - rows + first);
-      unit.block.heads = heads;
-      const int split = split_keys(unit.block);
-      unit.last_key = std::max(0, unit.block.position + unit.block.rows);
+      WorkItem item{};
+      item.block.table = cache_.table + sequence * cache_.table_stride;
+      item.block.first_row = cache_.first_row(sequence) + first;
+      item.block.rows = static_cast<int>(last - first);
+      item.block.position = static_cast<int>(cache_.lengths[sequence] - rows + first);
+      item.block.heads = heads;
+      const int split = split_keys(item.block);
+      item.last_key = std::max(0, item.block.position + item.block.rows);
       if (params_.window_left >= 0) {
-        unit.first_key = static_cast<int>(std::max<int64_t>(0, int64_t{unit.block.position} - params_.window_left));
-        unit.first_key = unit.first_key / split * split;
+        item.first_key = static_cast<int>(std::max<int64_t>(0, int64_t{item.block.position} - params_.window_left));
+        item.first_key = item.first_key / split * split;
       }
-      unit.splits = (unit.last_key - unit.first_key + split - 1) / split;
-      units_.push_back(unit);
+      item.splits = (item.last_key - item.first_key + split - 1) / split;
+      work_items_.push_back(item);
     }
   }
 
-  void make_units(int64_t num_rows) {
-    units_.reserve(std::max<int64_t>(cache_.sequences, num_rows * params_.group / kPagedMaxRows));
+  void make_work_items(int64_t num_rows) {
+    work_items_.reserve(std::max<int64_t>(cache_.sequences, num_rows * params_.group / kPagedMaxRows));
     const int heads = static_cast<int>(cache_.heads);
     for (int64_t b = 0; b < cache_.sequences; ++b) add_blocks(b, heads);
-    // One task takes all heads of its keys, for they are neighbours in memory. It takes fewer where there are too few
-    // tasks, and one where arithmetic is the limit. A head's result doesn't depend on its company.
+    // One item has all heads of its keys, because they are adjacent in memory. It has fewer heads if there would be too
+    // few tasks, and one head if the kernel is compute-bound. The result of a head does not depend on this.
     int64_t splits = 0;
-    for (const Unit& unit : units_) splits += std::max(1, unit.splits);
-    int fewer = heads;
-    while (fewer > 1 && splits * ((heads + fewer - 1) / fewer) < kTasksPerThread * threads_) fewer = (fewer + 1) / 2;
-    const size_t whole = units_.size();
-    for (size_t i = 0; i < whole; ++i) {
-      const int each = units_[i].block.rows * params_.group > kPagedFewRows ? 1 : fewer;
-      units_[i].block.heads = std::min(each, heads);
+    for (const WorkItem& item : work_items_) splits += std::max(1, item.splits);
+    int heads_per_item = heads;
+    while (heads_per_item > 1 &&
+           splits * ((heads + heads_per_item - 1) / heads_per_item) < kTasksPerThread * threads_) {
+      heads_per_item = (heads_per_item + 1) / 2;
+    }
+    const size_t num_blocks = work_items_.size();
+    for (size_t i = 0; i < num_blocks; ++i) {
+      const int each = work_items_[i].block.rows * params_.group > kPagedMaxSmallM ? 1 : heads_per_item;
+      work_items_[i].block.heads = std::min(each, heads);
       for (int head = each; head < heads; head += each) {
-        Unit unit = units_[i];
-        unit.block.first_head = head;
-        unit.block.heads = std::min(each, heads - head);
-        units_.push_back(unit);
+        WorkItem item = work_items_[i];
+        item.block.first_head = head;
+        item.block.heads = std::min(each, heads - head);
+        work_items_.push_back(item);
       }
     }
   }
 
   void make_tasks() {
-    int64_t all = 0;
-    for (const Unit& unit : units_) all += work(unit, unit.last_key - unit.first_key);
+    int64_t total_work = 0;
+    for (const WorkItem& item : work_items_) total_work += work(item, item.last_key - item.first_key);
     const auto floats = REFRAG_KERNEL(paged_state_floats);
-    for (size_t i = 0; i < units_.size(); ++i) {
-      Unit& unit = units_[i];
-      const int64_t mine = work(unit, unit.last_key - unit.first_key);
-      unit.walked = unit.splits <= 1 || threads_ == 1 || mine * kTasksPerThread * threads_ <= all;
-      if (unit.walked) {
-        tasks_.push_back({static_cast<int64_t>(i), -1, mine});
+    for (size_t i = 0; i < work_items_.size(); ++i) {
+      WorkItem& item = work_items_[i];
+      const int64_t item_work = work(item, item.last_key - item.first_key);
+      item.sequential = item.splits <= 1 || threads_ == 1 || item_work * kTasksPerThread * threads_ <= total_work;
+      if (item.sequential) {
+        tasks_.push_back({static_cast<int64_t>(i), -1, item_work});
         continue;
       }
-      unit.states = state_floats_;
-      state_floats_ += unit.splits * floats(params_, unit.block);
-      unit.remaining = static_cast<int64_t>(counters_.size());
-      counters_.push_back(unit.splits);
-      for (int split = 0; split < unit.splits; ++split) {
-        tasks_.push_back({static_cast<int64_t>(i), split, work(unit, key_of(unit, split + 1) - key_of(unit, split))});
+      item.states = state_floats_;
+      state_floats_ += item.splits * floats(params_, item.block);
+      item.remaining = static_cast<int64_t>(counters_.size());
+      counters_.push_back(item.splits);
+      for (int split = 0; split < item.splits; ++split) {
+        tasks_.push_back(
+            {static_cast<int64_t>(i), split, work(item, split_start(item, split + 1) - split_start(item, split))});
       }
     }
-    const auto costlier = [](const Task& a, const Task& b) { return a.work > b.work; };
-    if (!std::is_sorted(tasks_.begin(), tasks_.end(), costlier)) {
-      std::stable_sort(tasks_.begin(), tasks_.end(), costlier);
+    const auto more_expensive = [](const Task& a, const Task& b) { return a.work > b.work; };
+    if (!std::is_sorted(tasks_.begin(), tasks_.end(), more_expensive)) {
+      std::stable_sort(tasks_.begin(), tasks_.end(), more_expensive);
     }
     const int64_t count = std::max<int64_t>(1, static_cast<int64_t>(tasks_.size()));
-    grain_ = std::clamp<int64_t>(kTaskWork / (all / count + 1), 1, count);
+    grain_ = std::clamp<int64_t>(kMinTaskWork / (total_work / count + 1), 1, count);
   }
 
   PagedParams params_;
   const Cache& cache_;
   int64_t threads_, grain_ = 1, state_floats_ = 0;
-  std::vector<Unit> units_;
+  std::vector<WorkItem> work_items_;
   std::vector<Task> tasks_;
   std::vector<int> counters_;
 };
@@ -296,11 +305,11 @@ Tensor empty_lse(const Tensor& like) {
   return torch::stable::new_empty(like, {like.size(0), like.size(1)}, ScalarType::Float);
 }
 
-// Calls rows(first, last) for all rows of [T, H, D], in pieces.
+// Calls rows(first, last) for all rows of [T, H, D], in chunks of about kMinTaskWork.
 template <class F>
 void run_rows(const Tensor& like, const F& rows) {
   const int64_t count = like.size(0);
-  const int64_t each = std::max<int64_t>(1, kTaskWork / std::max<int64_t>(1, like.size(1) * like.size(2)));
+  const int64_t each = std::max<int64_t>(1, kMinTaskWork / std::max<int64_t>(1, like.size(1) * like.size(2)));
   run_tasks((count + each - 1) / each, 1,
             [&](int64_t piece) { rows(piece * each, std::min(count, (piece + 1) * each)); });
 }
@@ -316,7 +325,7 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_page
   const Cache cache(k_pages, v_pages, page_table, kv_lengths, q_offsets);
   check_rows("q", q, 3, cache.element);
   const int64_t rows = q.size(0), heads = q.size(1), bytes = bytes_of(cache.element);
-  STD_TORCH_CHECK(q.size(2) == cache.dim && heads % cache.heads == 0, "q: doesn't fit k_pages");
+  STD_TORCH_CHECK(q.size(2) == cache.head_dim && heads % cache.heads == 0, "q: doesn't fit k_pages");
   cache.check_values(rows, false);
   PagedParams p{};
   p.element = cache.element;
@@ -325,9 +334,9 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_page
   p.q_head_bytes = q.stride(1) * bytes;
   p.k = cache.k;
   p.v = cache.v;
-  p.page = static_cast<int>(std::min<int64_t>(cache.page, std::numeric_limits<int>::max()));
+  p.page_size = static_cast<int>(std::min<int64_t>(cache.page_size, std::numeric_limits<int>::max()));
   p.group = static_cast<int>(heads / cache.heads);
-  p.dim = static_cast<int>(cache.dim);
+  p.head_dim = static_cast<int>(cache.head_dim);
   if (visible_indptr) {
     STD_TORCH_CHECK(visible_ranges && visible_indptr->size(0) == rows + 1, "visible: needs indptr [T_q + 1] and ranges");
     p.visible_indptr = indices("visible.indptr", *visible_indptr, 1);
@@ -360,22 +369,22 @@ void append_kv(const Tensor& k, const Tensor& v, Tensor k_pages, Tensor v_pages,
   const Tensor* sources[] = {&k, &v};
   for (const Tensor* source : sources) {
     check_rows("k, v", *source, 3, cache.element);
-    STD_TORCH_CHECK(source->size(0) == k.size(0) && source->size(1) == cache.heads && source->size(2) == cache.dim,
+    STD_TORCH_CHECK(source->size(0) == k.size(0) && source->size(1) == cache.heads && source->size(2) == cache.head_dim,
                     "k, v: don't fit the pages");
   }
   cache.check_values(k.size(0), true);
   const PagedPages* targets[] = {&cache.k, &cache.v};
   char* to_data[] = {static_cast<char*>(k_pages.mutable_data_ptr()), static_cast<char*>(v_pages.mutable_data_ptr())};
-  const int64_t bytes = bytes_of(cache.element), head_bytes = cache.dim * bytes;
-  // A sequence at a time where there are many, else its rows in pieces: new rows go to different places, except where
-  // sequences share a page, which the caller must not write to.
+  const int64_t bytes = bytes_of(cache.element), head_bytes = cache.head_dim * bytes;
+  // A task appends up to kRows rows of one sequence. New rows have distinct destinations unless sequences share a page,
+  // and shared pages must not be written.
   constexpr int64_t kRows = 64;
-  std::vector<std::pair<int64_t, int64_t>> pieces;  // sequence, row of its new rows
+  std::vector<std::pair<int64_t, int64_t>> pieces;  // sequence, first row among its new rows
   for (int64_t b = 0; b < cache.sequences; ++b) {
     for (int64_t row = 0; row < cache.rows(b); row += kRows) pieces.emplace_back(b, row);
   }
-  const int64_t work = std::max<int64_t>(1, std::min(kRows, k.size(0)) * cache.heads * cache.dim);
-  run_tasks(static_cast<int64_t>(pieces.size()), std::max<int64_t>(1, kTaskWork / work), [&](int64_t index) {
+  const int64_t work = std::max<int64_t>(1, std::min(kRows, k.size(0)) * cache.heads * cache.head_dim);
+  run_tasks(static_cast<int64_t>(pieces.size()), std::max<int64_t>(1, kMinTaskWork / work), [&](int64_t index) {
     const auto [b, first] = pieces[index];
     const int64_t last = std::min(first + kRows, cache.rows(b));
     for (int which = 0; which < 2; ++which) {
@@ -386,9 +395,9 @@ void append_kv(const Tensor& k, const Tensor& v, Tensor k_pages, Tensor v_pages,
       const bool whole = cache.heads == 1 || (from_head == head_bytes && target.head_bytes == head_bytes);
       for (int64_t row = first; row < last; ++row) {
         const int64_t position = cache.lengths[b] - cache.rows(b) + row;
-        const int64_t page = cache.table[b * cache.table_stride + position / cache.page];
+        const int64_t page_id = cache.table[b * cache.table_stride + position / cache.page_size];
         const char* from = from_data + (cache.first_row(b) + row) * from_row;
-        char* to = to_data[which] + page * target.page_bytes + position % cache.page * target.row_bytes;
+        char* to = to_data[which] + page_id * target.page_bytes + position % cache.page_size * target.row_bytes;
         if (whole) {
           std::memcpy(to, from, cache.heads * head_bytes);
           continue;
@@ -408,7 +417,7 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a
   p.a = states_of(out_a, lse_a, out_a);
   p.b = states_of(out_b, lse_b, out_a);
   p.heads = static_cast<int>(out_a.size(1));
-  p.dim = static_cast<int>(out_a.size(2));
+  p.head_dim = static_cast<int>(out_a.size(2));
   Tensor out = empty_out(out_a);
   Tensor lse = empty_lse(out_a);
   p.out = static_cast<char*>(out.mutable_data_ptr());
@@ -429,7 +438,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_states_backward(const Tensor& g
   p.a = states_of(out_a, lse_a, out_a);
   p.b = states_of(out_b, lse_b, out_a);
   p.heads = static_cast<int>(out_a.size(1));
-  p.dim = static_cast<int>(out_a.size(2));
+  p.head_dim = static_cast<int>(out_a.size(2));
   Tensor grad_out_a = empty_out(out_a), grad_out_b = empty_out(out_a);
   Tensor grad_lse_a = empty_lse(out_a), grad_lse_b = empty_lse(out_a);
   p.grad_out_a = static_cast<char*>(grad_out_a.mutable_data_ptr());

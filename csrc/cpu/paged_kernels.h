@@ -1,5 +1,6 @@
-// The kernels behind paged_attention and merge_states. Raw pointers; strides in bytes, so that one struct serves every
-// element type. Included by kernel files: no inline functions here (see isa.h).
+// Interface between csrc/cpu/paged.cpp and the kernels of paged_attention and merge_states. Raw pointers, and strides
+// in bytes, so that one struct serves every element type. Kernel files include this header: no inline functions (see
+// isa.h).
 #pragma once
 
 #include <cstdint>
@@ -9,17 +10,17 @@
 
 namespace refrag::cpu {
 
-// Keys are taken in splits, counted from the start of the sequence: a split's state (its softmax's maximum, denominator
-// and weighted sum) depends on nothing but its own keys, and states are merged in ascending order. So results don't
-// depend on how many threads share the splits. Splits are short where one row's keys are all there is to share (at 4,096
-// keys: 16 of them), and long where there are rows enough, so that states take little memory.
-inline constexpr int kPagedFewRowsSplit = 256;
-inline constexpr int kPagedManyRowsSplit = 2048;
+// Keys are processed in splits, counted from the start of the sequence. The state of a split (row maximum, row sum and
+// unnormalized output) depends on its own keys only, and states are merged in ascending order, so results don't depend
+// on the number of threads that share the splits. Splits are short for small M, where the keys of one row are all the
+// available parallelism (16 splits at 4,096 keys), and long for large M, so that states take little memory.
+inline constexpr int kPagedSmallMSplit = 256;
+inline constexpr int kPagedLargeMSplit = 2048;
 
-// Up to this many rows (query rows times heads of a group) keys are read row by row, beyond it they are transposed first:
-// there the transposition (64 shuffles for 256 numbers) is cheaper than adding up a register's lanes for each product.
-// Measured with 4,096 keys of 8 heads and D 128: 16 rows 3.5 against 4.6 ms, 32 rows 6.1 against 5.7.
-inline constexpr int kPagedFewRows = 16;
+// Up to this many rows (query rows times heads of a group), keys are read row by row. Beyond it they are transposed
+// first, which is then cheaper (64 shuffles per 256 elements) than a horizontal sum for each dot product. Measured with
+// 4,096 keys, 8 heads and head_dim 128: 16 rows 3.5 against 4.6 ms, 32 rows 6.1 against 5.7.
+inline constexpr int kPagedMaxSmallM = 16;
 inline constexpr int kPagedMaxRows = 60;
 
 struct PagedPages {
@@ -32,10 +33,10 @@ struct PagedParams {
   const char* q;
   int64_t q_row_bytes, q_head_bytes;
   PagedPages k, v;
-  int page, group, dim;
-  const int32_t* visible_indptr;  // null: every row sees every key
+  int page_size, group, head_dim;
+  const int32_t* visible_indptr;  // null: every row attends to every key
   const int32_t* visible_ranges;
-  int64_t range_stride;  // in numbers
+  int64_t range_stride;  // in elements
   int window_left;       // -1: no bound
   float scale, softcap;  // softcap 0: none
   const float* sinks;    // or null
@@ -44,26 +45,27 @@ struct PagedParams {
   int q_heads;
 };
 
-// Neighbouring query rows of one sequence, and neighbouring key/value heads.
+// Consecutive query rows of one sequence, and consecutive key/value heads.
 struct PagedBlock {
-  const int32_t* table;  // the sequence's pages
+  const int32_t* table;  // page table of the sequence
   int64_t first_row;     // in q
-  int rows, position;    // of the first row in its sequence
+  int rows, position;    // position of the first row in the sequence
   int first_head, heads;
 };
 
-// A state: weighted sums [heads, rows * group, dim rounded up to 16], then maxima and denominators [heads, rows * group].
+// A state: unnormalized outputs [heads, rows * group, head_dim rounded up to 16], then row maxima and row sums, each
+// [heads, rows * group].
 REFRAG_DECLARE_KERNEL(int64_t, paged_state_floats, const PagedParams& params, const PagedBlock& block);
 REFRAG_DECLARE_KERNEL(int64_t, paged_scratch_bytes, const PagedParams& params, const PagedBlock& block);
 
-// The state of keys [begin, end), of one split.
+// Computes the state of one split, keys [begin, end).
 REFRAG_DECLARE_KERNEL(void, paged_split, const PagedParams& params, const PagedBlock& block, int begin, int end,
                       float* state, char* scratch);
 REFRAG_DECLARE_KERNEL(void, paged_empty, const PagedParams& params, const PagedBlock& block, float* state);
-// Takes the keys of `part` into `total`.
+// Merges `partial` into `total`.
 REFRAG_DECLARE_KERNEL(void, paged_merge, const PagedParams& params, const PagedBlock& block, float* total,
-                      const float* part);
-// Writes out and lse.
+                      const float* partial);
+// Normalizes the state and writes `out` and `lse`.
 REFRAG_DECLARE_KERNEL(void, paged_finish, const PagedParams& params, const PagedBlock& block, const float* state);
 
 struct StatesRows {
@@ -76,7 +78,7 @@ struct StatesRows {
 struct StatesParams {
   Element element;
   StatesRows a, b;
-  int heads, dim;
+  int heads, head_dim;
   char* out;   // [T, H, D]
   float* lse;  // [T, H]
 };
@@ -86,7 +88,7 @@ struct StatesBackwardParams {
   const char* grad_out;   // [T, H, D]
   const float* grad_lse;  // [T, H]
   StatesRows a, b;
-  int heads, dim;
+  int heads, head_dim;
   char *grad_out_a, *grad_out_b;   // [T, H, D]
   float *grad_lse_a, *grad_lse_b;  // [T, H]
 };

@@ -1,4 +1,5 @@
-// project_chunks and embed_mixed on the CPU: checks, memory and threads around csrc/cpu/kernels/projection.cpp.
+// project_chunks and embed_mixed on the CPU: checks arguments, allocates memory and runs
+// csrc/cpu/kernels/projection.cpp on torch's threads.
 #include "cpu/projection_kernels.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -17,13 +18,13 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Rows of text that are worth a trip to another thread.
-constexpr int64_t kGatherGrain = 64;
+// Rows of text that one task gathers: fewer are not worth handing to another thread.
+constexpr int64_t kRowsPerTask = 64;
 // Rows of a weight matrix that one task copies.
-constexpr int64_t kCopyGrain = 64;
+constexpr int64_t kWeightRowsPerTask = 64;
 
-thread_local Workspace copies_memory;   // of the thread that calls an op
-thread_local Workspace scratch_memory;  // of every thread that runs tasks
+thread_local Workspace copies_workspace;   // of the thread that calls an op
+thread_local Workspace scratch_workspace;  // of every thread that runs tasks
 
 Matrix matrix(const char* name, const Tensor& tensor, Element element) {
   STD_TORCH_CHECK(tensor.dim() == 2 && element_of(tensor) == element, name, ": needs two dimensions and w1's dtype");
@@ -47,7 +48,7 @@ const char* bias(const char* name, const std::optional<Tensor>& tensor, int64_t 
   return static_cast<const char*>(tensor->const_data_ptr());
 }
 
-// Bytes of the copies that the kernels need of the two weights; 0 where they read the tensors.
+// Bytes of the packed copies of the two weights; 0 where the kernels read the tensors themselves.
 struct CopySizes {
   int64_t first, second;
 };
@@ -56,8 +57,8 @@ CopySizes copy_sizes(Element element, const Tensor& w1, const Tensor& w2) {
   const auto copies = REFRAG_KERNEL(projection_copies_weights);
   const auto row_bytes = REFRAG_KERNEL(projection_row_bytes);
   auto size = [&](const Tensor& weight) {
-    const int32_t width = static_cast<int32_t>(weight.size(1));
-    return copies(element, width) ? weight.size(0) * row_bytes(element, width) : 0;
+    const int32_t cols = static_cast<int32_t>(weight.size(1));
+    return copies(element, cols) ? weight.size(0) * row_bytes(element, cols) : 0;
   };
   return {size(w1), size(w2)};
 }
@@ -65,10 +66,10 @@ CopySizes copy_sizes(Element element, const Tensor& w1, const Tensor& w2) {
 void copy_weight(Element element, const Matrix& source, const Tensor& weight, char* copy) {
   const int64_t rows = weight.size(0);
   const auto kernel = REFRAG_KERNEL(projection_copy);
-  const int64_t pieces = (rows + kCopyGrain - 1) / kCopyGrain;
+  const int64_t pieces = (rows + kWeightRowsPerTask - 1) / kWeightRowsPerTask;
   run_tasks(pieces, 1, [&](int64_t piece) {
-    kernel(element, source, static_cast<int32_t>(weight.size(1)), static_cast<int32_t>(piece * kCopyGrain),
-           static_cast<int32_t>(std::min(rows, (piece + 1) * kCopyGrain)), copy);
+    kernel(element, source, static_cast<int32_t>(weight.size(1)), static_cast<int32_t>(piece * kWeightRowsPerTask),
+           static_cast<int32_t>(std::min(rows, (piece + 1) * kWeightRowsPerTask)), copy);
   });
 }
 
@@ -96,7 +97,7 @@ ProjectionParams params_of(const Tensor& chunks, const Tensor& w1, const std::op
                     "packed: needs what pack_projection made of these weights");
     copies = static_cast<char*>(const_cast<void*>(packed->const_data_ptr()));
   } else if (sizes.first + sizes.second > 0) {
-    copies = copies_memory.at_least(sizes.first + sizes.second);
+    copies = copies_workspace.at_least(sizes.first + sizes.second);
     if (sizes.first) copy_weight(p.element, p.w1, w1, copies);
     if (sizes.second) copy_weight(p.element, p.w2, w2, copies + sizes.first);
   }
@@ -108,14 +109,16 @@ ProjectionParams params_of(const Tensor& chunks, const Tensor& w1, const std::op
 
 void run(const ProjectionParams& p, int64_t count) {
   if (count == 0) return;
-  const int64_t threads = torch::stable::get_num_threads(), panels = (count + 15) / 16;
-  const int64_t width = 16 * std::clamp<int64_t>((panels + threads - 1) / threads, 1, kProjectionPanels);
-  const int64_t tasks = (count + width - 1) / width;
+  const int64_t threads = torch::stable::get_num_threads(), chunk_tiles = (count + 15) / 16;
+  const int64_t chunks_per_task =
+      16 * std::clamp<int64_t>((chunk_tiles + threads - 1) / threads, 1, kProjectionChunkTiles);
+  const int64_t tasks = (count + chunks_per_task - 1) / chunks_per_task;
   const int64_t scratch = REFRAG_KERNEL(projection_scratch)(p);
   const auto kernel = REFRAG_KERNEL(project);
   run_tasks(tasks, 1, [&](int64_t task) {
-    kernel(p, static_cast<int32_t>(task * width), static_cast<int32_t>(std::min(width, count - task * width)),
-           scratch_memory.at_least(scratch));
+    kernel(p, static_cast<int32_t>(task * chunks_per_task),
+           static_cast<int32_t>(std::min(chunks_per_task, count - task * chunks_per_task)),
+           scratch_workspace.at_least(scratch));
   });
 }
 
@@ -154,7 +157,7 @@ Tensor embed_mixed(const Tensor& token_ids, const Tensor& token_table, const Ten
   const int32_t* slots = static_cast<const int32_t*>(slot_of_row.const_data_ptr());
   const int64_t vocabulary = token_table.size(0);
 
-  // One pass finds bad indices (their error is made in Python, which names them) and counts the rows of each chunk.
+  // One pass finds bad indices (Python makes the error message that names them) and counts the rows of each chunk.
   std::vector<int32_t> offsets(count + 1);
   for (int64_t row = 0; row < rows; ++row) {
     const int32_t slot = slots[row];
@@ -162,12 +165,12 @@ Tensor embed_mixed(const Tensor& token_ids, const Tensor& token_table, const Ten
                     "bad index in row ", row);
     if (slot >= 0) ++offsets[slot + 1];
   }
-  // Only chunks that stand somewhere are projected.
+  // Project only the chunks that some row uses.
   std::vector<int32_t> used, first{0};
   for (int64_t chunk = 0; chunk < count; ++chunk) {
-    const int32_t standing = offsets[chunk + 1];
-    offsets[chunk + 1] = offsets[chunk] + standing;
-    if (standing == 0) continue;
+    const int32_t uses = offsets[chunk + 1];
+    offsets[chunk + 1] = offsets[chunk] + uses;
+    if (uses == 0) continue;
     used.push_back(static_cast<int32_t>(chunk));
     first.push_back(offsets[chunk + 1]);
   }
@@ -183,9 +186,9 @@ Tensor embed_mixed(const Tensor& token_ids, const Tensor& token_table, const Ten
   const GatherParams text{p.element, ids, slots, matrix("token_table", token_table, p.element), p.d_dec,
                           static_cast<float>(token_scale), p.out, p.out_row_bytes};
   const auto gather = REFRAG_KERNEL(gather_text);
-  run_tasks((rows + kGatherGrain - 1) / kGatherGrain, 1, [&](int64_t piece) {
-    gather(text, static_cast<int32_t>(piece * kGatherGrain),
-           static_cast<int32_t>(std::min(rows, (piece + 1) * kGatherGrain)));
+  run_tasks((rows + kRowsPerTask - 1) / kRowsPerTask, 1, [&](int64_t piece) {
+    gather(text, static_cast<int32_t>(piece * kRowsPerTask),
+           static_cast<int32_t>(std::min(rows, (piece + 1) * kRowsPerTask)));
   });
   run(p, static_cast<int64_t>(used.size()));
   return out;

@@ -1,8 +1,8 @@
-// What csrc/cpu/projection.cpp asks of the projection kernels, which are compiled once per instruction set.
+// Interface between csrc/cpu/projection.cpp and the projection kernels, which are compiled once per instruction set.
 //
-// A kernel works on a few panels of 16 chunks. Everything is kept transposed, [number][chunk]: then the rows of the weights
-// are read as they lie in memory, each number broadcast, and the hidden layer comes out in the form in which the second
-// layer reads it.
+// A kernel works on a few tiles of 16 chunks. All operands are stored transposed, as [feature][chunk]: the rows of the
+// weights are then read in memory order, with each element broadcast, and the hidden layer is produced in the layout
+// that the second layer reads.
 #pragma once
 
 #include <cstdint>
@@ -19,10 +19,10 @@ struct Matrix {
   int64_t row_bytes;
 };
 
-// Where projected chunks go. Null pointers: chunk i to row i.
+// Destinations of the projected chunks. With null pointers, chunk i goes to row i.
 struct Targets {
-  const int32_t* chunks;   // [count] which row of `chunks`
-  const int32_t* offsets;  // [count + 1] into rows
+  const int32_t* chunks;   // [count] rows of `chunks`
+  const int32_t* offsets;  // [count + 1] into `rows`
   const int32_t* rows;     // rows of the output
 };
 
@@ -31,35 +31,35 @@ struct ProjectionParams {
   Activation activation;
   int32_t d_enc, hidden, d_dec;
   Matrix chunks;
-  Matrix w1, w2;  // as projection_copies_weights tells: the tensors, or copies made by projection_copy
-  const char *b1, *b2;  // of the element's type; null: none
+  Matrix w1, w2;        // the tensors, or copies made by projection_copy; see projection_copies_weights
+  const char *b1, *b2;  // in the element type; null: no bias
   Targets targets;
   char* out;
   int64_t out_row_bytes;
 };
 
-// Chunks that one call takes: more don't fit in the caches beside the weights.
-inline constexpr int kProjectionPanels = 4;
+// Tiles of 16 chunks per call: more don't fit in the caches beside the weights.
+inline constexpr int kProjectionChunkTiles = 4;
 
-// Whether the kernels need a copy of a weight matrix with rows of `width` elements, and the bytes of a copied row.
-REFRAG_DECLARE_KERNEL(bool, projection_copies_weights, Element element, int32_t width);
-REFRAG_DECLARE_KERNEL(int64_t, projection_row_bytes, Element element, int32_t width);
+// Whether the kernels need a packed copy of a weight matrix with `cols` columns, and the bytes of a packed row.
+REFRAG_DECLARE_KERNEL(bool, projection_copies_weights, Element element, int32_t cols);
+REFRAG_DECLARE_KERNEL(int64_t, projection_row_bytes, Element element, int32_t cols);
 
-REFRAG_DECLARE_KERNEL(void, projection_copy, Element element, const Matrix& source, int32_t width, int32_t begin,
+REFRAG_DECLARE_KERNEL(void, projection_copy, Element element, const Matrix& source, int32_t cols, int32_t begin,
                       int32_t end, char* copy);
 
 REFRAG_DECLARE_KERNEL(int64_t, projection_scratch, const ProjectionParams& params);
 
-// Projects entries [first, first + count) of the targets, at most 16 * kProjectionPanels.
+// Projects targets [first, first + count), at most 16 * kProjectionChunkTiles.
 REFRAG_DECLARE_KERNEL(void, project, const ProjectionParams& params, int32_t first, int32_t count, char* scratch);
 
-// out row = table row * scale, for rows [begin, end) without a slot.
+// out[row] = table[token_ids[row]] * scale, for rows [begin, end) without a slot.
 struct GatherParams {
   Element element;
   const int64_t* token_ids;
   const int32_t* slot_of_row;
   Matrix table;
-  int32_t width;
+  int32_t hidden_size;
   float scale;
   char* out;
   int64_t out_row_bytes;

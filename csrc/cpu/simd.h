@@ -1,8 +1,8 @@
-// Sixteen floats at a time, on every instruction set: one zmm register, two ymm or four xmm. Kernels are written once
-// against Vec, and results have one shape whatever the machine.
+// A vector of sixteen floats for every instruction set: one zmm register, two ymm or four xmm. Kernels are written once
+// against Vec, and results have the same shape on every machine.
 //
-// For kernel files only: everything is in the namespace of the instruction set being compiled for, so that the linker
-// can't give one file's inline functions to another.
+// Include in kernel files only. Everything is in the namespace of the instruction set that is compiled for, so that the
+// linker can't replace one file's inline functions by another's.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 #if defined(__SSE2__)
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC 12's own headers set off these warnings (its bug 105593).
+// GCC 12's own headers trigger these warnings (GCC bug 105593).
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -50,7 +50,7 @@ struct VecI {
   PartI part[kParts];
 };
 
-// Which lanes: a mask register with AVX-512, otherwise all bits of a lane set or none.
+// Selects lanes: a mask register with AVX-512, otherwise all bits of a selected lane.
 #if defined(__AVX512F__)
 struct Mask {
   __mmask16 bits;
@@ -85,7 +85,7 @@ REFRAG_BINARY(VecI, |)
 REFRAG_BINARY(VecI, ^)
 #undef REFRAG_BINARY
 
-// As unsigned numbers: sums of the bits of floats may overflow, and then wrap.
+// Computed as unsigned, because sums of the bits of floats may wrap around.
 #define REFRAG_WRAPPING(op)                                                                                \
   REFRAG_INLINE VecI operator op(const VecI a, const VecI b) {                                             \
     VecI r;                                                                                                \
@@ -136,7 +136,7 @@ REFRAG_INLINE VecI shift_left(const VecI a) {
   return r;
 }
 
-// Zeros come in from the left.
+// Logical shift: fills with zeros.
 template <int kBits>
 REFRAG_INLINE VecI shift_right(const VecI a) {
   using Unsigned [[gnu::vector_size(kPartLanes * 4)]] = uint32_t;
@@ -145,7 +145,7 @@ REFRAG_INLINE VecI shift_right(const VecI a) {
   return r;
 }
 
-// a * b + c, rounded once where the machine can.
+// a * b + c, rounded once where the hardware supports it.
 REFRAG_INLINE Vec fma(const Vec a, const Vec b, const Vec c) {
   Vec r;
 #if defined(__AVX512F__)
@@ -158,7 +158,7 @@ REFRAG_INLINE Vec fma(const Vec a, const Vec b, const Vec c) {
   return r;
 }
 
-// Of two numbers of which one is NaN, max and min give b.
+// If either operand is NaN, max and min return b.
 REFRAG_INLINE Vec max(const Vec a, const Vec b) {
   Vec r;
 #if defined(__AVX512F__)
@@ -197,7 +197,7 @@ REFRAG_INLINE Vec sqrt(const Vec a) {
   return r;
 }
 
-// False where one of the two is NaN.
+// False where either operand is NaN.
 REFRAG_INLINE Mask less(const Vec a, const Vec b) {
   Mask r;
 #if defined(__AVX512F__)
@@ -229,7 +229,7 @@ REFRAG_INLINE Mask less_int(const VecI a, const VecI b) {
   return r;
 }
 
-// Lanes of which a and b share a bit.
+// True in the lanes where a & b is nonzero.
 REFRAG_INLINE Mask any_bit(const VecI a, const VecI b) {
   Mask r;
 #if defined(__AVX512F__)
@@ -240,7 +240,7 @@ REFRAG_INLINE Mask any_bit(const VecI a, const VecI b) {
   return r;
 }
 
-// yes where the mask is set, no elsewhere.
+// `yes` where the mask is set, `no` elsewhere.
 REFRAG_INLINE Vec select(const Mask mask, const Vec yes, const Vec no) {
   Vec r;
 #if defined(__AVX512F__)
@@ -258,7 +258,7 @@ REFRAG_INLINE VecI select_int(const Mask mask, const VecI yes, const VecI no) {
   return as_int(select(mask, as_float(yes), as_float(no)));
 }
 
-// Loads and stores of any alignment; `count` is 1 to 16, lanes beyond load as 0 and are not stored.
+// Unaligned loads and stores. `count` is 1 to 16; lanes beyond it load as 0 and are not stored.
 
 REFRAG_INLINE Vec load(const float* p) {
   Vec r;
@@ -278,7 +278,7 @@ REFRAG_INLINE void store_int(void* p, const VecI a) { std::memcpy(p, &a, sizeof(
 
 REFRAG_INLINE Vec zero_vec() { return broadcast(0.0f); }
 
-// Sixteen 16-bit numbers, each in the low half of a lane.
+// Zero-extends sixteen 16-bit values to the lanes.
 REFRAG_INLINE VecI load_u16(const uint16_t* p) {
   VecI r;
 #if defined(__AVX512F__)
@@ -297,7 +297,7 @@ REFRAG_INLINE VecI load_u16(const uint16_t* p) {
   return r;
 }
 
-// The low halves of the lanes, which must be 0 to 65535.
+// Stores the low halves of the lanes, whose values must be 0 to 65535.
 REFRAG_INLINE void store_u16(uint16_t* p, const VecI a) {
 #if defined(__AVX512F__)
   const __m256i raw = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(a.part[0]));
@@ -313,7 +313,7 @@ REFRAG_INLINE void store_u16(uint16_t* p, const VecI a) {
 #endif
 }
 
-// Round to nearest even; NaN stays NaN.
+// Rounds to nearest even; preserves NaN.
 REFRAG_INLINE VecI bits_of_bf16(const Vec a) {
   const VecI bits = as_int(a);
   const VecI odd = shift_right<16>(bits) & broadcast_int(1);
@@ -325,7 +325,7 @@ REFRAG_INLINE VecI bits_of_bf16(const Vec a) {
 #if !defined(__F16C__) && !defined(__AVX512F__)
 REFRAG_INLINE Vec float_of_half(const VecI half) {
   const VecI magnitude = half & broadcast_int(0x7fff);
-  // Shifted into a float's place, the exponent is 112 too small; the product also puts subnormals right.
+  // After the shift the exponent is too small by 112. The product corrects that, and normalizes subnormals.
   const Vec scaled = as_float(shift_left<13>(magnitude)) * broadcast(0x1p112f);
   const VecI special = shift_left<13>(magnitude) | broadcast_int(0x7f800000);
   const VecI value = select_int(less_int(magnitude, broadcast_int(0x7c00)), as_int(scaled), special);
@@ -337,7 +337,7 @@ REFRAG_INLINE VecI bits_of_half(const Vec a) {
   const VecI magnitude = bits & broadcast_int(0x7fffffff);
   const VecI odd = shift_right<13>(magnitude) & broadcast_int(1);
   const VecI normal = shift_right<13>(magnitude - broadcast_int(112 << 23) + broadcast_int(0xfff) + odd);
-  // Adding 0.5 leaves a subnormal half's bits, rounded, at the end of the sum's mantissa.
+  // Adding 0.5 leaves the rounded bits of a subnormal half at the end of the sum's mantissa.
   const VecI subnormal = as_int(as_float(magnitude) + broadcast(0.5f)) - broadcast_int(126 << 23);
   VecI value = select_int(less_int(magnitude, broadcast_int(113 << 23)), subnormal, normal);
   const VecI special = select_int(less_int(broadcast_int(0x7f800000), magnitude), broadcast_int(0x7e00),
@@ -437,7 +437,7 @@ REFRAG_INLINE float lane_of(const Vec a, int lane) {
   return lanes[lane];
 }
 
-// Lanes are added pairwise, in an order that is the same on every machine.
+// Adds the lanes pairwise, in the same order on every machine.
 REFRAG_INLINE float reduce_add(const Vec a) {
   float lanes[kLanes];
   store(lanes, a);

@@ -1,15 +1,16 @@
-// Powers, logarithm and tanh of a Vec. For kernel files only, as simd.h.
+// exp2, exp, log2 and tanh of a Vec. Include in kernel files only, as simd.h.
 #pragma once
 
 #include "cpu/simd.h"
 
 namespace refrag::cpu::REFRAG_ISA {
 
-// 2^x for x up to 127.5: 0 below -126 and for -inf, NaN for NaN. kDegree 6 is right to 1 ulp, 4 to 2.6e-6 (enough where
-// the result is rounded to bfloat16). Polynomials: Remez on [-0.5, 0.5], least relative error.
+// 2^x for x up to 127.5; 0 below -126 and for -inf, NaN for NaN. Accurate to 1 ulp with kDegree 6 and to 2.6e-6 with 4,
+// which suffices if the result is rounded to bfloat16. Minimax polynomials of the relative error on [-0.5, 0.5]
+// (Remez).
 template <int kDegree = 6>
 REFRAG_INLINE Vec exp2_bounded(const Vec x) {
-  // 1.5 * 2^23: added, it rounds to an integer and leaves that integer in the low bits.
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
   const Vec magic = broadcast(0x1.8p23f);
   const Vec shifted = x + magic;
   const Vec fraction = x - (shifted - magic);
@@ -39,7 +40,7 @@ REFRAG_INLINE Vec exp2_bounded(const Vec x) {
   for (int i = 0; i < kParts; ++i) {
     r.part[i] = reinterpret_cast<PartF>(~(x.part[i] < low.part[i]) & result.part[i]);
   }
-  // A NaN's bits don't survive the sum above.
+  // The sum above does not preserve NaN.
   return select(equal(x, x), r, x);
 #endif
 }
@@ -47,15 +48,15 @@ REFRAG_INLINE Vec exp2_bounded(const Vec x) {
 inline constexpr float kLog2e = 0x1.715476p+0f;
 inline constexpr float kLn2 = 0x1.62e430p-1f;
 
-// e^x to about 1 ulp; 0 below -87.3, inf above 88.7.
+// e^x, accurate to about 1 ulp; 0 below -87.3, inf above 88.7.
 REFRAG_INLINE Vec exp(const Vec x) {
   const Vec bounded = min(broadcast(89.0f), max(broadcast(-150.0f), x));
   const Vec magic = broadcast(0x1.8p23f);
   const Vec n = fma(bounded, broadcast(kLog2e), magic) - magic;
-  // ln 2 in two parts (Cody and Waite); the first has 9 trailing zero bits, so its product with n is exact.
+  // ln 2 is split in two parts (Cody and Waite). The first has 9 trailing zero bits, so its product with n is exact.
   Vec r = fma(n, broadcast(-0x1.62e400p-1f), bounded);
   r = fma(n, broadcast(-0x1.7f7d1cp-20f), r);
-  // e^r by its Taylor polynomial: the next term is under 2^-27 for |r| <= 0.35.
+  // Taylor polynomial of e^r: the next term is below 2^-27 for |r| <= 0.35.
   Vec p = broadcast(1.0f / 5040);
   p = fma(p, r, broadcast(1.0f / 720));
   p = fma(p, r, broadcast(1.0f / 120));
@@ -64,7 +65,7 @@ REFRAG_INLINE Vec exp(const Vec x) {
   p = fma(p, r, broadcast(0.5f));
   p = fma(p, r, broadcast(1.0f));
   p = fma(p, r, broadcast(1.0f));
-  // 2^n in two factors, as n may be 128; both are exact.
+  // 2^n is split in two factors, because n may be 128; both are exact.
   const VecI whole = as_int(n + magic);
   const VecI half = as_int(n * broadcast(0.5f) + magic);
   const VecI one = broadcast_int(127);
@@ -74,9 +75,9 @@ REFRAG_INLINE Vec exp(const Vec x) {
   return select(less(broadcast(88.72284f), x), broadcast(__builtin_inff()), flushed);
 }
 
-// log2 of a positive normal number to about 1 ulp; -inf for 0, and NaN and inf as they are.
+// log2 of a positive normal number, accurate to about 1 ulp; -inf for 0; NaN and inf are returned unchanged.
 REFRAG_INLINE Vec log2(const Vec x) {
-  // The mantissa is taken from [sqrt(1/2), sqrt(2)), so that the result is accurate near 1.
+  // Reduce the mantissa to [sqrt(1/2), sqrt(2)), so that the result is accurate near 1.
   const VecI offset = as_int(x) - broadcast_int(0x3f3504f3);
   const VecI exponent = shift_right<23>(offset + broadcast_int(128 << 23)) - broadcast_int(128);
   const Vec m = as_float(as_int(x) - shift_left<23>(exponent)) - broadcast(1.0f);
@@ -94,14 +95,14 @@ REFRAG_INLINE Vec log2(const Vec x) {
   const Vec tail = fma(p * m, square, square * broadcast(-0.5f));
   const Vec magic = broadcast(0x1.8p23f);
   const Vec n = as_float(exponent + as_int(magic)) - magic;
-  // log2(e) in two parts, the first short enough that its product with m keeps the rounding small near x = 1.
+  // log2(e) is split in two parts, the first short enough that its product with m keeps the rounding small near x = 1.
   const Vec low = fma(tail, broadcast(kLog2e), m * broadcast(0x1.4ae0cp-26f));
   const Vec result = n + fma(m, broadcast(kLog2e), low);
   const Vec positive = select(equal(x - x, zero_vec()), result, x);
   return select(equal(x, zero_vec()), broadcast(-__builtin_inff()), positive);
 }
 
-// To about 2 ulp.
+// Accurate to about 2 ulp.
 REFRAG_INLINE Vec tanh(const Vec x) {
   const VecI sign = as_int(x) & broadcast_int(static_cast<int32_t>(0x80000000));
   const Vec magnitude = as_float(as_int(x) ^ sign);

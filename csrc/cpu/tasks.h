@@ -1,4 +1,4 @@
-// Spreading tasks of unequal cost over torch's threads, and memory that they work in.
+// Dynamic scheduling of tasks over torch's threads, and the workspaces that they use.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,8 +11,9 @@
 
 namespace refrag::cpu {
 
-// Calls task(i) for every i in [0, count), each once, in that order as threads get free: put the costly ones first.
-// `grain` tasks are taken at a time. Which thread runs a task is left to chance, so results must not depend on it.
+// Calls task(i) once for every i in [0, count). Tasks are started in this order as threads become free, so the
+// expensive ones should come first. `grain` tasks are taken at a time. Results must not depend on which thread runs a
+// task.
 template <class F>
 void run_tasks(int64_t count, int64_t grain, const F& task) {
   const int64_t pieces = (count + grain - 1) / grain;
@@ -23,7 +24,7 @@ void run_tasks(int64_t count, int64_t grain, const F& task) {
   }
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    // More than one of these may be given to one thread; then the first leaves nothing to the others.
+    // torch may give several of these to one thread; the first one then leaves no tasks to the others.
     for (int64_t thread = first; thread < last; ++thread) {
       for (int64_t piece; (piece = next.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
         const int64_t end = std::min(count, (piece + 1) * grain);
@@ -33,7 +34,7 @@ void run_tasks(int64_t count, int64_t grain, const F& task) {
   });
 }
 
-// Memory that a thread keeps from call to call: fresh pages cost more than what a small call computes in them.
+// Memory that is kept from call to call, because page faults on fresh memory cost more than a small call's arithmetic.
 class Workspace {
  public:
   Workspace() = default;
@@ -41,7 +42,7 @@ class Workspace {
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() { std::free(memory_); }
 
-  // At least `bytes`, aligned to a cache line; what an earlier call returned is no longer valid.
+  // Returns at least `bytes`, aligned to a page; invalidates what an earlier call returned.
   char* at_least(int64_t bytes) {
     if (bytes > size_) {
       std::free(memory_);
@@ -54,7 +55,7 @@ class Workspace {
     return memory_;
   }
 
-  // Gives memory beyond `bytes` back.
+  // Frees the memory if it is larger than `bytes`.
   void trim(int64_t bytes) {
     if (size_ <= bytes) return;
     std::free(memory_);

@@ -1,4 +1,4 @@
-// What the CPU ops ask of a tensor.
+// The element types of the CPU ops' tensors.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

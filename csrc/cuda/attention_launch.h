@@ -1,4 +1,4 @@
-// What the launchers of mixed_attention and paged_attention share: checks and params of the queries, results, dispatch.
+// Shared by the launchers of mixed_attention and paged_attention: query checks and params, outputs, and dispatch.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,10 +11,10 @@
 
 namespace refrag::cuda {
 
-// q [q_rows, q_heads, D]: the dtype, head width and heads that the kernels are compiled for.
+// Checks that q [q_rows, q_heads, D] has a dtype, head_dim and number of heads that the kernels are compiled for.
 inline void check_queries(const torch::stable::Tensor& q, int64_t kv_heads) {
-  const int64_t width = q.size(2);
-  STD_TORCH_CHECK(width == 64 || width == 96 || width == 128, "q: got a head width of ", width,
+  const int64_t head_dim = q.size(2);
+  STD_TORCH_CHECK(head_dim == 64 || head_dim == 96 || head_dim == 128, "q: got a head width of ", head_dim,
                   ", needs 64, 96 or 128");
   STD_TORCH_CHECK(kv_heads > 0 && q.size(1) % kv_heads == 0, "q: needs a multiple of the key/value heads");
   check_16_bit("q", q);
@@ -48,20 +48,23 @@ inline void set_queries(QueryParams& params, const torch::stable::Tensor& q, int
   params.softcap = static_cast<float>(softcap);
 }
 
-// Calls `function` with the element type of q and its head width as template arguments.
+// Calls `function` with the element type and the head_dim of q as template arguments.
 template <class Function>
 void for_queries(const torch::stable::Tensor& q, const Function& function) {
-  const auto for_width = [&]<class T>() {
+  const auto for_head_dim = [&]<class T>() {
     switch (q.size(2)) {
-      case 64: return function.template operator()<T, 64>();
-      case 96: return function.template operator()<T, 96>();
-      default: return function.template operator()<T, 128>();
+      case 64:
+        return function.template operator()<T, 64>();
+      case 96:
+        return function.template operator()<T, 96>();
+      default:
+        return function.template operator()<T, 128>();
     }
   };
   if (q.scalar_type() == torch::headeronly::ScalarType::Half) {
-    for_width.template operator()<__half>();
+    for_head_dim.template operator()<__half>();
   } else {
-    for_width.template operator()<__nv_bfloat16>();
+    for_head_dim.template operator()<__nv_bfloat16>();
   }
 }
 

@@ -1,4 +1,4 @@
-// What every launcher of csrc/cuda needs from torch and from the CUDA runtime.
+// Utilities of the launchers: the current stream, device limits, checked launches and tensor checks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,7 +13,7 @@
 
 #include "cuda/device.cuh"
 
-// The torch namespace of the ops. Hugging Face's kernel builder has one for each build.
+// The torch namespace of the ops. Hugging Face's kernel builder defines one for each build.
 #ifdef TORCH_EXTENSION_NAME
 #define REFRAG_CUDA_OPS TORCH_EXTENSION_NAME
 #else
@@ -28,7 +28,7 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
   return static_cast<cudaStream_t>(stream.nativeHandle());
 }
 #else
-// Before torch 2.13 only its CUDA library tells. That is not linked, as builds without CUDA have none to load.
+// Before torch 2.13, only libtorch_cuda provides the stream. It is not linked, as CPU builds of torch lack it.
 inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
   using Function = int32_t (*)(int32_t device, void** stream);
   static const auto function = [] {
@@ -41,13 +41,13 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
 }
 #endif
 
-// Of an error that becomes an exception the runtime must forget: torch would take it for that of its own next launch.
-inline const char* take_error(cudaError_t error) {
+// Returns the error's message and clears it in the runtime, where torch would otherwise find it after its next launch.
+inline const char* consume_error(cudaError_t error) {
   static_cast<void>(cudaGetLastError());
   return cudaGetErrorString(error);
 }
 
-// Of the current device.
+// Returns the limits of the current device.
 inline SharedLimits shared_limits(const char* op) {
   int device = 0;
   SharedLimits limits = {};
@@ -55,31 +55,31 @@ inline SharedLimits shared_limits(const char* op) {
   const auto query = [&](int& value, cudaDeviceAttr attribute) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, device);
   };
-  query(limits.multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  query(limits.reserved, cudaDevAttrReservedSharedMemoryPerBlock);
-  STD_TORCH_CHECK(error == cudaSuccess, "refrag_cuda::", op, ": ", take_error(error));
+  query(limits.per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  query(limits.reserved_per_cta, cudaDevAttrReservedSharedMemoryPerBlock);
+  STD_TORCH_CHECK(error == cudaSuccess, "refrag_cuda::", op, ": ", consume_error(error));
   return limits;
 }
 
-// What a kernel may ask for without saying so first.
-constexpr int kSharedWithoutAsking = 48 << 10;
+// Dynamic shared memory that a kernel gets without raising its limit.
+constexpr int kDefaultSharedLimit = 48 << 10;
 
-// Launches a kernel of one params struct; the current device is that of `stream`. An exception tells what is wrong with the
-// launch itself; errors while the kernel runs show up at a later call.
+// Launches a kernel whose only argument is a params struct. The current device must be that of `stream`. Throws if the
+// launch fails; errors while the kernel runs are reported by a later call.
 template <class Params>
 void launch(const char* op, const char* name, void (*kernel)(Params), dim3 grid, dim3 block, int shared_bytes,
             cudaStream_t stream, const Params& params) {
-  if (shared_bytes > kSharedWithoutAsking) {
+  if (shared_bytes > kDefaultSharedLimit) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     STD_TORCH_CHECK(error == cudaSuccess, "refrag_cuda::", op, ": ", name, " needs ", shared_bytes,
-                    " bytes of shared memory: ", take_error(error));
+                    " bytes of shared memory: ", consume_error(error));
   }
   void* arguments[] = {const_cast<Params*>(&params)};
   const cudaError_t error = cudaLaunchKernel(kernel, grid, block, arguments, static_cast<size_t>(shared_bytes), stream);
-  STD_TORCH_CHECK(error == cudaSuccess, "refrag_cuda::", op, ": launch of ", name, " (grid ", grid.x, " x ", grid.y, " x ",
-                  grid.z, ", block ", block.x, " x ", block.y, " x ", block.z, ", ", shared_bytes,
-                  " bytes of shared memory) failed: ", take_error(error));
+  STD_TORCH_CHECK(error == cudaSuccess, "refrag_cuda::", op, ": launch of ", name, " (grid ", grid.x, " x ", grid.y,
+                  " x ", grid.z, ", block ", block.x, " x ", block.y, " x ", block.z, ", ", shared_bytes,
+                  " bytes of shared memory) failed: ", consume_error(error));
 }
 
 inline void check_16_bit(const char* name, const torch::stable::Tensor& tensor) {
@@ -88,7 +88,7 @@ inline void check_16_bit(const char* name, const torch::stable::Tensor& tensor) 
                   ": needs float16 or bfloat16");
 }
 
-// Checks what copies of 16 bytes along the last dimension ask for.
+// Checks dtype, device, and the alignment that copies of 16 bytes along the last dimension need.
 inline void check_rows(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& like) {
   STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, ": needs the dtype of the first argument");
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
@@ -102,7 +102,7 @@ inline void check_rows(const char* name, const torch::stable::Tensor& tensor, co
   STD_TORCH_CHECK(aligned, name, ": needs rows that start at multiples of 16 bytes");
 }
 
-// A contiguous int32 tensor on the device of `like`.
+// Returns the data of a contiguous int32 tensor on the device of `like`.
 inline const int32_t* indices(const char* name, const torch::stable::Tensor& tensor,
                               const torch::stable::Tensor& like) {
   STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Int && tensor.is_contiguous(), name,

@@ -176,8 +176,8 @@ void append_kv(const Tensor& k, const Tensor& v, Tensor k_pages, Tensor v_pages,
 template <class T>
 void launch_merge(const MergeParams& params, bool wide, cudaStream_t stream) {
   constexpr int kPack = kAccessBytes / sizeof(T);
-  const dim3 grid(static_cast<unsigned>((params.places + kRowWarps - 1) / kRowWarps)), block(kRowWarps * kWarp);
-  const auto kernel = wide && params.width % kPack == 0 ? merge_states_kernel<T, kPack> : merge_states_kernel<T, 1>;
+  const dim3 grid(static_cast<unsigned>((params.num_states + kRowWarps - 1) / kRowWarps)), block(kRowWarps * kWarp);
+  const auto kernel = wide && params.head_dim % kPack == 0 ? merge_states_kernel<T, kPack> : merge_states_kernel<T, 1>;
   launch("merge_states", "merge_states_kernel", kernel, grid, block, 0, stream, params);
 }
 

@@ -5,24 +5,24 @@
 
 namespace refrag::cuda {
 
-constexpr int kRowWarps = 4;  // warps of a block of threads, one row each
+constexpr int kRowWarps = 4;  // warps per CTA, one row each
 
 struct AppendParams {
-  const void* k;  // [rows, kv_heads, width]
+  const void* k;  // [rows, kv_heads, head_dim]
   const void* v;
-  void* k_pages;  // [num_pages, page_size, kv_heads, width]
+  void* k_pages;  // [num_pages, page_size, kv_heads, head_dim]
   void* v_pages;
   const int32_t* page_table;  // [num_sequences, max_pages]
   const int32_t* kv_lengths;  // [num_sequences]
   const int32_t* q_offsets;   // [num_sequences + 1]
-  // Bytes from one to the next.
+  // Strides in bytes.
   int64_t k_row, k_head, v_row, v_head, k_page, k_slot, k_page_head, v_page, v_slot, v_page_head;
-  int64_t table_row;   // elements
-  int64_t head_bytes;  // of one row of one head
+  int64_t table_row;   // stride in elements
+  int64_t head_bytes;  // bytes of one row of one head
   int32_t rows, num_sequences, num_pages, page_size, max_pages, kv_heads;
 };
 
-// Writes each new row to its place, in pieces of `Piece`. A row without a place in the tables is left out.
+// Writes each new row to its page, in pieces of type `Piece`. Skips rows without a place in the page table.
 template <class Piece>
 __global__ __launch_bounds__(kRowWarps * kWarp) void append_kv_kernel(const AppendParams params) {
   const int row = blockIdx.x * kRowWarps + threadIdx.x / kWarp;
@@ -58,30 +58,30 @@ __global__ __launch_bounds__(kRowWarps * kWarp) void append_kv_kernel(const Appe
 }
 
 struct MergeParams {
-  const void* out_a;  // [places, width], contiguous
+  const void* out_a;  // [num_states, head_dim], contiguous
   const float* lse_a;
   const void* out_b;
   const float* lse_b;
   void* out;
   float* lse;
-  int64_t places;
-  int32_t width;
+  int64_t num_states;
+  int32_t head_dim;
 };
 
-// Weighs each output with its share of the joint denominator; one warp a row and head, N elements a thread. An empty
-// state's output is not read: it may be NaN.
+// Merges pairs of attention states by their log-sum-exps. One warp per row and head, N elements per thread. The output
+// of an empty state is not read, because it may be NaN.
 template <class T, int N>
 __global__ __launch_bounds__(kRowWarps * kWarp) void merge_states_kernel(const MergeParams params) {
-  const int64_t place = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarp;
-  if (place >= params.places) return;
-  const float lse_a = params.lse_a[place], lse_b = params.lse_b[place];
-  const float top = fmaxf(lse_a, lse_b), base = top == minus_infinity() ? 0.0f : top;
-  const float share_a = expf(lse_a - base), share_b = expf(lse_b - base), total = share_a + share_b;
-  const float weight_a = total != 0 ? share_a / total : 0.0f, weight_b = total != 0 ? share_b / total : 0.0f;
-  const T* a = static_cast<const T*>(params.out_a) + place * params.width;
-  const T* b = static_cast<const T*>(params.out_b) + place * params.width;
-  T* out = static_cast<T*>(params.out) + place * params.width;
-  for (int column = threadIdx.x % kWarp * N; column < params.width; column += kWarp * N) {
+  const int64_t state = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarp;
+  if (state >= params.num_states) return;
+  const float lse_a = params.lse_a[state], lse_b = params.lse_b[state];
+  const float max_lse = fmaxf(lse_a, lse_b), base = max_lse == minus_infinity() ? 0.0f : max_lse;
+  const float exp_a = expf(lse_a - base), exp_b = expf(lse_b - base), total = exp_a + exp_b;
+  const float weight_a = total != 0 ? exp_a / total : 0.0f, weight_b = total != 0 ? exp_b / total : 0.0f;
+  const T* a = static_cast<const T*>(params.out_a) + state * params.head_dim;
+  const T* b = static_cast<const T*>(params.out_b) + state * params.head_dim;
+  T* out = static_cast<T*>(params.out) + state * params.head_dim;
+  for (int column = threadIdx.x % kWarp * N; column < params.head_dim; column += kWarp * N) {
     float sum[N] = {};
     if (lse_a != minus_infinity()) {
       const auto pack = *reinterpret_cast<const Pack<T, N>*>(a + column);
@@ -98,7 +98,7 @@ __global__ __launch_bounds__(kRowWarps * kWarp) void merge_states_kernel(const M
     for (int i = 0; i < N; ++i) result.values[i] = from_float<T>(sum[i]);
     *reinterpret_cast<Pack<T, N>*>(out + column) = result;
   }
-  if (threadIdx.x % kWarp == 0) params.lse[place] = total != 0 ? base + logf(total) : minus_infinity();
+  if (threadIdx.x % kWarp == 0) params.lse[state] = total != 0 ? base + logf(total) : minus_infinity();
 }
 
 }  // namespace refrag::cuda

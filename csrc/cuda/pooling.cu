@@ -22,9 +22,9 @@ PoolMode parse_mode(const std::string& mode) {
 }
 
 template <class T, int N>
-void launch_with_width(const PoolParams& params, cudaStream_t stream) {
-  // Whole warps along the width; what is left of the block takes further chunks.
-  const int64_t packs = (params.width + N - 1) / N;
+void launch_pack(const PoolParams& params, cudaStream_t stream) {
+  // Whole warps along hidden_size; the remaining threads of the CTA take further chunks.
+  const int64_t packs = (params.hidden_size + N - 1) / N;
   const int x = static_cast<int>(std::min<int64_t>((packs + kWarp - 1) / kWarp * kWarp, kPoolThreads));
   const int y = kPoolThreads / x;
   const int64_t blocks = (params.num_chunks + y - 1) / y;
@@ -36,12 +36,12 @@ template <class T>
 void launch_type(const PoolParams& params, cudaStream_t stream) {
   constexpr int kPack = kAccessBytes / sizeof(T);
   const bool aligned = reinterpret_cast<uintptr_t>(params.hidden) % kAccessBytes == 0 &&
-                       reinterpret_cast<uintptr_t>(params.out) % kAccessBytes == 0 && params.width % kPack == 0 &&
+                       reinterpret_cast<uintptr_t>(params.out) % kAccessBytes == 0 && params.hidden_size % kPack == 0 &&
                        params.hidden_stride % kPack == 0;
   if (aligned) {
-    launch_with_width<T, kPack>(params, stream);
+    launch_pack<T, kPack>(params, stream);
   } else {
-    launch_with_width<T, 1>(params, stream);
+    launch_pack<T, 1>(params, stream);
   }
 }
 

@@ -8,11 +8,11 @@ namespace refrag::cuda {
 enum class PoolMode { mean, first, last };
 
 struct PoolParams {
-  const void* hidden;            // [rows, width], elements of type T
+  const void* hidden;            // [rows, hidden_size], elements of type T
   const int32_t* chunk_offsets;  // [num_chunks + 1]
-  void* out;                     // [num_chunks, width], contiguous
+  void* out;                     // [num_chunks, hidden_size], contiguous
   int64_t rows;
-  int64_t width;
+  int64_t hidden_size;
   int64_t hidden_stride;  // elements from one row to the next
   int64_t num_chunks;
   PoolMode mode;
@@ -20,8 +20,8 @@ struct PoolParams {
 
 constexpr int kPoolThreads = 256;
 
-// The threads of a block: x along the width, N elements each; y one chunk each. Every thread walks the rows of its chunk
-// in order, so the result does not depend on the launch. A chunk whose rows are not within `hidden` gives zeros.
+// Thread x: N columns; thread y: one chunk. Every thread sums the rows of its chunk in order, so the result does not
+// depend on the launch. A chunk whose rows are not within `hidden` becomes zeros.
 template <class T, int N>
 __global__ __launch_bounds__(kPoolThreads) void pool_chunks_kernel(PoolParams params) {
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -36,8 +36,8 @@ __global__ __launch_bounds__(kPoolThreads) void pool_chunks_kernel(PoolParams pa
   const float divisor = params.mode == PoolMode::mean && valid ? static_cast<float>(length) : 1.0f;
 
   const T* hidden = static_cast<const T*>(params.hidden);
-  T* out = static_cast<T*>(params.out) + chunk * params.width;
-  for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < params.width;
+  T* out = static_cast<T*>(params.out) + chunk * params.hidden_size;
+  for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < params.hidden_size;
        column += static_cast<int64_t>(blockDim.x) * N) {
     float sum[N] = {};
 #pragma unroll 4

@@ -25,14 +25,14 @@ Activation parse_activation(const std::string& name) {
 }
 
 template <class T, int kTiles>
-void launch_tiles(const SkinnyParams& params, cudaStream_t stream) {
-  launch("project_chunks", "skinny_projection_kernel", skinny_projection_kernel<T, kTiles>,
-         dim3((params.outer + kSkinnyOuter - 1) / kSkinnyOuter), dim3(kSkinnyWarps * kWarp),
-         skinny_shared_bytes<kTiles>(), stream, params);
+void launch_tiles(const SmallMParams& params, cudaStream_t stream) {
+  launch("project_chunks", "small_m_projection_kernel", small_m_projection_kernel<T, kTiles>,
+         dim3((params.out_features + kSmallMOutTile - 1) / kSmallMOutTile), dim3(kSmallMWarps * kWarp),
+         small_m_shared_bytes<kTiles>(), stream, params);
 }
 
 template <class T>
-void launch_skinny(const SkinnyParams& params, cudaStream_t stream) {
+void launch_small_m(const SmallMParams& params, cudaStream_t stream) {
   if (params.rows <= 8) return launch_tiles<T, 1>(params, stream);
   if (params.rows <= 16) return launch_tiles<T, 2>(params, stream);
   if (params.rows <= 32) return launch_tiles<T, 4>(params, stream);
@@ -51,7 +51,7 @@ Tensor linear(const char* name, const Tensor& x, const Tensor& weights, const st
   }
   Tensor out = torch::stable::new_empty(x, {x.size(0), weights.size(0)});
   if (out.numel() == 0) return out;
-  const SkinnyParams params = {x.const_data_ptr(),
+  const SmallMParams params = {x.const_data_ptr(),
                                weights.const_data_ptr(),
                                bias ? bias->const_data_ptr() : nullptr,
                                out.mutable_data_ptr(),
@@ -62,16 +62,17 @@ Tensor linear(const char* name, const Tensor& x, const Tensor& weights, const st
                                static_cast<int32_t>(weights.size(0)),
                                activation};
   if (x.scalar_type() == ScalarType::Half) {
-    launch_skinny<__half>(params, stream);
+    launch_small_m<__half>(params, stream);
   } else {
-    launch_skinny<__nv_bfloat16>(params, stream);
+    launch_small_m<__nv_bfloat16>(params, stream);
   }
   return out;
 }
 
 Tensor project_chunks(const Tensor& chunks, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
                       const std::optional<Tensor>& b2, std::string activation, const std::optional<Tensor>&) {
-  STD_TORCH_CHECK(chunks.dim() == 2 && chunks.size(0) <= kMaxSkinnyRows, "chunks: needs up to ", kMaxSkinnyRows, " rows");
+  STD_TORCH_CHECK(chunks.dim() == 2 && chunks.size(0) <= kMaxSmallMRows, "chunks: needs up to ", kMaxSmallMRows,
+                  " rows");
   check_16_bit("chunks", chunks);
   check_rows("chunks", chunks, chunks);
   const torch::stable::accelerator::DeviceGuard guard(chunks.get_device_index());
@@ -85,7 +86,8 @@ void launch_assemble(const AssembleParams& params, cudaStream_t stream) {
   constexpr int kPack = kAccessBytes / sizeof(T);
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kAccessBytes == 0; };
   const bool wide = aligned(params.token_table) && aligned(params.projected) && aligned(params.out) &&
-                    params.width % kPack == 0 && params.table_row % kPack == 0 && params.projected_row % kPack == 0;
+                    params.hidden_size % kPack == 0 && params.table_row % kPack == 0 &&
+                    params.projected_row % kPack == 0;
   const dim3 grid(static_cast<unsigned>((params.rows + kAssembleWarps - 1) / kAssembleWarps));
   launch("assemble_mixed", "assemble_mixed_kernel",
          wide ? assemble_mixed_kernel<T, kPack> : assemble_mixed_kernel<T, 1>, grid, dim3(kAssembleWarps * kWarp), 0,

@@ -1,4 +1,4 @@
-// The skinny projection and the assembly of embed_mixed on the device. Raw pointers and a params struct, no torch.
+// The small-M projection and the assembly of embed_mixed on the device. Raw pointers and a params struct, no torch.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -20,65 +20,68 @@ __device__ inline float activate(float x, Activation activation) {
   return x;
 }
 
-struct SkinnyParams {
-  const void* x;        // [rows, inner], few rows
-  const void* weights;  // [outer, inner], as torch.nn.Linear has them
-  const void* bias;     // [outer] or null
-  void* out;            // [rows, outer], contiguous
-  int64_t x_row, weights_row;  // elements from one row to the next
-  int32_t rows, inner, outer;  // inner: a multiple of 8
+struct SmallMParams {
+  const void* x;                            // [rows, in_features]
+  const void* weights;                      // [out_features, in_features], as in torch.nn.Linear
+  const void* bias;                         // [out_features] or null
+  void* out;                                // [rows, out_features], contiguous
+  int64_t x_row, weights_row;               // strides in elements
+  int32_t rows, in_features, out_features;  // in_features: a multiple of 8
   Activation activation;
 };
 
-constexpr int kSkinnyWarps = 8;
-constexpr int kSkinnyOuter = 16;   // rows of the weights of a block of threads
-constexpr int kSkinnyInner = 32;   // columns that a warp takes at once: 8 elements a lane
-constexpr int kSkinnyAhead = 4;    // of these, on their way at once
-constexpr int kMaxSkinnyRows = 64;
+constexpr int kSmallMWarps = 8;
+constexpr int kSmallMOutTile = 16;  // output features per CTA
+constexpr int kSmallMInStep = 32;   // input features per step of a warp: 8 elements per lane
+constexpr int kSmallMStages = 4;    // steps whose loads are in flight at once
+constexpr int kMaxSmallMRows = 64;
 
-// The block's shared memory: each warp's sums [rows, kSkinnyOuter].
+// Shared memory of a CTA: each warp's partial sums [rows, kSmallMOutTile].
 template <int kTiles>
-constexpr int skinny_shared_bytes() {
-  return kSkinnyWarps * kTiles * 8 * kSkinnyOuter * static_cast<int>(sizeof(float));
+constexpr int small_m_shared_bytes() {
+  return kSmallMWarps * kTiles * 8 * kSmallMOutTile * static_cast<int>(sizeof(float));
 }
 
-// out = activation(x weights^T + bias) for up to 8 * kTiles rows of x. What counts is reading the weights once, at the
-// speed of memory: each block of threads has 16 of their rows, its warps share out the columns, and the sums of the warps
-// are added in their order. A lane loads 8 neighbouring elements of a row, which are columns 2 * (lane % 4), the next, and
-// those 8 further on in two products: any order of the inner dimension will do, if it is the same for both factors.
-// Grid: x groups of 16 rows of the weights.
+// out = activation(x weights^T + bias), for up to 8 * kTiles rows of x. The kernel is bound by reading the weights
+// once: each CTA has 16 of their rows, its warps split the columns, and the partial sums of the warps are added in
+// order. A lane loads 8 consecutive elements of a row, and uses them as columns 2 * (lane % 4), the next one, and those
+// 8 further on in two mma instructions: any order of the inner dimension is correct if it is the same for both
+// operands.
+// Grid: x groups of 16 output features.
 template <class T, int kTiles>
-__global__ __launch_bounds__(kSkinnyWarps * kWarp) void skinny_projection_kernel(const SkinnyParams params) {
+__global__ __launch_bounds__(kSmallMWarps * kWarp) void small_m_projection_kernel(const SmallMParams params) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int first = blockIdx.x * kSkinnyOuter;
+  const int first = blockIdx.x * kSmallMOutTile;
   const T* weights = static_cast<const T*>(params.weights);
   const T* x = static_cast<const T*>(params.x);
   const auto load = [&](const T* from, int64_t stride, int row, int rows, int column) {
-    return row < rows && column < params.inner ? *reinterpret_cast<const Words*>(from + row * stride + column) : Words{};
+    return row < rows && column < params.in_features ? *reinterpret_cast<const Words*>(from + row * stride + column)
+                                                     : Words{};
   };
 
   float sum[kTiles][4] = {};
-  constexpr int kStride = kSkinnyWarps * kSkinnyInner;
-  for (int start = warp * kSkinnyInner; start < params.inner; start += kSkinnyAhead * kStride) {
-    Words left[kSkinnyAhead][2];
+  constexpr int kStride = kSmallMWarps * kSmallMInStep;
+  for (int start = warp * kSmallMInStep; start < params.in_features; start += kSmallMStages * kStride) {
+    Words left[kSmallMStages][2];
 #pragma unroll
-    for (int ahead = 0; ahead < kSkinnyAhead; ++ahead) {
+    for (int stage = 0; stage < kSmallMStages; ++stage) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        left[ahead][half] = load(weights, params.weights_row, first + lane / 4 + 8 * half, params.outer,
-                                 start + ahead * kStride + lane % 4 * 8);
+        left[stage][half] = load(weights, params.weights_row, first + lane / 4 + 8 * half, params.out_features,
+                                 start + stage * kStride + lane % 4 * 8);
       }
     }
 #pragma unroll
-    for (int ahead = 0; ahead < kSkinnyAhead; ++ahead) {
-      if (start + ahead * kStride >= params.inner) break;
+    for (int stage = 0; stage < kSmallMStages; ++stage) {
+      if (start + stage * kStride >= params.in_features) break;
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const Words right = load(x, params.x_row, tile * 8 + lane / 4, params.rows, start + ahead * kStride + lane % 4 * 8);
+        const Words right =
+            load(x, params.x_row, tile * 8 + lane / 4, params.rows, start + stage * kStride + lane % 4 * 8);
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
-          const uint32_t fragment[4] = {left[ahead][0].values[2 * step], left[ahead][1].values[2 * step],
-                                        left[ahead][0].values[2 * step + 1], left[ahead][1].values[2 * step + 1]};
+          const uint32_t fragment[4] = {left[stage][0].values[2 * step], left[stage][1].values[2 * step],
+                                        left[stage][0].values[2 * step + 1], left[stage][1].values[2 * step + 1]};
           multiply_add<T>(sum[tile], fragment, right.values[2 * step], right.values[2 * step + 1]);
         }
       }
@@ -86,43 +89,43 @@ __global__ __launch_bounds__(kSkinnyWarps * kWarp) void skinny_projection_kernel
   }
 
   auto* sums = reinterpret_cast<float*>(shared_memory());
-  constexpr int kSums = kTiles * 8 * kSkinnyOuter;
+  constexpr int kSums = kTiles * 8 * kSmallMOutTile;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int row = tile * 8 + lane % 4 * 2 + j % 2, outer = lane / 4 + j / 2 * 8;
-      sums[warp * kSums + row * kSkinnyOuter + outer] = sum[tile][j];
+      const int row = tile * 8 + lane % 4 * 2 + j % 2, out_features = lane / 4 + j / 2 * 8;
+      sums[warp * kSums + row * kSmallMOutTile + out_features] = sum[tile][j];
     }
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kSums; i += kSkinnyWarps * kWarp) {
-    const int row = i / kSkinnyOuter, outer = first + i % kSkinnyOuter;
-    if (row >= params.rows || outer >= params.outer) continue;
+  for (int i = threadIdx.x; i < kSums; i += kSmallMWarps * kWarp) {
+    const int row = i / kSmallMOutTile, out_features = first + i % kSmallMOutTile;
+    if (row >= params.rows || out_features >= params.out_features) continue;
     float total = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kSkinnyWarps; ++w) total += sums[w * kSums + i];
-    if (params.bias) total += to_float(static_cast<const T*>(params.bias)[outer]);
-    static_cast<T*>(params.out)[static_cast<int64_t>(row) * params.outer + outer] =
+    for (int w = 0; w < kSmallMWarps; ++w) total += sums[w * kSums + i];
+    if (params.bias) total += to_float(static_cast<const T*>(params.bias)[out_features]);
+    static_cast<T*>(params.out)[static_cast<int64_t>(row) * params.out_features + out_features] =
         from_float<T>(activate(total, params.activation));
   }
 }
 
 struct AssembleParams {
   const int64_t* token_ids;  // [rows]
-  const void* token_table;   // [vocabulary, width]
-  const void* projected;     // [slots, width]
+  const void* token_table;   // [vocabulary, hidden_size]
+  const void* projected;     // [slots, hidden_size]
   const int32_t* slot_of_row;  // [rows]; -1: text
-  void* out;                   // [rows, width], contiguous
-  int64_t rows, vocabulary, slots, width;
-  int64_t table_row, projected_row;  // elements from one row to the next
+  void* out;                   // [rows, hidden_size], contiguous
+  int64_t rows, vocabulary, slots, hidden_size;
+  int64_t table_row, projected_row;  // strides in elements
   float token_scale;
 };
 
 constexpr int kAssembleWarps = 4;
 
-// One warp a row of the mixed sequence, N elements a thread: a text row is a scaled row of the table, a slot's row that of
-// the projection. A row whose index is none of theirs gives zeros.
+// One warp per row of the mixed sequence, N elements per thread. A text row is a scaled row of the table, a slot's row
+// is a row of the projection. A row whose index is out of range becomes zeros.
 template <class T, int N>
 __global__ __launch_bounds__(kAssembleWarps * kWarp) void assemble_mixed_kernel(const AssembleParams params) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kAssembleWarps + threadIdx.x / kWarp;
@@ -134,9 +137,9 @@ __global__ __launch_bounds__(kAssembleWarps * kWarp) void assemble_mixed_kernel(
   const T* from = text ? static_cast<const T*>(params.token_table) + (valid ? index : 0) * params.table_row
                        : static_cast<const T*>(params.projected) + (valid ? index : 0) * params.projected_row;
   const float scale = text ? params.token_scale : 1.0f;
-  T* out = static_cast<T*>(params.out) + row * params.width;
+  T* out = static_cast<T*>(params.out) + row * params.hidden_size;
 #pragma unroll 4
-  for (int64_t column = threadIdx.x % kWarp * N; column < params.width; column += kWarp * N) {
+  for (int64_t column = threadIdx.x % kWarp * N; column < params.hidden_size; column += kWarp * N) {
     Pack<T, N> pack = {};
     if (valid) pack = *reinterpret_cast<const Pack<T, N>*>(from + column);
 #pragma unroll

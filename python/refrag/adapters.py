@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from refrag.config import RefragConfig
 from refrag.file_modes import usual_mode
-from refrag.model import RefragForCausalLM
-from refrag.policy import ExpansionPolicy
-from refrag.token_encoder import first_layers, token_encoder
+from refrag.model.config import RefragConfig
+from refrag.model.modeling import RefragForCausalLM
+from refrag.model.policy import ExpansionPolicy
+from refrag.model.token_encoder import first_layers, token_encoder
 from refrag.weights import named_adapter
 
 _DECODER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -55,8 +55,8 @@ def demo(
         # Torch and transformers take seconds to load: "--help" and mistakes in the options don't wait for them.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         with console.status("loading torch and transformers"):
-            from refrag.demo import FULL, Demo, DemoSettings, Models, figures, write_figures
-            from refrag.report import print_answers, print_table
+            from refrag.demo.demo import FULL, Demo, DemoSettings, Models, figures, write_figures
+            from refrag.demo.report import print_answers, print_table
         settings = DemoSettings(
             question, k, expand, context_tokens, passages, max_new_tokens, _numbers(plot_tokens), rounds
         )
@@ -78,7 +78,7 @@ def demo(
         files = [output_dir / "figures.json"]
         write_figures(files[0], figures(settings, answered, plotted))
         if plotted:
-            from refrag.plot import plot_first_token
+            from refrag.demo.plot import plot_first_token
 
             files.append(output_dir / "ttft.png")
             plot_first_token(plotted, k, files[1])
@@ -100,7 +100,7 @@ def report(
     """Draw a layout, its masks and its plans, and the demo's curves, into one HTML file."""
     console = Console()
     with clear_errors(console):
-        from refrag import html_report
+        from refrag.demo import html_report
         from refrag_kernels import ChunkLayout, ChunkMask
 
         lengths = [html_report.numbers(part, "--layout") for part in layout.split(";")]

@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from refrag import weights
 from refrag.adapters import adapter_path, load_adapter, read_adapter
-from refrag.config import RefragConfig
-from refrag.model import RefragForCausalLM
-from refrag.policy import ExpansionPolicy
-from refrag.processor import RefragProcessor
+from refrag.model.config import RefragConfig
+from refrag.model.modeling import RefragForCausalLM
+from refrag.model.policy import ExpansionPolicy
+from refrag.processing.processor import RefragProcessor
 
 DEFAULT_K = 8  # what the adapter that comes along was trained for
 
@@ -114,7 +114,7 @@ def load_trained(
     ValueError
         If the adapter was trained on others, or for another k.
     """
-    from refrag.training.parts import Parts
+    from refrag.bundle import Parts
 
     _check_k(k, read_adapter(folder)[0]["fields"]["chunk_size"])
     encoder, decoder = trained_sources(folder, encoder, decoder)

@@ -66,10 +66,10 @@ struct PlacesParams {
 };
 void places_kernel(const PlacesParams params) {
   if (threadIdx.x > 0) return;
-  const AttentionPlace place = place_in_sections(params.attention);
+  const CtaIndex cta = cta_index(params.attention);
   int* to = params.places + 2 * (blockIdx.y * gridDim.x + blockIdx.x);
-  to[0] = place.x;
-  to[1] = place.y;
+  to[0] = cta.x;
+  to[1] = cta.y;
 }
 }  // namespace
 extern "C" const char* places(const int* sizes, int* found) {

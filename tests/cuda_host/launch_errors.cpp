@@ -27,7 +27,7 @@ std::string calls() { return fake_runtime::calls; }
 std::string query_limits(std::string call) {
   fake_runtime::reset(call);
   const refrag::cuda::SharedLimits limits = refrag::cuda::shared_limits("some_op");
-  return std::to_string(limits.multiprocessor) + " " + std::to_string(limits.reserved);
+  return std::to_string(limits.per_sm) + " " + std::to_string(limits.reserved_per_cta);
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ const char* attend(PagedParams params, int kv_heads, int splits, std::vector<flo
   if (splits) {
     // As if there were more keys: the launcher splits none of a test's size.
     const int capacity = params.max_pages * params.page_size;
-    params.split_keys = (capacity / splits + kSplitUnit) / kSplitUnit * kSplitUnit;
+    params.split_keys = (capacity / splits + kSplitGranularity) / kSplitGranularity * kSplitGranularity;
     params.splits = grid.z = splits;
   }
   if (grid.z > 1) {

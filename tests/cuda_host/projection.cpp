@@ -8,9 +8,10 @@ namespace {
 using namespace refrag::cuda;
 
 template <class T, int kTiles>
-const char* project(const SkinnyParams& params) {
-  return cuda_host::launch(skinny_projection_kernel<T, kTiles>, dim3((params.outer + kSkinnyOuter - 1) / kSkinnyOuter),
-                           dim3(kSkinnyWarps * kWarp), skinny_shared_bytes<kTiles>(), params);
+const char* project(const SmallMParams& params) {
+  return cuda_host::launch(small_m_projection_kernel<T, kTiles>,
+                           dim3((params.out_features + kSmallMOutTile - 1) / kSmallMOutTile),
+                           dim3(kSmallMWarps * kWarp), small_m_shared_bytes<kTiles>(), params);
 }
 
 template <class T>
@@ -24,9 +25,10 @@ const char* assemble(const AssembleParams& params, int pack) {
 }  // namespace
 
 // One layer; counts: rows, inner, outer.
-extern "C" const char* skinny_projection(Element element, const void* x, const void* weights, const void* bias, void* out,
-                                         int64_t x_row, int64_t weights_row, const int* counts, int activation) {
-  const SkinnyParams params = {x,     weights,     bias,      out,       x_row,
+extern "C" const char* small_m_projection(Element element, const void* x, const void* weights, const void* bias,
+                                          void* out, int64_t x_row, int64_t weights_row, const int* counts,
+                                          int activation) {
+  const SmallMParams params = {x,           weights,   bias,      out,       x_row,
                                weights_row, counts[0], counts[1], counts[2], static_cast<Activation>(activation)};
   const bool half = element == Element::float16;
   if (params.rows <= 8) return half ? project<__half, 1>(params) : project<__nv_bfloat16, 1>(params);

@@ -90,7 +90,7 @@ def test_machine_code(kernels, binaries):
                 assert any(name.startswith("LDSM.16.M88.4") for name in counts), kernel
                 assert any(name.startswith("LDSM.16.MT88.4") for name in counts), kernel
                 assert matrix, kernel
-            elif kernel.name == "skinny_projection_kernel":
+            elif kernel.name == "small_m_projection_kernel":
                 assert matrix and accesses(counts, "LDG", 16), kernel
             else:
                 wide = kernel.numbers != (1,) and not {"2 bytes", "4 bytes"} & set(kernel.types)
@@ -105,7 +105,7 @@ def test_sizes_and_choices_are_those_of_the_headers(tmp_path):
     sizes = {
         "mixed_attention_kernel": "AttentionShared<{}>::kBytes",
         "paged_attention_kernel": "PagedShared<{}>::kBytes",
-        "skinny_projection_kernel": "skinny_shared_bytes<{}>()",
+        "small_m_projection_kernel": "small_m_shared_bytes<{}>()",
     }
     choices = {"mixed_attention_kernel": "attention_tiles", "paged_attention_kernel": "paged_warps"}
     lines = []

@@ -130,7 +130,7 @@ def test_thread_sanitizer(fault):
 RUNS = {
     "attention_kernels.cuh": "test_host_attention.py::test_random_problems[0]",
     "paged_kernels.cuh": "test_host_paged.py::test_random_problems[4]",
-    "projection_kernels.cuh": "test_host_projection.py::test_skinny_projection[8-1304-33-0-dtype0]",
+    "projection_kernels.cuh": "test_host_projection.py::test_small_m_projection[8-1304-33-0-dtype0]",
 }
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
 CSRC = host_library.ROOT / "csrc"

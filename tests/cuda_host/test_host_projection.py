@@ -18,7 +18,7 @@ def layer(x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, act
     with host_library.options(library, **options):
         host_library.call(
             library,
-            "skinny_projection",
+            "small_m_projection",
             x.dtype,
             x,
             weights,
@@ -38,7 +38,7 @@ def layer(x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, act
     ("rows", "inner", "outer", "pad"),
     [(1, 8, 5, 0), (3, 40, 16, 8), (8, 1304, 33, 0), (13, 264, 40, 8), (32, 96, 17, 0), (64, 72, 24, 16)],
 )
-def test_skinny_projection(dtype, rows, inner, outer, pad):
+def test_small_m_projection(dtype, rows, inner, outer, pad):
     generator = torch.Generator().manual_seed(rows)
     # Rows with a stride of their own; what lies between them is NaN.
     x, weights = (torch.full((n, inner + pad), torch.nan, dtype=dtype)[:, :inner] for n in (rows, outer))

@@ -36,7 +36,7 @@ def minilm():
 
 @pytest.fixture(scope="session")
 def demo_model():
-    from refrag.demo import Models
+    from refrag.demo.demo import Models
 
     return Models.load(16).refrag
 

@@ -4,8 +4,8 @@ import copy
 
 import torch
 from refrag import RefragForCausalLM
-from refrag.acceptance import FamilyError
-from refrag.prompt import PackedTexts
+from refrag.model.acceptance import FamilyError
+from refrag.model.inputs import PackedTexts
 from refrag.training.likelihood import hidden_rows, logits_of
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 

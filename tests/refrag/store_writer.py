@@ -3,11 +3,11 @@
 import os
 import signal
 
-import refrag.shard
 import torch
-from refrag.prompt import Chunk, Passage
-from refrag.recipe import ChunkRecipe
-from refrag.store import ChunkStore
+from refrag.model.inputs import Chunk, Passage
+from refrag.store import shard
+from refrag.store.fingerprint import ChunkRecipe
+from refrag.store.store import ChunkStore
 
 WIDTH, CHUNKS, BATCH = 64, 12, 50
 RECIPE = ChunkRecipe("tiny", "r1", "t1", "t2", "fixed, k = 4", "first", True, WIDTH)
@@ -39,9 +39,9 @@ def put(store, numbers, **options):
 def write_forever(folder, connection):
     """Put one shard after another, and tell the number of each one that is done."""
     store = ChunkStore.open(folder, RECIPE)
-    for shard in range(100_000):
-        put(store, range(shard * BATCH, (shard + 1) * BATCH))
-        connection.send(shard)
+    for number in range(100_000):
+        put(store, range(number * BATCH, (number + 1) * BATCH))
+        connection.send(number)
 
 
 def write_and_die(folder, moment):
@@ -51,7 +51,7 @@ def write_and_die(folder, moment):
         os.kill(os.getpid(), signal.SIGKILL)
 
     store = ChunkStore.open(folder, RECIPE)
-    real = refrag.shard.save_file
+    real = shard.save_file
 
     def die_half_written(tensors, path, **options):
         real(tensors, path, **options)
@@ -59,7 +59,7 @@ def write_and_die(folder, moment):
         die()
 
     if moment == "half written":
-        refrag.shard.save_file = die_half_written
+        shard.save_file = die_half_written
     else:
         setattr(
             os, {"before the sync": "fsync", "before the rename": "replace", "after the rename": "open"}[moment], die

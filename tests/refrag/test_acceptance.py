@@ -9,10 +9,11 @@ import weakref
 import pytest
 import torch
 import transformers
-from refrag import RefragForCausalLM, attention
-from refrag.acceptance import FamilyError, Reading, accept_decoder, accept_encoder
-from refrag.encoder import encode_packed
-from refrag.prompt import PackedTexts
+from refrag import RefragForCausalLM
+from refrag.model import attention
+from refrag.model.acceptance import FamilyError, Reading, accept_decoder, accept_encoder
+from refrag.model.encoder import encode_packed
+from refrag.model.inputs import PackedTexts
 from transformers import AutoModel, AutoModelForCausalLM
 
 from refrag_kernels import ChunkLayout, ChunkMask

@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from refrag import demo
 from refrag.cli import app
-from refrag.corpus import python_reference
+from refrag.demo import demo
+from refrag.demo.corpus import python_reference
 from typer.testing import CliRunner
 
 SMALL = ["--context-tokens", "160", "--plot-tokens", "", "--max-new-tokens", "4", "--rounds", "1"]

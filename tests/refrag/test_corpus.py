@@ -2,8 +2,8 @@
 
 import pytest
 from refrag import Passage
-from refrag.corpus import python_reference
-from refrag.retrieval import Retriever
+from refrag.demo.corpus import python_reference
+from refrag.retrieval.retriever import Retriever
 
 PASSAGES = [
     Passage("A lambda expression makes an anonymous function.", "lambda"),

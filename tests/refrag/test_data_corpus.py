@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 from refrag.cli import app
-from refrag.data import build
-from refrag.data.budget import capped_level, even_level
-from refrag.data.cleaning import Deduplicator, is_english_prose
-from refrag.data.debian import Package, PackageError, fetch, licences
-from refrag.data.texts import read_text, text_files
+from refrag.corpus import build
+from refrag.corpus.budget import capped_level, even_level
+from refrag.corpus.cleaning import Deduplicator, is_english_prose
+from refrag.corpus.debian import Package, PackageError, fetch, licences
+from refrag.corpus.texts import read_text, text_files
 from typer.testing import CliRunner
 
 from tests.refrag import fake_debian

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from refrag.cli import app
 from refrag.commands.train import read_questions
-from refrag.data import manual_options
-from refrag.data.dictionaries import Entry, read_dictionary
-from refrag.data.glossary import glossary_questions, question_text, select_entries
-from refrag.data.manual_options import Option, option_questions, read_options
-from refrag.data.questions import UNANSWERED, QuestionSettings, write_questions
+from refrag.corpus import manual_options
+from refrag.corpus.dictionaries import Entry, read_dictionary
+from refrag.corpus.glossary import glossary_questions, question_text, select_entries
+from refrag.corpus.manual_options import Option, option_questions, read_options
+from refrag.corpus.questions import UNANSWERED, QuestionSettings, write_questions
 from typer.testing import CliRunner
 
 from tests.refrag import fake_debian

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from refrag import attention
+from refrag.model import attention
 from transformers import AutoModelForCausalLM
 
 from refrag_kernels import ChunkLayout, ChunkMask

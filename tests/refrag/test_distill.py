@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from refrag.adapters import load_adapter, read_adapter
+from refrag.bundle import Parts
 from refrag.cli import app
 from refrag.loading import load_trained
-from refrag.prompt import Passage
+from refrag.model.inputs import Passage
 from refrag.training.distill import arguments, batches
 from refrag.training.distill.checkpoint import read_state
 from refrag.training.distill.loop import DistillationError, distill
@@ -20,8 +21,7 @@ from refrag.training.distill.low_rank import SCALE, LowRankLinear
 from refrag.training.distill.models import Distillation
 from refrag.training.distill.optimizer import rates_at
 from refrag.training.likelihood import target_log_probs
-from refrag.training.parts import Parts
-from refrag.training.samples import next_paragraph
+from refrag.training.samples import collate_for, next_paragraph
 from refrag.training.token_files import load_tokens
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -197,7 +197,7 @@ def test_an_adapter_is_read_by_everything(tmp_path, tokenizer, monkeypatch):
     drawn = windows.draw(np.random.default_rng(20_251_127), 4, 32 + 8)
     samples = [next_paragraph(tokens.tolist(), 32, 4, tokenizer, [1]) for tokens in drawn]
     with torch.no_grad():
-        log_probs, _ = target_log_probs(parts.model, *parts.collate(samples))
+        log_probs, _ = target_log_probs(parts.model, *collate_for(parts, samples))
     final = next(entry for entry in log if entry["kind"] == "final")
     assert -log_probs.mean().item() == pytest.approx(final["figures"]["rivers"]["compressed"], abs=2e-2)
     text = tokenizer.decode(distill_files.documents(1, 7, tokenizer)[0])

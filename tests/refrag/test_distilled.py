@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from refrag import GenerationState, Passage, weights
 from refrag.adapters import AdapterError, adapter_path, read_adapter
-from refrag.caution import DISTILLED, TRAINED, UNTRAINED, caution
+from refrag.bundle import Parts
 from refrag.cli import app
+from refrag.data.documents import Documents
+from refrag.demo.caution import DISTILLED, TRAINED, UNTRAINED, caution
 from refrag.integrations.answering import Answerer
 from refrag.loading import is_adapter, load_trained, trained_sources
-from refrag.training.documents import Documents
-from refrag.training.parts import Parts
 from refrag.training.perplexity import COMPRESSED, FULL, NONE, Conditions, measure, value_kept
 from typer.testing import CliRunner
 
@@ -83,7 +83,7 @@ def test_chunks_are_expanded_after_reading(trained):
 
 def test_from_a_store_it_answers_the_same(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("refrag.loading.load_trained", lambda *_, **__: trained)
-    monkeypatch.setattr("refrag.encode_job.load_trained", lambda *_, **__: trained)
+    monkeypatch.setattr("refrag.encoding.encode_job.load_trained", lambda *_, **__: trained)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "manual.txt").write_text(MANUAL.read_text()[:600])
     store = tmp_path / "store"

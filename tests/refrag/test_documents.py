@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from refrag.training.documents import Documents, prefix_ids, read_documents, split_documents
+from refrag.data.documents import Documents, prefix_ids, read_documents, split_documents
 
 TEXTS = ["The bridge of Orla was built in 1871.\n\nIt stands.", "Ünïcode, \U0001f600 and\ttabs.", "A third one."]
 

@@ -18,7 +18,7 @@ from refrag import (
     weights,
 )
 from refrag.cli import app
-from refrag.encode_job import EncodeJob
+from refrag.encoding.encode_job import EncodeJob
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel
 from typer.testing import CliRunner
 

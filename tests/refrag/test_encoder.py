@@ -3,8 +3,8 @@
 import pytest
 import torch
 from refrag import RefragConfig
-from refrag.encoder import TextEmbedder, encode_packed, most_tokens, pack_texts
-from refrag.prompt import PackedTexts
+from refrag.model.encoder import TextEmbedder, encode_packed, most_tokens, pack_texts
+from refrag.model.inputs import PackedTexts
 from transformers import CamembertConfig, LlamaConfig
 
 from refrag_kernels import ChunkLayout

@@ -18,9 +18,9 @@ from refrag import (
     TextEmbedder,
     encoder,
 )
-from refrag.encoder import encode_packed, pack_texts
 from refrag.integrations.prompt_embeds import mixed_cache_key
-from refrag.prompt import PackedTexts
+from refrag.model.encoder import encode_packed, pack_texts
+from refrag.model.inputs import PackedTexts
 from transformers import AutoModelForCausalLM, BertConfig, RobertaConfig
 
 from refrag_kernels import ChunkLayout
@@ -123,7 +123,8 @@ def test_choosers_see_the_chunks_in_their_windows(model, processor, encoder_toke
     own = model.encode_chunks(processor(PARTS).encoder_input)
     calls = []
     monkeypatch.setattr(
-        "refrag.model.encode_packed", lambda *a: calls.append(a[1].layout.num_chunks) or encoder.encode_packed(*a)
+        "refrag.model.modeling.encode_packed",
+        lambda *a: calls.append(a[1].layout.num_chunks) or encoder.encode_packed(*a),
     )
     prompt = processor(PARTS, expand_count=2, chooser=CosineChooser(TextEmbedder(model, encoder_tokenizer)))
     assert calls == [len(own), 1] and relative_error(prompt.chunk_embeds, own) < 1e-6

@@ -1,19 +1,20 @@
 """The policy's training: rewards by any packing are the same, and a policy learns what is rewarded."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
-from refrag.policy import ExpansionPolicy
-from refrag.training.expansion import (
+from refrag.model.policy import ExpansionPolicy
+from refrag.training.likelihood import share_beginning, target_log_probs
+from refrag.training.policy_gradient import (
     PolicySettings,
     clipped_objective,
     group_advantage,
     rollout_rewards,
     train_policy,
 )
-from refrag.training.likelihood import share_beginning, target_log_probs
-from refrag.training.samples import next_paragraph
+from refrag.training.samples import collate_for, next_paragraph
 
 from tests.refrag import training_parts
 
@@ -34,7 +35,7 @@ def sample(parts):
 def one_by_one(parts, sample, rollouts):
     rewards = []
     for picks in rollouts:
-        prompt, labels = parts.collate([dataclasses.replace(sample, expanded=picks)])
+        prompt, labels = collate_for(parts, [dataclasses.replace(sample, expanded=picks)])
         logits = parts.model(prompt=prompt).logits[0].log_softmax(-1)
         rows = (labels != -100).nonzero()[:, 0]
         rewards.append(logits[rows - 1, labels[rows]].mean())
@@ -53,18 +54,20 @@ def one_by_one(parts, sample, rollouts):
 )
 def test_rewards_are_those_of_one_forward_each(parts, sample, rollouts):
     rollouts = [frozenset(picks) for picks in rollouts]
-    prompt, _ = parts.collate([sample])
+    prompt, _ = collate_for(parts, [sample])
     embeds = parts.model.encode_chunks(prompt.encoder_input)
     wanted = one_by_one(parts, sample, rollouts)
     for share in (True, False):
-        rewards = rollout_rewards(parts.model, parts.collate, sample, rollouts, embeds, share=share)
+        rewards = rollout_rewards(
+            parts.model, functools.partial(collate_for, parts), sample, rollouts, embeds, share=share
+        )
         torch.testing.assert_close(rewards, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_what_rollouts_begin_with_stands_once(parts, sample):
     def joined(rollouts):
         variants = [dataclasses.replace(sample, expanded=frozenset(picks)) for picks in rollouts]
-        prompt, labels = parts.collate(variants)
+        prompt, labels = collate_for(parts, variants)
         return prompt, share_beginning(prompt, labels)
 
     prompt, (shared, labels, mask) = joined([{6}, {7}, {5, 6}])
@@ -80,7 +83,7 @@ def test_what_rollouts_begin_with_stands_once(parts, sample):
 
 
 def test_first_rows_have_no_log_probability(parts, sample):
-    prompt, labels = parts.collate([sample])
+    prompt, labels = collate_for(parts, [sample])
     labels[0] = 3
     with pytest.raises(ValueError, match="labels: got one for a sequence's first row"):
         target_log_probs(parts.model, prompt, labels)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from refrag.feed_forward import fuse_feed_forward
+from refrag.model.feed_forward import fuse_feed_forward
 from transformers import AutoModel, XmodConfig
 
 from tests.refrag import tiny

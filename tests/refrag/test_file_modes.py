@@ -9,9 +9,9 @@ import torch
 from refrag import ChunkStore
 from refrag.adapters import Trained, add_policy, prepare, save_adapter
 from refrag.cache import build_once
-from refrag.data.build import whole_folder
-from refrag.data.questions import write_questions
-from refrag.policy import ExpansionPolicy
+from refrag.corpus.build import whole_folder
+from refrag.corpus.questions import write_questions
+from refrag.model.policy import ExpansionPolicy
 from refrag.training.token_files import TokenSet, write_tokens
 from safetensors.torch import save_file
 

@@ -7,8 +7,8 @@ import subprocess
 import xml.dom.minidom
 
 import pytest
-from refrag import html_report, pictures
 from refrag.cli import app
+from refrag.demo import html_report, pictures
 from typer.testing import CliRunner
 
 from refrag_kernels import ChunkLayout, ChunkMask, plan_attention

@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from refrag import inference_linear
-from refrag.inference_linear import is_inference_linear, use_inference_linears
+from refrag.model import inference_linear
+from refrag.model.inference_linear import is_inference_linear, use_inference_linears
 from torch import nn
 
 from tests.refrag import tiny

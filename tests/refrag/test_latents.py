@@ -15,10 +15,10 @@ from refrag import (
     RefragProcessor,
 )
 from refrag.adapters import Trained, load_adapter, prepare, save_adapter
-from refrag.inspection import PromptCounts, draw
+from refrag.bundle import Parts, start_projector
+from refrag.demo.inspection import PromptCounts, draw
 from refrag.integrations.prompt_embeds import mixed_cache_key
-from refrag.training.parts import Parts, start_projector
-from refrag.training.samples import Sample
+from refrag.training.samples import Sample, collate_for
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, Gemma3TextConfig, LlamaConfig
 
@@ -156,7 +156,7 @@ def test_training(make, tmp_path):
     start_projector(model)
     parts = Parts(prepare(model, Trained()), processor.tokenizer, processor.encoder_tokenizer)
     sample = Sample(tuple(processor.spans(PARTS)), len(processor.spans(PARTS)) - 1, latents=LATENTS)
-    prompt, labels = parts.collate([sample])
+    prompt, labels = collate_for(parts, [sample])
     assert sample.num_rows == prompt.layout.total_rows == processor(PARTS).layout.total_rows
     with torch.enable_grad():
         model(prompt=prompt, labels=labels).loss.backward()

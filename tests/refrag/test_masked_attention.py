@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from refrag import masked_attention as module
-from refrag.masked_attention import masked_attention
+from refrag.model import masked_attention as module
+from refrag.model.masked_attention import masked_attention
 
 from tests.refrag import tiny
 from tests.refrag.test_acceptance import made

@@ -4,7 +4,7 @@ import pytest
 import torch
 from refrag import RefragForCausalLM
 from refrag.adapters import Trained, prepare
-from refrag.merged import merged_state
+from refrag.model.merged import merged_state
 from torch import nn
 
 from tests.refrag import tiny

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from refrag import PassageCache, PromptTooLongError
-from refrag.key_rotation import KeyRotation
+from refrag.model.key_rotation import KeyRotation
 from transformers import AutoModelForCausalLM, GPT2Config, SmolLM3Config
 
 from tests.refrag import tiny
@@ -128,7 +128,7 @@ def test_without_the_cache_keys_and_values_of_a_passage_do_not_depend_on_the_ord
 
 
 def unrotated(model, keys, positions):
-    """Take RoPE back by complex numbers: nothing of refrag.key_rotation."""
+    """Take RoPE back by complex numbers: nothing of refrag.model.key_rotation."""
     config = model.config.text_config
     kinds = config.layer_types if isinstance(next(iter(config.rope_parameters.values())), dict) else [None] * len(keys)
     result = []

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from refrag import ChunkStore, Passage, PassageEncoder, RefragForCausalLM, RefragProcessor, StoreError
-from refrag.chunking import SentenceChunks
-from refrag.encoder import pack_texts
+from refrag.data.chunking import SentenceChunks
 from refrag.integrations.prompt_embeds import build
-from refrag.recipe import ChunkRecipe, encoder_digest, tokenizer_digest
-from refrag.token_encoder import token_encoder
+from refrag.model.encoder import pack_texts
+from refrag.model.token_encoder import token_encoder
+from refrag.store.fingerprint import ChunkRecipe, encoder_digest, tokenizer_digest
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, RobertaModel
 
 from tests.refrag import tiny

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from refrag.policy import ExpansionPolicy
+from refrag.model.policy import ExpansionPolicy
 from refrag.training.perplexity import (
     COMPRESSED,
     FULL,

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from refrag.policy import ExpansionPolicy, picks_log_prob, sample_picks
+from refrag.model.policy import ExpansionPolicy, picks_log_prob, sample_picks
 
 INF = float("inf")
 

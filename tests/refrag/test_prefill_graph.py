@@ -5,7 +5,7 @@ On the CPU nothing is captured: the same forward pass runs on the same static te
 
 import pytest
 import torch
-from refrag.prefill_graph import PrefillGraph, copy_of
+from refrag.model.prefill_graph import PrefillGraph, copy_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.refrag import tiny

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from refrag import Passage, PromptTooLongError, RandomChooser, RefragConfig, RefragProcessor
-from refrag.choosers import CosineChooser
-from refrag.chunking import FixedChunks
+from refrag.data.chunking import FixedChunks
+from refrag.processing.selectors import CosineChooser
 
 from tests.refrag import tiny
 
@@ -164,7 +164,7 @@ def test_batch(processor):
 
 
 def test_choosers(processor, demo_model, encoder_tokenizer):
-    from refrag.encoder import encode_packed, pack_texts
+    from refrag.model.encoder import encode_packed, pack_texts
 
     def embed(texts):
         return encode_packed(demo_model.encoder, pack_texts(encoder_tokenizer, texts), "mean")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from refrag import ExpansionPolicy, Passage, RefragConfig, RefragForCausalLM, RefragProcessor, weights
 from refrag.adapters import Trained, add_policy, prepare, save_adapter
+from refrag.bundle import Parts
 from refrag.cli import app
-from refrag.inspection import PromptCounts, draw
-from refrag.passage_files import read_passages
-from refrag.training.parts import Parts
+from refrag.data.passage_files import read_passages
+from refrag.demo.inspection import PromptCounts, draw
 from transformers import BertConfig, LlamaConfig
 from typer.testing import CliRunner
 

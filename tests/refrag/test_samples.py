@@ -4,8 +4,7 @@ import random
 
 import numpy as np
 from refrag import RefragProcessor
-from refrag.training.curriculum import scaled_table
-from refrag.training.documents import Documents
+from refrag.data.documents import Documents
 from refrag.training.samples import (
     answer_sampler,
     collate,
@@ -15,7 +14,7 @@ from refrag.training.samples import (
     reconstruction,
     reconstruction_sampler,
 )
-from refrag.training.schedules import constant_schedule, curriculum_schedule
+from refrag.training.schedules import constant_schedule, curriculum_schedule, scaled_table
 
 TEXT = "The bridge of Orla was built in 1871 by two brothers from the valley."
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 from refrag import Passage
 from refrag.commands.train import read_questions
-from refrag.passage_files import read_passages
-from refrag.sources import Fields, PassageError, slices
+from refrag.data.passage_files import read_passages
+from refrag.data.sources import Fields, PassageError, slices
 
 RECORDS = [{"text": f"Passage {number},\nwith ünïcödé.", "id": f"p{number}", "more": number} for number in range(23)]
 PASSAGES = [Passage(record["text"], record["id"]) for record in RECORDS]

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 from refrag import Chunk, GenerationState, PromptTooLongError
-from refrag.prompt import PackedTexts
-from refrag.state import text_prompt
+from refrag.model.inputs import PackedTexts
+from refrag.model.state import text_prompt
 
 from refrag_kernels import ChunkLayout
 from tests.refrag import tiny
@@ -19,7 +19,7 @@ MODELS = [(name, "full") for name in tiny.DECODERS] + [("llama", "passages"), ("
 
 
 def joined(*prompts):
-    """Return one-sequence prompts as one long prompt, written anew: nothing of refrag.state."""
+    """Return one-sequence prompts as one long prompt, written anew: nothing of refrag.model.state."""
     tokens, slots, positions, passages, lengths, chunks, expanded, encoder_ids, encoder_lengths = ([] for _ in range(9))
     for prompt in prompts:
         first, position = len(chunks), positions[-1] + 1 if positions else 0

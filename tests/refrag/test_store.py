@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from refrag import ChunkStore, Passage, StoreError, UnknownPassageError
-from refrag.key_index import KeyIndex
-from refrag.prompt import Chunk
+from refrag.model.inputs import Chunk
+from refrag.store.key_index import KeyIndex
 
 from tests.refrag import store_writer
 from tests.refrag.store_writer import BATCH, RECIPE, WIDTH, chunks, passage, put, rows
@@ -30,7 +30,7 @@ def store(tmp_path):
 def processes():
     """Processes that are forked from one that has torch loaded already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["refrag.store"])
+    context.set_forkserver_preload(["refrag.store.store"])
     return context
 
 
@@ -192,7 +192,7 @@ def test_a_full_disk_leaves_the_store_as_it_was(store, monkeypatch, failing):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"refrag.shard.{failing}", full)
+        patch.setattr(f"refrag.store.shard.{failing}", full)
         with pytest.raises(StoreError, match="shard-00000001.safetensors: can't be written .*No space left"):
             put(store, [2])
     assert not list(store.folder.glob(".part-*"))

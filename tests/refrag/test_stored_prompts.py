@@ -5,10 +5,11 @@ import json
 
 import pytest
 import torch
-from refrag import ChunkStore, CosineChooser, Passage, TextEmbedder, encoder, loading, model, weights
+from refrag import ChunkStore, CosineChooser, Passage, TextEmbedder, loading, weights
 from refrag.adapters import Trained, prepare, save_adapter
+from refrag.bundle import Parts
 from refrag.cli import app
-from refrag.training.parts import Parts
+from refrag.model import encoder, modeling
 from typer.testing import CliRunner
 
 PASSAGES = {
@@ -62,7 +63,7 @@ def encoded(monkeypatch):
         counts.append(texts.layout.num_chunks)
         return encoder.encode_packed(encoder_, texts, *arguments)
 
-    monkeypatch.setattr(model, "encode_packed", counting)
+    monkeypatch.setattr(modeling, "encode_packed", counting)
     return counts
 
 

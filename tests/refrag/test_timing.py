@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from refrag.timing import CpuPressure
+from refrag.demo.timing import CpuPressure
 
 
 @pytest.mark.skipif(not Path("/proc/pressure/cpu").exists(), reason="this system has no pressure stall information")
@@ -12,5 +12,5 @@ def test_cpu_pressure_is_a_share():
 
 
 def test_cpu_pressure_is_unknown_elsewhere(monkeypatch):
-    monkeypatch.setattr("refrag.timing._stalled", lambda: None)
+    monkeypatch.setattr("refrag.demo.timing._stalled", lambda: None)
     assert CpuPressure().share() is None

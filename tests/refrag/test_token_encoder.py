@@ -3,9 +3,9 @@
 import pytest
 import torch
 from refrag import RefragConfig, RefragForCausalLM
-from refrag.encoder import encode_packed
-from refrag.prompt import PackedTexts
-from refrag.token_encoder import first_layers, token_encoder
+from refrag.model.encoder import encode_packed
+from refrag.model.inputs import PackedTexts
+from refrag.model.token_encoder import first_layers, token_encoder
 
 from refrag_kernels import ChunkLayout
 from tests.refrag import tiny

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from refrag.cli import app
-from refrag.data.tokenizing import tokenize_corpus
+from refrag.corpus.tokenizing import tokenize_corpus
 from refrag.training.token_files import (
     TokenFileError,
     TokenSet,

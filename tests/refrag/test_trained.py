@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from refrag import weights
 from refrag.adapters import load_policy
-from refrag.corpus import python_reference
+from refrag.bundle import Parts
+from refrag.data.documents import Documents
+from refrag.demo.corpus import python_reference
 from refrag.loading import load_model, load_processor
-from refrag.training.documents import Documents
 from refrag.training.measures import reconstruction_accuracy
-from refrag.training.parts import Parts
 from refrag.training.perplexity import COMPRESSED, FULL, NONE, Conditions, measure
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -22,8 +23,8 @@ from refrag.adapters import AdapterError, Trained, load_adapter, prepare, save_a
 from refrag.training.generators import generator_states, restore_generators
 from refrag.training.measures import reconstruction_accuracy
 from refrag.training.passes import cut_passes, make_passes
-from refrag.training.recipe import Stage, run_stage
-from refrag.training.samples import Sample, next_paragraph
+from refrag.training.samples import Sample, collate_for, next_paragraph
+from refrag.training.stages import Stage, run_stage
 from refrag.training.trainer import Trainer, TrainingError, TrainSettings
 from safetensors.torch import load_file
 
@@ -81,12 +82,16 @@ def test_the_loss_is_that_of_the_model(tmp_path, parts, tokenizer):
     prepare(parts.model, Trained(encoder="all", decoder="all")).eval()
     ids = training_parts.documents(tokenizer).token_ids
     samples = [next_paragraph(ids[start : start + 14].tolist(), 8, 4, tokenizer, [1]) for start in (0, 50)]
-    prompt, labels = parts.collate(samples)
+    prompt, labels = collate_for(parts, samples)
     logits = parts.model(prompt=prompt).logits[0]
     rows = (labels != -100).nonzero()[:, 0]
     by_hand = F.cross_entropy(logits[rows - 1], labels[rows])
     trainer = Trainer(
-        parts.model, lambda index: samples[index], parts.collate, TrainSettings(steps=1, batch_size=2), tmp_path
+        parts.model,
+        lambda index: samples[index],
+        functools.partial(collate_for, parts),
+        TrainSettings(steps=1, batch_size=2),
+        tmp_path,
     )
     for module in parts.model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -104,7 +109,8 @@ def trainer_of(parts, tmp_path, accelerator=None, **settings):
         return next_paragraph(ids[7 * index : 7 * index + 14].tolist(), 8, 4, parts.tokenizer, [1])
 
     return Trainer(
-        parts.model, sample, parts.collate, TrainSettings(**settings), tmp_path, accelerator=accelerator
+        parts.model, sample, functools.partial(collate_for, parts), TrainSettings(**settings), tmp_path,
+        accelerator=accelerator,
     )  # fmt: skip
 
 
@@ -326,7 +332,7 @@ def test_low_rank_updates_have_one_scale(tmp_path, tokenizer, encoder_tokenizer,
     fresh = training_parts.parts(tokenizer, encoder_tokenizer)
     loaded, _ = load_adapter(tmp_path, fresh.model.decoder, fresh.model.encoder)
     ids = training_parts.documents(tokenizer).token_ids[:14].tolist()
-    prompt, _ = parts.collate([next_paragraph(ids, 8, 4, tokenizer, [1])])
+    prompt, _ = collate_for(parts, [next_paragraph(ids, 8, 4, tokenizer, [1])])
     torch.testing.assert_close(loaded.eval()(prompt=prompt).logits, parts.model(prompt=prompt).logits)
 
 

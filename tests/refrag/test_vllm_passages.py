@@ -12,11 +12,11 @@ import types
 import pytest
 import torch
 from refrag import ChunkRecipe, ChunkStore, Passage, RefragProcessor
-from refrag.choosers import AllChunks, CosineChooser, NoChunks, RandomChooser, ThresholdChooser
 from refrag.integrations.vllm.folder_encoder import FolderEncoder
 from refrag.integrations.vllm.messages import take_passages
 from refrag.integrations.vllm.passages import MARK, GivenPassage, parse_passage
 from refrag.integrations.vllm.reading import read_passages
+from refrag.processing.selectors import AllChunks, CosineChooser, NoChunks, RandomChooser, ThresholdChooser
 
 from tests.refrag import tiny
 

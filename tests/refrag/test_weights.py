@@ -18,7 +18,7 @@ def test_loads_without_a_network():
         def refuse(*args, **kwargs):
             raise AssertionError("a connection was tried")
         socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-        from refrag.demo import Models
+        from refrag.demo.demo import Models
         models = Models.load(16)
         print(models.window, models.refrag.config.encoder_config.hidden_size)
     """

@@ -6,8 +6,8 @@ import unicodedata
 
 import pytest
 from refrag import FixedChunks, SentenceChunks
-from refrag.prompt import Chunk
-from refrag.training.documents import read_documents, split_documents
+from refrag.data.documents import read_documents, split_documents
+from refrag.model.inputs import Chunk
 from refrag.training.measures import reconstruction_accuracy
 from refrag.training.perplexity import Conditions, measure
 from refrag.training.samples import chunks_of, next_paragraph_sampler, reconstruction_sampler

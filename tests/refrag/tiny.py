@@ -4,7 +4,7 @@ import copy
 
 import torch
 from refrag import RefragForCausalLM
-from refrag.prompt import Chunk, MixedPrompt, PackedTexts
+from refrag.model.inputs import Chunk, MixedPrompt, PackedTexts
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,

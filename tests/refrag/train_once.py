@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from refrag import weights
 from refrag.adapters import Trained
-from refrag.training.recipe import Stage, run_stage
+from refrag.training.stages import Stage, run_stage
 from refrag.training.trainer import TrainSettings
 from transformers import AutoTokenizer
 

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 from refrag import RefragForCausalLM
-from refrag.training.documents import Documents
-from refrag.training.parts import Parts, start_projector
+from refrag.bundle import Parts, start_projector
+from refrag.data.documents import Documents
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 WORDS = "the a of bridge river town stood built when who year stone arch old new near by was is and in to it".split()

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from bench.static import ahead_of_time, resources
 from bench.static.launches import CASES
@@ -38,3 +40,38 @@ def test_resources(case, architecture):
             # Below 64 rows sm_90 and sm_100 have the instruction of sm_80.
             wanted = {ahead_of_time.MATRIX[architecture]} | ({"HMMA"} if resources.tile_rows(launch) < 64 else set())
             assert any(built.matrix.get(name) for name in wanted), what
+
+
+@triton.jit
+def _scaled(p_x, n, scale, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_x + at, scale * tl.load(p_x + at, mask=at < n), mask=at < n)
+
+
+@triton.jit
+def _scaled_by_other_names(p_rows, count, factor, WIDTH: tl.constexpr):
+    # The same, with a comment.
+    place = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    tl.store(p_rows + place, factor * tl.load(p_rows + place, mask=place < count), mask=place < count)
+
+
+@triton.jit
+def _doubled(p_x, n, scale, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(p_x + at, 2 * scale * tl.load(p_x + at, mask=at < n), mask=at < n)
+
+
+def test_only_what_computes_something_else_is_compiled_again(tmp_path, monkeypatch):
+    def built(kernel):
+        (launch,) = ahead_of_time.record(lambda: kernel[(1,)](torch.zeros(64), 64, 0.5, 64), "sm_90")
+        return ahead_of_time.build(launch, "sm_90", tmp_path)
+
+    first = built(_scaled)
+    compiled = []
+    compile_launch = ahead_of_time.compile_launch
+    monkeypatch.setattr(
+        ahead_of_time, "compile_launch", lambda *launch: compiled.append(launch) or compile_launch(*launch)
+    )
+    assert built(_scaled) == built(_scaled_by_other_names) == first and not compiled
+    built(_doubled)
+    assert len(compiled) == 1

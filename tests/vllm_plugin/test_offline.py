@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from refrag import ChunkStore, Passage, PassageEncoder
-from refrag.choosers import CosineChooser, RandomChooser
-from refrag.encoder import TextEmbedder
 from refrag.integrations.vllm.passages import MARK
+from refrag.model.encoder import TextEmbedder
+from refrag.processing.selectors import CosineChooser, RandomChooser
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 

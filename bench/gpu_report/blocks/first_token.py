@@ -23,7 +23,7 @@ _BOUND = 8e-2
 
 def block(options: Options, results: Results) -> None:
     """Time prefills, with the chunks' embeddings at hand; the weights are random."""
-    from refrag.prefill_graph import ROW_STEP, PrefillGraph
+    from refrag.model.prefill_graph import ROW_STEP, PrefillGraph
 
     preset = PRESETS["tiny" if options.rehearsal else "llama2-7b"]
     dtype = torch.float32 if options.rehearsal else torch.bfloat16

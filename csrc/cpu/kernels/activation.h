@@ -1,4 +1,4 @@
-// Activation functions, sixteen numbers at a time.
+// Activation functions on vectors.
 #pragma once
 
 #include "cpu/projection_kernels.h"
@@ -7,7 +7,8 @@
 namespace refrag::cpu::REFRAG_ISA {
 namespace {
 
-// To about 3e-7: x P(x^2) / Q(x^2), fitted for the least relative error on [0, 3.93], beyond which erf is 1 in float32.
+// Accurate to about 3e-7: x P(x^2) / Q(x^2), fitted for the least relative error on [0, 3.93]; beyond, erf is 1 in
+// float32.
 REFRAG_INLINE Vec erf(const Vec x) {
   const VecI sign = as_int(x) & broadcast_int(static_cast<int32_t>(0x80000000));
   const Vec magnitude = as_float(as_int(x) ^ sign);
@@ -47,7 +48,7 @@ REFRAG_INLINE Vec activate(const Vec x) {
   }
 }
 
-// Calls f with the activation as a compile-time constant.
+// The activation as a compile-time constant.
 template <Activation kActivation>
 struct ActivationConstant {
   static constexpr Activation value = kActivation;

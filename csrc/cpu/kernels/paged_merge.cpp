@@ -1,4 +1,4 @@
-// Merging finished states: normalised outputs with their log-sum-exps.
+// merge_states and its backward pass: merges normalized attention outputs by their log-sum-exps.
 #include "cpu/paged_kernels.h"
 #include "cpu/simd.h"
 
@@ -11,22 +11,22 @@ float lse_of(const StatesRows& states, int64_t row, int head) {
   return value;
 }
 
-// Each state's share of the joint denominator; of two empty states neither has any.
-struct Shares {
+// The weight of each state in the merged output; 0 and 0 for two empty states.
+struct MergeWeights {
   float a, b, lse;
   bool empty_a, empty_b;
 
-  Shares(float lse_a, float lse_b) : empty_a(lse_a == -__builtin_inff()), empty_b(lse_b == -__builtin_inff()) {
+  MergeWeights(float lse_a, float lse_b) : empty_a(lse_a == -__builtin_inff()), empty_b(lse_b == -__builtin_inff()) {
     if (empty_a && empty_b) {
       a = b = 0;
       lse = lse_a;
       return;
     }
     const double maximum = lse_a > lse_b ? lse_a : lse_b;
-    const double share_a = __builtin_exp(lse_a - maximum), share_b = __builtin_exp(lse_b - maximum);
-    a = static_cast<float>(share_a / (share_a + share_b));
-    b = static_cast<float>(share_b / (share_a + share_b));
-    lse = static_cast<float>(maximum + __builtin_log(share_a + share_b));
+    const double exp_a = __builtin_exp(lse_a - maximum), exp_b = __builtin_exp(lse_b - maximum);
+    a = static_cast<float>(exp_a / (exp_a + exp_b));
+    b = static_cast<float>(exp_b / (exp_a + exp_b));
+    lse = static_cast<float>(maximum + __builtin_log(exp_a + exp_b));
   }
 };
 
@@ -44,7 +44,7 @@ REFRAG_INLINE void store_up_to(T* p, const Vec a, int count) {
   }
 }
 
-// An empty state's output is ignored, whatever it holds: it must not even be multiplied by 0.
+// The output of an empty state may hold anything, so it must not even be multiplied by 0.
 template <class T>
 REFRAG_INLINE Vec load_unless_empty(const T* out, int count, bool empty) {
   return empty ? zero_vec() : load_up_to(out, count);
@@ -59,41 +59,45 @@ template <class T>
 void merge(const StatesParams& p, int64_t first_row, int64_t last_row) {
   for (int64_t row = first_row; row < last_row; ++row) {
     for (int head = 0; head < p.heads; ++head) {
-      const Shares share(lse_of(p.a, row, head), lse_of(p.b, row, head));
+      const MergeWeights weights(lse_of(p.a, row, head), lse_of(p.b, row, head));
       const int64_t to = row * p.heads + head;
-      p.lse[to] = share.lse;
+      p.lse[to] = weights.lse;
       const T *a = out_of<T>(p.a, row, head), *b = out_of<T>(p.b, row, head);
-      T* out = reinterpret_cast<T*>(p.out) + to * p.dim;
-      for (int d = 0; d < p.dim; d += kLanes) {
-        const int count = p.dim - d;
-        const Vec part_a = load_unless_empty(a + d, count, share.empty_a) * broadcast(share.a);
-        store_up_to(out + d, fma(load_unless_empty(b + d, count, share.empty_b), broadcast(share.b), part_a), count);
+      T* out = reinterpret_cast<T*>(p.out) + to * p.head_dim;
+      for (int d = 0; d < p.head_dim; d += kLanes) {
+        const int count = p.head_dim - d;
+        const Vec scaled_a = load_unless_empty(a + d, count, weights.empty_a) * broadcast(weights.a);
+        store_up_to(out + d, fma(load_unless_empty(b + d, count, weights.empty_b), broadcast(weights.b), scaled_a),
+                    count);
       }
     }
   }
 }
 
-// With a + b = 1: d out / d lse_a = a b (out_a - out_b), d lse / d lse_a = a; the other way round for b.
+// With a + b = 1: d out / d lse_a = a b (out_a - out_b) and d lse / d lse_a = a; likewise for b.
 template <class T>
 void merge_backward(const StatesBackwardParams& p, int64_t first_row, int64_t last_row) {
   for (int64_t row = first_row; row < last_row; ++row) {
     for (int head = 0; head < p.heads; ++head) {
-      const Shares share(lse_of(p.a, row, head), lse_of(p.b, row, head));
+      const MergeWeights weights(lse_of(p.a, row, head), lse_of(p.b, row, head));
       const int64_t at = row * p.heads + head;
-      const T* grad_out = reinterpret_cast<const T*>(p.grad_out) + at * p.dim;
+      const T* grad_out = reinterpret_cast<const T*>(p.grad_out) + at * p.head_dim;
       const T *a = out_of<T>(p.a, row, head), *b = out_of<T>(p.b, row, head);
-      T *grad_a = reinterpret_cast<T*>(p.grad_out_a) + at * p.dim, *grad_b = reinterpret_cast<T*>(p.grad_out_b) + at * p.dim;
+      T *grad_a = reinterpret_cast<T*>(p.grad_out_a) + at * p.head_dim,
+        *grad_b = reinterpret_cast<T*>(p.grad_out_b) + at * p.head_dim;
       Vec product = zero_vec();
-      for (int d = 0; d < p.dim; d += kLanes) {
-        const int count = p.dim - d;
+      for (int d = 0; d < p.head_dim; d += kLanes) {
+        const int count = p.head_dim - d;
         const Vec grad = load_up_to(grad_out + d, count);
-        store_up_to(grad_a + d, grad * broadcast(share.a), count);
-        store_up_to(grad_b + d, grad * broadcast(share.b), count);
-        product = fma(grad, load_unless_empty(a + d, count, share.empty_a) - load_unless_empty(b + d, count, share.empty_b), product);
+        store_up_to(grad_a + d, grad * broadcast(weights.a), count);
+        store_up_to(grad_b + d, grad * broadcast(weights.b), count);
+        product = fma(
+            grad, load_unless_empty(a + d, count, weights.empty_a) - load_unless_empty(b + d, count, weights.empty_b),
+            product);
       }
-      const float shift = share.a * share.b * reduce_add(product);
-      p.grad_lse_a[at] = share.a * p.grad_lse[at] + shift;
-      p.grad_lse_b[at] = share.b * p.grad_lse[at] - shift;
+      const float shift = weights.a * weights.b * reduce_add(product);
+      p.grad_lse_a[at] = weights.a * p.grad_lse[at] + shift;
+      p.grad_lse_b[at] = weights.b * p.grad_lse[at] - shift;
     }
   }
 }

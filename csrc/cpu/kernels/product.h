@@ -1,7 +1,7 @@
-// Products of small matrices, kept in registers: C [rows, panels * 16] = A B.
+// Matrix products C [rows, vecs * 16] = A B, computed in micro-tiles of C that stay in registers.
 //
-// A is read one number at a time and broadcast, B and C a panel of 16 columns at a time. Numbers are 32 bits wide:
-// floats, or pairs of bfloat16 whose products are summed (vdpbf16ps), which halves the inner length.
+// Elements of A are broadcast one at a time; B and C are read in vectors of 16 columns. Elements are words of 32 bits:
+// floats, or pairs of bfloat16 whose products are summed (vdpbf16ps), which halves the inner dimension.
 #pragma once
 
 #include "cpu/simd.h"
@@ -9,13 +9,13 @@
 namespace refrag::cpu::REFRAG_ISA {
 namespace {
 
-struct Floats {
+struct Float32Math {
   static constexpr bool kPairs = false;
   static REFRAG_INLINE Vec multiply_add(const Vec a, const Vec b, const Vec c) { return fma(a, b, c); }
 };
 
 #if defined(__AVX512BF16__)
-struct Pairs {
+struct Bf16PairMath {
   static constexpr bool kPairs = true;
   static REFRAG_INLINE Vec multiply_add(const Vec a, const Vec b, const Vec c) {
     return {
@@ -24,13 +24,13 @@ struct Pairs {
 };
 #endif
 
-// Words of a row that is the first factor of a product, or the inner length of that product.
+// Words of a row of A, which is the inner dimension of the product.
 template <class Math>
-REFRAG_INLINE int words_of(int width) {
-  return Math::kPairs ? width / 2 : width;
+REFRAG_INLINE int words_of(int cols) {
+  return Math::kPairs ? cols / 2 : cols;
 }
 
-// 32-bit numbers of either kind, of any alignment.
+// 32-bit words of either kind, of any alignment.
 REFRAG_INLINE Vec load_words(const char* p) { return as_float(load_int(p)); }
 
 REFRAG_INLINE Vec broadcast_word(const char* p) {
@@ -39,19 +39,19 @@ REFRAG_INLINE Vec broadcast_word(const char* p) {
   return broadcast(word);
 }
 
-enum class Into {
-  set,    // C = A B
-  add,    // C = C + A B
-  scale,  // C = factor[row] * C + A B
+enum class Epilogue {
+  store,       // C = A B
+  accumulate,  // C = C + A B
+  rescale,     // C = factor[row] * C + A B
 };
 
-// How the rows of A lie.
-enum class Lie {
-  apart,     // row i starts `a_stride` bytes after row i - 1, its numbers adjacent; the inner length is a multiple of 4
-  adjacent,  // number i of a column is next to number i - 1, columns are `a_stride` bytes apart
+// Memory order of A.
+enum class Order {
+  row_major,  // rows are `a_stride` bytes apart; the inner dimension is a multiple of 4
+  col_major,  // columns are `a_stride` bytes apart
 };
 
-// Rows of B that are equally far apart.
+// Equally spaced rows of B.
 struct Span {
   const char* b;
   int32_t length;
@@ -65,53 +65,54 @@ struct Product {
   int64_t b_stride;
   float* c;
   int64_t c_stride;     // in floats
-  const float* factor;  // for Into::scale
+  const float* factor;  // for Epilogue::rescale
 };
 
-// Registers: AVX-512 has 32, of which 24 hold C; AVX2 16 halves, of which 12; SSE 16 quarters.
+// Size of the micro-tile. AVX-512 has 32 registers, of which C takes 24; AVX2 has 16, of which C takes 12 (a vector is
+// two of them); SSE has 16, of which C takes 8 (a vector is four).
 #if defined(__AVX512F__)
-inline constexpr int kRegisterPanels = 4;
-inline constexpr int kRegisterRows[] = {0, 16, 8, 8, 6};
+inline constexpr int kMicroTileVecs = 4;
+inline constexpr int kMicroTileRows[] = {0, 16, 8, 8, 6};
 #elif defined(__AVX2__)
-inline constexpr int kRegisterPanels = 1;
-inline constexpr int kRegisterRows[] = {0, 6};
+inline constexpr int kMicroTileVecs = 1;
+inline constexpr int kMicroTileRows[] = {0, 6};
 #else
-inline constexpr int kRegisterPanels = 1;
-inline constexpr int kRegisterRows[] = {0, 2};
+inline constexpr int kMicroTileVecs = 1;
+inline constexpr int kMicroTileRows[] = {0, 2};
 #endif
 
-template <class Math, int kRows, int kPanels, Lie kLie, Into kInto>
-__attribute__((noinline)) void register_tile(const Product& product, const char* a, float* c, const float* factor,
-                                             int64_t column_bytes) {
-  Vec sum[kRows][kPanels];
+template <class Math, int kRows, int kVecs, Order kOrder, Epilogue kEpilogue>
+__attribute__((noinline)) void micro_kernel(const Product& product, const char* a, float* c, const float* factor,
+                                            int64_t column_bytes) {
+  Vec sum[kRows][kVecs];
   const int64_t c_stride = product.c_stride;
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kPanels; ++j) {
-      if constexpr (kInto == Into::set) sum[i][j] = zero_vec();
-      if constexpr (kInto == Into::add) sum[i][j] = load(c + i * c_stride + 16 * j);
-      if constexpr (kInto == Into::scale) sum[i][j] = load(c + i * c_stride + 16 * j) * broadcast(factor[i]);
+    for (int j = 0; j < kVecs; ++j) {
+      if constexpr (kEpilogue == Epilogue::store) sum[i][j] = zero_vec();
+      if constexpr (kEpilogue == Epilogue::accumulate) sum[i][j] = load(c + i * c_stride + 16 * j);
+      if constexpr (kEpilogue == Epilogue::rescale) sum[i][j] = load(c + i * c_stride + 16 * j) * broadcast(factor[i]);
     }
   }
   const int64_t a_stride = product.a_stride, b_stride = product.b_stride;
-  // Every third row has a pointer of its own; the others are within reach of an index register.
+  // One pointer for every three rows; the others are reached by an index register.
   const char* rows[(kRows + 2) / 3];
 #pragma GCC unroll 6
   for (int i = 0; i < (kRows + 2) / 3; ++i) rows[i] = a + 3 * i * a_stride;
   for (int s = 0; s < product.num_spans; ++s) {
     const char* b = product.spans[s].b + column_bytes;
     const int32_t length = product.spans[s].length;
-    if constexpr (kLie == Lie::adjacent) {
+    if constexpr (kOrder == Order::col_major) {
       for (int32_t k = 0; k < length; ++k) {
-        Vec right[kPanels];
+        Vec right[kVecs];
 #pragma GCC unroll 4
-        for (int j = 0; j < kPanels; ++j) right[j] = load_words(b + 64 * j);
+        for (int j = 0; j < kVecs; ++j) right[j] = load_words(b + 64 * j);
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
           const Vec left = broadcast_word(a + 4 * i);
 #pragma GCC unroll 4
-          for (int j = 0; j < kPanels; ++j) sum[i][j] = Math::multiply_add(left, right[j], sum[i][j]);
+          for (int j = 0; j < kVecs; ++j) sum[i][j] = Math::multiply_add(left, right[j], sum[i][j]);
         }
         a += a_stride;
         b += b_stride;
@@ -120,14 +121,14 @@ __attribute__((noinline)) void register_tile(const Product& product, const char*
       for (int32_t k = 0; k < length; k += 4) {
 #pragma GCC unroll 4
         for (int step = 0; step < 4; ++step) {
-          Vec right[kPanels];
+          Vec right[kVecs];
 #pragma GCC unroll 4
-          for (int j = 0; j < kPanels; ++j) right[j] = load_words(b + 64 * j);
+          for (int j = 0; j < kVecs; ++j) right[j] = load_words(b + 64 * j);
 #pragma GCC unroll 16
           for (int i = 0; i < kRows; ++i) {
             const Vec left = broadcast_word(rows[i / 3] + (i % 3) * a_stride + 4 * step);
 #pragma GCC unroll 4
-            for (int j = 0; j < kPanels; ++j) sum[i][j] = Math::multiply_add(left, right[j], sum[i][j]);
+            for (int j = 0; j < kVecs; ++j) sum[i][j] = Math::multiply_add(left, right[j], sum[i][j]);
           }
           b += b_stride;
         }
@@ -139,52 +140,60 @@ __attribute__((noinline)) void register_tile(const Product& product, const char*
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kPanels; ++j) store(c + i * c_stride + 16 * j, sum[i][j]);
+    for (int j = 0; j < kVecs; ++j) store(c + i * c_stride + 16 * j, sum[i][j]);
   }
 }
 
-// Calls the register tile for `rows`, 1 to kMost.
-template <class Math, int kMost, int kPanels, Lie kLie, Into kInto>
-REFRAG_INLINE void register_rows(const Product& product, int rows, const char* a, float* c, const float* factor,
+// Calls the micro-kernel for `rows` rows, 1 to kMaxRows.
+template <class Math, int kMaxRows, int kVecs, Order kOrder, Epilogue kEpilogue>
+REFRAG_INLINE void dispatch_rows(const Product& product, int rows, const char* a, float* c, const float* factor,
                                  int64_t column_bytes) {
-  if constexpr (kMost > 1) {
-    if (rows < kMost) {
-      return register_rows<Math, kMost - 1, kPanels, kLie, kInto>(product, rows, a, c, factor, column_bytes);
+  if constexpr (kMaxRows > 1) {
+    if (rows < kMaxRows) {
+      return dispatch_rows<Math, kMaxRows - 1, kVecs, kOrder, kEpilogue>(product, rows, a, c, factor, column_bytes);
     }
   }
-  register_tile<Math, kMost, kPanels, kLie, kInto>(product, a, c, factor, column_bytes);
+  micro_kernel<Math, kMaxRows, kVecs, kOrder, kEpilogue>(product, a, c, factor, column_bytes);
 }
 
-template <class Math, int kPanels, Lie kLie, Into kInto>
-void multiply_panels(const Product& product, int rows, int first_panel) {
-  // Tiles of nearly the same height: a low one would leave the multipliers waiting for their own results.
-  const int tiles = (rows + kRegisterRows[kPanels] - 1) / kRegisterRows[kPanels];
+template <class Math, int kVecs, Order kOrder, Epilogue kEpilogue>
+void multiply_vecs(const Product& product, int rows, int first_vec) {
+  // Micro-tiles of nearly equal height: in a low one, FMAs would wait for their own results.
+  const int tiles = (rows + kMicroTileRows[kVecs] - 1) / kMicroTileRows[kVecs];
   for (int tile = 0, row = 0; tile < tiles; ++tile) {
     const int height = (rows - row) / (tiles - tile);
-    const char* a = product.a + row * (kLie == Lie::adjacent ? int64_t{4} : product.a_stride);
-    float* c = product.c + row * product.c_stride + 16 * first_panel;
-    register_rows<Math, kRegisterRows[kPanels], kPanels, kLie, kInto>(product, height, a, c, product.factor + row,
-                                                                      int64_t{64} * first_panel);
+    const char* a = product.a + row * (kOrder == Order::col_major ? int64_t{4} : product.a_stride);
+    float* c = product.c + row * product.c_stride + 16 * first_vec;
+    dispatch_rows<Math, kMicroTileRows[kVecs], kVecs, kOrder, kEpilogue>(product, height, a, c, product.factor + row,
+                                                                         int64_t{64} * first_vec);
     row += height;
   }
 }
 
-template <class Math, Lie kLie, Into kInto>
-void multiply(const Product& product, int rows, int panels) {
-  const int groups = (panels + kRegisterPanels - 1) / kRegisterPanels;
-  for (int group = 0, panel = 0; group < groups; ++group) {
-    const int count = (panels - panel) / (groups - group);
+template <class Math, Order kOrder, Epilogue kEpilogue>
+void multiply(const Product& product, int rows, int vecs) {
+  const int groups = (vecs + kMicroTileVecs - 1) / kMicroTileVecs;
+  for (int group = 0, vec = 0; group < groups; ++group) {
+    const int count = (vecs - vec) / (groups - group);
     switch (count) {
-      case 1: multiply_panels<Math, 1, kLie, kInto>(product, rows, panel); break;
+      case 1:
+        multiply_vecs<Math, 1, kOrder, kEpilogue>(product, rows, vec);
+        break;
 #if defined(__AVX512F__)
-      case 2: multiply_panels<Math, 2, kLie, kInto>(product, rows, panel); break;
-      case 3: multiply_panels<Math, 3, kLie, kInto>(product, rows, panel); break;
-      default: multiply_panels<Math, 4, kLie, kInto>(product, rows, panel); break;
+      case 2:
+        multiply_vecs<Math, 2, kOrder, kEpilogue>(product, rows, vec);
+        break;
+      case 3:
+        multiply_vecs<Math, 3, kOrder, kEpilogue>(product, rows, vec);
+        break;
+      default:
+        multiply_vecs<Math, 4, kOrder, kEpilogue>(product, rows, vec);
+        break;
 #else
       default: break;
 #endif
     }
-    panel += count;
+    vec += count;
   }
 }
 

@@ -1,4 +1,4 @@
-// Rows of tensors copied into the forms that the products read: padded, paired or transposed.
+// Copies rows of tensors into the layouts that the products read: padded, paired or transposed.
 #pragma once
 
 #include "cpu/kernels/product.h"
@@ -7,45 +7,46 @@
 namespace refrag::cpu::REFRAG_ISA {
 namespace {
 
-// One row as float32, zeros from `width` to the next multiple of 16.
+// Copies one row as float32, zero-padded from `cols` to a multiple of 16.
 template <class T>
-REFRAG_INLINE void copy_row(const char* source, int width, float* row) {
+REFRAG_INLINE void copy_row(const char* source, int cols, float* row) {
   const T* from = reinterpret_cast<const T*>(source);
   int d = 0;
-  for (; d + kLanes <= width; d += kLanes) store(row + d, load(from + d));
-  if (d < width) store(row + d, load_partial(from + d, width - d));
+  for (; d + kLanes <= cols; d += kLanes) store(row + d, load(from + d));
+  if (d < cols) store(row + d, load_partial(from + d, cols - d));
 }
 
 template <class T>
-void pack_rows(const char* source, int64_t row_bytes, int count, int width, char* copy) {
-  const int64_t stride = (width + 15) / 16 * 64;
+void pack_rows(const char* source, int64_t row_bytes, int count, int cols, char* copy) {
+  const int64_t stride = (cols + 15) / 16 * 64;
   for (int i = 0; i < count; ++i) {
-    copy_row<T>(source + i * row_bytes, width, reinterpret_cast<float*>(copy + i * stride));
+    copy_row<T>(source + i * row_bytes, cols, reinterpret_cast<float*>(copy + i * stride));
   }
 }
 
 REFRAG_INLINE VecI load_u16_partial(const char* p, int count) {
-  uint16_t numbers[kLanes] = {};
-  std::memcpy(numbers, p, count * sizeof(uint16_t));
-  return load_u16(numbers);
+  uint16_t elements[kLanes] = {};
+  std::memcpy(elements, p, count * sizeof(uint16_t));
+  return load_u16(elements);
 }
 
-// Rows of 16-bit numbers, two and two: word d of pair i is number d of row 2i, and above it number d of row 2i + 1.
-inline void pack_pairs(const char* source, int64_t row_bytes, int count, int width, char* copy) {
-  const int64_t stride = (width + 15) / 16 * 64;
+// Interleaves pairs of rows of 16-bit elements: word d of pair i holds element d of row 2i in its low half, and of row
+// 2i + 1 in its high half.
+inline void pack_pairs(const char* source, int64_t row_bytes, int count, int cols, char* copy) {
+  const int64_t stride = (cols + 15) / 16 * 64;
   for (int i = 0; i < count; i += 2) {
     const char* even = source + i * row_bytes;
     const char* odd = even + row_bytes;
     char* words = copy + i / 2 * stride;
-    for (int d = 0; d < width; d += kLanes) {
-      const int numbers = width - d < kLanes ? width - d : kLanes;
+    for (int d = 0; d < cols; d += kLanes) {
+      const int elements = cols - d < kLanes ? cols - d : kLanes;
       VecI low, high = broadcast_int(0);
-      if (numbers == kLanes) {
+      if (elements == kLanes) {
         low = load_u16(reinterpret_cast<const uint16_t*>(even + 2 * d));
         if (i + 1 < count) high = load_u16(reinterpret_cast<const uint16_t*>(odd + 2 * d));
       } else {
-        low = load_u16_partial(even + 2 * d, numbers);
-        if (i + 1 < count) high = load_u16_partial(odd + 2 * d, numbers);
+        low = load_u16_partial(even + 2 * d, elements);
+        if (i + 1 < count) high = load_u16_partial(odd + 2 * d, elements);
       }
       store_int(words + 4 * d, low | shift_left<16>(high));
     }
@@ -62,7 +63,7 @@ REFRAG_INLINE void transpose_words(const char* from, int64_t from_stride, char* 
   for (int i = 0; i < 16; ++i) store_int(to + 4 * i * to_stride, as_int(rows[i]));
 }
 
-// Words that hold two rows as bfloat16: the lanes of `even` in the low halves, of `odd` in the high ones.
+// Stores two rows as bfloat16 pairs: the lanes of `even` in the low halves, those of `odd` in the high halves.
 REFRAG_INLINE void store_pairs(char* words, const Vec even, const Vec odd) {
 #if defined(__AVX512BF16__)
   // 0, 16, 1, 17, ...

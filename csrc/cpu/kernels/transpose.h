@@ -1,4 +1,4 @@
-// Transposing 16 x 16 words in registers.
+// Transposition of 16 x 16 words in registers.
 #pragma once
 
 #include <cstring>
@@ -8,8 +8,7 @@
 namespace refrag::cpu::REFRAG_ISA {
 namespace {
 
-// Row r, column c becomes row c, column r. The words may hold anything, such as pairs of 16-bit numbers: they are moved as
-// they are.
+// Transposes the rows in place. Words may hold anything, such as pairs of 16-bit elements.
 REFRAG_INLINE void transpose_tile(Vec (&rows)[16]) {
 #if defined(__AVX512F__)
   __m512 a[16], b[16];
@@ -18,7 +17,7 @@ REFRAG_INLINE void transpose_tile(Vec (&rows)[16]) {
     b[i] = _mm512_unpacklo_ps(rows[i].part[0], rows[i + 1].part[0]);
     b[i + 1] = _mm512_unpackhi_ps(rows[i].part[0], rows[i + 1].part[0]);
   }
-  // Of rows i to i + 3, a[i + j] holds column j of each 4 x 4 square.
+  // a[i + j] holds column j of each 4 x 4 block of rows i to i + 3.
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4) {
     a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);

@@ -1,4 +1,4 @@
-// From the element type that a task names to the types that a kernel is compiled for.
+// Dispatch from the runtime element type to the types that a kernel is compiled for.
 #pragma once
 
 #include "cpu/element.h"
@@ -7,17 +7,25 @@
 namespace refrag::cpu::REFRAG_ISA {
 namespace {
 
-// Calls f with a value of the type that the tensors' elements have, and with the arithmetic to use for it.
+// Calls f with a value of the element type, and with the arithmetic to use for it.
 template <class F>
 REFRAG_INLINE void with_types(Element element, F f) {
   switch (element) {
-    case Element::float32: f(float{}, Floats{}); break;
+    case Element::float32:
+      f(float{}, Float32Math{});
+      break;
 #if defined(__AVX512BF16__)
-    case Element::bfloat16: f(BFloat16{}, Pairs{}); break;
+    case Element::bfloat16:
+      f(BFloat16{}, Bf16PairMath{});
+      break;
 #else
-    case Element::bfloat16: f(BFloat16{}, Floats{}); break;
+    case Element::bfloat16:
+      f(BFloat16{}, Float32Math{});
+      break;
 #endif
-    case Element::float16: f(Half{}, Floats{}); break;
+    case Element::float16:
+      f(Half{}, Float32Math{});
+      break;
   }
 }
 

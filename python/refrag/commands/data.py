@@ -14,7 +14,7 @@ from refrag.console import clear_errors, track
 if TYPE_CHECKING:
     import numpy as np
 
-    from refrag.data.questions import Question
+    from refrag.corpus.questions import Question
 
 data = typer.Typer(no_args_is_help=True, help="Make text and questions to train and measure on.")
 
@@ -51,8 +51,8 @@ def corpus(
     """
     console = Console()
     with clear_errors(console):
-        from refrag.data.build import CorpusSettings, build_corpus
-        from refrag.data.debian import DOCUMENTATION, HELD_OUT, fetch, refuse_held_out
+        from refrag.corpus.build import CorpusSettings, build_corpus
+        from refrag.corpus.debian import DOCUMENTATION, HELD_OUT, fetch, refuse_held_out
 
         settings = CorpusSettings(cap, validation, min_characters, workers, seed)
         names = list(dict.fromkeys(package or DOCUMENTATION))
@@ -98,7 +98,7 @@ def tokens(
             from transformers import AutoTokenizer
 
             from refrag.commands.train import folders
-            from refrag.data.tokenizing import tokenize_corpus
+            from refrag.corpus.tokenizing import tokenize_corpus
             from refrag.training.token_files import read_header
         tokenizer = AutoTokenizer.from_pretrained(folders(None, decoder, "tokens")[1])
         files = tokenize_corpus(
@@ -139,13 +139,14 @@ def glossary(
         with console.status("loading torch and transformers"):
             from transformers import AutoModel, AutoTokenizer
 
-            from refrag import attention, weights
-            from refrag.data.debian import fetch
-            from refrag.data.dictionaries import DICTIONARIES, Entry, read_dictionary
-            from refrag.data.glossary import glossary_questions, select_entries
-            from refrag.data.questions import QuestionSettings
-            from refrag.prompt import Passage
-            from refrag.retrieval import Retriever
+            from refrag import weights
+            from refrag.corpus.debian import fetch
+            from refrag.corpus.dictionaries import DICTIONARIES, Entry, read_dictionary
+            from refrag.corpus.glossary import glossary_questions, select_entries
+            from refrag.corpus.questions import QuestionSettings
+            from refrag.model import attention
+            from refrag.model.inputs import Passage
+            from refrag.retrieval.retriever import Retriever
         settings = QuestionSettings(passages, hard, unanswerable, test, tuple(held_out_domain or ()), seed)
         entries: list[Entry] = []
         for name in track(console, DICTIONARIES, "reading dictionaries"):
@@ -188,9 +189,9 @@ def manpages(
     """
     console = Console()
     with clear_errors(console):
-        from refrag.data.debian import fetch, refuse_held_out
-        from refrag.data.manual_options import PROGRAMS, option_questions, read_options
-        from refrag.data.questions import QuestionSettings
+        from refrag.corpus.debian import fetch, refuse_held_out
+        from refrag.corpus.manual_options import PROGRAMS, option_questions, read_options
+        from refrag.corpus.questions import QuestionSettings
 
         settings = QuestionSettings(passages, hard, unanswerable, test, seed=seed)
         names = list(dict.fromkeys(package or PROGRAMS))
@@ -206,7 +207,7 @@ def manpages(
 
 
 def _write_sides(console: Console, output: Path, name: str, sides: Sequence[Sequence[Question]], xz: bool) -> None:
-    from refrag.data.questions import write_questions
+    from refrag.corpus.questions import write_questions
 
     for side, questions in zip(("train", "test"), sides):
         if not questions:

@@ -74,9 +74,9 @@ def encode(
         if workers is not None and engine != "ray":
             raise ValueError(f"--workers: got {workers}, needs --engine ray beside it")
         with console.status("loading torch and transformers"):
-            from refrag.encode_job import EncodeJob, run_here
-            from refrag.ray_engine import run_on_ray
-            from refrag.sources import Fields, slices
+            from refrag.data.sources import Fields, slices
+            from refrag.encoding.encode_job import EncodeJob, run_here
+            from refrag.encoding.ray_engine import run_on_ray
         job = EncodeJob(
             store, model, encoder, decoder, k, chunker, preset, encoder_dtype, dtype, Fields(text_field, id_field),
             batch_tokens, shard_passages, device, skip_bad,

@@ -54,9 +54,9 @@ def perplexity(
     with clear_errors(console):
         import torch
 
+        from refrag.bundle import Parts
+        from refrag.data.documents import read_documents, split_documents
         from refrag.training import perplexity as table
-        from refrag.training.documents import read_documents, split_documents
-        from refrag.training.parts import Parts
 
         if precision not in ("bf16", "no"):
             raise ValueError(f"--precision: got {precision!r}, needs bf16 or no")

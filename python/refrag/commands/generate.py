@@ -15,7 +15,7 @@ from refrag.console import clear_errors
 if TYPE_CHECKING:
     import torch
 
-    from refrag.prompt import MixedPrompt
+    from refrag.model.inputs import MixedPrompt
 
 
 def generate(
@@ -54,8 +54,8 @@ def generate(
         with notes.status("loading"):
             import torch
 
-            from refrag.caution import UNTRAINED, caution
-            from refrag.streaming import TimedStreamer
+            from refrag.demo.caution import UNTRAINED, caution
+            from refrag.demo.streaming import TimedStreamer
 
             processor, prompt = chosen.prompt(max_new_tokens)
             refrag = chosen.model()
@@ -77,7 +77,7 @@ def generate(
 
 
 def _summary(prompt: MixedPrompt, tokens: torch.Tensor, times: list[float], start: float) -> str:
-    from refrag.inspection import PromptCounts
+    from refrag.demo.inspection import PromptCounts
 
     text = f"{PromptCounts.of(prompt)}; first token after {times[0] - start:.2f} s"
     if len(times) > 1:

@@ -41,7 +41,7 @@ def inspect(
         )  # fmt: skip
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         with Console(stderr=True).status("loading"):
-            from refrag.inspection import PromptCounts, draw
+            from refrag.demo.inspection import PromptCounts, draw
 
             processor, prompt = chosen.prompt()
         console.print(draw(prompt, processor.tokenizer, hidden=hidden), soft_wrap=True)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from refrag.choosers import Chooser
-    from refrag.encoder import TextEmbedder
-    from refrag.model import RefragForCausalLM
-    from refrag.policy import ExpansionPolicy
-    from refrag.processor import RefragProcessor
-    from refrag.prompt import MixedPrompt
-    from refrag.store import ChunkStore
+    from refrag.model.encoder import TextEmbedder
+    from refrag.model.inputs import MixedPrompt
+    from refrag.model.modeling import RefragForCausalLM
+    from refrag.model.policy import ExpansionPolicy
+    from refrag.processing.processor import RefragProcessor
+    from refrag.processing.selectors import Chooser
+    from refrag.store.store import ChunkStore
 
 Files = Annotated[
     list[Path] | None,
@@ -112,9 +112,9 @@ class PromptOptions:
 
     def prompt(self, max_new_tokens: int = 0) -> tuple[RefragProcessor, MixedPrompt]:
         """Return the processor and the prompt it made."""
+        from refrag.data.passage_files import read_passages
         from refrag.loading import is_adapter, load_processor, load_trained
-        from refrag.passage_files import read_passages
-        from refrag.prompt import Passage
+        from refrag.model.inputs import Passage
 
         passages = read_passages(self.files)
         if self.model_folder is not None and is_adapter(self.model_folder):
@@ -151,8 +151,8 @@ class PromptOptions:
         """Return the store, or refuse what another encoder, or another way of cutting passages, has filled."""
         if self.store is None:
             return None
-        from refrag.recipe import ChunkRecipe
-        from refrag.store import ChunkStore
+        from refrag.store.fingerprint import ChunkRecipe
+        from refrag.store.store import ChunkStore
 
         model = self.model()
         return ChunkStore.open(self.store, ChunkRecipe.of(model.encoder, processor, model.config))
@@ -164,16 +164,16 @@ class PromptOptions:
         return self._embedder([chunk.text for chunk in prompt.chunks])
 
     def _chooser(self, processor: RefragProcessor) -> Chooser | None:
-        from refrag import choosers
-        from refrag.encoder import TextEmbedder
+        from refrag.model.encoder import TextEmbedder
+        from refrag.processing import selectors
 
         name = self.chooser
         if name is None and self.expand is not None:
             name = "cosine"
         if name is None:
             return None
-        if name not in choosers.NAMES:
-            raise ValueError(f"--chooser: got {name!r}, needs one of {', '.join(choosers.NAMES)}")
+        if name not in selectors.NAMES:
+            raise ValueError(f"--chooser: got {name!r}, needs one of {', '.join(selectors.NAMES)}")
         if name in ("random", "cosine", "perplexity-asc", "perplexity-desc", "policy") and self.expand is None:
             raise ValueError(f"--expand: got nothing, --chooser {name} needs a share or a number of chunks")
         if name == "threshold" and self.threshold is None:
@@ -181,7 +181,7 @@ class PromptOptions:
         policy = self._policy(processor.k) if name == "policy" else None
         if name in ("cosine", "threshold", "policy"):
             self._embedder = TextEmbedder(self.model(), processor.encoder_tokenizer)
-        return choosers.by_name(
+        return selectors.by_name(
             name,
             model=self.model() if name.startswith("perplexity") else None,
             embed=self._embedder,
@@ -196,7 +196,7 @@ class PromptOptions:
             return self._stage_policy
         from refrag import weights
         from refrag.adapters import load_policy
-        from refrag.policy import ExpansionPolicy
+        from refrag.model.policy import ExpansionPolicy
 
         adapter = weights.adapter_file(k) if self.model_folder is None else None
         if self.policy is None and adapter is not None:

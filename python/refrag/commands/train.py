@@ -14,7 +14,7 @@ from refrag.console import clear_errors, say
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from refrag.training.parts import Parts
+    from refrag.bundle import Parts
 
 train = typer.Typer(no_args_is_help=True, help="Train the projector, encoder, decoder or policy, as the paper does.")
 
@@ -173,8 +173,8 @@ def policy(
     """Stage 4: make a policy choose the chunks to expand, by reinforcement learning (REFRAG, A.1)."""
     console = Console()
     with clear_errors(console):
-        from refrag.training.documents import read_documents, split_documents
-        from refrag.training.expansion import PolicySettings
+        from refrag.data.documents import read_documents, split_documents
+        from refrag.training.policy_gradient import PolicySettings
         from refrag.training.policy_stage import PolicyStage, run_policy_stage
 
         settings = PolicySettings(
@@ -191,9 +191,9 @@ def _run_stage(objective: str, options: dict[str, Any]) -> None:
     console = Console()
     with clear_errors(console):
         from refrag.adapters import Trained
-        from refrag.training.documents import read_documents, split_documents
-        from refrag.training.parts import Parts
-        from refrag.training.recipe import Stage, run_fine_tuning, run_stage
+        from refrag.bundle import Parts
+        from refrag.data.documents import read_documents, split_documents
+        from refrag.training.stages import Stage, run_fine_tuning, run_stage
         from refrag.training.trainer import TrainingError, TrainSettings
 
         named = ("steps", "batch_size", "learning_rate", "projector_rate", "encoder_rate", "max_rows",
@@ -241,8 +241,8 @@ def folders(encoder: str | None, decoder: str | None, preset: str) -> tuple[str 
 
 def load_trained_parts(console: Console, adapter: Path, encoder: str | None, decoder: str | None) -> tuple[Parts, Any]:
     """Load the model of an adapter, and its policy or None; its encoder and decoder unless others are named."""
+    from refrag.bundle import Parts
     from refrag.loading import trained_sources
-    from refrag.training.parts import Parts
 
     encoder, decoder = trained_sources(adapter, encoder, decoder)
     if Path(decoder).is_dir():

@@ -1,1 +1,1 @@
-"""Text and questions to train on, made from Debian's packages of documentation and dictionaries."""
+"""Texts as they come: sources of passages, documents to train on, and how passages are cut into chunks."""

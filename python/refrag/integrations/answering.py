@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from refrag import choosers, weights
+from refrag import weights
 from refrag.adapters import load_policy
-from refrag.choosers import Chooser
-from refrag.encoder import TextEmbedder
 from refrag.loading import is_adapter, load_model, load_processor, load_trained
-from refrag.model import RefragForCausalLM
-from refrag.policy import ExpansionPolicy
-from refrag.processor import Part, RefragProcessor
-from refrag.prompt import Chunk, MixedPrompt, Passage
-from refrag.store import ChunkStore
+from refrag.model.encoder import TextEmbedder
+from refrag.model.inputs import Chunk, MixedPrompt, Passage
+from refrag.model.modeling import RefragForCausalLM
+from refrag.model.policy import ExpansionPolicy
+from refrag.processing import selectors
+from refrag.processing.processor import Part, RefragProcessor
+from refrag.processing.selectors import Chooser
+from refrag.store.store import ChunkStore
 
 TEMPLATE = "Answer the question with the help of these documents.\n\n{passages}\nQuestion: {question}"
 
@@ -39,8 +40,8 @@ class Answerer:
         What the user says, with ``{passages}`` and then ``{question}`` in it once each; it is put into the decoder's
         chat template where it has one.
     chooser : str or Chooser, optional
-        Picks the chunks that stand as text: one of ``refrag.choosers.NAMES`` or an object. Cosine if ``expand`` is a
-        share above 0 or ``expand_count`` is given, else none.
+        Picks the chunks that stand as text: one of ``selectors.NAMES`` of ``refrag.processing`` or an object. Cosine
+        if ``expand`` is a share above 0 or ``expand_count`` is given, else none.
     expand : float or collection of int and str, optional
         Share of the chunks to expand, or which, as ``RefragProcessor`` takes it.
     expand_count : int, optional
@@ -103,7 +104,7 @@ class Answerer:
         if chooser in ("cosine", "policy"):
             self._embedder = TextEmbedder(model, processor.encoder_tokenizer)
         if isinstance(chooser, str):
-            chooser = choosers.by_name(chooser, model=model, embed=self._embedder, policy=policy)
+            chooser = selectors.by_name(chooser, model=model, embed=self._embedder, policy=policy)
         self.chooser = chooser if chooser is None or expand_count is None else _AtMost(chooser, expand_count)
         self._lock = threading.Lock()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from refrag.integrations.answering import TEMPLATE, Answerer
-from refrag.prompt import Passage
+from refrag.model.inputs import Passage
 
 try:
     from haystack import Document, GeneratedAnswer, component, default_from_dict, default_to_dict

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from refrag.integrations.answering import Answerer
-from refrag.prompt import Passage
+from refrag.model.inputs import Passage
 
 try:
     from langchain_core.documents import Document

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from refrag.integrations.answering import Answerer
-from refrag.prompt import Passage
+from refrag.model.inputs import Passage
 
 try:
     from llama_index.core.base.response.schema import RESPONSE_TYPE

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from refrag.config import RefragConfig
-from refrag.model import RefragForCausalLM
-from refrag.prompt import MixedPrompt
+from refrag.model.config import RefragConfig
+from refrag.model.inputs import MixedPrompt
+from refrag.model.modeling import RefragForCausalLM
 
 # SGLang multiplies whatever it is given by the square root of the width in these two (models/gemma.py, gemma2.py).
 _SCALED_BY_SGLANG = ("gemma", "gemma2")

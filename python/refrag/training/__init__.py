@@ -1,5 +1,5 @@
 """Training: the curriculum of the paper."""
 
-from refrag.training.curriculum import PAPER_TABLE, draw_samples, scaled_table
+from refrag.training.schedules import PAPER_TABLE, draw_samples, scaled_table
 
 __all__ = ["PAPER_TABLE", "draw_samples", "scaled_table"]

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from refrag.acceptance import require_decoder
-from refrag.attention import AttentionPlans, packed_pass
-from refrag.model import RefragForCausalLM
-from refrag.prompt import MixedPrompt
+from refrag.model.acceptance import require_decoder
+from refrag.model.attention import AttentionPlans, packed_pass
+from refrag.model.inputs import MixedPrompt
+from refrag.model.modeling import RefragForCausalLM
 from refrag_kernels import ChunkLayout, ChunkMask
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from refrag.model import RefragForCausalLM
-from refrag.training.documents import Documents, prefix_ids
+from refrag.bundle import Parts
+from refrag.data.documents import Documents, prefix_ids
+from refrag.model.modeling import RefragForCausalLM
 from refrag.training.likelihood import hidden_rows, logits_of, target_log_probs
-from refrag.training.parts import Parts
-from refrag.training.samples import Sample, next_paragraph, reconstruction
+from refrag.training.samples import Sample, collate_for, next_paragraph, reconstruction
 
 _SEED = 20_250_912  # of the measured samples: the same in every run
 
@@ -36,7 +36,7 @@ def reconstruction_accuracy(
     losses, hits, firsts = [], [], []
     for start in range(0, samples, 64):
         batch = drawn[start : start + 64]
-        prompt, labels = parts.collate(batch)
+        prompt, labels = collate_for(parts, batch)
         prompt, labels = prompt.to(model.device), labels.to(model.device)
         rows = (labels != -100).nonzero()[:, 0]
         logits = logits_of(model.decoder, hidden_rows(model, prompt, model.plans(prompt))[rows - 1]).float()
@@ -70,6 +70,6 @@ def target_loss(model: RefragForCausalLM, *, parts: Parts, samples: Sequence[Sam
     """Measure the log-perplexity of samples' targets; ``held_out_loss`` per token."""
     total = 0.0
     for start in range(0, len(samples), 8):
-        prompt, labels = parts.collate(samples[start : start + 8])
+        prompt, labels = collate_for(parts, samples[start : start + 8])
         total -= target_log_probs(model, prompt, labels)[0].sum().item()
     return {"held_out_loss": total / sum(sample.num_targets for sample in samples)}

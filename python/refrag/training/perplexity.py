@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from refrag.choosers import by_name
-from refrag.model import RefragForCausalLM
-from refrag.policy import ExpansionPolicy
-from refrag.prompt import Chunk
-from refrag.training.documents import Documents, prefix_ids
+from refrag.bundle import Parts
+from refrag.data.documents import Documents, prefix_ids
+from refrag.model.inputs import Chunk
+from refrag.model.modeling import RefragForCausalLM
+from refrag.model.policy import ExpansionPolicy
+from refrag.processing.selectors import by_name
 from refrag.training.likelihood import target_log_probs
-from refrag.training.parts import Parts
-from refrag.training.samples import Sample, next_paragraph
+from refrag.training.samples import Sample, collate_for, next_paragraph
 
 FULL, NONE, LAST, COMPRESSED = "full context", "no context", "last s/k tokens", "compressed"
 _SEED = 1_009_2025
@@ -36,7 +36,7 @@ class Conditions:
     rates : tuple of float
         Effective compression rates at which choosers expand chunks: k / (1 - p + k p), at most k.
     choosers : tuple of str
-        Names of ``refrag.choosers`` that pick a given number.
+        Names of ``refrag.processing.selectors`` that pick a given number.
     """
 
     context: int = 256
@@ -124,7 +124,7 @@ def measure(
             for name, value in zip(texts, _losses(parts, base, list(texts.values()))):
                 scores.setdefault(f"{name} (untrained)", []).append(value)
         expansions: dict[str, frozenset[int]] = {COMPRESSED: frozenset()}
-        prompt, _ = parts.collate([sample])
+        prompt, _ = collate_for(parts, [sample])
         embeds = parts.model.encode_chunks(prompt.encoder_input)
 
         def embed(texts: Sequence[str], chunks: Sequence[Chunk] = chunks, own: torch.Tensor = embeds) -> torch.Tensor:
@@ -218,6 +218,6 @@ def _text_sample(before: Sequence[int], output: Sequence[int]) -> Sample:
 def _losses(
     parts: Parts, model: RefragForCausalLM, samples: Sequence[Sample], embeds: torch.Tensor | None = None
 ) -> list[float]:
-    prompt, labels = parts.collate(samples)
+    prompt, labels = collate_for(parts, samples)
     log_probs, _ = target_log_probs(model, prompt, labels, embeds)
     return (-log_probs.view(len(samples), -1).mean(1)).tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -13,11 +14,11 @@ import torch
 from tqdm.auto import tqdm
 
 from refrag.adapters import add_policy
-from refrag.policy import ExpansionPolicy
-from refrag.training.documents import Documents, prefix_ids
-from refrag.training.expansion import PolicySettings, policy_optimizer, rollout_rewards, train_policy
-from refrag.training.parts import Parts
-from refrag.training.samples import Sample, next_paragraph
+from refrag.bundle import Parts
+from refrag.data.documents import Documents, prefix_ids
+from refrag.model.policy import ExpansionPolicy
+from refrag.training.policy_gradient import PolicySettings, policy_optimizer, rollout_rewards, train_policy
+from refrag.training.samples import Sample, collate_for, next_paragraph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +111,13 @@ def run_policy_stage(
     def contexts(index: int) -> tuple[Sample, torch.Tensor]:
         tokens, cuttable = windows.draw(stage.settings.seed, index)
         sample = next_paragraph(tokens, context, parts.k, parts.tokenizer, prefix, cuttable=cuttable)
-        prompt, _ = parts.collate([sample])
+        prompt, _ = collate_for(parts, [sample])
         with lower_precision():
             return sample, model.encode_chunks(prompt.encoder_input)
 
     def reward(sample: Sample, rollouts: Sequence[frozenset[int]], embeds: torch.Tensor) -> torch.Tensor:
         with lower_precision():
-            return rollout_rewards(model, parts.collate, sample, rollouts, embeds)
+            return rollout_rewards(model, functools.partial(collate_for, parts), sample, rollouts, embeds)
 
     with tqdm(total=stage.settings.steps, initial=len(entries), unit="step") as bar:
 

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from refrag.chunking import end_of_chunk
-from refrag.packing import Span, pack_spans
-from refrag.processor import RefragProcessor
-from refrag.prompt import Chunk, MixedPrompt, Passage
-from refrag.training.documents import Windows
+from refrag.bundle import Parts
+from refrag.data.chunking import end_of_chunk
+from refrag.data.documents import Windows
+from refrag.model.inputs import Chunk, MixedPrompt, Passage
+from refrag.model.packing import Span, pack_spans
+from refrag.processing.processor import RefragProcessor
 
 Sampler = Callable[[int], "Sample"]  # a sample's number -> the sample, always the same
 
@@ -278,6 +279,19 @@ def collate(
     lengths = prompt.layout.chunk_offsets.diff().long()
     is_target = torch.tensor(counted).repeat_interleave(lengths)
     return prompt, prompt.token_ids.masked_fill(~is_target, -100)
+
+
+def collate_for(parts: Parts, samples: Sequence[Sample]) -> tuple[MixedPrompt, torch.Tensor]:
+    """Pack samples as a model's configuration wants them; see ``collate``."""
+    config = parts.model.config
+    return collate(
+        samples,
+        parts.encoder_tokenizer,
+        position_ids=config.position_ids,
+        special_tokens=config.encoder_special_tokens,
+        latents=config.latents,
+        encoder_window=config.window,
+    )
 
 
 def _sample(prefix: list[int], chunks: list[Span], target: list[int], expanded: Collection[int] = ()) -> Sample:

@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from refrag.file_modes import usual_mode
-from refrag.model import RefragForCausalLM
-from refrag.prompt import MixedPrompt
+from refrag.model.inputs import MixedPrompt
+from refrag.model.modeling import RefragForCausalLM
 from refrag.training.generators import generator_states, restore_generators
 from refrag.training.passes import cut_passes, make_passes
 from refrag.training.samples import Sample, Sampler
@@ -308,8 +308,9 @@ class Trainer:
         )  # fmt: skip
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.tokens = state["step"], state["tokens"]
-        self.losses = list(state["losses"])
-        restore_generators(self.accelerator, state["generators"])
+        # Earlier checkpoints hold no losses, and the first process's generator alone.
+        self.losses = list(state.get("losses", []))
+        restore_generators(self.accelerator, state.get("generators") or [{"cpu": state["random"]}])
         if self.accelerator.is_main_process:
             # What was logged after the checkpoint will be logged again.
             kept = log.read_text().splitlines(keepends=True)[: state["log_entries"]]

@@ -21,7 +21,7 @@ def register() -> None:
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
-    import refrag.config  # noqa: F401  transformers then knows the model type
+    import refrag.model.config  # noqa: F401  transformers then knows the model type
 
     if MODE in TokenizerRegistry.tokenizers:
         return

@@ -9,11 +9,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModel, PreTrainedModel
 
-from refrag import attention
-from refrag.config import RefragConfig
-from refrag.encoder import encode_packed
-from refrag.feed_forward import fuse_feed_forward
-from refrag.prompt import PackedTexts
+from refrag.model import attention
+from refrag.model.config import RefragConfig
+from refrag.model.encoder import encode_packed
+from refrag.model.feed_forward import fuse_feed_forward
+from refrag.model.inputs import PackedTexts
 
 _PREFIX = "encoder."
 POOLER = "pooler"  # of BERT's kind: a layer over the first row that nothing here reads; some folders lack its weights

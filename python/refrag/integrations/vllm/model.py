@@ -15,13 +15,13 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_regist
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 import refrag_kernels as rk
-from refrag.encoder import encode_packed
 from refrag.integrations.prompt_embeds import require_plain_decoder
 from refrag.integrations.vllm.folder_encoder import POOLER, empty_encoder
 from refrag.integrations.vllm.passages import MARK, MODALITY
 from refrag.integrations.vllm.processing import ENCODER_ROWS, DummyPassages, PassageInfo, PassageProcessor
-from refrag.projector import ChunkProjector
-from refrag.prompt import PackedTexts
+from refrag.model.encoder import encode_packed
+from refrag.model.inputs import PackedTexts
+from refrag.model.projector import ChunkProjector
 from refrag_kernels import ChunkLayout
 
 

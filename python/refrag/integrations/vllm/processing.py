@@ -21,14 +21,14 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
-from refrag.encoder import TextEmbedder
 from refrag.integrations.prompt_embeds import require_plain_decoder
 from refrag.integrations.vllm.folder_encoder import FolderEncoder
 from refrag.integrations.vllm.passages import MARK, MODALITY, GivenPassage, parse_passage
 from refrag.integrations.vllm.reading import ReadPassage, read_passages
-from refrag.processor import RefragProcessor
-from refrag.recipe import ChunkRecipe
-from refrag.store import ChunkStore
+from refrag.model.encoder import TextEmbedder
+from refrag.processing.processor import RefragProcessor
+from refrag.store.fingerprint import ChunkRecipe
+from refrag.store.store import ChunkStore
 
 ENCODER_ROWS = 8192  # of one pass of the encoder: bounds its memory whatever a request holds
 

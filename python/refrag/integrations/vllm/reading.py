@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from refrag import choosers
-from refrag.encoder import TextEmbedder, pack_texts
-from refrag.expansion import expanded_chunks
 from refrag.integrations.vllm.passages import GivenPassage
-from refrag.processor import RefragProcessor
-from refrag.prompt import Chunk, PackedTexts, Passage
-from refrag.store import ChunkStore
+from refrag.model.encoder import TextEmbedder, pack_texts
+from refrag.model.inputs import Chunk, PackedTexts, Passage
+from refrag.processing import selectors
+from refrag.processing.expansion import expanded_chunks
+from refrag.processing.processor import RefragProcessor
+from refrag.store.store import ChunkStore
 
 # What a request may say, and of which types. Numbers that JSON may write either way come as int or float.
 _OPTIONS: dict[str, tuple[type, ...]] = {
@@ -198,7 +198,7 @@ def _expanded(
             with torch.no_grad():
                 embeds = embed.model.encode_chunks(texts)
     if name is not None:
-        chooser = choosers.by_name(name, embed=embed, threshold=options.get("threshold"), seed=options.get("seed", 0))
+        chooser = selectors.by_name(name, embed=embed, threshold=options.get("threshold"), seed=options.get("seed", 0))
     picks = expanded_chunks(
         [[chunks[number] for number in with_text]],
         [options.get("question", "")],

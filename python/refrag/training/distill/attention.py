@@ -8,7 +8,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from refrag.attention import AttentionPlans
+from refrag.model.attention import AttentionPlans
 from refrag_kernels import ChunkLayout, ChunkMask
 
 GROUPED = "refrag_grouped"

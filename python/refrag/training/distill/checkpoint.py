@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from refrag.adapters import save_adapter
-from refrag.model import RefragForCausalLM
+from refrag.model.modeling import RefragForCausalLM
 
 _STATE = "state.pt"
 

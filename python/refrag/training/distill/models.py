@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from refrag.attention import NAME, no_mask
-from refrag.model import RefragForCausalLM
-from refrag.token_encoder import first_layers
+from refrag.model.attention import NAME, no_mask
+from refrag.model.modeling import RefragForCausalLM
+from refrag.model.token_encoder import first_layers
 from refrag.training.distill.attention import GROUPED
 from refrag.training.distill.batches import Batch, Packed, Rows
 from refrag.training.distill.loss import distillation_loss

@@ -1,0 +1,228 @@
+"""A corpus: documents of many packages, cleaned, split and written with a manifest of where they come from."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from refrag.corpus.budget import capped_level
+from refrag.corpus.cleaning import Deduplicator, is_english_prose
+from refrag.corpus.debian import Package, licences
+from refrag.corpus.texts import TextFile, needs, read_text, text_files
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A document of the corpus.
+
+    Attributes
+    ----------
+    id : str
+        Package and path.
+    text, source : str
+        ``source`` is the package.
+    """
+
+    id: str
+    text: str
+    source: str
+
+
+@dataclasses.dataclass
+class Source:
+    """What became of a package.
+
+    Attributes
+    ----------
+    entry : dict
+        For the manifest: name, version, sha256, licences and counts.
+    documents : list of Document
+    """
+
+    entry: dict[str, Any]
+    documents: list[Document]
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusSettings:
+    """How a corpus is made.
+
+    Attributes
+    ----------
+    cap : float
+        Share of the characters that a single package may have.
+    validation : float
+        Share of the documents that are set apart.
+    min_characters : int
+        Of a document.
+    workers : int
+        Processes that convert files.
+    seed : int
+        Draws the documents of a package that has too many, and those set apart.
+    """
+
+    cap: float = 0.25
+    validation: float = 0.02
+    min_characters: int = 1000
+    workers: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation: got {self.validation}, needs a share from 0 up to 1")
+        if self.min_characters < 1 or self.workers < 1:
+            raise ValueError(f"min_characters, workers: got {self.min_characters}, {self.workers}, need 1 or more")
+        capped_level([1] * 1000, self.cap)
+
+
+def build_corpus(
+    packages: Sequence[Package],
+    held_out: Mapping[str, Sequence[Package]],
+    settings: CorpusSettings,
+    output: Path,
+    progress: Callable[[Sequence[Package]], Iterable[Package]] = iter,
+) -> dict[str, Any]:
+    """Write a corpus: ``train.jsonl``, ``valid.jsonl``, ``heldout-NAME.jsonl`` for each domain, and ``manifest.json``.
+
+    The held-out domains are read first, so that none of their paragraphs is left in the text to train on.
+
+    Parameters
+    ----------
+    packages : sequence of Package
+        To train on.
+    held_out : mapping
+        Domain -> packages that models are measured on.
+    settings : CorpusSettings
+    output : Path
+        The folder, which must not exist. It appears once it is whole.
+    progress : callable, optional
+        Wraps the packages.
+
+    Returns
+    -------
+    dict
+        The manifest.
+
+    Raises
+    ------
+    ValueError
+        If the folder exists, a package holds no text that can be used, or too few packages are given for the cap.
+    """
+    once = Deduplicator()
+    with whole_folder(output) as part, concurrent.futures.ProcessPoolExecutor(settings.workers) as pool:
+        domain_of = {package: domain for domain, group in held_out.items() for package in group}
+        read: dict[str, Source] = {}
+        for package in progress([*domain_of, *packages]):
+            read[package.name] = _read(package, settings, once, pool.map)
+        sources = [read[package.name] for package in packages]
+        level = capped_level([_characters(source.documents) for source in sources], settings.cap)
+        for source in sources:
+            source.documents = _up_to(level, source.documents, settings.seed)
+        splits: dict[str, list[Document]] = {"train": [], "valid": []}
+        for source in sources:
+            for document in source.documents:
+                set_apart = _draw(settings.seed, "split", document.id) < settings.validation
+                splits["valid" if set_apart else "train"].append(document)
+        for domain, group in held_out.items():
+            splits[f"heldout-{domain}"] = [document for package in group for document in read[package.name].documents]
+        manifest = {
+            "settings": {key: value for key, value in vars(settings).items() if key != "workers"},
+            "splits": {name: _counts(documents) for name, documents in splits.items()},
+            "packages": [{**source.entry, **_counts(source.documents), "held_out": domain_of.get(package)}
+                         for package, source in ((package, read[package.name]) for package in [*packages, *domain_of])],
+        }  # fmt: skip
+        for name, documents in splits.items():
+            documents.sort(key=lambda document: _draw(settings.seed, "order", document.id))
+            with open(part / f"{name}.jsonl", "w", encoding="utf-8") as file:
+                for document in documents:
+                    file.write(json.dumps(dataclasses.asdict(document), ensure_ascii=False) + "\n")
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+@contextlib.contextmanager
+def whole_folder(output: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``output`` when all went well, and is removed otherwise.
+
+    Raises
+    ------
+    ValueError
+        If ``output`` exists.
+    """
+    if output.exists():
+        raise ValueError(f"{output}: is there already; a new folder is needed")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(f".{output.name}.part-{uuid.uuid4().hex}")
+    part.mkdir()
+    try:
+        yield part
+        part.rename(output)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _read(package: Package, settings: CorpusSettings, once: Deduplicator, parallel: Callable[..., Any]) -> Source:
+    with package.unpacked() as folder:
+        files = text_files(folder)
+        needs(files)
+        stated = licences(package, folder)
+        texts = list(parallel(_prose, files, chunksize=16))
+    documents, repeated = [], 0
+    for file, text in zip(files, texts):
+        if len(text) < settings.min_characters:
+            continue
+        fresh = once.fresh(text)
+        if fresh is None or len(fresh) < settings.min_characters:
+            repeated += 1
+            continue
+        documents.append(Document(f"{package.name}/{file.name}", fresh, package.name))
+    if not documents:
+        raise ValueError(
+            f"{package.name}: of {len(files)} files none has {settings.min_characters} characters of new prose"
+        )
+    entry = {
+        "name": package.name,
+        "version": package.version,
+        "sha256": package.sha256(),
+        "licences": stated,
+        "files": len(files),
+        "dropped": {"short or no English prose": len(files) - len(documents) - repeated, "repeated": repeated},
+    }
+    return Source(entry, documents)
+
+
+def _prose(file: TextFile) -> str:
+    text = read_text(file)
+    return text if is_english_prose(text) else ""
+
+
+def _up_to(level: int, documents: list[Document], seed: int) -> list[Document]:
+    """Return documents with so many characters together at most, drawn at random."""
+    taken, characters = [], 0
+    for document in sorted(documents, key=lambda document: _draw(seed, "cap", document.id)):
+        if characters + len(document.text) <= level:
+            taken.append(document)
+            characters += len(document.text)
+    return taken
+
+
+def _draw(seed: int, what: str, id: str) -> float:
+    """Return a number from 0 to 1 that follows from the seed and a document's id, whatever else there is."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{what}/{id}".encode()).digest()[:7], "big") / 2**56
+
+
+def _characters(documents: Iterable[Document]) -> int:
+    return sum(len(document.text) for document in documents)
+
+
+def _counts(documents: Sequence[Document]) -> dict[str, int]:
+    return {"documents": len(documents), "characters": _characters(documents)}

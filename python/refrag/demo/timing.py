@@ -1,0 +1,162 @@
+"""Time to first token, time per token and KV-cache bytes of the ways to read one prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from refrag.model.state import key_values
+from refrag.retrieval.retriever import Progress
+
+Prefill = Callable[[], CausalLMOutputWithPast]
+
+
+@dataclasses.dataclass
+class Reading:
+    """One way to read a prompt, and what was measured of it.
+
+    Attributes
+    ----------
+    rows : int
+        Rows that the decoder reads.
+    prefill : callable
+        Reads the prompt: logits of the last row only, and the filled cache.
+    seconds : list of float
+        Times to the first token, one per round.
+    """
+
+    rows: int
+    prefill: Prefill
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def first_token(self) -> float:
+        """Median time to the first token, in seconds."""
+        return statistics.median(self.seconds)
+
+
+def time_readings(
+    readings: dict[str, Reading], rounds: int, track: Progress = iter
+) -> dict[str, CausalLMOutputWithPast]:
+    """Time every reading ``rounds`` times, in turn, so that a busy machine disturbs all alike.
+
+    Parameters
+    ----------
+    readings : dict
+        By name; their ``seconds`` grow.
+    rounds : int
+    track : callable, optional
+        Wraps the single readings, to show progress.
+
+    Returns
+    -------
+    dict
+        The last output of each reading.
+    """
+    outputs: dict[str, CausalLMOutputWithPast] = {}
+    with torch.inference_mode():
+        for name in track([*readings] * rounds):
+            outputs.pop(name, None)  # the cache of the last round goes before the next is made
+            start = time.perf_counter()
+            output = readings[name].prefill()
+            output["logits"].argmax(-1)
+            readings[name].seconds.append(time.perf_counter() - start)
+            outputs[name] = output
+    return outputs
+
+
+class CpuPressure:
+    """How much of a stretch of time some program of this machine waited for a CPU (Linux's pressure stall information).
+
+    Our own threads hardly wait for each other, so a high share means that other programs disturbed the measurement.
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), _stalled()
+
+    def share(self) -> float | None:
+        """Return the share since this was made, 0 to 1; None where the system doesn't tell."""
+        began, stalled = self._start
+        now = _stalled()
+        return None if now is None or stalled is None else (now - stalled) / (time.perf_counter() - began)
+
+
+def _stalled() -> float | None:
+    try:
+        first = Path("/proc/pressure/cpu").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
+    return int(first.rsplit("total=", 1)[1]) / 1e6
+
+
+@dataclasses.dataclass
+class Continuation:
+    """What a decoder wrote after a prompt.
+
+    Attributes
+    ----------
+    token_ids : list of int
+        Up to the end-of-sequence token, without it.
+    seconds_per_token : float
+        Median time of a decode step.
+    kv_bytes : int
+        Keys and values after the prompt, before the first new token.
+    """
+
+    token_ids: list[int]
+    seconds_per_token: float
+    kv_bytes: int
+
+
+def continue_greedily(
+    decoder: PreTrainedModel,
+    output: CausalLMOutputWithPast,
+    end: set[int],
+    max_new_tokens: int,
+    *,
+    first_position: int | None = None,
+    min_steps: int = 8,
+) -> Continuation:
+    """Write on from a prompt that has been read, timing each token.
+
+    Parameters
+    ----------
+    decoder : PreTrainedModel
+    output : CausalLMOutputWithPast
+        Of the prompt; its cache grows.
+    end : set of int
+        End-of-sequence tokens.
+    max_new_tokens : int
+    first_position : int, optional
+        Position of the first new token, where it isn't the number of rows read.
+    min_steps : int
+        Decode steps to time even where the answer is shorter.
+    """
+    cache = output["past_key_values"]
+    kv_bytes = sum(keys.nbytes + values.nbytes for keys, values in key_values(cache))
+    token = output["logits"][:, -1].argmax(-1, keepdim=True)
+    position = first_position
+    token_ids = [int(token)]
+    steps: list[float] = []
+    with torch.inference_mode():
+        while len(steps) < min_steps or (len(token_ids) < max_new_tokens and not end.intersection(token_ids)):
+            start = time.perf_counter()
+            arguments: dict[str, Any] = {}
+            if position is not None:
+                arguments["position_ids"] = torch.tensor([[position]], device=token.device)
+                position += 1
+            step = decoder(input_ids=token, past_key_values=cache, use_cache=True, **arguments)
+            token = step.logits[:, -1].argmax(-1, keepdim=True)
+            token_ids.append(int(token))
+            steps.append(time.perf_counter() - start)
+    answer = token_ids[:max_new_tokens]
+    length = next((i for i, token_id in enumerate(answer) if token_id in end), len(answer))
+    return Continuation(answer[:length], statistics.median(steps), kv_bytes)

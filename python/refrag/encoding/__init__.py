@@ -1,0 +1,1 @@
+"""Encoding passages into a store, in this process or on Ray."""

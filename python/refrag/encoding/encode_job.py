@@ -1,0 +1,212 @@
+"""What `refrag encode` does: from slices of a corpus to a store, in this process or on Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from refrag import weights
+from refrag.data.sources import Fields, Slice
+from refrag.encoding.passage_encoder import PassageEncoder
+from refrag.loading import DEFAULT_K, is_adapter, load_model, load_processor, load_trained
+from refrag.model import attention
+from refrag.model.config import RefragConfig
+from refrag.model.feed_forward import fuse_feed_forward
+from refrag.model.inference_linear import use_inference_linears
+from refrag.model.inputs import Passage
+from refrag.processing.processor import RefragProcessor
+from refrag.store.fingerprint import ChunkRecipe
+from refrag.store.store import DTYPES, ChunkStore
+
+
+class Step(NamedTuple):
+    """A part of the work that is on the disk: passages that were new, and known, ids that moved to another text, and
+    the records that were left out, each with its reason."""
+
+    new: int
+    known: int
+    moved_ids: int
+    left_out: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeJob:
+    """Settings of `refrag encode`; they can be sent to another process.
+
+    Attributes
+    ----------
+    store : Path
+    model : Path or None
+        Folder that RefragForCausalLM.save_pretrained and RefragProcessor.save_pretrained wrote, or a training stage.
+        Without it and without an encoder, decoder and preset: the demo's model.
+    encoder, decoder : str or None
+        Without ``model``: what from_pretrained takes. Of the decoder only the tokenizer is read. With a training stage:
+        what it began with, where that isn't found any more.
+    k : int or None
+    chunker : str or None
+    preset : str or None
+    encoder_dtype : str
+        As from_pretrained's ``dtype``.
+    dtype : str or None
+        Of the store's rows; float32, or what the store has.
+    fields : Fields
+    batch_tokens, shard_passages : int
+    device : str
+    skip_bad : bool
+        Leave out records that are no passages, instead of stopping at the first.
+    """
+
+    store: Path
+    model: Path | None = None
+    encoder: str | None = None
+    decoder: str | None = None
+    k: int | None = None
+    chunker: str | None = None
+    preset: str | None = None
+    encoder_dtype: str = "auto"
+    dtype: str | None = None
+    fields: Fields = Fields()
+    batch_tokens: int = 8192
+    shard_passages: int = 4096
+    device: str = "cpu"
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        # A worker in another directory would make a store of its own there.
+        object.__setattr__(self, "store", self.store.absolute())
+        for name in ("k", "batch_tokens", "shard_passages"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: got {value}, needs 1 or more")
+        choices = {
+            "chunker": ("fixed", "sentence"), "preset": ("paper", "lclm"), "dtype": tuple(DTYPES),
+            "encoder_dtype": ("auto", *DTYPES),
+        }  # fmt: skip
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise ValueError(f"--{name.replace('_', '-')}: got {value!r}, needs one of {', '.join(allowed)}")
+        if self.model is not None:
+            stage = is_adapter(self.model)
+            for name in ("k", "preset") if stage else ("encoder", "decoder", "k", "chunker", "preset"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"--{name}: got {getattr(self, name)} beside --model, which decides it")
+            for name in () if stage else ("config.json", "refrag_processor.json"):
+                if not (self.model / name).is_file():
+                    raise ValueError(
+                        f"--model: {self.model} has no {name}, needs a folder that RefragForCausalLM.save_pretrained "
+                        "and RefragProcessor.save_pretrained wrote, or that of a training stage, or distilled"
+                    )
+
+    def passage_encoder(self) -> PassageEncoder:
+        """Load the encoder and the tokenizers; of a decoder no weights, unless the encoder is made of them."""
+        with weights.quiet_transformers():
+            if self.model is not None and is_adapter(self.model):
+                model, processor, _ = load_trained(
+                    self.model, chunker=self.chunker or "fixed", encoder=self.encoder, decoder=self.decoder
+                )
+                config, encoder = model.config, self._placed(model.encoder)
+            elif self.model is not None:
+                config = RefragConfig.from_pretrained(self.model)
+                processor = RefragProcessor.from_pretrained(self.model)
+                # The model's file without the decoder: only the encoder's weights are read.
+                encoder = self._load(self.model, config=config.encoder_config, key_mapping={r"^encoder\.": ""})
+            elif self._is_demo() and weights.adapter_file(self.k or DEFAULT_K):
+                model = load_model(None, self.k)
+                processor = load_processor(None, self.k, self.chunker or "fixed")
+                config, encoder = model.config, self._placed(model.encoder)
+            else:
+                config, processor, encoder = self._from_parts()
+        return PassageEncoder(encoder, processor, config, batch_tokens=self.batch_tokens)
+
+    def _is_demo(self) -> bool:
+        return self.model is None and self.encoder is None and self.decoder is None and self.preset is None
+
+    def _from_parts(self) -> tuple[RefragConfig, RefragProcessor, PreTrainedModel]:
+        encoder = self._load(self.encoder or weights.encoder_folder())
+        decoder = self.decoder or weights.decoder_folder()
+        # MiniLM, which is taken where no encoder is named, was trained with mean pooling.
+        preset = self.preset or ("paper" if self.encoder else "lclm")
+        config = RefragConfig.from_preset(
+            preset, AutoConfig.from_pretrained(decoder), encoder.config,
+            chunk_size=self.k or (DEFAULT_K if self._is_demo() else 16),
+        )  # fmt: skip
+        tokenizers = _tokenizer(decoder), _tokenizer(self.encoder or weights.encoder_folder())
+        processor = RefragProcessor.from_config(config, *tokenizers, chunker=self.chunker or "fixed")
+        return config, processor, encoder
+
+    def _load(self, source: str | Path, **options: object) -> PreTrainedModel:
+        encoder = AutoModel.from_pretrained(
+            source, dtype=self.encoder_dtype, attn_implementation=attention.NAME, **options
+        )
+        fuse_feed_forward(encoder)
+        use_inference_linears(encoder)
+        return self._placed(encoder)
+
+    def _placed(self, encoder: PreTrainedModel) -> PreTrainedModel:
+        """Return the encoder ready to run, on the device and in the dtype that it is to compute in."""
+        dtype = None if self.encoder_dtype == "auto" else DTYPES[self.encoder_dtype]
+        try:
+            return encoder.eval().to(device=self.device, dtype=dtype or encoder.dtype)
+        except (RuntimeError, AssertionError) as error:  # torch's, for a device that it doesn't have
+            raise ValueError(f"--device: got {self.device}: {str(error).splitlines()[0]}") from error
+
+    def open_store(self, recipe: ChunkRecipe) -> ChunkStore:
+        """Open the store, or make it.
+
+        Raises
+        ------
+        StoreError
+            If it is there and holds something else.
+        """
+        if not (self.store / "store.json").exists():
+            return ChunkStore.create(self.store, recipe, DTYPES[self.dtype or "float32"])
+        store = ChunkStore.open(self.store, recipe)
+        if self.dtype is not None and store.dtype != DTYPES[self.dtype]:
+            raise ValueError(f"--dtype: got {self.dtype}, but the store {self.store} holds {_name(store.dtype)}")
+        return store
+
+    def steps(self, encoder: PassageEncoder, store: ChunkStore, slices: Iterable[Slice]) -> Iterator[Step]:
+        """Encode slices, a shard at a time, and yield each step when it is on the disk.
+
+        Raises
+        ------
+        PassageError
+            At the first record that is no passage, unless ``skip_bad``; what stands before it in whole shards is kept.
+        """
+        left_out: list[str] = []
+        passages = self._passages(slices, left_out)
+        for counts in encoder.fill_steps(store, passages, shard_passages=self.shard_passages):
+            yield Step(*counts, left_out[:])
+            left_out.clear()
+        if left_out:
+            yield Step(0, 0, 0, left_out)
+
+    def _passages(self, slices: Iterable[Slice], left_out: list[str]) -> Iterator[Passage]:
+        for part in slices:
+            for record in part.read(self.fields):
+                if isinstance(record, Passage):
+                    yield record
+                elif self.skip_bad:
+                    left_out.append(str(record))
+                else:
+                    raise record
+
+
+def run_here(job: EncodeJob, slices: Sequence[Slice]) -> Iterator[Step]:
+    """Do the job in this process."""
+    encoder = job.passage_encoder()
+    yield from job.steps(encoder, job.open_store(encoder.recipe), slices)
+
+
+def _tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(source)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,183 @@
+"""PassageEncoder: from passages to the chunk embeddings that a store keeps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from refrag.model.acceptance import reading_of
+from refrag.model.config import RefragConfig
+from refrag.model.encoder import encode_packed, pack_texts
+from refrag.model.inputs import Chunk, Passage
+from refrag.model.modeling import RefragForCausalLM
+from refrag.processing.processor import RefragProcessor
+from refrag.store.fingerprint import ChunkRecipe
+from refrag.store.store import ChunkStore, PutCounts
+
+_BATCH_TOKENS = 8192  # 455 chunks of 16 tokens and the two special ones: past it, packing more no longer pays on a CPU
+
+
+class PassageEncoder:
+    """Cuts passages as a processor does, and encodes the chunks as its model does; no decoder is needed.
+
+    Parameters
+    ----------
+    encoder : PreTrainedModel
+        In evaluation mode; with attention "refrag" if it reads packed rows.
+    processor : RefragProcessor
+    config : RefragConfig
+        Its pooling is what counts here.
+    batch_tokens : int
+        Encoder tokens that are read at once; a chunk, or a window of them, is never split.
+
+    Attributes
+    ----------
+    recipe : ChunkRecipe
+        Of the encoder as it was when this was made.
+
+    Raises
+    ------
+    ValueError
+        If the encoder has another attention, is refused or in training mode, ``batch_tokens`` is below 1, or the
+        processor's chunker has no description.
+
+    Examples
+    --------
+    >>> encoder = PassageEncoder.from_model(model, processor)  # doctest: +SKIP
+    >>> store = ChunkStore.create("store", encoder.recipe)  # doctest: +SKIP
+    >>> encoder.fill(store, [Passage("The bridge of Orla was built in 1871.", "orla")])  # doctest: +SKIP
+    PutCounts(new=1, known=0, moved_ids=0)
+    >>> prompt = processor([Passage(id="orla"), "When was it built?"], store=store)  # doctest: +SKIP
+    >>> model.generate(prompt, max_new_tokens=32)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        encoder: PreTrainedModel,
+        processor: RefragProcessor,
+        config: RefragConfig,
+        *,
+        batch_tokens: int = _BATCH_TOKENS,
+    ) -> None:
+        reading_of(encoder)
+        if encoder.training:
+            raise ValueError("encoder: is in training mode, needs encoder.eval(): dropout would be stored")
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens: got {batch_tokens}, needs 1 or more")
+        self.encoder = encoder
+        self.processor = processor
+        self.config = config
+        self.batch_tokens = batch_tokens
+        self.recipe = ChunkRecipe.of(encoder, processor, config)
+
+    @classmethod
+    def from_model(
+        cls, model: RefragForCausalLM, processor: RefragProcessor, *, batch_tokens: int = _BATCH_TOKENS
+    ) -> PassageEncoder:
+        """Take a model's encoder and its configuration."""
+        return cls(model.encoder, processor, model.config, batch_tokens=batch_tokens)
+
+    def encode(self, passages: Sequence[Passage]) -> tuple[list[list[Chunk]], torch.Tensor]:
+        """Cut passages and encode their chunks.
+
+        Returns
+        -------
+        list of lists of Chunk
+            Each passage's.
+        Tensor [N, d_enc]
+            All their embeddings, in order.
+
+        Raises
+        ------
+        ValueError
+            If a passage has no text, or a chunk is too long for the encoder.
+        """
+        for index, passage in enumerate(passages):
+            if not passage.text.strip():
+                raise ValueError(f"passage {passage.id or index!r}: has no text")
+        chunks = [self.processor.chunker(passage.text) for passage in passages]
+        texts = pack_texts(
+            self.processor.encoder_tokenizer,
+            [chunk.text for own in chunks for chunk in own],
+            special_tokens=self.processor.encoder_special_tokens,
+            window=self.processor.encoder_window,
+            passages=[number for number, own in enumerate(chunks) for _ in own],
+        )
+        lengths = texts.layout.chunk_offsets.diff()
+        rows = torch.empty(len(lengths), self.recipe.width, dtype=self.encoder.dtype, device="cpu")
+        # What is read together stays together.
+        together = torch.arange(len(lengths), device="cpu") if texts.windows is None else texts.windows.long()
+        windows = together.bincount() if len(lengths) else together
+        members = torch.arange(len(lengths), device="cpu").split(windows.tolist())
+        tokens = torch.zeros(len(windows), dtype=torch.int64, device="cpu").index_add_(0, together, lengths.long())
+        with torch.inference_mode():
+            for numbers in _batches(tokens, self.batch_tokens):
+                picked = torch.cat([members[number] for number in numbers]).tolist()
+                batch = texts.take(picked)
+                rows[picked] = encode_packed(self.encoder, batch, self.config.pooling, self.config.pool_segments).to(
+                    "cpu"
+                )
+        return chunks, rows
+
+    def fill(self, store: ChunkStore, passages: Iterable[Passage], *, shard_passages: int = 4096) -> PutCounts:
+        """Encode the passages that a store lacks, and put them into it, a shard at a time.
+
+        What one call has finished no later call does again, so one that was broken off is simply repeated.
+
+        Parameters
+        ----------
+        store : ChunkStore
+        passages : iterable of Passage
+            Read as they are needed.
+        shard_passages : int
+            Passages of a shard.
+
+        Returns
+        -------
+        PutCounts
+
+        Raises
+        ------
+        StoreError
+            If the store was made by another recipe.
+        ValueError
+            As ``encode``.
+        """
+        return PutCounts(*map(sum, zip((0, 0, 0), *self.fill_steps(store, passages, shard_passages=shard_passages))))
+
+    def fill_steps(
+        self, store: ChunkStore, passages: Iterable[Passage], *, shard_passages: int = 4096
+    ) -> Iterator[PutCounts]:
+        """Do what ``fill`` does, and yield the counts of each shard when it is on the disk."""
+        if shard_passages < 1:
+            raise ValueError(f"shard_passages: got {shard_passages}, needs 1 or more")
+        store.require(self.recipe)
+        passages = iter(passages)
+        while read := list(itertools.islice(passages, shard_passages)):
+            missing = [read[index] for index in store.missing(read)]
+            held = store.holds([Passage(passage.text) for passage in missing])
+            new = list({passage.text: passage for passage, known in zip(missing, held) if not known}.values())
+            counts = store.put(new, *self.encode(new), aliases=missing) if missing else PutCounts(0, 0, 0)
+            yield counts._replace(known=len(read) - counts.new)
+
+
+def _batches(lengths: torch.Tensor, most: int) -> Iterator[list[int]]:
+    """Yield the numbers of chunks, or windows, that are encoded together: those of one length side by side, the longest
+    first.
+
+    So the largest batch comes first, and runs out of memory at once if at all.
+    """
+    batch: list[int] = []
+    tokens = 0
+    order = lengths.argsort(descending=True, stable=True)
+    for index, length in zip(order.tolist(), lengths[order].tolist()):
+        if batch and tokens + length > most:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(index)
+        tokens += length
+    if batch:
+        yield batch

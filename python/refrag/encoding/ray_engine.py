@@ -1,0 +1,88 @@
+"""`refrag encode --engine ray`: the same job on Ray Data, on one node or a cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from refrag.data.sources import Slice
+from refrag.encoding.encode_job import EncodeJob, Step
+
+
+def run_on_ray(job: EncodeJob, slices: Sequence[Slice], *, workers: int | None = None) -> Iterator[Step]:
+    """Do the job with Ray Data: ``map_batches`` over the slices, by actors that hold an encoder each.
+
+    The slices travel, not the passages: every worker reads its own part of the files and writes its own shards, so
+    files and store must lie where all nodes see them. Workers take turns at the store's lock.
+
+    Parameters
+    ----------
+    job : EncodeJob
+    slices : sequence of Slice
+    workers : int, optional
+        One for each GPU with a job on "cuda", else one for each node.
+
+    Yields
+    ------
+    Step
+        As slices are finished, in any order.
+
+    Raises
+    ------
+    ValueError
+        If Ray is missing or the cluster has fewer CPUs or GPUs than workers; and what a worker raised, as
+        ``EncodeJob.steps`` does.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise ValueError("--engine: ray is not installed: pip install 'refrag-kernels[ray]'") from None
+    # Whatever is wrong with the encoder or the store is found before workers start; and one process makes the store.
+    job.open_store(job.passage_encoder().recipe)
+    if not slices:
+        return
+    # Ray's own messages go to its log files only; the command counts passages.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    resource = "GPU" if job.device.startswith("cuda") else "CPU"
+    has = int(ray.cluster_resources().get(resource, 0))
+    workers = workers or (has if resource == "GPU" else len(ray.nodes()))
+    if not 1 <= workers <= has:
+        raise ValueError(f"--workers: got {workers}, needs 1 to {has}, the {resource}s of the Ray cluster")
+    # Ray lets a worker's torch use as many threads as it has CPUs.
+    asked: dict[str, Any] = {"num_gpus": 1} if resource == "GPU" else {"num_cpus": has // workers}
+    records = [{"slice": pickle.dumps(part)} for part in slices]
+    done = ray.data.from_items(records, override_num_blocks=len(records)).map_batches(
+        _Worker, fn_constructor_args=(job,), batch_size=1, compute=ray.data.ActorPoolStrategy(size=workers), **asked
+    )
+    for row in done.iter_rows():
+        result = pickle.loads(row["result"])
+        if isinstance(result, Exception):
+            raise result
+        yield result
+
+
+class _Worker:
+    """An actor of the pool."""
+
+    def __init__(self, job: EncodeJob) -> None:
+        self.job = job
+        self.encoder = job.passage_encoder()
+        self.store = job.open_store(self.encoder.recipe)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
+        results: list[Step | Exception] = []
+        try:
+            for part in batch["slice"]:
+                results += self.job.steps(self.encoder, self.store, [pickle.loads(part)])
+        except (ValueError, OSError) as error:
+            # What the user can put right comes back as a result: Ray would wrap it, and log it at length.
+            results.append(error)
+        return {"result": [pickle.dumps(result) for result in results]}

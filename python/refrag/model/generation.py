@@ -1,0 +1,166 @@
+"""From packed rows to transformers' generation loop, which wants a padded batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from refrag.model.attention import AttentionPlans, packed_pass
+from refrag.model.inputs import MixedPrompt
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedPrefill:
+    """What the first step of a generation reads.
+
+    Attributes
+    ----------
+    embeds : Tensor [T, d_dec]
+    position_ids : Tensor, int64 [T]
+    plans : AttentionPlans
+    rows : Tensor, int64 [B, S]
+        Packed row of each place of the padded batch; padding, on the left, holds the sequence's first row.
+    """
+
+    embeds: torch.Tensor
+    position_ids: torch.Tensor
+    plans: AttentionPlans
+    rows: torch.Tensor
+
+
+def require_empty(cache: Any) -> None:
+    """Refuse a cache that holds rows: a prompt's plans are made for its own rows only.
+
+    Raises
+    ------
+    ValueError
+        If it holds any.
+    """
+    held = 0 if cache is None else int(cache.get_seq_length())
+    if held:
+        raise ValueError(
+            f"past_key_values: got a cache that holds {held} rows, needs an empty one: a packed prompt is appended to "
+            "a GenerationState, by read(prompt, state) or generate(prompt, state=state)"
+        )
+
+
+def padded_inputs(prompt: MixedPrompt, embeds: torch.Tensor, plans: AttentionPlans) -> dict[str, Any]:
+    """Return the arguments of ``generate`` for a packed prompt.
+
+    Only the first step's shapes and the growing attention mask are taken from the padded tensors; what is computed is
+    the packed ``prefill``.
+
+    Raises
+    ------
+    ValueError
+        If a sequence has no rows.
+    """
+    empty = [index for index, lengths in enumerate(prompt.layout.lengths()) if not lengths]
+    if empty:
+        raise ValueError(f"prompt: sequence {empty[0]} is empty, needs a row to go on from")
+    starts, ends = prompt.layout.sequence_offsets[:-1].long(), prompt.layout.sequence_offsets[1:].long()
+    longest = max(sum(lengths) for lengths in prompt.layout.lengths())
+    rows = ends[:, None] + torch.arange(-longest, 0, device=prompt.device)
+    attention_mask = rows >= starts[:, None]
+    rows = torch.maximum(rows, starts[:, None])
+    return {
+        "inputs_embeds": embeds[rows],
+        "attention_mask": attention_mask.long(),
+        "position_ids": prompt.position_ids[rows],
+        "prefill": PackedPrefill(embeds, prompt.position_ids, plans, rows),
+    }
+
+
+def refuse_options(config: Any, options: Mapping[str, Any], *, state: bool) -> None:
+    """Refuse options of ``generate`` that packed rows, or a state, have nothing for.
+
+    Parameters
+    ----------
+    config : GenerationConfig
+        What holds where the options say nothing.
+    options : mapping
+    state : bool
+        Whether generation goes on from a state.
+
+    Raises
+    ------
+    ValueError
+        Names the option, and what to do.
+    """
+
+    def given(name: str) -> Any:
+        return options.get(name, getattr(options.get("generation_config") or config, name, None))
+
+    for name in ("assistant_model", "prompt_lookup_num_tokens"):
+        if given(name):
+            # Some releases of transformers verify drafts in the first step, which reads the packed prompt alone.
+            raise ValueError(f"{name}: got one, needs None: a packed prompt can't be drafted for")
+    scale = given("guidance_scale")
+    if scale not in (None, 1) and options.get("negative_prompt_ids") is None:
+        raise ValueError(
+            f"guidance_scale: got {scale}, needs negative_prompt_ids beside it: a packed prompt has no last token to "
+            "begin from"
+        )
+    if given("output_attentions"):
+        raise ValueError("output_attentions: got True, needs False: packed rows form no attention weights")
+    if state and given("output_hidden_states"):
+        raise ValueError("output_hidden_states: got True, needs False: a state keeps none of the rows that it has read")
+
+
+def packed_prefill(
+    decoder: PreTrainedModel, prefill: PackedPrefill, cache: Any, copies: int, *, hidden_states: bool = False
+) -> CausalLMOutputWithPast:
+    """Read the prompt packed and fill ``cache`` as if it had been read padded.
+
+    Parameters
+    ----------
+    decoder : PreTrainedModel
+    prefill : PackedPrefill
+        Of B sequences.
+    cache : Cache
+        Empty; any kind of transformers'.
+    copies : int
+        Beams or samples per sequence: the prompt is read once for all of them.
+    hidden_states : bool
+        Whether the layers' rows are wanted.
+
+    Returns
+    -------
+    CausalLMOutputWithPast
+        Logits [B * copies, 1, V] of each sequence's last row.
+
+    Raises
+    ------
+    ValueError
+        If the cache holds rows already.
+    """
+    require_empty(cache)
+    alone = prefill.rows.shape[0] * copies == 1
+    packed_cache = cache if alone else DynamicCache()
+    output = packed_pass(
+        decoder,
+        prefill.plans,
+        inputs_embeds=prefill.embeds[None],
+        position_ids=prefill.position_ids[None],
+        past_key_values=packed_cache,
+        use_cache=True,
+        logits_to_keep=prefill.rows[:, -1],
+        **({"output_hidden_states": True} if hidden_states else {}),
+    )
+    if not alone:
+        for index, layer in enumerate(packed_cache.layers):
+            keys, values = (
+                states[0][:, prefill.rows].transpose(0, 1).repeat_interleave(copies, dim=0)  # [B * copies, H, S, D]
+                for states in (layer.keys, layer.values)
+            )
+            cache.update(keys, values, index)
+    logits = output.logits[0][:, None].repeat_interleave(copies, dim=0)
+    layers = None
+    if hidden_states:  # padded, as the loop has them
+        layers = tuple(rows[0][prefill.rows].repeat_interleave(copies, dim=0) for rows in output.hidden_states)
+    return CausalLMOutputWithPast(logits=logits, past_key_values=cache, hidden_states=layers)

@@ -1,0 +1,115 @@
+"""Keys at other positions: RoPE's rotations add up, so a key that is rotated already is moved by one rotation more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from refrag.model.state import key_values
+
+_PROBE = 4  # rows of the probe
+_SHIFT = 5  # how far it is moved
+
+
+class KeyRotation:
+    """Moves the keys of a decoder's cache to other positions (RoPE, arXiv 2104.09864: R(a) R(b) = R(a + b)).
+
+    The angles are those that the decoder computed, rounded to float32 as it rounds them, so that a moved key is the key
+    that would have been computed at the new place, to the last few bits. A probe of a few tokens, read at two places,
+    checks this for every layer before anything is moved.
+
+    Parameters
+    ----------
+    decoder : PreTrainedModel
+
+    Raises
+    ------
+    ValueError
+        If the decoder has no rotary embedding, one whose frequencies change with the length, or one that it doesn't
+        apply to all keys of all layers in the common way; names it.
+    """
+
+    def __init__(self, decoder: PreTrainedModel) -> None:
+        name = type(decoder).__name__
+        rotary = getattr(decoder.base_model, "rotary_emb", None)
+        if rotary is None:
+            raise ValueError(f"decoder: got {name}, which has no rotary embedding: its keys can't be moved")
+        kinds = rotary.rope_type
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if kind in ("dynamic", "longrope"):
+                raise ValueError(
+                    f"decoder: got {name} with RoPE of type {kind!r}, whose frequencies change with the length: its "
+                    "keys can't be moved"
+                )
+        count = decoder.config.num_hidden_layers
+        kind_of_layer = decoder.config.layer_types if isinstance(kinds, dict) else [None] * count
+        self._kind_of_layer = list(kind_of_layer)
+        self._frequencies = {
+            kind: getattr(rotary, "inv_freq" if kind is None else f"{kind}_inv_freq").float()
+            for kind in set(self._kind_of_layer)
+        }
+        self._check(decoder, name)
+
+    def move(self, keys: list[torch.Tensor], old: torch.Tensor, new: torch.Tensor) -> list[torch.Tensor]:
+        """Return keys at other positions.
+
+        Parameters
+        ----------
+        keys : list of Tensor [H, n, D]
+            Of each layer, as they are in a cache.
+        old, new : Tensor, int64 [n]
+            Position of each row, as computed and as wanted.
+
+        Returns
+        -------
+        list of Tensor [H, n, D]
+            In the keys' dtype, rotated in float32.
+        """
+        if torch.equal(old, new):
+            return keys
+        turns = {kind: _turn(frequencies, old, new) for kind, frequencies in self._frequencies.items()}
+        return [_rotated(layer, *turns[kind]) for layer, kind in zip(keys, self._kind_of_layer, strict=True)]
+
+    def _check(self, decoder: PreTrainedModel, name: str) -> None:
+        at, moved = torch.arange(_PROBE, device=decoder.device), torch.arange(_PROBE, device=decoder.device) + _SHIFT
+        bound = 1e-3 if decoder.dtype in (torch.float32, torch.float64) else 5e-2
+        with torch.no_grad():
+            here, there = _keys(decoder, at), _keys(decoder, moved)
+            try:
+                got = self.move(here, at, moved)
+                wrong = [float((a - b).norm() / b.norm().clamp(min=1e-6)) > bound for a, b in zip(got, there)]
+            except RuntimeError:  # other shapes: a part of the head is rotated
+                wrong = [True]
+        if any(wrong):
+            raise ValueError(
+                f"decoder: got {name}, whose layer {wrong.index(True)} rotates its keys in another way than Llama's, "
+                "or not at all: they can't be moved"
+            )
+
+
+def _keys(decoder: Any, positions: torch.Tensor) -> list[torch.Tensor]:
+    """Return the keys of a few tokens at these positions, per layer [H, n, D]."""
+    cache = DynamicCache()
+    training = decoder.training
+    try:
+        decoder.eval()(
+            input_ids=torch.arange(_PROBE, device=decoder.device)[None], position_ids=positions[None],
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+    finally:
+        decoder.train(training)
+    return [keys[0].float() for keys, _ in key_values(cache)]
+
+
+def _turn(frequencies: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and sines [n, D/2] of the angles between two places, in float32."""
+    angles = [(places[:, None].float() * frequencies).double() for places in (old, new)]
+    difference = angles[1] - angles[0]
+    return difference.cos().float(), difference.sin().float()
+
+
+def _rotated(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = keys.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(keys.dtype)

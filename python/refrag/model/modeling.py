@@ -1,0 +1,493 @@
+"""RefragForCausalLM: an encoder, a projector and a decoder that reads chunk embeddings among its tokens."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import refrag_kernels as rk
+from refrag.model import attention
+from refrag.model.acceptance import FamilyError, accept_decoder, accept_encoder, require_decoder
+from refrag.model.config import RefragConfig
+from refrag.model.encoder import encode_packed
+from refrag.model.feed_forward import fuse_feed_forward
+from refrag.model.generation import PackedPrefill, packed_prefill, padded_inputs, refuse_options, require_empty
+from refrag.model.inference_linear import use_inference_linears
+from refrag.model.inputs import Chunk, MixedPrompt, PackedTexts
+from refrag.model.merged import merged_state
+from refrag.model.projector import ChunkProjector
+from refrag.model.state import GenerationState, append, first_step, generate_from, text_prompt
+from refrag.model.token_scale import token_scale_of
+from refrag_kernels import ChunkMask
+
+
+class RefragForCausalLM(PreTrainedModel, GenerationMixin):
+    """REFRAG (arXiv 2509.01092) over an encoder and a causal decoder of transformers: docs/families.md lists which.
+
+    Examples
+    --------
+    >>> from transformers import BertConfig, LlamaConfig
+    >>> small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+    >>> model = RefragForCausalLM(RefragConfig(text_config=LlamaConfig(**small), encoder_config=BertConfig(**small)))
+    >>> from refrag_kernels import ChunkLayout
+    >>> chunks = PackedTexts(torch.tensor([5, 6, 7, 8, 9]), ChunkLayout.from_lengths([[3, 2]]))  # two chunks' tokens
+    >>> model.encode_chunks(chunks).shape
+    torch.Size([2, 32])
+
+    From trained parts and with real text, where ``decoder`` and ``encoder`` are models of transformers:
+
+    >>> model = RefragForCausalLM.from_parts(encoder, decoder, k=16)  # doctest: +SKIP
+    >>> processor = RefragProcessor.from_config(model.config, tokenizer, encoder_tokenizer)  # doctest: +SKIP
+    >>> prompt = processor(["Read this: ", Passage("..."), "When was the bridge built?"])  # doctest: +SKIP
+    >>> model.generate(prompt, max_new_tokens=32)  # doctest: +SKIP
+    """
+
+    config: RefragConfig
+    config_class = RefragConfig
+    base_model_prefix = "refrag"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: RefragConfig) -> None:
+        super().__init__(config)
+        # A user's own choice of attention is left alone, and packed rows are then refused.
+        chosen = [part._attn_implementation for part in (config.encoder_config, config.text_config)]
+        self.encoder = AutoModel.from_config(config.encoder_config)
+        self.decoder = AutoModelForCausalLM.from_config(config.text_config)
+        if chosen[0] in (None, attention.NAME):
+            accept_encoder(self.encoder)
+        if chosen[1] in (None, attention.NAME):
+            accept_decoder(self.decoder)
+        fuse_feed_forward(self.encoder)
+        use_inference_linears(self.encoder)
+        use_inference_linears(self.decoder)
+        self.projector = ChunkProjector(config)
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls, encoder: PreTrainedModel, decoder: PreTrainedModel, k: int = 16, *, preset: str = "paper", **fields: Any
+    ) -> RefragForCausalLM:
+        """Join a trained encoder and decoder by a new, untrained projector.
+
+        Both models are taken, not copied: their attention becomes "refrag", which computes what "sdpa" computes where
+        no plan is given, the encoder's feed-forward layers run fused where they can, and linear layers take faster
+        products on the CPU where no gradients are wanted.
+
+        Parameters
+        ----------
+        encoder : PreTrainedModel
+            A text encoder (AutoModel). It is tried on a few rows, as is the decoder.
+        decoder : PreTrainedModel
+            A causal language model (AutoModelForCausalLM).
+        k : int
+            Decoder tokens of a chunk.
+        preset : {"paper", "lclm"}
+        **fields
+            Further fields of RefragConfig.
+
+        Raises
+        ------
+        FamilyError
+            If packed rows would give what the encoder or the decoder doesn't, or they couldn't be made again of their
+            configs; names it, and what differs.
+        """
+        config = RefragConfig.from_preset(preset, decoder.config, encoder.config, chunk_size=k, **fields)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except FamilyError:
+            raise
+        except ValueError as error:  # transformers', of a config that belongs to no model of this kind
+            raise FamilyError(
+                f"encoder, decoder: got {type(encoder).__name__} and {type(decoder).__name__}, which AutoModel and "
+                f"AutoModelForCausalLM couldn't make of their configs again: {str(error).splitlines()[0][:200]}"
+            ) from error
+        for name, part in (("encoder", encoder), ("decoder", decoder)):
+            made = type(getattr(model, name))
+            if isinstance(part, PreTrainedModel) and not isinstance(part, made):
+                raise FamilyError(
+                    f"{name}: got {type(part).__name__}, needs {made.__name__}, which is made of its config: else what "
+                    "save_pretrained writes could not be loaded"
+                )
+        model.encoder, model.decoder = encoder, decoder
+        accept_encoder(encoder)
+        accept_decoder(decoder)
+        fuse_feed_forward(encoder)
+        use_inference_linears(encoder)
+        use_inference_linears(decoder)
+        model.projector = ChunkProjector(config).to(device=decoder.device, dtype=decoder.dtype)
+        model.generation_config = copy.deepcopy(decoder.generation_config)
+        return model.train(decoder.training)
+
+    def save_pretrained(  # type: ignore[override]  # the rest of transformers' arguments is in kwargs
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the model as ``transformers.PreTrainedModel.save_pretrained`` does, low-rank adapters merged into it.
+
+        Raises
+        ------
+        ValueError
+            If a layer has an adapter that can't be merged.
+        """
+        state_dict = merged_state(self) if state_dict is None else state_dict
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.decoder.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the decoder's token embeddings and its head, as ``transformers.PreTrainedModel`` does."""
+        table = self.decoder.resize_token_embeddings(*args, **kwargs)
+        self.config.get_text_config().vocab_size = self.decoder.config.get_text_config().vocab_size
+        return table
+
+    def encode_chunks(self, texts: PackedTexts) -> torch.Tensor:
+        """Encode chunks, each alone, in one packed pass.
+
+        These are the rows worth keeping: they don't depend on the projector or the decoder.
+
+        Parameters
+        ----------
+        texts : PackedTexts
+            N chunks, from ``RefragProcessor``.
+
+        Returns
+        -------
+        Tensor [N, d_enc]
+        """
+        return encode_packed(self.encoder, texts, self.config.pooling, self.config.pool_segments)
+
+    def embed(self, prompt: MixedPrompt, chunk_embeds: torch.Tensor | None = None) -> torch.Tensor:
+        """Make the decoder's input: token embeddings, and projected chunk embeddings in the slots.
+
+        Parameters
+        ----------
+        prompt : MixedPrompt
+        chunk_embeds : Tensor [N, d_enc], optional
+            From ``encode_chunks``; the prompt's own, or made here, when it isn't given.
+
+        Returns
+        -------
+        Tensor [T, d_dec]
+
+        Raises
+        ------
+        ValueError
+            If ``chunk_embeds`` is not of the prompt's N chunks, or the prompt has another number of slots a chunk.
+        """
+        if prompt.latents != self.config.latents:
+            raise ValueError(
+                f"prompt: got {prompt.latents} slots a chunk, needs {self.config.latents}, the config's latents"
+            )
+        needed = [len(prompt.chunks), self.config.chunk_width]
+        if chunk_embeds is None:
+            chunk_embeds = prompt.chunk_embeds
+        if chunk_embeds is None:
+            if len(prompt.expanded) == len(prompt.chunks):
+                chunk_embeds = torch.zeros(needed, dtype=self.projector.up.weight.dtype, device=self.device)
+            else:
+                chunk_embeds = self.encode_chunks(prompt.encoder_input)
+        if list(chunk_embeds.shape) != needed:
+            raise ValueError(f"chunk_embeds: got shape {list(chunk_embeds.shape)}, needs {needed}, one row per chunk")
+        return self.embed_rows(prompt.token_ids, prompt.slot_of_row, chunk_embeds)
+
+    def embed_rows(
+        self, token_ids: torch.Tensor, slot_of_row: torch.Tensor, chunk_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Make the decoder's input of rows whose fields are on the device: what ``embed`` does after its checks.
+
+        Parameters
+        ----------
+        token_ids : Tensor, int64 [T]
+        slot_of_row : Tensor, int32 [T]
+            -1 for text, else a row of the slots that ``chunk_embeds`` are projected to.
+        chunk_embeds : Tensor [N, d_enc]
+
+        Returns
+        -------
+        Tensor [T, d_dec]
+        """
+        table = self.get_input_embeddings()
+        token_scale = token_scale_of(table)
+        chunks = self.projector.norm(chunk_embeds.to(table.weight.dtype))
+        weights, activation = self.projector.weights(), self.projector.activation
+        # Sharded tables are whole only while their module runs.
+        if self.config.latents == 1 and not hasattr(table.weight, "full_tensor"):
+            return rk.embed_mixed(
+                token_ids, table.weight, chunks, slot_of_row, *weights, activation=activation, token_scale=token_scale
+            )
+        text = table(token_ids)
+        if not len(chunks):
+            return text
+        slots = rk.project_chunks(chunks, *weights, activation=activation).view(-1, text.shape[1])
+        return torch.where((slot_of_row >= 0)[:, None], slots[slot_of_row.clamp(min=0).long()], text)
+
+    def mask(self, prompt: MixedPrompt) -> ChunkMask:
+        """Return which span of a prompt may look at which, in the decoder."""
+        if self.config.decoder_mask == "passages":
+            return ChunkMask.passages(prompt.passage_of_span)
+        return ChunkMask.full()
+
+    def plans(self, prompt: MixedPrompt) -> attention.AttentionPlans:
+        """Make the decoder's attention plans for a prompt."""
+        return attention.AttentionPlans(prompt.layout, self.mask(prompt), causal=True)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        labels: torch.Tensor | None = None,
+        prompt: MixedPrompt | None = None,
+        chunk_embeds: torch.Tensor | None = None,
+        prefill: PackedPrefill | GenerationState | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the decoder: on a packed ``prompt``, or, without one, on padded tokens as any decoder of transformers.
+
+        Parameters
+        ----------
+        prompt : MixedPrompt, optional
+            Packed rows; then none of ``input_ids``, ``inputs_embeds``, ``attention_mask``, ``position_ids`` is taken.
+        chunk_embeds : Tensor [N, d_enc], optional
+            Of the prompt's chunks; encoded here when they aren't given.
+        logits_to_keep : int
+            With a prompt: logits of so many last rows of every sequence only; 0 for all rows.
+        labels : Tensor, int64 [T] or [1, T], optional
+            With a prompt: the token of each row, as in ``prompt.token_ids``, -100 where it doesn't count. Each is
+            predicted by the row before it in its sequence, so that a sequence's first counts for nothing; nor do slots.
+            The loss is their mean cross-entropy, or their sum over ``num_items_in_batch``.
+        prefill : PackedPrefill, optional
+            What ``generate`` hands to its first step.
+
+        Returns
+        -------
+        CausalLMOutputWithPast, or a tuple with ``return_dict=False``
+            With a prompt: logits [1, T, V], or [1, B * logits_to_keep, V]; the loss with ``labels``.
+
+        Raises
+        ------
+        ValueError
+            If something is given beside a prompt that the prompt holds already, the cache holds rows, or ``labels`` are
+            not of its T rows or come with ``logits_to_keep``.
+        """
+        if isinstance(prefill, GenerationState):
+            return first_step(prefill)
+        if prefill is not None:
+            assert inputs_embeds is not None  # generate hands its first step both
+            copies = inputs_embeds.shape[0] // prefill.rows.shape[0]
+            hidden_states = bool(kwargs.get("output_hidden_states"))
+            return packed_prefill(self.decoder, prefill, past_key_values, copies, hidden_states=hidden_states)
+        if prompt is None:
+            return self.decoder(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+                logits_to_keep=logits_to_keep, labels=labels, **kwargs,
+            )  # fmt: skip
+        taken = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+                 "inputs_embeds": inputs_embeds}  # fmt: skip
+        for name, value in taken.items():
+            if value is not None:
+                raise ValueError(f"{name}: got a value beside a prompt, needs None: the prompt holds it")
+        require_decoder(self.decoder)
+        require_empty(past_key_values)
+        prompt = prompt.to(self.device)
+        targets = None if labels is None else _next_tokens(prompt, labels, logits_to_keep)
+        items = kwargs.pop("num_items_in_batch", None)
+        as_tuple = kwargs.pop("return_dict", None) is False
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions: got True, needs False: packed rows form no attention weights")
+        output = attention.packed_pass(
+            self.decoder,
+            self.plans(prompt),
+            inputs_embeds=self.embed(prompt, chunk_embeds)[None],
+            position_ids=prompt.position_ids[None],
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=_kept_rows(prompt, logits_to_keep),
+            **kwargs,
+        )
+        if targets is not None:
+            output.loss = self.loss_function(
+                output.logits, None, output.logits.shape[-1], num_items_in_batch=items, shift_labels=targets
+            )
+        if as_tuple:  # in the order of its fields: the loss came last
+            values = (getattr(output, field.name) for field in dataclasses.fields(output))
+            return tuple(value for value in values if value is not None)  # type: ignore[return-value]
+        return output
+
+    def generate(  # type: ignore[override]  # prompt is a MixedPrompt too, and stands where transformers' inputs does
+        self,
+        prompt: MixedPrompt | torch.Tensor | None = None,
+        *,
+        chunk_embeds: torch.Tensor | None = None,
+        state: GenerationState | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate from a prompt with transformers' ``generate``.
+
+        The prompt is read packed, without padding; its keys and values are then laid out as transformers' cache wants
+        them.
+
+        Parameters
+        ----------
+        prompt : MixedPrompt
+            Anything else goes to transformers as it is.
+        chunk_embeds : Tensor [N, d_enc], optional
+            Of the prompt's chunks; encoded here when they aren't given.
+        state : GenerationState, optional
+            What was read before: a prompt of one sequence is appended to it, without a prompt generation goes on behind
+            it. It then holds the prompt and what was generated. No beams, one sequence.
+        **kwargs
+            As for ``transformers.GenerationMixin.generate``.
+
+        Returns
+        -------
+        Tensor, int64 [B, new tokens], or what ``return_dict_in_generate`` asks for
+            New tokens only.
+        """
+        # mypy doesn't see that PreTrainedModel and GenerationMixin together are what this method takes as self.
+        generate: Callable[..., Any] = super().generate  # type: ignore[misc]
+        if state is not None:
+            if isinstance(prompt, torch.Tensor):
+                raise ValueError("prompt: got a tensor beside a state, needs a MixedPrompt")
+            require_decoder(self.decoder)
+            refuse_options(self.generation_config, kwargs, state=True)
+            with torch.no_grad(), state.restored_on_error():
+                append(self, state, prompt, chunk_embeds)
+                return generate_from(self, state, generate, kwargs)
+        if not isinstance(prompt, MixedPrompt):
+            return generate(prompt, **kwargs)
+        require_decoder(self.decoder)
+        refuse_options(self.generation_config, kwargs, state=False)
+        with torch.no_grad():
+            prompt = prompt.to(self.device)
+            embeds = self.embed(prompt, chunk_embeds)
+            return generate(**padded_inputs(prompt, embeds, self.plans(prompt)), **kwargs)
+
+    def read(
+        self,
+        prompt: MixedPrompt,
+        state: GenerationState | None = None,
+        *,
+        chunk_embeds: torch.Tensor | None = None,
+    ) -> GenerationState:
+        """Read a prompt, behind what was read before; ``generate(state=...)`` goes on from there.
+
+        What is appended equals the same rows in one long prompt, and only it is computed.
+
+        Parameters
+        ----------
+        prompt : MixedPrompt
+            Of one sequence. Made with ``begin=False`` where it is appended.
+        state : GenerationState, optional
+            Prolonged in place; a new one when it isn't given.
+        chunk_embeds : Tensor [N, d_enc], optional
+            Of the prompt's chunks; encoded here when they aren't given.
+
+        Returns
+        -------
+        GenerationState
+
+        Raises
+        ------
+        ValueError
+            If the prompt is empty or of several sequences.
+        PromptTooLongError
+            If it doesn't fit into the decoder's window with what was read before.
+        """
+        require_decoder(self.decoder)
+        state = GenerationState() if state is None else state
+        append(self, state, prompt, chunk_embeds)
+        return state
+
+    def expand(self, state: GenerationState, chunk: int | str | Chunk) -> None:
+        """Put a chunk's text into a running generation: behind what was read and generated, which isn't read again.
+
+        Parameters
+        ----------
+        state : GenerationState
+        chunk : int, str or Chunk
+            Number of a chunk among all those read; or the id of a passage, for the text of all its chunks; or a chunk.
+
+        Raises
+        ------
+        ValueError
+            If there is no such chunk or passage.
+        PromptTooLongError
+            If it doesn't fit into the decoder's window.
+        """
+        self.read(text_prompt(state.tokens_of(chunk), self.config.latents), state)
+
+    def prepare_inputs_for_generation(  # type: ignore[override]  # the rest of transformers' arguments is in kwargs
+        self,
+        input_ids: torch.LongTensor,
+        inputs_embeds: torch.Tensor | None = None,
+        prefill: PackedPrefill | GenerationState | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        # generate() looks at this signature: without inputs_embeds in it, it takes none.
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]  # as in generate
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if is_first_iteration and prefill is not None:
+            inputs["prefill"] = prefill
+        return inputs
+
+
+def _next_tokens(prompt: MixedPrompt, labels: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
+    """Return what each row is to predict, int64 [1, T]: the next row's label, -100 for none."""
+    rows = prompt.layout.total_rows
+    if logits_to_keep:
+        raise ValueError(f"logits_to_keep: got {logits_to_keep} beside labels, needs 0: the loss takes all rows")
+    if labels.dtype != torch.int64 or tuple(labels.shape) not in ((rows,), (1, rows)):
+        raise ValueError(f"labels: got {labels.dtype} {list(labels.shape)}, needs int64 [{rows}], one for each row")
+    targets = labels.to(prompt.device).reshape(rows).masked_fill(prompt.slot_of_row >= 0, -100)
+    # What follows a sequence's last row is another sequence.
+    targets = torch.nn.functional.pad(targets[1:], (0, 1), value=-100)
+    ends = prompt.layout.sequence_offsets[1:].long() - 1
+    return targets.index_fill(0, ends[ends >= 0], -100)[None]
+
+
+def _kept_rows(prompt: MixedPrompt, count: int) -> int | torch.Tensor:
+    """Return which rows to keep logits of, as transformers' decoders take it."""
+    if count == 0:
+        return 0
+    shortest = min(sum(lengths) for lengths in prompt.layout.lengths())
+    if not 0 < count <= shortest:
+        raise ValueError(f"logits_to_keep: got {count}, needs 0 to {shortest}, the rows of the shortest sequence")
+    ends = prompt.layout.sequence_offsets[1:].long()
+    return (ends[:, None] + torch.arange(-count, 0, device=ends.device)).flatten()
+
+
+AutoModel.register(RefragConfig, RefragForCausalLM)
+AutoModelForCausalLM.register(RefragConfig, RefragForCausalLM)

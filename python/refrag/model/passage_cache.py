@@ -1,0 +1,276 @@
+"""PassageCache: keys and values of passages, computed once and used in every prompt that holds them.
+
+Beyond the paper: under ``ChunkMask.passages`` a passage sees the shared text before it and itself, so that its keys and
+values are the same in any prompt that begins alike (Block-Attention, arXiv 2409.15355).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from refrag.model.acceptance import require_decoder
+from refrag.model.inputs import MixedPrompt
+from refrag.model.key_rotation import KeyRotation
+from refrag.model.modeling import RefragForCausalLM
+from refrag.model.state import GenerationState, append, key_values, require_room
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    keys: list[torch.Tensor]  # of each layer [H, n, D], rotated to ``positions``
+    values: list[torch.Tensor]
+    positions: torch.Tensor  # int64 [n]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+
+class PassageCache:
+    """Keys and values of passages, by the content of all that they depend on.
+
+    That is the passage's rows (tokens, and the chunks behind its slots) and the shared text before the passages with
+    its distance. Keys are kept as they were rotated when they were computed and moved to their place by one further
+    rotation in float32.
+
+    Without text before the passages, or with ``position_ids="parallel"``, where each passage starts right behind that
+    text, a passage is found at any place among others. With text before them and other position ids it is found only at
+    the same distance from that text: attention knows distances, so further off its values are others.
+
+    The entries belong to the weights that made them: call ``clear`` after a change.
+
+    Parameters
+    ----------
+    model : RefragForCausalLM
+        With ``decoder_mask="passages"``.
+    max_bytes : int, optional
+        What is used least goes when the entries take more.
+
+    Attributes
+    ----------
+    hits, misses : int
+        Passages found and passages computed; the shared text before them is not counted.
+
+    Raises
+    ------
+    ValueError
+        If the decoder's mask is another, or its keys can't be moved: no RoPE, or one that changes with the length.
+    """
+
+    def __init__(self, model: RefragForCausalLM, max_bytes: int | None = None) -> None:
+        if model.config.decoder_mask != "passages":
+            raise ValueError(
+                f"decoder_mask: got {model.config.decoder_mask!r}, needs 'passages': else a passage's keys and values "
+                "depend on the passages before it"
+            )
+        if max_bytes is not None and max_bytes < 1:
+            raise ValueError(f"max_bytes: got {max_bytes}, needs 1 or more")
+        require_decoder(model.decoder)
+        self.model = model
+        self.max_bytes = max_bytes
+        self.hits = self.misses = 0
+        self._rotation = KeyRotation(model.decoder)
+        self._entries: collections.OrderedDict[bytes, _Entry] = collections.OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def clear(self) -> None:
+        """Forget all entries."""
+        self._entries.clear()
+
+    def read(self, prompt: MixedPrompt, *, chunk_embeds: torch.Tensor | None = None) -> GenerationState:
+        """Read a prompt, computing only what is not in the cache; ``model.generate(state=...)`` goes on from there.
+
+        Parameters
+        ----------
+        prompt : MixedPrompt
+            Of one sequence: shared text or none, passages, shared text.
+        chunk_embeds : Tensor [N, d_enc], optional
+            Of the prompt's chunks; those that are needed are encoded here when they aren't given.
+
+        Returns
+        -------
+        GenerationState
+            As from ``model.read(prompt)``.
+
+        Raises
+        ------
+        ValueError
+            If the prompt has another form, or more rows than a sliding window of the decoder.
+        PromptTooLongError
+            If it doesn't fit into the decoder's window.
+        """
+        before, passages, after = _parts(prompt)
+        self._check_rows(prompt)
+        if chunk_embeds is None:
+            chunk_embeds = prompt.chunk_embeds
+        if chunk_embeds is not None:
+            prompt = dataclasses.replace(prompt, chunk_embeds=chunk_embeds)
+        with torch.no_grad():
+            wanted = _keyed(prompt, before, passages)
+            entries = self._found_or_read(prompt, wanted, shared=bool(before))
+            state = GenerationState()
+            self._fill(state, [entries[key] for key, _ in wanted], prompt, [*before, *sum(passages, [])])
+            _append_spans(self.model, state, prompt, after)
+        self._keep(entries)
+        return state
+
+    def _check_rows(self, prompt: MixedPrompt) -> None:
+        rows = prompt.layout.total_rows
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        if window is not None and rows > window:
+            raise ValueError(
+                f"prompt: got {rows} rows, needs at most the {window} of the decoder's sliding window: beyond it, what "
+                "a passage sees depends on its place"
+            )
+        require_room(self.model, GenerationState(), rows, int(prompt.position_ids.max()) + 1)
+
+    def _found_or_read(
+        self, prompt: MixedPrompt, wanted: list[tuple[bytes, list[int]]], shared: bool
+    ) -> dict[bytes, _Entry]:
+        """Return the entries of all parts; one pass of the decoder computes those that are missing.
+
+        ``shared`` says whether the first part is text before the passages.
+        """
+        entries = {key: self._entries[key] for key, _ in wanted if key in self._entries}
+        missing = {key: spans for key, spans in wanted if key not in entries}
+        found = sum(key in entries for key, _ in wanted[shared:])
+        self.hits += found
+        self.misses += len(wanted) - shared - found
+        if not missing:
+            return entries
+        state = GenerationState()
+        if shared and wanted[0][0] in entries:
+            self._fill(state, [entries[wanted[0][0]]], prompt, wanted[0][1])
+        first = state.rows
+        _append_spans(self.model, state, prompt, sum(missing.values(), []))
+        for key, spans in missing.items():
+            part = prompt.take(spans)
+            end = first + part.layout.total_rows
+            rows = slice(first, end)
+            entries[key] = _Entry(
+                [keys[0, :, rows].clone() for keys, _ in key_values(state.cache)],
+                [values[0, :, rows].clone() for _, values in key_values(state.cache)],
+                part.position_ids.to(self.model.device),
+            )
+            first = end
+        return entries
+
+    def _fill(
+        self, state: GenerationState, entries: Sequence[_Entry], prompt: MixedPrompt, spans: Sequence[int]
+    ) -> None:
+        """Put entries, moved to where the prompt has them, into an empty state."""
+        if not entries:
+            return
+        part = prompt.take(spans)
+        places = part.position_ids.to(self.model.device).split([len(entry.positions) for entry in entries])
+        moved = [self._rotation.move(entry.keys, entry.positions, place) for entry, place in zip(entries, places)]
+        for index in range(len(entries[0].keys)):
+            keys = torch.cat([layers[index] for layers in moved], dim=1)
+            values = torch.cat([entry.values[index] for entry in entries], dim=1)
+            state.cache.update(keys[None], values[None], index)
+        state.note_prompt(part, None)
+
+    def _keep(self, entries: dict[bytes, _Entry]) -> None:
+        for key, entry in entries.items():
+            self._entries[key] = entry
+            self._entries.move_to_end(key)
+        if self.max_bytes is not None:
+            held = self.nbytes
+            while held > self.max_bytes:
+                _, dropped = self._entries.popitem(last=False)
+                held -= dropped.nbytes
+
+
+def _parts(prompt: MixedPrompt) -> tuple[list[int], list[list[int]], list[int]]:
+    """Return the spans before the passages, of each passage, and after them."""
+    if prompt.layout.num_sequences != 1:
+        raise ValueError(f"prompt: got {prompt.layout.num_sequences} sequences, needs one")
+    before: list[int] = []
+    passages: list[list[int]] = []
+    after: list[int] = []
+    last = -1
+    for span, passage in enumerate(prompt.passage_of_span.tolist()):
+        if passage < 0:
+            (after if passages else before).append(span)
+            continue
+        if after:
+            raise ValueError(
+                f"prompt: got shared text between passages (span {after[0]}), needs it only before the first or after "
+                "the last: a passage behind it would depend on the passages before it"
+            )
+        if passage != last:
+            passages.append([])
+        passages[-1].append(span)
+        last = passage
+    if len(passages) != len({int(prompt.passage_of_span[spans[0]]) for spans in passages}):
+        raise ValueError("prompt: got a passage in two places, needs its chunks side by side")
+    if not after:
+        if passages or not before:
+            raise ValueError("prompt: ends with a passage or is empty, needs text behind the passages to go on from")
+        before, after = [], before
+    return before, passages, after
+
+
+def _keyed(prompt: MixedPrompt, before: list[int], passages: list[list[int]]) -> list[tuple[bytes, list[int]]]:
+    """Return key and spans of the text before the passages, if there is any, and of each passage."""
+    host = prompt.to("cpu")
+    if not before:
+        return [(_digest(b"alone", _content(host, spans)), spans) for spans in passages]
+    beginning = _digest(b"text", _content(host, before))
+    end = int(host.position_ids[_rows(host, before)].max()) + 1
+    wanted = [(beginning, before)]
+    for spans in passages:
+        distance = str(int(host.position_ids[_rows(host, spans)][0]) - end).encode()
+        wanted.append((_digest(b"behind", beginning, distance, _content(host, spans)), spans))
+    return wanted
+
+
+def _rows(prompt: MixedPrompt, spans: list[int]) -> slice:
+    """Return the rows of spans that stand side by side."""
+    offsets = prompt.layout.chunk_offsets
+    return slice(int(offsets[spans[0]]), int(offsets[spans[-1] + 1]))
+
+
+def _content(prompt: MixedPrompt, spans: list[int]) -> bytes:
+    """Return a digest of all that the spans' embeddings and the distances in them follow from."""
+    rows = _rows(prompt, spans)
+    slots, positions = prompt.slot_of_row[rows], prompt.position_ids[rows]
+    chunks = (slots[slots >= 0] // prompt.latents).unique().tolist()
+    if prompt.chunk_embeds is not None:
+        behind = [b"embedding", *(_bytes(prompt.chunk_embeds[chunk]) for chunk in chunks)]
+    else:
+        texts = prompt.encoder_input
+        starts = texts.layout.chunk_offsets.tolist()
+        behind = [b"text", *(_bytes(texts.token_ids[starts[chunk] : starts[chunk + 1]]) for chunk in chunks)]
+    is_slot = (slots >= 0).to(torch.uint8)
+    return _digest(_bytes(prompt.token_ids[rows]), _bytes(is_slot), _bytes(positions - positions[0]), *behind)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return str(tensor.dtype).encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _digest(*pieces: bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in pieces:
+        digest.update(len(piece).to_bytes(8, "little"))
+        digest.update(piece)
+    return digest.digest()
+
+
+def _append_spans(model: RefragForCausalLM, state: GenerationState, prompt: MixedPrompt, spans: list[int]) -> None:
+    """Read some spans of a prompt behind a state, at the positions that the prompt gives them."""
+    part = prompt.take(spans)
+    append(model, state, dataclasses.replace(part, position_ids=part.position_ids - state.next_position), None)

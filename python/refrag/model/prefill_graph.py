@@ -1,0 +1,238 @@
+"""A prefill whose tensors stay where they are, so that a GPU replays it as one CUDA graph.
+
+Reading a compressed prompt is so little work that queueing its kernels from Python, one layer after the other, takes
+longer than running them. A graph is captured once for all prompts of up to so many rows, and replayed on each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+import refrag_kernels as rk
+from refrag.model import attention
+from refrag.model.acceptance import require_decoder
+from refrag.model.inputs import MixedPrompt
+from refrag.model.modeling import RefragForCausalLM
+from refrag.model.state import key_values
+from refrag_kernels import ChunkLayout, ChunkMask
+
+ROW_STEP = 64  # rows of a bucket are a multiple of this: up to so many rows are computed in vain
+
+
+class PrefillGraph:
+    """Reads prompts of up to ``rows`` rows with static tensors; on a GPU by replaying a CUDA graph.
+
+    The first ``read`` captures the graph. It holds the addresses of the model's weights: after an adapter is loaded, or
+    the model moved, make a new one. Results are those of ``model(prompt=..., use_cache=True, logits_to_keep=1)``, up to
+    the order in which partial sums are added.
+
+    Parameters
+    ----------
+    model : RefragForCausalLM
+        In eval mode; one slot a chunk or more.
+    rows : int
+        Packed rows of all sequences of a prompt, at most; the graph computes as many.
+    chunks : int
+        Chunk embeddings of a prompt, at most.
+    sequences : int
+        Sequences of a prompt, at most.
+    ranges_per_block : int
+        See ``refrag_kernels.PlanCapacity.for_rows``; 4 holds causal prompts, with interleaved passages more are needed.
+    pool : optional
+        A memory pool to share with other graphs that never run at the same time: ``graph.pool()`` of one of them, which
+        has to be kept.
+
+    Examples
+    --------
+    >>> graph = PrefillGraph(model, rows=512, chunks=256)  # doctest: +SKIP
+    >>> logits, cache = graph.read(prompt)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: RefragForCausalLM,
+        *,
+        rows: int,
+        chunks: int,
+        sequences: int = 1,
+        ranges_per_block: int = 4,
+        pool: Any = None,
+    ) -> None:
+        for name, value in (("rows", rows), ("chunks", chunks), ("sequences", sequences)):
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, needs at least 1")
+        require_decoder(model.decoder)
+        self.model = model
+        self.rows, self.chunks, self.sequences = rows, chunks, sequences
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._memory_pool = pool
+        self._output: Any = None
+        # Tensors made in inference mode could not be refilled outside of it.
+        with torch.inference_mode(False):
+            self._allocate(ranges_per_block)
+
+    def _allocate(self, ranges_per_block: int) -> None:
+        model, rows, sequences = self.model, self.rows, self.sequences
+        device, on_gpu = model.device, model.device.type == "cuda"
+        # Token ids, slots, position ids, and the row of each sequence's logits, in one buffer that one copy fills.
+        words = 3 * rows + sequences
+        self._fields = torch.zeros(words, dtype=torch.int64, device=device)
+        self._staging = torch.zeros(words, dtype=torch.int64, pin_memory=on_gpu)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        dtype = model.projector.up.weight.dtype
+        self._embeds = torch.zeros(self.chunks, model.config.chunk_width, dtype=dtype, device=device)
+        self._plans = attention.AttentionPlans(
+            ChunkLayout.from_lengths([[1]]),
+            ChunkMask.full(),
+            causal=True,
+            capacity=rk.PlanCapacity.for_rows(rows, sequences=sequences, ranges_per_block=ranges_per_block),
+            device=device,
+        )
+
+    def fits(self, prompt: MixedPrompt) -> bool:
+        """Whether the prompt has no more rows, chunks and sequences than the static tensors."""
+        layout = prompt.layout
+        return (
+            layout.total_rows <= self.rows
+            and len(prompt.chunks) <= self.chunks
+            and layout.num_sequences <= self.sequences
+            and prompt.latents == self.model.config.latents
+        )
+
+    def read(self, prompt: MixedPrompt, chunk_embeds: torch.Tensor | None = None) -> tuple[torch.Tensor, Cache]:
+        """Read a prompt.
+
+        Parameters
+        ----------
+        prompt : MixedPrompt
+            On the CPU, as ``RefragProcessor`` makes it: a prompt on the GPU is fetched from there first.
+        chunk_embeds : Tensor [N, d_enc], optional
+            Of the prompt's chunks; the prompt's own, or encoded here, when they aren't given.
+
+        Returns
+        -------
+        Tensor [1, B, V], Cache
+            Logits of each sequence's last row, and the keys and values of the packed rows: views of the static tensors,
+            which the next ``read`` overwrites. ``copy_of`` gives a cache that stays.
+
+        Raises
+        ------
+        ValueError
+            If the prompt doesn't fit, or its plan doesn't fit the capacity.
+        """
+        if not self.fits(prompt):
+            layout = prompt.layout
+            raise ValueError(
+                f"prompt: got {layout.total_rows} rows, {len(prompt.chunks)} chunks and {layout.num_sequences} "
+                f"sequences of {prompt.latents} slots a chunk, needs at most {self.rows}, {self.chunks} and "
+                f"{self.sequences} of {self.model.config.latents}"
+            )
+        with torch.no_grad():
+            self._fill(prompt, chunk_embeds)
+            if self._copied is None:
+                self._output = self._forward()
+            else:
+                if self._graph is None:
+                    self._capture()
+                assert self._graph is not None
+                self._graph.replay()
+        logits, cache = self._output
+        rows = prompt.layout.total_rows
+        return logits[:, : prompt.layout.num_sequences], _first_rows(cache, rows)
+
+    def pool(self) -> Any:
+        """Return the graph's memory pool, None before its first ``read``."""
+        return self._memory_pool if self._graph is None else self._graph.pool()
+
+    def _fill(self, prompt: MixedPrompt, chunk_embeds: torch.Tensor | None) -> None:
+        """Write a prompt into the static tensors; padding rows are text that no row sees."""
+        chunk_embeds = prompt.chunk_embeds if chunk_embeds is None else chunk_embeds
+        if chunk_embeds is None and len(prompt.expanded) < len(prompt.chunks):
+            chunk_embeds = self.model.encode_chunks(prompt.to(self.model.device).encoder_input)
+        if chunk_embeds is not None:
+            needed = [len(prompt.chunks), self._embeds.shape[1]]
+            if list(chunk_embeds.shape) != needed:
+                raise ValueError(
+                    f"chunk_embeds: got shape {list(chunk_embeds.shape)}, needs {needed}, one row per chunk"
+                )
+            self._embeds[: len(chunk_embeds)].copy_(chunk_embeds, non_blocking=True)
+        layout = prompt.layout.host()
+        # First what may be refused: the static tensors of the last prompt then still fit each other.
+        self._plans.refill(layout, self.model.mask(prompt))
+        if self._copied is not None:
+            self._copied.synchronize()  # the copy before has read the staging buffer
+        staging, total = self._staging.view(-1), layout.total_rows
+        token_ids, slots, positions = staging[: 3 * self.rows].view(3, self.rows)
+        token_ids[:total], token_ids[total:] = prompt.token_ids, 0
+        slots[:total], slots[total:] = prompt.slot_of_row, -1
+        positions[:total], positions[total:] = prompt.position_ids, 0
+        last = staging[3 * self.rows :]
+        last.zero_()
+        last[: layout.num_sequences] = layout.sequence_offsets[1:].long() - 1
+        self._fields.copy_(staging, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    def _forward(self) -> tuple[torch.Tensor, Cache]:
+        token_ids, slots, positions = self._fields[: 3 * self.rows].view(3, self.rows)
+        embeds = self.model.embed_rows(token_ids, slots.to(torch.int32), self._embeds)
+        cache = _StaticRows()
+        output = attention.packed_pass(
+            self.model.decoder,
+            self._plans,
+            inputs_embeds=embeds[None],
+            position_ids=positions[None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=self._fields[3 * self.rows :],
+        )
+        return output.logits, cache
+
+    def _capture(self) -> None:
+        # Twice before, on a stream of its own: kernels are compiled, libraries choose, and plans are made.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory_pool):
+            self._output = self._forward()
+        self._graph = graph
+
+
+def copy_of(cache: Cache) -> DynamicCache:
+    """Return a cache with keys and values of its own, to which rows can be appended."""
+    copied = DynamicCache()
+    for number, (keys, values) in enumerate(key_values(cache)):
+        copied.update(keys.clone(), values.clone(), number)
+    return copied
+
+
+class _RowsAsGiven(DynamicLayer):
+    """A layer that holds the tensors it is given: in a graph their addresses don't change."""
+
+    def update(self, key_states, value_states, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values, self.is_initialized = key_states, value_states, True
+        return key_states, value_states
+
+
+class _StaticRows(Cache):
+    """An empty cache for one forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=_RowsAsGiven)
+
+
+def _first_rows(cache: Cache, rows: int) -> Cache:
+    """Return a cache of views of the first rows."""
+    views = _StaticRows()
+    for number, (keys, values) in enumerate(key_values(cache)):
+        views.update(keys[:, :, :rows], values[:, :, :rows], number)
+    return views

@@ -1,0 +1,290 @@
+"""A reading that goes on: keys and values of what a decoder has read, to which prompts and chunks are appended."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from refrag.model.attention import AttentionPlans, packed_pass
+from refrag.model.inputs import Chunk, MixedPrompt, PackedTexts, PromptTooLongError
+from refrag_kernels import ChunkLayout, ChunkMask
+
+
+class GenerationState:
+    """What a decoder has read of one sequence: ``RefragForCausalLM.read`` makes one, reading and generating prolong it.
+
+    An error while something is appended leaves it as it was.
+
+    Attributes
+    ----------
+    cache : DynamicCache
+        Keys and values of every row, also in layers with a sliding window: rows may be appended at any time.
+    lengths : list of int
+        Rows of each span read so far.
+    passages : list of int
+        Passage of each span, -1 for shared text.
+    chunks : list of Chunk
+        All chunks of the prompts read so far, compressed or not.
+    next_position : int
+        Position id of the next row.
+    unread : list of int
+        Generated tokens that the decoder hasn't read, the last one as a rule: they are read with what comes next.
+    """
+
+    def __init__(self) -> None:
+        # No config: layers with a sliding window would drop rows, and plans count all of them.
+        self.cache = DynamicCache()
+        self.lengths: list[int] = []
+        self.passages: list[int] = []
+        self.chunks: list[Chunk] = []
+        self.next_position = 0
+        self.unread: list[int] = []
+        self._logits: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows read so far."""
+        return sum(self.lengths)
+
+    def tokens_of(self, chunk: int | str | Chunk) -> list[int]:
+        """Return the tokens of a chunk that was read, by its number, or of all chunks of a passage, by its id.
+
+        Raises
+        ------
+        ValueError
+            If there is no such chunk or passage.
+        """
+        if isinstance(chunk, Chunk):
+            return list(chunk.token_ids)
+        if isinstance(chunk, str):
+            of_passage = [one for one in self.chunks if one.passage == chunk]
+            if not of_passage:
+                ids = ", ".join(dict.fromkeys(repr(one.passage) for one in self.chunks if one.passage is not None))
+                raise ValueError(f"chunk: got passage {chunk!r}, needs one of those read: {ids or 'none has an id'}")
+            return [token for one in of_passage for token in one.token_ids]
+        if not isinstance(chunk, int) or not 0 <= chunk < len(self.chunks):
+            needs = f"0 to {len(self.chunks) - 1}" if self.chunks else "a Chunk: none was read"
+            raise ValueError(f"chunk: got {chunk!r}, needs {needs}")
+        return list(self.chunks[chunk].token_ids)
+
+    @contextlib.contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Put everything back if what is inside fails or is interrupted."""
+        before = {
+            name: list(value) if isinstance(value, list) else value
+            for name, value in vars(self).items()
+            if name != "cache"
+        }
+        # A dynamic layer never writes into its tensors: it replaces them by longer ones.
+        layers: list[Any] = self.cache.layers[:]
+        held = key_values(self.cache)
+        try:
+            yield
+        except BaseException:
+            vars(self).update(before)
+            self.cache.layers = layers
+            for layer, (keys, values) in zip(layers, held):
+                layer.keys, layer.values = keys, values
+            raise
+
+    def last_logits(self) -> torch.Tensor:
+        """Return the logits [1, 1, V] of the last row.
+
+        Raises
+        ------
+        ValueError
+            If nothing was read yet.
+        """
+        if self._logits is None:
+            raise ValueError("state: holds nothing, needs a prompt: model.read(prompt)")
+        return self._logits
+
+    def note_prompt(self, prompt: MixedPrompt, logits: torch.Tensor | None) -> None:
+        """Take note of a prompt whose keys and values are in the cache now, and of its last row's logits."""
+        self.passages += self.numbered(prompt)
+        self.lengths += prompt.layout.lengths()[0]
+        self.chunks += prompt.chunks
+        self.next_position += int(prompt.position_ids.max()) + 1
+        self._logits = logits
+        self.unread = []
+
+    def note_generated(self, token_ids: Sequence[int]) -> None:
+        """Take note of tokens that were generated; those that the decoder hasn't read yet are kept."""
+        read = self.cache.get_seq_length() - self.rows
+        if read:
+            self.lengths.append(read)
+            self.passages.append(-1)
+            self.next_position += read
+        self.unread = list(token_ids[read:])
+
+    def numbered(self, prompt: MixedPrompt) -> list[int]:
+        """Return the passage of each span of a prompt, counted on from the passages read so far."""
+        first = max(self.passages, default=-1) + 1
+        return [passage if passage < 0 else first + passage for passage in prompt.passage_of_span.tolist()]
+
+    def plans(self, prompt: MixedPrompt, decoder_mask: str) -> AttentionPlans:
+        """Return the plans by which a prompt is read behind this state's rows."""
+        mask = ChunkMask.full()
+        if decoder_mask == "passages":
+            mask = ChunkMask.passages([*self.passages, *self.numbered(prompt)])
+        keys = ChunkLayout.from_lengths([[*self.lengths, *prompt.layout.lengths()[0]]]).to(prompt.device)
+        return AttentionPlans(prompt.layout, mask, causal=True, kv_layout=keys)
+
+
+def key_values(cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the keys and the values [B, H, rows, D] of every layer of a cache, all of them attention layers."""
+    layers: list[Any] = cache.layers  # for mypy, some kinds of layers hold none
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+def append(model: Any, state: GenerationState, prompt: MixedPrompt | None, chunk_embeds: torch.Tensor | None) -> None:
+    """Read a prompt of one sequence behind what ``state`` holds; without a prompt only what is still unread.
+
+    Parameters
+    ----------
+    model : RefragForCausalLM
+    state : GenerationState
+    prompt : MixedPrompt, optional
+    chunk_embeds : Tensor [N, d_enc], optional
+
+    Raises
+    ------
+    ValueError
+        If the prompt is of several sequences or has no rows.
+    PromptTooLongError
+        If it doesn't fit into the decoder's window; says by how many rows, and how many would fit.
+    """
+    if prompt is None:
+        if not state.unread:
+            return
+        prompt = text_prompt(state.unread, model.config.latents)
+    else:
+        if prompt.layout.num_sequences != 1 or not prompt.layout.total_rows:
+            raise ValueError(
+                f"prompt: got {prompt.layout.num_sequences} sequences of {prompt.layout.total_rows} rows in all, needs "
+                "one that is not empty: a state holds one sequence"
+            )
+        prompt = _behind_text(state.unread, prompt) if state.unread else prompt
+    require_room(model, state, prompt.layout.total_rows, int(prompt.position_ids.max()) + 1)
+    prompt = prompt.to(model.device)
+    with state.restored_on_error(), torch.no_grad():
+        output = packed_pass(
+            model.decoder,
+            state.plans(prompt, model.config.decoder_mask),
+            inputs_embeds=model.embed(prompt, chunk_embeds)[None],
+            position_ids=prompt.position_ids[None] + state.next_position,
+            past_key_values=state.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        state.note_prompt(prompt, output.logits)
+
+
+def require_room(model: Any, state: GenerationState, rows: int, positions: int) -> None:
+    """Refuse more rows than the decoder's window holds.
+
+    Raises
+    ------
+    PromptTooLongError
+    """
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is None:
+        return
+    held = max(state.rows, state.next_position)
+    over = max(state.rows + rows, state.next_position + positions) - window
+    if over > 0:
+        raise PromptTooLongError(
+            f"prompt: {rows} rows behind the {state.rows} that the state holds are {over} over the decoder's window of "
+            f"{window}; {max(window - held, 0)} would fit"
+        )
+
+
+def _require_room_for_answer(model: Any, state: GenerationState, config: Any, options: dict[str, Any]) -> None:
+    """Refuse to generate more tokens than the decoder's window has room for behind a state's rows."""
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if window is None:
+        return
+    wanted = {name: options.get(name) or getattr(config, name, None) for name in ("max_new_tokens", "max_length")}
+    new = wanted["max_new_tokens"]
+    if new is None:  # transformers' own length where none is given
+        new = 20 if wanted["max_length"] is None else wanted["max_length"] - state.rows
+    room = max(window - max(state.rows, state.next_position), 0)
+    if new > room:
+        raise PromptTooLongError(
+            f"max_new_tokens: {new} tokens behind the {state.rows} rows that the state holds are {new - room} over the "
+            f"decoder's window of {window}; {room} would fit"
+        )
+
+
+def generate_from(model: Any, state: GenerationState, generate: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """Generate behind a state with transformers' ``generate``, and take note of what was generated.
+
+    Raises
+    ------
+    ValueError
+        If the options ask for several sequences or another cache.
+    PromptTooLongError
+        If so many new tokens don't fit into the decoder's window.
+    """
+    config = options.get("generation_config") or model.generation_config
+    for name in ("num_beams", "num_return_sequences"):
+        wanted = options.get(name) or getattr(config, name, None) or 1
+        if wanted != 1:
+            raise ValueError(f"{name}: got {wanted}, needs 1 with a state, which holds one sequence")
+    for name in ("past_key_values", "cache_implementation", "use_cache"):
+        if options.get(name, config.use_cache if name == "use_cache" else None) not in (None, True):
+            raise ValueError(f"{name}: got {options.get(name)!r} beside a state, which has a cache of its own")
+    rows, end = state.rows, state.next_position
+    state.last_logits()  # or an error
+    _require_room_for_answer(model, state, config, options)
+    result = generate(
+        # Their number of rows is looked at, and no more: the first step takes the state's logits.
+        inputs_embeds=torch.zeros(1, 1, 1, dtype=model.dtype, device=model.device).expand(1, rows, 1),
+        attention_mask=torch.ones(1, rows, dtype=torch.int64, device=model.device),
+        position_ids=torch.arange(end - rows, end, device=model.device)[None],
+        past_key_values=state.cache,
+        prefill=state,
+        **options,
+    )
+    state.note_generated(getattr(result, "sequences", result)[0].tolist())
+    return result
+
+
+def first_step(state: GenerationState) -> CausalLMOutputWithPast:
+    """Return what the first step of a generation behind a state gives: nothing is left to compute."""
+    return CausalLMOutputWithPast(logits=state.last_logits(), past_key_values=state.cache)
+
+
+def text_prompt(token_ids: Sequence[int], latents: int = 1) -> MixedPrompt:
+    """Return a prompt of one span of text, for a model of so many latents."""
+    rows = len(token_ids)
+    return MixedPrompt(
+        token_ids=torch.tensor(token_ids, dtype=torch.int64, device="cpu"),
+        slot_of_row=torch.full((rows,), -1, dtype=torch.int32, device="cpu"),
+        position_ids=torch.arange(rows, device="cpu"),
+        layout=ChunkLayout.from_lengths([[rows]]),
+        passage_of_span=torch.tensor([-1], dtype=torch.int32, device="cpu"),
+        chunks=(),
+        expanded=frozenset(),
+        encoder_input=PackedTexts(torch.zeros(0, dtype=torch.int64, device="cpu"), ChunkLayout.from_lengths([[]])),
+        latents=latents,
+    )
+
+
+def _behind_text(token_ids: Sequence[int], prompt: MixedPrompt) -> MixedPrompt:
+    """Return a prompt of one sequence with tokens put before it."""
+    text, prompt = text_prompt(token_ids), prompt.to("cpu")
+    return dataclasses.replace(
+        prompt,
+        token_ids=torch.cat([text.token_ids, prompt.token_ids]),
+        slot_of_row=torch.cat([text.slot_of_row, prompt.slot_of_row]),
+        position_ids=torch.cat([text.position_ids, prompt.position_ids + len(token_ids)]),
+        layout=ChunkLayout.from_lengths([[len(token_ids), *prompt.layout.lengths()[0]]]),
+        passage_of_span=torch.cat([text.passage_of_span, prompt.passage_of_span]),
+    )

@@ -1,0 +1,113 @@
+"""Which chunks of a batch stand as text: from a share, a number, names or a chooser to the chunks' indices."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from refrag.model.encoder import TextEmbedder
+from refrag.model.inputs import Chunk
+from refrag.processing.selectors import Chooser
+
+
+def expanded_chunks(
+    chunks: Sequence[Sequence[Chunk]],
+    questions: Sequence[str],
+    expand: float | Collection[int | str] | None,
+    expand_count: int | Sequence[int] | None,
+    chooser: Chooser | None,
+    chunk_embeds: torch.Tensor | None = None,
+) -> frozenset[int]:
+    """Return the chunks to expand, numbered through the batch; see ``RefragProcessor.__call__``.
+
+    Parameters
+    ----------
+    chunks : sequence of sequences of Chunk
+        Of each prompt.
+    questions : sequence of str
+        Of each prompt.
+    expand, expand_count, chooser
+        What the user asked for.
+    chunk_embeds : Tensor [N, d_enc], optional
+        The chunks' embeddings where a store has them: for choosers that compare by a ``TextEmbedder``.
+
+    Raises
+    ------
+    ValueError
+        Names the argument that doesn't fit.
+    """
+    if expand is not None and expand_count is not None:
+        raise ValueError(f"expand_count: got {expand_count} beside expand = {expand}, needs one of the two")
+    if isinstance(expand, str):
+        raise TypeError(f"expand: got the string {expand!r}, needs a share, or a collection of chunks and passage ids")
+    if isinstance(expand, Collection):
+        return _named(chunks, expand)
+    if chooser is None and expand not in (None, 0, 1) and 0 <= expand <= 1:
+        raise ValueError(f"chooser: got None, needs a Chooser to expand {expand} of the chunks")
+    counts = _counts(chunks, expand, expand_count)
+    expanded: set[int] = set()
+    first = 0
+    for index, (own, question, count) in enumerate(zip(chunks, questions, counts)):
+        if chooser is None:
+            if count not in (None, 0, len(own)):
+                raise ValueError(f"chooser: got None, needs a Chooser to expand {count} of the {len(own)} chunks")
+            picks: Collection[int] = range(count or 0)
+        else:
+            embedder = getattr(chooser, "embed", None)
+            if chunk_embeds is not None and isinstance(embedder, TextEmbedder):
+                embedder.remember([chunk.text for chunk in own], chunk_embeds[first : first + len(own)])
+            picks = chooser(question, own, count)
+            _check_picks(picks, index, len(own), count)
+        expanded.update(first + pick for pick in picks)
+        first += len(own)
+    return frozenset(expanded)
+
+
+def _named(chunks: Sequence[Sequence[Chunk]], names: Collection[int | str]) -> frozenset[int]:
+    flat = [chunk for own in chunks for chunk in own]
+    expanded: set[int] = set()
+    for name in names:
+        if isinstance(name, str):
+            own = [index for index, chunk in enumerate(flat) if chunk.passage == name]
+            if not own:
+                ids = ", ".join(dict.fromkeys(repr(chunk.passage) for chunk in flat if chunk.passage is not None))
+                raise ValueError(
+                    f"expand: got passage {name!r}, needs one of the prompts' passages: {ids or 'none has an id'}"
+                )
+            expanded.update(own)
+        elif not isinstance(name, int) or not 0 <= name < len(flat):
+            needs = f"0 to {len(flat) - 1}" if flat else "none: there are no passages"
+            raise ValueError(f"expand: got chunk {name}, needs {needs}")
+        else:
+            expanded.add(name)
+    return frozenset(expanded)
+
+
+def _counts(
+    chunks: Sequence[Sequence[Chunk]], expand: float | None, expand_count: int | Sequence[int] | None
+) -> Sequence[int | None]:
+    """Return how many chunks to pick of each prompt; None leaves it to the chooser."""
+    if expand is not None:
+        if not 0 <= expand <= 1:
+            raise ValueError(f"expand: got {expand}, needs a share from 0 to 1")
+        return [round(expand * len(own)) for own in chunks]
+    if expand_count is None:
+        return [None] * len(chunks)
+    counts = [expand_count] * len(chunks) if isinstance(expand_count, int) else list(expand_count)
+    if len(counts) != len(chunks):
+        raise ValueError(f"expand_count: got {len(counts)} numbers, needs {len(chunks)}, one for each prompt")
+    for index, (own, count) in enumerate(zip(chunks, counts)):
+        if not 0 <= count <= len(own):
+            raise ValueError(f"expand_count: got {count} for prompt {index}, needs 0 to {len(own)}, its chunks")
+    return counts
+
+
+def _check_picks(picks: Collection[int], prompt: int, chunks: int, count: int | None) -> None:
+    wrong = next((pick for pick in picks if not 0 <= pick < chunks), None)
+    if wrong is not None:
+        raise ValueError(f"chooser: picked chunk {wrong} of prompt {prompt}, needs 0 to {chunks - 1}")
+    if len(set(picks)) < len(picks):
+        raise ValueError(f"chooser: picked a chunk of prompt {prompt} twice, needs each once")
+    if count is not None and len(picks) > count:
+        raise ValueError(f"chooser: picked {len(picks)} chunks of prompt {prompt}, needs at most {count}")

@@ -1,0 +1,421 @@
+"""RefragProcessor: from text and passages to the packed rows of a MixedPrompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from refrag.data.chunking import Chunker, FixedChunks, SentenceChunks, describe_chunker
+from refrag.model.config import RefragConfig
+from refrag.model.encoder import TextEmbedder
+from refrag.model.inputs import Chunk, MixedPrompt, Part, Passage, PromptTooLongError, require_text
+from refrag.model.packing import Span, pack_chunks, pack_spans
+from refrag.processing.chat import render_chat
+from refrag.processing.expansion import expanded_chunks
+from refrag.processing.selectors import Chooser
+from refrag.store.store import ChunkStore, StoreError
+
+
+class RefragProcessor:
+    """Turns prompts, lists of text and passages in any order, into packed rows.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        The decoder's; a fast one.
+    encoder_tokenizer : PreTrainedTokenizerBase
+        The encoder's. The two are aligned by text: each chunk is tokenized again for the encoder.
+    k : int
+        Decoder tokens of a chunk.
+    window : int, optional
+        Rows that the decoder can hold; a longer prompt is an error.
+    position_ids : {"contiguous", "original", "parallel"}
+        As in RefragConfig.
+    encoder_special_tokens : bool
+        As in RefragConfig.
+    encoder_window : int
+        Encoder tokens that are read together, at most the encoder's positions: RefragConfig's ``window``.
+    chunker : {"fixed", "sentence"} or Chunker
+        Cuts passages: FixedChunks(tokenizer, k), SentenceChunks(tokenizer), or one of your own.
+    latents : int
+        Slots of a compressed chunk, as in RefragConfig.
+    start_token : bool
+        Whether a prompt that would begin with a slot gets the decoder's start token before it, where its tokenizer has
+        one (``bos_token``). Decoders attend to their first row whatever it holds and read next to nothing from it
+        (arXiv 2309.17453): a slot there is lost.
+
+    Raises
+    ------
+    ValueError
+        If k is below 1, or position_ids or chunker is unknown.
+
+    Examples
+    --------
+    >>> from transformers import AutoTokenizer
+    >>> from refrag import Passage, RefragProcessor, weights
+    >>> tokenizer = AutoTokenizer.from_pretrained(weights.decoder_folder())
+    >>> encoder_tokenizer = AutoTokenizer.from_pretrained(weights.encoder_folder())
+    >>> processor = RefragProcessor(tokenizer, encoder_tokenizer, k=4)
+    >>> passage = Passage("The bridge of Orla was built in 1871.")
+    >>> prompt = processor([passage, "When was the bridge built?"], expand={1})
+    >>> [chunk.text for chunk in prompt.chunks]
+    ['The bridge of Or', 'la was built in', ' 187', '1.']
+    >>> prompt.layout.lengths()  # the start token, a slot, an expanded chunk, two slots, the question
+    [[1, 1, 4, 1, 1, 6]]
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder_tokenizer: PreTrainedTokenizerBase,
+        k: int = 16,
+        *,
+        window: int | None = None,
+        position_ids: str = "contiguous",
+        encoder_special_tokens: bool = True,
+        chunker: str | Chunker = "fixed",
+        latents: int = 1,
+        encoder_window: int = 0,
+        start_token: bool = True,
+    ) -> None:
+        if position_ids not in ("contiguous", "original", "parallel"):
+            raise ValueError(f"position_ids: got {position_ids!r}, needs contiguous, original or parallel")
+        self.tokenizer = tokenizer
+        self.encoder_tokenizer = encoder_tokenizer
+        self.k = k
+        self.window = window
+        self.position_ids = position_ids
+        self.encoder_special_tokens = encoder_special_tokens
+        self.latents = latents
+        self.encoder_window = encoder_window
+        self.start_token = start_token
+        self.chunker_name = chunker if isinstance(chunker, str) else None
+        self.chunker = self._chunker(chunker) if isinstance(chunker, str) else chunker
+
+    def _chunker(self, name: str) -> Chunker:
+        if name not in ("fixed", "sentence"):
+            raise ValueError(f"chunker: got {name!r}, needs fixed, sentence or a Chunker")
+        return FixedChunks(self.tokenizer, self.k) if name == "fixed" else SentenceChunks(self.tokenizer)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: RefragConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        encoder_tokenizer: PreTrainedTokenizerBase,
+        *,
+        chunker: str | Chunker = "fixed",
+        start_token: bool = True,
+    ) -> RefragProcessor:
+        """Make the processor that goes with a model: its k, its choices, and its decoder's window."""
+        return cls(
+            tokenizer,
+            encoder_tokenizer,
+            config.chunk_size,
+            window=getattr(config.get_text_config(), "max_position_embeddings", None),
+            position_ids=config.position_ids,
+            encoder_special_tokens=config.encoder_special_tokens,
+            chunker=chunker,
+            latents=config.latents,
+            encoder_window=config.window,
+            start_token=start_token,
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write both tokenizers and the settings below ``folder``.
+
+        Raises
+        ------
+        ValueError
+            If the chunker is one of your own, which can't be written.
+        """
+        if self.chunker_name is None:
+            raise ValueError(f"chunker: got {type(self.chunker).__name__}, needs fixed or sentence to be written")
+        root = Path(folder)
+        self.tokenizer.save_pretrained(root / "decoder_tokenizer")
+        self.encoder_tokenizer.save_pretrained(root / "encoder_tokenizer")
+        fields = ("k", "window", "position_ids", "encoder_special_tokens", "encoder_window", "latents", "start_token")
+        settings = {name: getattr(self, name) for name in fields}
+        settings["chunker"] = self.chunker_name
+        (root / "refrag_processor.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> RefragProcessor:
+        """Read what ``save_pretrained`` wrote."""
+        root = Path(folder)
+        return cls(
+            AutoTokenizer.from_pretrained(root / "decoder_tokenizer"),
+            AutoTokenizer.from_pretrained(root / "encoder_tokenizer"),
+            **json.loads((root / "refrag_processor.json").read_text()),
+        )
+
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str | Sequence[Part]]], *, add_generation_prompt: bool = True
+    ) -> list[Part]:
+        """Write a conversation in the decoder's chat template.
+
+        Parameters
+        ----------
+        messages : sequence of dicts
+            "role", and "content": a string, or a list of text and passages.
+
+        Returns
+        -------
+        list of str and Passage
+            A prompt for ``__call__``.
+
+        Raises
+        ------
+        TypeError
+            If a message is made of anything else; names it.
+        ValueError
+            If the template leaves a passage out or repeats it.
+        """
+        return render_chat(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
+
+    def __call__(
+        self,
+        prompts: Part | Sequence[Part] | Sequence[Sequence[Part]],
+        *,
+        expand: float | Collection[int | str] | None = None,
+        expand_count: int | Sequence[int] | None = None,
+        chooser: Chooser | None = None,
+        question: str | Sequence[str] | None = None,
+        max_new_tokens: int = 0,
+        store: ChunkStore | None = None,
+        begin: bool = True,
+    ) -> MixedPrompt:
+        """Pack one prompt or a batch of them.
+
+        Parameters
+        ----------
+        prompts : list of str and Passage, or a list of such lists
+            A string or Passage alone is a prompt of one part.
+        expand : float or collection of int and str, optional
+            Share of each prompt's chunks that ``chooser`` picks to stand as text, 0 to 1; or what is to stand as text
+            itself: chunks, numbered through the batch, and whole passages by their id.
+        expand_count : int or sequence of int, optional
+            Instead of a share: how many chunks, of every prompt or of each.
+        chooser : Chooser, optional
+            Needed unless nothing, everything or named chunks are expanded. Without a share and a count it decides how
+            many.
+        question : str or sequence of str, optional
+            What the chooser compares with, for all prompts or for each; the last text of each when it isn't given.
+        max_new_tokens : int
+            Room to leave in the decoder's window.
+        store : ChunkStore, optional
+            Where all passages are found, by their text, or by their id where they have none; their chunks and
+            embeddings are taken from it, so that the model has nothing to encode, nor a chooser that compares by a
+            ``TextEmbedder`` but the question.
+        begin : bool
+            Whether a sequence begins here: with the token that the decoder's tokenizer begins texts with if it has one,
+            and see ``start_token``. False for what is appended to a ``GenerationState``.
+
+        Returns
+        -------
+        MixedPrompt
+
+        Raises
+        ------
+        TypeError
+            If a prompt or a question is made of anything else than text and passages; names the part.
+        ValueError
+            If a prompt is empty, a passage has no text, ``expand`` is outside 0 to 1 or names a chunk or passage that
+            isn't there, ``expand_count`` is more than a prompt's chunks, or there are not as many counts or questions
+            as prompts.
+        StoreError
+            If a passage isn't in the store, or the store's chunks were cut by another rule.
+        PromptTooLongError
+            If a prompt doesn't fit; says by how many tokens, and what k or how many expanded chunks would fit.
+        """
+        batch = _batch(prompts)
+        stored, chunk_embeds = None, None
+        if store is not None:
+            self._check_store(store)
+            passages = [part for prompt in batch for part in prompt if isinstance(part, Passage)]
+            stored, chunk_embeds = iter(store.chunks(passages)), store.get_many(passages).rows
+        sequences = [self._spans(index, prompt, stored, begin) for index, prompt in enumerate(batch)]
+        chunks = [[span for _, span in spans if isinstance(span, Chunk)] for spans in sequences]
+        if chunk_embeds is None and self.encoder_window:
+            chunk_embeds = self._embedded(sequences, chooser)
+        questions = self._questions(batch, question)
+        expanded = expanded_chunks(chunks, questions, expand, expand_count, chooser, chunk_embeds)
+        if begin:
+            firsts = itertools.accumulate(map(len, chunks), initial=0)
+            sequences = [self._started(spans, first in expanded) for spans, first in zip(sequences, firsts)]
+        packed = pack_spans(
+            sequences,
+            expanded,
+            self.encoder_tokenizer,
+            position_ids=self.position_ids,
+            encoder_special_tokens=self.encoder_special_tokens,
+            chunk_embeds=chunk_embeds,
+            latents=self.latents,
+            encoder_window=self.encoder_window,
+        )
+        self._check_window(sequences, expanded, packed, max_new_tokens)
+        return packed
+
+    def _embedded(self, sequences: Sequence[Sequence[Span]], chooser: Chooser | None) -> torch.Tensor | None:
+        """Return the chunks' embeddings where the chooser compares by them: in their windows, not each alone."""
+        embedder = getattr(chooser, "embed", None)
+        if not isinstance(embedder, TextEmbedder):
+            return None
+        texts = pack_chunks(
+            sequences, self.encoder_tokenizer, special_tokens=self.encoder_special_tokens, window=self.encoder_window
+        )
+        with torch.no_grad():
+            return embedder.model.encode_chunks(texts)
+
+    def _check_store(self, store: ChunkStore) -> None:
+        own = describe_chunker(self.chunker)
+        if own != store.recipe.chunker:
+            raise StoreError(f"store {store.folder}: chunker: holds {store.recipe.chunker}, got a processor of {own}")
+
+    def spans(self, prompt: Part | Sequence[Part]) -> list[Span]:
+        """Return a prompt's text and chunks before they are packed, as training wants them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As ``__call__``.
+        """
+        parts = [prompt] if isinstance(prompt, (str, Passage)) else prompt
+        return self._started(self._spans(0, parts, None, True), False)
+
+    def _spans(
+        self, index: int, prompt: Sequence[Part], stored: Iterator[list[Chunk]] | None, begin: bool
+    ) -> list[Span]:
+        """Return the spans of a prompt."""
+        spans: list[Span] = []
+        passages = 0
+        prefix = self.tokenizer("", add_special_tokens=True)["input_ids"]  # Llama's <s>, say; empty for many
+        for position, part in enumerate(prompt):
+            if isinstance(part, Passage):
+                if stored is None and not part.text.strip():
+                    raise ValueError(
+                        f"passage {part.id or position!r} of prompt {index}: has no text"
+                        + (", and no store is given to find its id in" if part.id and not part.text else "")
+                    )
+                if stored is None:
+                    require_text(part.text, f"passage {part.id or position!r} of prompt {index}: text")
+                chunks = next(stored) if stored else self.chunker(part.text)
+                spans += [(passages, dataclasses.replace(chunk, passage=part.id)) for chunk in chunks]
+                passages += 1
+            else:
+                require_text(part, f"part {position} of prompt {index}", "str or Passage")
+                token_ids = self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+                if token_ids:
+                    spans.append((-1, token_ids))
+        if not spans:
+            raise ValueError(f"prompt {index}: is empty, needs text or passages")
+        # A chat template writes the prefix itself; then it isn't repeated.
+        beginning = spans[0][1] if isinstance(spans[0][1], list) else []
+        if begin and prefix and beginning[: len(prefix)] != prefix:
+            spans.insert(0, (-1, prefix))
+        return spans
+
+    def _started(self, spans: list[Span], is_text: bool) -> list[Span]:
+        """Return the spans with the start token before a first chunk that doesn't stand as text."""
+        start = self.tokenizer.bos_token_id
+        if is_text or not self.start_token or start is None or not isinstance(spans[0][1], Chunk):
+            return spans
+        return [(-1, [start]), *spans]
+
+    def _questions(self, batch: Sequence[Sequence[Part]], question: str | Sequence[str] | None) -> list[str]:
+        """Return what choosers compare with, for each prompt."""
+        if question is None:
+            return [next((part for part in reversed(prompt) if isinstance(part, str)), "") for prompt in batch]
+        if not isinstance(question, (str, list, tuple)):
+            raise TypeError(f"question: got {type(question).__name__}, needs str, or a list of str")
+        questions = [question] * len(batch) if isinstance(question, str) else list(question)
+        for index, own in enumerate(questions):
+            require_text(own, f"question {index}")
+        if len(questions) != len(batch):
+            raise ValueError(f"question: got {len(questions)} questions, needs {len(batch)}, one for each prompt")
+        return questions
+
+    def _check_window(
+        self,
+        sequences: list[list[Span]],
+        expanded: frozenset[int],
+        packed: MixedPrompt,
+        max_new_tokens: int,
+    ) -> None:
+        if self.window is None:
+            return
+        ends = packed.layout.sequence_offsets[1:].tolist()
+        starts = packed.layout.sequence_offsets[:-1].tolist()
+        first = 0
+        for index, (spans, start, end) in enumerate(zip(sequences, starts, ends)):
+            positions = int(packed.position_ids[start:end].max()) + 1
+            over = max(end - start, positions) + max_new_tokens - self.window
+            if over > 0:
+                room = self.window - max_new_tokens
+                raise PromptTooLongError(
+                    f"context: prompt {index} has {max(end - start, positions)} rows"
+                    + (f" and {max_new_tokens} new tokens" if max_new_tokens else "")
+                    + f", {over} over the decoder's window of {self.window}; "
+                    + self._what_fits(spans, first, expanded, room)
+                )
+            first += sum(isinstance(span, Chunk) for _, span in spans)
+
+    def _what_fits(self, spans: list[Span], first: int, expanded: frozenset[int], room: int) -> str:
+        if self.position_ids == "original":
+            return 'original position ids run on through compressed chunks, so no k fits; position_ids="contiguous" may'
+        plain, chunk = 0, first
+        as_text: list[int] = []
+        compressed: dict[int, list[int]] = {}
+        for passage, span in spans:
+            if not isinstance(span, Chunk):
+                plain += len(span)
+                continue
+            if chunk in expanded:
+                as_text.append(len(span.token_ids))
+            else:
+                compressed.setdefault(passage, []).append(len(span.token_ids))
+            chunk += 1
+        fits = []
+        text = plain + sum(as_text)
+        slots = self.latents
+        if self.chunker_name == "fixed" and compressed and text + slots * len(compressed) <= room:
+            k = self.k + 1
+            while text + slots * sum(-(-sum(lengths) // k) for lengths in compressed.values()) > room:
+                k += 1
+            fits.append(f"k = {k}")
+        # Whichever of the expanded chunks stay so: the longest are counted.
+        left = room - plain - slots * (len(as_text) + sum(map(len, compressed.values())))
+        if as_text and left >= 0:
+            longest = itertools.accumulate(length - slots for length in sorted(as_text, reverse=True))
+            fits.append(f"{sum(more <= left for more in longest)} of its {len(as_text)} expanded chunks")
+        if fits:
+            return " or ".join(fits) + " would fit"
+        if self.chunker_name == "fixed":
+            return f"no k fits: {text} tokens are text, shorten it or expand less"
+        return "shorten it, leave out passages or expand less"
+
+
+def _batch(prompts: Part | Sequence[Part] | Sequence[Sequence[Part]]) -> Sequence[Sequence[Part]]:
+    """Return prompts as a list of lists of parts, whatever those are."""
+    if isinstance(prompts, (str, Passage)):
+        return [[prompts]]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise TypeError(
+            f"prompts: got {type(prompts).__name__}, needs a list of str and Passage, or a list of such lists"
+        )
+    if not prompts:
+        raise ValueError("prompts: is empty, needs a prompt")
+    if any(isinstance(part, (str, Passage)) for part in prompts):
+        return [cast(Sequence[Part], prompts)]
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise TypeError(f"prompt {index}: got {type(prompt).__name__}, needs a list of str and Passage")
+    return cast(Sequence[Sequence[Part]], prompts)

@@ -1,0 +1,297 @@
+"""Which chunks to expand: a protocol, and the ways of the paper (REFRAG, A.1) and of practice.
+
+A chooser sees one prompt: its question, its chunks and how many of them to pick. What it picks stands as text, the rest
+is compressed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from refrag.model.acceptance import require_decoder
+from refrag.model.attention import AttentionPlans, packed_pass
+from refrag.model.inputs import Chunk
+from refrag.model.policy import ExpansionPolicy, sample_picks
+from refrag_kernels import ChunkLayout, ChunkMask
+
+Embed = Callable[[Sequence[str]], torch.Tensor]  # texts -> embeddings [N, d], such as refrag.model.encoder.TextEmbedder
+
+_ROWS = 1024  # rows whose logits are held at once: with a vocabulary of 128k words, half a gigabyte
+
+
+class Chooser(Protocol):
+    """Picks chunks of one prompt.
+
+    Called with the question, the prompt's chunks and ``count``, the chunks to pick, 0 to all; None leaves the number to
+    the chooser. Returns indices of chunks, each once. A chooser with a mind of its own, such as a threshold, may pick
+    fewer than ``count``; none may pick more.
+    """
+
+    def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]: ...
+
+
+class NoChunks:
+    """Expand nothing."""
+
+    def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
+        if count:
+            raise ValueError(f"expand: got {count} chunks for NoChunks, needs none")
+        return []
+
+
+class AllChunks:
+    """Expand everything.
+
+    Raises
+    ------
+    ValueError
+        When it is told to pick fewer.
+    """
+
+    def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
+        if count not in (None, len(chunks)):
+            raise ValueError(f"expand: got {count} chunks for AllChunks, needs all {len(chunks)}")
+        return range(len(chunks))
+
+
+class RandomChooser:
+    """Chunks at random: the paper's baseline, and its fine-tuning before the policy (A.1).
+
+    Parameters
+    ----------
+    seed : int
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
+        return torch.randperm(len(chunks), generator=self.generator)[: _given(self, count)].tolist()
+
+
+class CosineChooser:
+    """The chunks whose embedding is nearest to the question's, by cosine.
+
+    Parameters
+    ----------
+    embed : callable
+        Texts -> embeddings [N, d], by one model for questions and chunks.
+    """
+
+    def __init__(self, embed: Embed) -> None:
+        self.embed = embed
+
+    def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
+        count = _given(self, count)
+        return _cosines(self.embed, question, chunks).topk(count).indices.tolist() if count else []
+
+
+class ThresholdChooser:
+    """Every chunk whose cosine to the question reaches a threshold, however many they are.
+
+    Parameters
+    ----------
+    embed : callable
+        As for CosineChooser.
+    threshold : float
+        From -1 to 1.
+
+    Raises
+    ------
+    ValueError
+        If the threshold is outside that.
+    """
+
+    def __init__(self, embed: Embed, threshold: float) -> None:
+        if not -1 <= threshold <= 1:
+            raise ValueError(f"threshold: got {threshold}, needs a cosine from -1 to 1")
+        self.embed = embed
+        self.threshold = threshold
+
+    def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
+        """With a count, the best so many of those that reach it."""
+        if count == 0 or not chunks:
+            return []
+        best, order = _cosines(self.embed, question, chunks).sort(descending=True, stable=True)
+        return order[best >= self.threshold][:count].tolist()
+
+
+class PerplexityChooser:
+    """Chunks by how well the decoder foresees them: the paper's two baselines beside the random one (A.1).
+
+    The paper doesn't say what a chunk is read after. Here each is read alone, after one start token, so that all take
+    one packed pass of the decoder over the full text of the chunks.
+
+    Parameters
+    ----------
+    model : RefragForCausalLM
+    order : {"desc", "asc"}
+        "desc" compresses the chunks of low perplexity and expands those of high perplexity; "asc" the other way round.
+    start : int, optional
+        The start token; the decoder's beginning or else end of sequence when it isn't given.
+
+    Raises
+    ------
+    ValueError
+        If the order is neither, or there is no start token.
+    """
+
+    def __init__(self, model: Any, order: str = "desc", start: int | None = None) -> None:
+        if order not in ("asc", "desc"):
+            raise ValueError(f"order: got {order!r}, needs asc or desc")
+        self.decoder = model.decoder
+        self.order = order
+        for name in ("bos_token_id", "eos_token_id"):
+            token = getattr(self.decoder.config.get_text_config(), name, None)
+            start = (token[0] if isinstance(token, list) else token) if start is None else start
+        if start is None:
+            raise ValueError(
+                "start: got None, needs a token: the decoder's config names no bos_token_id, no eos_token_id"
+            )
+        self.start = start
+
+    def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
+        count = _given(self, count)
+        if not count:
+            return []
+        return self.log_perplexities(chunks).topk(count, largest=self.order == "desc").indices.tolist()
+
+    def log_perplexities(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Return the mean negative log-likelihood of each chunk's tokens, float32 [N]."""
+        require_decoder(self.decoder)
+        result: list[torch.Tensor] = []
+        batch: list[tuple[int, ...]] = []
+        rows = 0
+        with torch.no_grad():
+            for chunk in chunks:
+                if batch and rows + len(chunk.token_ids) > _ROWS:
+                    result.append(self._read(batch))
+                    batch, rows = [], 0
+                batch.append(chunk.token_ids)
+                rows += len(chunk.token_ids)
+            result.append(self._read(batch))
+        return torch.cat(result)
+
+    def _read(self, texts: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        device = self.decoder.device
+        lengths = [len(text) for text in texts]
+        layout = ChunkLayout.from_lengths([[length] for length in lengths]).to(device)
+        rows = [token for text in texts for token in (self.start, *text[:-1])]
+        logits = packed_pass(
+            self.decoder,
+            AttentionPlans(layout, ChunkMask.full(), causal=True),
+            input_ids=torch.tensor([rows], device=device),
+            position_ids=torch.tensor([[row for length in lengths for row in range(length)]], device=device),
+            use_cache=False,
+        ).logits[0]
+        targets = torch.tensor([token for text in texts for token in text], device=device)
+        losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none").split(lengths)
+        return torch.stack([loss.mean() for loss in losses]).cpu()
+
+
+class PolicyChooser:
+    """The chunks that a trained policy scores highest, or a draw from it (REFRAG, A.1).
+
+    Parameters
+    ----------
+    policy : ExpansionPolicy
+    embed : callable
+        Texts -> the chunk embeddings that the policy was trained on: those of the model's encoder.
+    generator : torch.Generator, optional
+        To draw the picks; without it the highest scores are taken.
+    """
+
+    def __init__(self, policy: ExpansionPolicy, embed: Embed, generator: torch.Generator | None = None) -> None:
+        self.policy = policy
+        self.embed = embed
+        self.generator = generator
+
+    def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
+        count = _given(self, count)
+        if not count:
+            return []
+        with torch.no_grad():
+            scores = self.policy(self.embed([chunk.text for chunk in chunks])[None])
+            if self.generator is not None:
+                return sample_picks(scores, count, self.generator)[0].tolist()
+            return scores[0].topk(count).indices.tolist()
+
+
+NAMES = ("nothing", "everything", "random", "cosine", "threshold", "perplexity-asc", "perplexity-desc", "policy")
+
+
+def by_name(
+    name: str,
+    *,
+    model: Any = None,
+    embed: Embed | None = None,
+    threshold: float | None = None,
+    policy: ExpansionPolicy | None = None,
+    seed: int = 0,
+) -> Chooser:
+    """Make a chooser by the name that the command line gives it.
+
+    Parameters
+    ----------
+    name : str
+        One of ``NAMES``.
+    model : RefragForCausalLM, optional
+        For perplexity-asc and perplexity-desc.
+    embed : callable, optional
+        For cosine, threshold and policy.
+    threshold : float, optional
+        For threshold.
+    policy : ExpansionPolicy, optional
+        For policy.
+    seed : int
+        For random.
+
+    Raises
+    ------
+    ValueError
+        If there is no such chooser, or what it needs is missing.
+
+    Examples
+    --------
+    >>> chunks = [Chunk("a", (5,)), Chunk("b", (6,)), Chunk("c", (7,))]
+    >>> len(by_name("random", seed=1)("Which?", chunks, 2))
+    2
+    >>> list(by_name("everything")("Which?", chunks, None))
+    [0, 1, 2]
+    """
+    if name not in NAMES:
+        raise ValueError(f"chooser: got {name!r}, needs one of {', '.join(NAMES)}")
+    needs_of: dict[str, dict[str, Any]] = {
+        "cosine": {"embed": embed},
+        "threshold": {"embed": embed, "threshold": threshold},
+        "perplexity-asc": {"model": model},
+        "perplexity-desc": {"model": model},
+        "policy": {"policy": policy, "embed": embed},
+    }
+    needs = needs_of.get(name, {})
+    for argument, value in needs.items():
+        if value is None:
+            raise ValueError(f"{argument}: got None, the chooser {name!r} needs it")
+    if name.startswith("perplexity"):
+        return PerplexityChooser(model, name.removeprefix("perplexity-"))
+    makers: dict[str, Callable[..., Chooser]] = {
+        "nothing": NoChunks, "everything": AllChunks, "cosine": CosineChooser, "threshold": ThresholdChooser,
+        "policy": PolicyChooser,
+    }  # fmt: skip
+    return RandomChooser(seed) if name == "random" else makers[name](**needs)
+
+
+def _given(chooser: Chooser, count: int | None) -> int:
+    if count is None:
+        raise ValueError(f"expand: got None, {type(chooser).__name__} needs a share or a number of chunks to pick")
+    return count
+
+
+def _cosines(embed: Embed, question: str, chunks: Sequence[Chunk]) -> torch.Tensor:
+    # Apart, so that an embedder that remembers its last texts has the chunks' ready for the model.
+    asked, texts = embed([question]).float(), embed([chunk.text for chunk in chunks]).float()
+    return nn.functional.cosine_similarity(texts, asked)

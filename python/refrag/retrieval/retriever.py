@@ -1,0 +1,88 @@
+"""Retrieval by embedding: the passages whose embedding is nearest to the question's."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from refrag.cache import build_once
+from refrag.model.encoder import encode_packed, pack_texts
+from refrag.model.inputs import Passage
+
+Progress = Callable[[Sequence[Any]], Iterable[Any]]  # wraps what is worked through, to show how far it is
+
+_BATCH = 32
+_TOKENS = 256  # what all-MiniLM-L6-v2 was made for (its sentence_bert_config.json)
+
+
+class Retriever:
+    """Ranks passages by the cosine of mean-pooled embeddings, which are kept in the cache folder.
+
+    Parameters
+    ----------
+    encoder : PreTrainedModel
+        A sentence encoder, with attention "refrag".
+    tokenizer : PreTrainedTokenizerBase
+        The encoder's.
+    passages : sequence of Passage
+    track : callable, optional
+        Wraps the batches of a first run, to show progress.
+    """
+
+    def __init__(
+        self,
+        encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        passages: Sequence[Passage],
+        track: Progress = iter,
+    ) -> None:
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.passages = list(passages)
+        # A path may hold other weights one day, so the files' sizes and times are in the key.
+        content = hashlib.blake2b(digest_size=12)
+        for text in (_identity(encoder), *(passage.text for passage in self.passages)):
+            content.update(f"{len(text)} {text}".encode())
+        entry = build_once(f"passages-{content.hexdigest()}", lambda folder: self._write(folder, track))
+        self.embeds = load_file(entry / "embeds.safetensors")["embeds"]
+
+    def embed(self, texts: Sequence[str]) -> torch.Tensor:
+        """Return embeddings [N, d_enc], not normalized, of texts cut to 256 tokens."""
+        with torch.inference_mode():
+            packed = pack_texts(self.tokenizer, texts, truncate_to=_TOKENS)
+            return encode_packed(self.encoder, packed, "mean").float()
+
+    def rank(self, question: str) -> list[tuple[Passage, float]]:
+        """Return all passages with their cosine to the question, best first.
+
+        Raises
+        ------
+        ValueError
+            If the question is empty.
+        """
+        if not question.strip():
+            raise ValueError("question: is empty, needs text")
+        scores = self.embeds @ torch.nn.functional.normalize(self.embed([question])[0], dim=-1)
+        order = scores.argsort(descending=True, stable=True).tolist()
+        return [(self.passages[i], float(scores[i])) for i in order]
+
+    def _write(self, folder: Path, track: Progress) -> None:
+        rows = []
+        for start in track(range(0, len(self.passages), _BATCH)):
+            rows.append(self.embed([passage.text for passage in self.passages[start : start + _BATCH]]))
+        embeds = torch.nn.functional.normalize(torch.cat(rows), dim=-1)
+        save_file({"embeds": embeds.clone()}, folder / "embeds.safetensors")
+
+
+def _identity(encoder: PreTrainedModel) -> str:
+    """Return what tells this encoder's weights from others'."""
+    name = encoder.name_or_path or ""
+    folder = Path(name)
+    files = sorted(folder.glob("*.safetensors")) if name and folder.is_dir() else []
+    return f"{name} {[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]}"

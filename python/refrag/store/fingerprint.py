@@ -1,0 +1,138 @@
+"""What a chunk embedding depends on besides the passage's text, so that a store of another kind can be refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from refrag.data.chunking import Chunker, describe_chunker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from refrag.model.config import RefragConfig
+
+# Fields of a config that say nothing about what the encoder computes, and change from one loading to the next.
+_VOLATILE = frozenset(
+    "_name_or_path architectures attn_implementation _attn_implementation dtype torch_dtype transformers_version "
+    "id2label label2id use_cache gradient_checkpointing auto_map".split()
+)
+
+
+class TextInputs(Protocol):
+    """By what passages are cut and tokenized: a RefragProcessor, or anything with the same attributes."""
+
+    tokenizer: PreTrainedTokenizerBase
+    encoder_tokenizer: PreTrainedTokenizerBase
+    chunker: Chunker
+    encoder_special_tokens: bool
+    encoder_window: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkRecipe:
+    """How passages become chunk embeddings: everything but the text.
+
+    Attributes
+    ----------
+    encoder : str
+        The encoder's name, for people: the same weights under two names give the same embeddings.
+    revision : str
+        Digest of the encoder's weights and configuration.
+    encoder_tokenizer : str
+        Digest of the encoder's tokenizer.
+    tokenizer : str
+        Digest of the decoder's tokenizer, by whose tokens passages are cut.
+    chunker : str
+        The rule by which they are cut, such as "fixed, k = 16".
+    pooling : str
+        How a chunk's rows become one embedding.
+    encoder_special_tokens : bool
+        As in RefragConfig.
+    width : int
+        d_enc.
+    """
+
+    encoder: str
+    revision: str
+    encoder_tokenizer: str
+    tokenizer: str
+    chunker: str
+    pooling: str
+    encoder_special_tokens: bool
+    width: int
+
+    @classmethod
+    def of(cls, encoder: PreTrainedModel, processor: TextInputs, config: RefragConfig) -> ChunkRecipe:
+        """Take the recipe of an encoder and a processor as they are now.
+
+        Reads all of the encoder's weights, to tell them from others'.
+
+        Raises
+        ------
+        ValueError
+            If the processor's chunker is one of your own and has no ``description``.
+        """
+        return cls(
+            encoder=encoder.name_or_path or encoder.config.model_type,
+            revision=encoder_digest(encoder),
+            encoder_tokenizer=tokenizer_digest(processor.encoder_tokenizer),
+            tokenizer=tokenizer_digest(processor.tokenizer),
+            chunker=describe_chunker(processor.chunker),
+            pooling=(config.pooling if config.pooling != "concat" else f"concat, {config.pool_segments} segments")
+            + (f", windows of {processor.encoder_window} tokens" if processor.encoder_window else ""),
+            encoder_special_tokens=processor.encoder_special_tokens,
+            width=config.chunk_width,
+        )
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """32 bytes that two recipes share only if they give the same embeddings."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "encoder"}
+        return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=32).digest()
+
+    def differences(self, other: ChunkRecipe) -> list[str]:
+        """Return what tells ``other`` from this recipe, a phrase for each field: what is here, what is there."""
+        found = []
+        if self.revision != other.revision:
+            names = [f"{recipe.encoder} (revision {recipe.revision})" for recipe in (self, other)]
+            found.append(f"encoder: holds embeddings of {names[0]}, got {names[1]}")
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if field.name not in ("encoder", "revision") and mine != theirs:
+                found.append(f"{field.name}: holds {mine}, got {theirs}")
+        return found
+
+
+def encoder_digest(encoder: PreTrainedModel) -> str:
+    """Return a digest of an encoder's weights and configuration, 24 hexadecimal digits.
+
+    The pooler is left out: chunk embeddings don't pass through it, and transformers fills it with random numbers where
+    a checkpoint has none.
+    """
+    content = hashlib.blake2b(digest_size=12)
+    config = {name: value for name, value in encoder.config.to_diff_dict().items() if name not in _VOLATILE}
+    content.update(json.dumps([encoder.config.model_type, config], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        if "pooler" in name.split("."):
+            continue
+        content.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        content.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return content.hexdigest()
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of all that decides a tokenizer's token ids, 24 hexadecimal digits."""
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        for name in ("truncation", "padding"):  # left behind by the last call
+            rules.pop(name, None)
+    else:
+        rules = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]
+    text = json.dumps(rules, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

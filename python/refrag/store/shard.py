@@ -1,0 +1,159 @@
+"""One file of a chunk store: a safetensors file that is written once, as a whole, and mapped into memory to be read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from refrag.file_modes import usual_mode
+from refrag.model.inputs import Chunk
+from refrag.store.key_index import KEY_BYTES
+
+
+class StoreError(ValueError):
+    """A chunk store can't be used, or not for this; the message names the store or the passage."""
+
+
+class Shard:
+    """A mapped shard.
+
+    Its tensors, for N passages with R chunks, and M passage ids:
+
+    - ``keys`` uint8 [N, 16], ``offsets`` int64 [N + 1]: the passages' keys, and which rows are theirs
+    - ``rows`` [R, d_enc]: the embeddings, before projection
+    - ``text`` uint8, ``text_offsets`` int64 [R + 1]: the chunks' text in UTF-8
+    - ``token_ids`` int32, ``token_offsets`` int64 [R + 1]: the chunks' tokens for the decoder
+    - ``id_keys`` and ``id_passages`` uint8 [M, 16]: digests of ids, and the keys of the passages that they stand for
+    - ``ids`` uint8, ``id_offsets`` int64 [M + 1]: the ids themselves in UTF-8
+
+    Raises
+    ------
+    StoreError
+        If the file is damaged, or belongs to another store.
+    """
+
+    def __init__(self, path: Path, recipe_digest: bytes) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                recipe = (file.metadata() or {}).get("recipe")
+            if recipe != recipe_digest.hex():
+                raise StoreError(f"{path}: is a shard of another store, made by recipe {recipe}")
+            self.rows: torch.Tensor = tensors.pop("rows")
+            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+            self.keys = arrays["keys"]
+            self.offsets = arrays["offsets"]
+            self.id_keys = arrays["id_keys"]
+            self.id_passages = arrays["id_passages"]
+            self._text, self._text_offsets = arrays["text"], arrays["text_offsets"]
+            self._token_ids, self._token_offsets = arrays["token_ids"], arrays["token_offsets"]
+            self._ids, self._id_offsets = arrays["ids"], arrays["id_offsets"]
+        except (SafetensorError, KeyError, OSError) as error:
+            raise StoreError(f"{path}: is not a whole shard ({error})") from error
+
+    def chunks(self, passage: int) -> list[Chunk]:
+        """Return the chunks of the shard's passage of that number."""
+        first, last = int(self.offsets[passage]), int(self.offsets[passage + 1])
+        text_ends = self._text_offsets[first : last + 1].tolist()
+        token_ends = self._token_offsets[first : last + 1].tolist()
+        text = self._text[text_ends[0] : text_ends[-1]].tobytes()
+        token_ids = self._token_ids[token_ends[0] : token_ends[-1]].tolist()
+        return [
+            Chunk(
+                _decode(text[text_ends[i] - text_ends[0] : text_ends[i + 1] - text_ends[0]]),
+                tuple(token_ids[token_ends[i] - token_ends[0] : token_ends[i + 1] - token_ends[0]]),
+            )
+            for i in range(last - first)
+        ]
+
+    def ids(self) -> list[str]:
+        """Return the ids that the shard brings."""
+        text, ends = self._ids.tobytes(), self._id_offsets.tolist()
+        return [_decode(text[start:end]) for start, end in zip(ends, ends[1:])]
+
+
+def write_shard(
+    path: Path,
+    recipe_digest: bytes,
+    keys: Sequence[bytes],
+    chunks: Sequence[Sequence[Chunk]],
+    rows: torch.Tensor,
+    ids: Sequence[str],
+    id_keys: Sequence[bytes],
+    id_passages: Sequence[bytes],
+) -> None:
+    """Write a shard; it appears under its name whole, and on the disk, or not at all.
+
+    Parameters
+    ----------
+    path : Path
+    recipe_digest : bytes
+    keys, chunks : N passages
+    rows : Tensor [R, d_enc]
+    ids, id_keys, id_passages : M ids
+
+    Raises
+    ------
+    StoreError
+        If it can't be written.
+    """
+    flat = [chunk for passage in chunks for chunk in passage]
+    texts = [encode_text(chunk.text) for chunk in flat]
+    names = [encode_text(name) for name in ids]
+    token_ids = np.fromiter((token for chunk in flat for token in chunk.token_ids), np.int32)
+    arrays = {
+        "keys": _bytes(keys).reshape(-1, KEY_BYTES),
+        "offsets": _offsets(map(len, chunks)),
+        "text": _bytes(texts),
+        "text_offsets": _offsets(map(len, texts)),
+        "token_ids": token_ids,
+        "token_offsets": _offsets(len(chunk.token_ids) for chunk in flat),
+        "id_keys": _bytes(id_keys).reshape(-1, KEY_BYTES),
+        "id_passages": _bytes(id_passages).reshape(-1, KEY_BYTES),
+        "ids": _bytes(names),
+        "id_offsets": _offsets(map(len, names)),
+    }
+    tensors = {"rows": rows.contiguous(), **{name: torch.from_numpy(array) for name, array in arrays.items()}}
+    part = path.with_name(f".part-{path.name}")
+    try:
+        save_file(tensors, part, metadata={"recipe": recipe_digest.hex()})
+        publish(part, path)
+    except (SafetensorError, OSError) as error:  # a full disk, say
+        part.unlink(missing_ok=True)
+        raise StoreError(f"{path}: can't be written ({error})") from error
+
+
+def publish(part: Path, path: Path) -> None:
+    """Rename a finished file to its name, so that even a power failure leaves it whole or absent."""
+    os.chmod(part, usual_mode(part.parent))
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def encode_text(text: str) -> bytes:
+    """Return UTF-8 that any Python string has, broken surrogates included."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _decode(text: bytes) -> str:
+    return text.decode("utf-8", "surrogatepass")
+
+
+def _bytes(parts: Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(bytearray(b"".join(parts)), np.uint8)
+
+
+def _offsets(lengths) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(list(lengths), dtype=np.int64)]).astype(np.int64)

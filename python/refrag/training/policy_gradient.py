@@ -1,0 +1,208 @@
+"""Training the expansion policy by reinforcement learning (REFRAG, A.1): grouped rollouts, clipped ratios."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from refrag.model.modeling import RefragForCausalLM
+from refrag.model.policy import ExpansionPolicy, picks_log_prob, sample_picks
+from refrag.training.likelihood import share_beginning, target_log_probs
+from refrag.training.samples import Sample
+from refrag.training.trainer import Collate
+
+
+def group_advantage(rewards: torch.Tensor) -> torch.Tensor:
+    """Return each rollout's advantage over its group: ``(r - mean) / std`` (GRPO).
+
+    Parameters
+    ----------
+    rewards : Tensor [B, G]
+        Of G rollouts of each of B contexts.
+
+    Returns
+    -------
+    Tensor [B, G]
+        0 where all of a group's rewards are the same.
+
+    Examples
+    --------
+    >>> group_advantage(torch.tensor([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]))
+    tensor([[-1.,  0.,  1.],
+            [ 0.,  0.,  0.]])
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    deviation = rewards.std(1, keepdim=True)
+    return torch.where(deviation > 1e-6, centred / deviation.clamp(min=1e-6), 0.0)
+
+
+def clipped_objective(
+    log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantage: torch.Tensor, made: torch.Tensor, epsilon: float
+) -> torch.Tensor:
+    """Return PPO's objective, to be maximised: the ratio of each pick, clipped (arXiv 1707.06347, equation 7).
+
+    Parameters
+    ----------
+    log_prob, old_log_prob : Tensor [R, n]
+        Of each pick of R rollouts, by the policy as it is and as it was when it made them.
+    advantage : Tensor [R]
+    made : Tensor, bool [R, n]
+        False for the -1 that fill up shorter rollouts.
+    epsilon : float
+
+    Returns
+    -------
+    Tensor []
+        The mean over a rollout's picks, then over rollouts.
+    """
+    ratio = (log_prob - old_log_prob).exp()
+    gain = advantage[:, None]
+    terms = torch.minimum(ratio * gain, ratio.clamp(1 - epsilon, 1 + epsilon) * gain)
+    picks = made.sum(1)
+    return ((terms * made).sum(1) / picks.clamp(min=1))[picks > 0].mean()
+
+
+@torch.no_grad()
+def rollout_rewards(
+    model: RefragForCausalLM,
+    collate: Collate,
+    sample: Sample,
+    rollouts: Sequence[frozenset[int]],
+    chunk_embeds: torch.Tensor,
+    *,
+    share: bool = True,
+) -> torch.Tensor:
+    """Score expansions of one context in one packed pass.
+
+    Parameters
+    ----------
+    model : RefragForCausalLM
+    collate : callable
+        As the trainer's.
+    sample : Sample
+        Its own ``expanded`` is not looked at.
+    rollouts : sequence of G sets of int
+        The chunks that each expands.
+    chunk_embeds : Tensor [L, d_enc]
+        Of the sample's chunks: encoded once for all rollouts.
+    share : bool
+        Whether the rows before the first difference may stand once, where that saves more than a tenth of the rows.
+
+    Returns
+    -------
+    Tensor, float32 [G]
+        Minus the log-perplexity: the mean log-probability of the target's tokens.
+    """
+    prompt, labels = collate([dataclasses.replace(sample, expanded=picks) for picks in rollouts])
+    mask = None
+    if share and model.config.decoder_mask == "full":
+        joined = share_beginning(prompt, labels)
+        if joined is not None:
+            prompt, labels, mask = joined
+    log_probs, _ = target_log_probs(model, prompt, labels, chunk_embeds.repeat(len(rollouts), 1), mask)
+    return log_probs.view(len(rollouts), -1).mean(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySettings:
+    """How to train the policy; the paper gives none of these numbers.
+
+    Attributes
+    ----------
+    steps : int
+    contexts : int
+        B, contexts of a step.
+    rollouts : int
+        G, expansions drawn for each.
+    share : float
+        p, the share of chunks to expand.
+    epsilon : float
+        Of the clip.
+    updates : int
+        Optimizer steps on each step's rollouts.
+    learning_rate, max_grad_norm : float
+    seed : int
+    """
+
+    steps: int
+    contexts: int = 8
+    rollouts: int = 8
+    share: float = 0.1
+    epsilon: float = 0.2
+    updates: int = 2
+    learning_rate: float = 3e-4
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rollouts < 2:
+            raise ValueError(f"rollouts: got {self.rollouts}, needs 2 or more: each is compared with its group")
+        if not 0 < self.share < 1:
+            raise ValueError(f"share: got {self.share}, needs more than 0 and less than 1")
+
+
+def policy_optimizer(policy: ExpansionPolicy, settings: PolicySettings) -> torch.optim.Optimizer:
+    """Return the optimizer of a policy's parameters."""
+    return torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+
+
+def train_policy(
+    policy: ExpansionPolicy,
+    contexts: Callable[[int], tuple[Sample, torch.Tensor]],
+    reward: Callable[[Sample, Sequence[frozenset[int]], torch.Tensor], torch.Tensor],
+    settings: PolicySettings,
+    *,
+    log: Callable[[dict[str, float]], None] | None = None,
+    first_step: int = 0,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Train the policy.
+
+    Parameters
+    ----------
+    policy : ExpansionPolicy
+    contexts : callable
+        A context's number -> the sample, and the embeddings of its L chunks.
+    reward : callable
+        Sample, its rollouts and its chunks' embeddings -> rewards [G]; ``rollout_rewards`` with a model.
+    settings : PolicySettings
+    log : callable, optional
+        Gets the figures of each step.
+    first_step : int
+        To go on from a checkpoint.
+    optimizer : torch.optim.Optimizer, optional
+        Its own, when it goes on from a checkpoint.
+    """
+    optimizer = optimizer or policy_optimizer(policy, settings)
+    policy.train()
+    for step in range(first_step, settings.steps):
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        drawn = [contexts(step * settings.contexts + index) for index in range(settings.contexts)]
+        embeds = torch.nn.utils.rnn.pad_sequence([own for _, own in drawn], batch_first=True).float()
+        lengths = torch.tensor([len(own) for _, own in drawn])
+        counts = (settings.share * lengths).round().long().clamp(min=1)
+        with torch.no_grad():
+            scores = policy(embeds, lengths).repeat_interleave(settings.rollouts, 0)
+            picks = sample_picks(scores, counts.repeat_interleave(settings.rollouts), generator)
+            old = picks_log_prob(scores, picks)
+        rollouts = [frozenset(row[row >= 0].tolist()) for row in picks]
+        rewards = torch.stack(
+            [
+                reward(sample, rollouts[index * settings.rollouts : (index + 1) * settings.rollouts], own)
+                for index, (sample, own) in enumerate(drawn)
+            ]
+        ).float()
+        advantage = group_advantage(rewards).flatten()
+        for _ in range(settings.updates):
+            scores = policy(embeds, lengths).repeat_interleave(settings.rollouts, 0)
+            gain = clipped_objective(picks_log_prob(scores, picks), old, advantage, picks >= 0, settings.epsilon)
+            optimizer.zero_grad()
+            (-gain).backward()
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
+            optimizer.step()
+        if log is not None:
+            log({"step": step + 1, "reward": rewards.mean().item(), "spread": rewards.std(1).mean().item(),
+                 "gain": gain.item(), "gradient_norm": float(norm)})  # fmt: skip
+    policy.eval()
