@@ -150,7 +150,7 @@ $(INTEGRATIONS)/.ready: $(VENV)/.test pyproject.toml
 
 $(VENV)/.docs: $(VENV)/.model pyproject.toml
 	$(call say,installing mkdocs)
-	@$(PIP) 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.30'
+	@$(PIP) 'mkdocs-material>=9.6,<10' 'mkdocstrings[python]>=0.30' 'ruff>=0.12'
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml

@@ -96,7 +96,7 @@ def summary(rows: Iterable[Row]) -> str:
         kind = "float32" if row.dtype == "float32" else "16 bits, D 256" if "D 256" in row.shape else "16 bits"
         kinds.setdefault(kind, {}).setdefault(row.architecture, []).append(row)
     architectures = dict.fromkeys(architecture for found in kinds.values() for architecture in found)
-    lines = ["| variants / that spill / fewest warps at once | " + " | ".join(architectures) + " |"]
+    lines = ["| variants / that spill / lowest occupancy, warps | " + " | ".join(architectures) + " |"]
     lines += ["| --- " * (1 + len(architectures)) + "|"]
     for kind, found in sorted(kinds.items()):
         cells = []
@@ -132,8 +132,8 @@ def tables(rows: Iterable[Row]) -> str:
 
 def cuda_section(release: bool = False) -> tuple[str, str]:
     """Return title and table of the CUDA C++ kernels, of this build or of a release's architectures, as Markdown."""
-    before = "A cell: registers of a thread / spilled bytes / blocks of threads at once; - where the launchers choose\n"
-    before += "another one for the architecture.\n\n"
+    before = "Cells: registers per thread / spilled bytes / resident CTAs per multiprocessor; - if the launchers select\n"
+    before += "another variant for the architecture.\n\n"
     binaries = [cuda_resources.compile_release()] if release else []
     return f"CUDA C++, {cuda_resources.compiler()}", before + cuda_resources.markdown(*binaries)
 
@@ -143,16 +143,15 @@ def page(sections: dict[str, str]) -> str:
     lines = [
         "# GPU resources",
         "",
-        "What the compiled kernels take, read from the code. No figure here is a time: [GPU results](gpu-results.md).",
+        "Resources of the compiled kernels, read from their code. For times, see [GPU results](gpu-results.md).",
         "Written by `python -m bench.resources --release`; `make test-gpu-proof` checks that it is up to date.",
         "",
-        "The first table sums up the others: kernels compiled for shapes and dtypes, how many of them spill, and the",
-        "fewest warps that a multiprocessor (AMD: compute unit) has room for at once.",
+        "The first table is a summary: the number of compiled variants (shapes and dtypes), how many of them spill, and the",
+        "lowest occupancy in warps per multiprocessor (AMD: compute unit).",
         "",
-        "A cell of Triton's tables: registers of a thread / spills, in bold where there are any / bytes of shared",
-        "memory of a block / blocks that a multiprocessor has room for x warps of a block / matrix instructions / the",
-        "tile that is chosen for the architecture. Spills are refused in bfloat16 and float16 up to",
-        "D 128, and reported for float32 and D 256.",
+        "Cells of Triton's tables: registers per thread / spills, in bold if there are any / bytes of shared memory",
+        "per CTA / resident CTAs per multiprocessor x warps per CTA / matrix instructions / the tile selected for the",
+        "architecture. Spills are an error in bfloat16 and float16 up to D 128, and reported for float32 and D 256.",
     ]
     for title, body in sections.items():
         lines += ["", f"## {title}", "", body.strip()]
