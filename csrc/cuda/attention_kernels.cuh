@@ -227,7 +227,7 @@ __device__ inline void attend_stage_nonfinite(WarpAttention<T, D>& state, const 
     float scores[1][2][4];
     state.compute_scores(scores[0], shared.keys(stage, tile), lane);
     apply_mask(scores[0], mask, bits, scale, lane);
-    state.update_softmax(scores);
+    state.update(scores);
     uint32_t keys[2] = {0xffff, 0xffff};
     if (mask != kFull) visible_keys(keys, bits, lane);
     state.accumulate_visible(scores[0], keys, shared.values(stage, tile), lane);
@@ -257,7 +257,7 @@ __device__ inline void attend_stage(WarpAttention<T, D>& state, const AttentionS
       apply_mask(scores[tile], mask[tile], shared.bits(stage, tile, block), scale, lane);
     }
   }
-  state.update_softmax(scores);
+  state.update(scores);
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
     if (mask[tile] != kSkipped) state.accumulate_output(scores[tile], shared.values(stage, tile), lane);

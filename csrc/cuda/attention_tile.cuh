@@ -103,7 +103,7 @@ struct WarpAttention {
   // Online-softmax update: replaces the scaled scores of kTiles tiles (-inf where masked) by exp(score - row_max), and
   // rescales the accumulators to the new row_max.
   template <int kTiles>
-  __device__ void update_softmax(float (&scores)[kTiles][2][4]) {
+  __device__ void update(float (&scores)[kTiles][2][4]) {
     float correction[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

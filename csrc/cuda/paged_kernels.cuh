@@ -219,7 +219,7 @@ __device__ inline void attend_keys(WarpAttention<T, D>& state, const PagedShared
       }
     }
   }
-  state.update_softmax(scores);
+  state.update(scores);
   if constexpr (kNonfiniteSafe) {
     uint32_t keys[2];  // mask bits of the lane's two rows
     for (int half = 0; half < 2; ++half) {
