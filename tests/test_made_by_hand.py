@@ -165,6 +165,8 @@ def test_tile_lists_are_checked_by_their_shapes(monkeypatch):
     assert len(dataclasses.replace(plan).tiles) == len(plan.tiles)
     with pytest.raises(ValueError, match=r"tiles\[1\]: got shape .* needs \[rows, 2\]"):
         dataclasses.replace(plan, tiles=(plan.tiles[0], *plan.tiles[:-1]))
+    with pytest.raises(ValueError, match=r"tiles\[0\]: got device meta, needs cpu"):
+        dataclasses.replace(plan, tiles=tuple(tensor.to("meta") for tensor in plan.tiles))
 
 
 def test_torch_may_put_anything_in_the_place_of_a_plans_tensors():
