@@ -68,6 +68,16 @@ def test_a_moved_layout_stays_one_with_its_copy():
         (lambda: rk.ChunkMask(MaskKind.PASSAGES, int32(0, -2)), ValueError, "passage_of_chunk: got -2 for chunk 1"),
         (lambda: rk.ChunkMask(MaskKind.FULL, int32(0)), ValueError, "passage_of_chunk: got values, needs None in a"),
         (lambda: rk.ChunkMask(MaskKind.PASSAGES, torch.zeros(1)), TypeError, "passage_of_chunk: got dtype float32"),
+        (
+            lambda: rk.ChunkMask(MaskKind.PASSAGES, int32(0)[None]),
+            ValueError,
+            r"passage_of_chunk: got shape \[1, 1\], ",
+        ),
+        (
+            lambda: rk.ChunkMask(MaskKind.PASSAGES, torch.tensor([2**31])),
+            ValueError,
+            "passage_of_chunk: got values beyond",
+        ),
         (lambda: rk.ChunkMask(MaskKind.PASSAGES, int32(0).to("meta")), ValueError, "got a meta tensor, needs one with"),
         (lambda: rk.ChunkMask.from_dense(torch.ones(1, 1).bool().to("meta")), ValueError, "allowed: got a meta tensor"),
         (lambda: rk.ChunkMask(7), TypeError, "kind: got 7, needs a MaskKind"),
@@ -155,6 +165,8 @@ def test_tile_lists_are_checked_by_their_shapes(monkeypatch):
     assert len(dataclasses.replace(plan).tiles) == len(plan.tiles)
     with pytest.raises(ValueError, match=r"tiles\[1\]: got shape .* needs \[rows, 2\]"):
         dataclasses.replace(plan, tiles=(plan.tiles[0], *plan.tiles[:-1]))
+    with pytest.raises(ValueError, match=r"tiles\[0\]: got device meta, needs cpu"):
+        dataclasses.replace(plan, tiles=tuple(tensor.to("meta") for tensor in plan.tiles))
 
 
 def test_torch_may_put_anything_in_the_place_of_a_plans_tensors():

@@ -89,6 +89,9 @@ def test_a_keyword_that_changes_attention_is_an_error_unless_it_is_known(name):
     attention.refrag_attention(torch.nn.Module(), *[states] * 3, None, refrag_plans=plans, **known, **{name: None})
     with pytest.raises(ValueError, match=f"{name}: Module passes it to its attention, which knows nothing of it"):
         attention.refrag_attention(torch.nn.Module(), *[states] * 3, None, refrag_plans=plans, **{name: states})
+    # Without plans too, where it isn't transformers' own attention that reads on.
+    with pytest.raises(ValueError, match=f"{name}: Module passes it to its attention, which knows nothing of it"):
+        attention.refrag_attention(torch.nn.Module(), *[states] * 3, None, softcap=30.0, **{name: states})
     with pytest.raises(ValueError, match="is_causal: Module got False, but the plans are made for True"):
         attention.refrag_attention(torch.nn.Module(), *[states] * 3, None, refrag_plans=plans, is_causal=False)
 

@@ -229,3 +229,4 @@ def test_a_text_is_on_the_cpu_whatever_the_default_device():
         prompt = text_prompt([5, 6, 7])
     assert prompt.token_ids.tolist() == [5, 6, 7] and prompt.position_ids.tolist() == [0, 1, 2]
     assert prompt.slot_of_row.tolist() == [-1, -1, -1] and prompt.passage_of_span.tolist() == [-1]
+    assert prompt.encoder_input.token_ids.device.type == "cpu"
