@@ -23,6 +23,7 @@ import importlib.util
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -43,8 +44,8 @@ OLDEST_TORCH, TARGET_TORCH = (2, 11), (2, 13)
 # The triton release that each torch release asks for; torch's CPU wheels don't say it themselves.
 TRITON = {"2.11": "triton==3.6.0", "2.13": "triton==3.7.1", "2.14": "triton~=3.8.0"}
 
-# Device code for each, and for GPUs to come the PTX of the newest.
-RELEASE_ARCHS = "80,86,89,90,100,120+PTX"
+# Device code for each, and PTX of the newest for later GPUs. Run as a file: importing the package would import torch.
+RELEASE_ARCHS = runpy.run_path(str(ROOT / "refrag_kernels" / "architectures.py"))["release_archs"]()
 
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
 ISAS = {"portable": ""}

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 
 from refrag_kernels.plan import AttentionPlan
+from refrag_kernels.plan_fields import PlanField
 from refrag_kernels.registration import register_op
 from refrag_kernels.selection import effective_backend
 from refrag_kernels.support import HALF, REFERENCE, TENSOR_CORES, Support
 from refrag_kernels.validation import (
     FLOAT_DTYPES,
-    MAX_HEAD_WIDTH,
     check_dtype,
     check_heads,
     check_last_contiguous,
@@ -22,55 +21,45 @@ from refrag_kernels.validation import (
     check_same_dtype,
     check_score_options,
     check_shape,
+    remembered,
 )
 
 
+@remembered
 def _check(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Sequence[torch.Tensor], sinks: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    plan_device: torch.device,
+    q_rows: int,
+    kv_rows: int,
 ) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_dtype(name, tensor, *FLOAT_DTYPES)
     check_same_dtype(q=q, k=k, v=v)
-    check_same_device(q=q, k=k, v=v, sinks=sinks, plan=plan[0])
+    check_same_device(q=q, k=k, v=v, sinks=sinks)
+    if plan_device != q.device:
+        raise ValueError(f"plan: got device {plan_device}, needs {q.device}, the device of q")
     check_shape("q", q, "T_q", "H_q", "D")
     check_shape("k", k, "T_kv", "H_kv", q.shape[2])
     check_shape("v", v, *k.shape)
     check_heads(q, k, sinks)
     check_last_contiguous(q=q, k=k, v=v)
-    for name, tensor, rows in (("q", q, plan[1]), ("k", k, plan[2])):
-        if tensor.shape[0] != rows.shape[0]:
+    for name, tensor, rows in (("q", q, q_rows), ("k", k, kv_rows)):
+        if tensor.shape[0] != rows:
             raise ValueError(
-                f"plan: got a plan for {rows.shape[0]} rows of {name}, needs one for the {tensor.shape[0]} rows passed"
+                f"plan: got a plan for {rows} rows of {name}, needs one for the {tensor.shape[0]} rows passed"
             )
 
 
-def _fits(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Sequence[torch.Tensor], sinks: torch.Tensor | None
-) -> bool:
-    """Whether the arguments are of the common kind that ``_check`` has nothing to say about: a third of its time."""
-    if sinks is not None or not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor)):
-        return False
-    q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
-    return (
-        len(q_shape) == 3 == len(k_shape)
-        and isinstance(v, torch.Tensor)
-        and v.shape == k_shape
-        and q_shape[2] == k_shape[2]
-        and q_shape[2] % 8 == 0
-        and 0 < q_shape[2] <= MAX_HEAD_WIDTH
-        and k_shape[1] != 0
-        and q_shape[1] % k_shape[1] == 0
-        and plan[1].shape[0] == q_shape[0]
-        and plan[2].shape[0] == k_shape[0]
-        and k.dtype == dtype == v.dtype
-        and dtype in FLOAT_DTYPES
-        and device == k.device == v.device == plan[0].device
-        and q.stride(2) == k.stride(2) == v.stride(2) == 1
-    )
+def _check_with_plan(q, k, v, plan, sinks) -> None:
+    q_row_block, kv_row_block = plan[PlanField.Q_ROW_BLOCK], plan[PlanField.KV_ROW_BLOCK]
+    _check(q, k, v, sinks, q_row_block.device, q_row_block.shape[0], kv_row_block.shape[0])
 
 
 def _fake(q, k, v, plan, scale, softcap, sinks, *, backend=None):
-    _check(q, k, v, plan, sinks)
+    _check_with_plan(q, k, v, plan, sinks)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=lse_dtype)
 
@@ -245,8 +234,7 @@ def mixed_attention(
     if not isinstance(plan, AttentionPlan):
         raise TypeError(f"plan: got {type(plan).__name__}, needs an AttentionPlan")
     tensors = plan.tensors()
-    if not _fits(q, k, v, tensors, sinks):
-        _check(q, k, v, tensors, sinks)
+    _check_with_plan(q, k, v, tensors, sinks)
     if scale is not None or softcap is not None:
         check_score_options(scale, softcap)
     if scale is None:

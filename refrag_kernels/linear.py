@@ -13,9 +13,11 @@ from refrag_kernels.validation import (
     check_same_device,
     check_same_dtype,
     check_shape,
+    remembered,
 )
 
 
+@remembered
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     check_dtype("weight", weight, *FLOAT_DTYPES)
     check_dtype("x", x, *FLOAT_DTYPES)

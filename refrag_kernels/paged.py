@@ -108,9 +108,7 @@ def paged_attention(
     left, right = validation.window_bounds(window)
     if scale is not None or softcap is not None:
         validation.check_score_options(scale, softcap)
-    plain = q_offsets is None and indptr is None and sinks is None
-    if not (plain and _fits_decode(q, k_pages, v_pages, page_table, kv_lengths)):
-        _check_attention(q, k_pages, v_pages, page_table, kv_lengths, q_offsets, indptr, ranges, sinks)
+    _check_attention(q, k_pages, v_pages, page_table, kv_lengths, q_offsets, indptr, ranges, sinks)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     out, lse = _paged_attention_op(
@@ -176,6 +174,7 @@ def append_kv(
     """
     k, v = _autocast(k, k_pages), _autocast(v, v_pages)
     _check_append(k, v, k_pages, v_pages, page_table, kv_lengths, q_offsets)
+    _check_no_gradients(k_pages, v_pages)
     _append_kv_op(k, v, k_pages, v_pages, page_table, kv_lengths, q_offsets, backend=backend)
 
 
@@ -272,40 +271,7 @@ def _check_cache(
         )
 
 
-def _fits_decode(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    page_table: torch.Tensor,
-    kv_lengths: torch.Tensor,
-) -> bool:
-    """Whether ``_check_attention`` has nothing to say about a plain decoding step: each layer makes one a token."""
-    tensors = (q, k_pages, v_pages, page_table, kv_lengths)
-    if not all([isinstance(tensor, torch.Tensor) for tensor in tensors]):
-        return False
-    q_shape, shape, dtype, device = q.shape, k_pages.shape, q.dtype, q.device
-    return (
-        len(q_shape) == 3
-        and len(shape) == 4
-        and v_pages.shape == shape
-        and q_shape[2] == shape[3]
-        and q_shape[2] % 8 == 0
-        and 0 < q_shape[2] <= validation.MAX_HEAD_WIDTH
-        and shape[1] != 0
-        and shape[2] != 0
-        and q_shape[1] % shape[2] == 0
-        and len(page_table.shape) == 2
-        and page_table.shape[0] == q_shape[0]
-        and page_table.shape[1] * shape[1] <= validation.INT32_MAX
-        and kv_lengths.shape == q_shape[:1]
-        and dtype == k_pages.dtype == v_pages.dtype
-        and dtype in validation.FLOAT_DTYPES
-        and page_table.dtype == kv_lengths.dtype == torch.int32
-        and device == k_pages.device == v_pages.device == page_table.device == kv_lengths.device
-        and q.stride(2) == k_pages.stride(3) == v_pages.stride(3) == page_table.stride(1) == kv_lengths.stride(0) == 1
-    )
-
-
+@validation.remembered
 def _check_attention(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -336,6 +302,7 @@ def _check_attention(
     )  # fmt: skip
 
 
+@validation.remembered
 def _check_append(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -346,11 +313,6 @@ def _check_append(
     q_offsets: torch.Tensor,
 ) -> None:
     _check_cache("k", k, k_pages, v_pages, page_table, kv_lengths)
-    if (k_pages.requires_grad or v_pages.requires_grad) and torch.is_grad_enabled():
-        name = "k_pages" if k_pages.requires_grad else "v_pages"
-        raise RuntimeError(
-            f"{name}: requires grad, needs pages without: append_kv writes into them and has no gradient"
-        )
     validation.check_shape("k", k, "T", k_pages.shape[2], k_pages.shape[3])
     validation.check_dtype("v", v, k.dtype)
     validation.check_shape("v", v, *k.shape)
@@ -361,6 +323,15 @@ def _check_append(
     )
 
 
+def _check_no_gradients(k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
+    if (k_pages.requires_grad or v_pages.requires_grad) and torch.is_grad_enabled():
+        name = "k_pages" if k_pages.requires_grad else "v_pages"
+        raise RuntimeError(
+            f"{name}: requires grad, needs pages without: append_kv writes into them and has no gradient"
+        )
+
+
+@validation.remembered
 def _check_states(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> None:
     validation.check_dtype("out_a", out_a, *validation.FLOAT_DTYPES)
     validation.check_shape("out_a", out_a, "T", "H", "D")
@@ -389,6 +360,7 @@ def _paged_attention_fake(
 
 def _append_kv_fake(k, v, k_pages, v_pages, page_table, kv_lengths, q_offsets, *, backend=None):
     _check_append(k, v, k_pages, v_pages, page_table, kv_lengths, q_offsets)
+    _check_no_gradients(k_pages, v_pages)
 
 
 def _merge_states_fake(out_a, lse_a, out_b, lse_b, *, backend=None):

@@ -11,6 +11,7 @@ import torch
 from refrag_kernels import extension, plan_values, pytree, tile_lists
 from refrag_kernels.layout import ChunkLayout
 from refrag_kernels.mask import ChunkMask, MaskKind
+from refrag_kernels.plan_fields import PlanField, PlanSize
 from refrag_kernels.validation import as_int, unchecked, window_bounds
 
 TILE = 16  # rows of a query block and keys of a tile, as in csrc/planner/planner.h
@@ -122,7 +123,8 @@ class AttentionPlan:
         {'pairs_allowed': 2080, 'pairs_computed': 2560, 'tiles_full': 6, 'tiles_partial': 4, 'tiles_skipped': 6}
         """
         plan = self.to("cpu")
-        _, _, blocks, _, full, partial, _, _ = plan.sizes.tolist()
+        sizes = plan.sizes.tolist()
+        blocks, full, partial = (sizes[n] for n in (PlanSize.Q_BLOCKS, PlanSize.FULL_RANGES, PlanSize.PARTIAL_TILES))
         rows = plan.q_blocks[:blocks, 1].long()
         ranges = plan.full_ranges[:full].long()
         running = torch.zeros(full + 1, dtype=torch.int64, device="cpu")
@@ -141,9 +143,8 @@ class AttentionPlan:
         }
 
 
-_FIELDS = {
-    field.name: field.metadata["row_shape"] for field in dataclasses.fields(AttentionPlan) if field.name != "tiles"
-}
+_ROW_SHAPES = {field.name: field.metadata.get("row_shape", ()) for field in dataclasses.fields(AttentionPlan)}
+_FIELDS = {field.name.lower(): _ROW_SHAPES[field.name.lower()] for field in PlanField}
 pytree.register(AttentionPlan, serialized_type_name="refrag_kernels.AttentionPlan")
 
 
@@ -211,8 +212,23 @@ def _rows_of_fields(
     q_rows: int, kv_rows: int, q_blocks: int, kv_blocks: int, full: int, partial: int, full_t: int
 ) -> list[int]:
     """Return the rows of each field, in their order, from the numbers of a PlanCapacity, in theirs."""
-    of_queries = [q_blocks, q_blocks + 1, full, q_blocks + 1, partial, partial]
-    return [8, q_rows, kv_rows, *of_queries, kv_blocks, kv_blocks + 1, full_t, kv_blocks + 1, partial]
+    rows = {
+        PlanField.SIZES: len(PlanSize),
+        PlanField.Q_ROW_BLOCK: q_rows,
+        PlanField.KV_ROW_BLOCK: kv_rows,
+        PlanField.Q_BLOCKS: q_blocks,
+        PlanField.FULL_OFFSETS: q_blocks + 1,
+        PlanField.FULL_RANGES: full,
+        PlanField.PARTIAL_OFFSETS: q_blocks + 1,
+        PlanField.PARTIAL_KEYS: partial,
+        PlanField.PARTIAL_BITS: partial,
+        PlanField.KV_BLOCKS: kv_blocks,
+        PlanField.FULL_T_OFFSETS: kv_blocks + 1,
+        PlanField.FULL_T_RANGES: full_t,
+        PlanField.PARTIAL_T_OFFSETS: kv_blocks + 1,
+        PlanField.PARTIAL_T_TILES: partial,
+    }
+    return [rows[field] for field in PlanField]
 
 
 _FULL = ChunkMask.full()
@@ -351,14 +367,22 @@ def _query_lengths(layout: ChunkLayout, keys: ChunkLayout) -> torch.Tensor:
 
 
 def _rows(sizes: Sequence[int]) -> list[int]:
-    q_rows, kv_rows, q_blocks, kv_blocks, full, partial, full_t, _ = sizes
     # Lists never have 0 or 1 rows: torch.compile would make a variant of its own for such a plan.
-    lists = [max(2, size) for size in (q_blocks, kv_blocks, full, partial, full_t)]
-    return _rows_of_fields(q_rows, kv_rows, *lists)
+    lists = {size: max(2, sizes[size]) for size in PlanSize}
+    return _rows_of_fields(
+        sizes[PlanSize.Q_ROWS],
+        sizes[PlanSize.KV_ROWS],
+        lists[PlanSize.Q_BLOCKS],
+        lists[PlanSize.KV_BLOCKS],
+        lists[PlanSize.FULL_RANGES],
+        lists[PlanSize.PARTIAL_TILES],
+        lists[PlanSize.FULL_T_RANGES],
+    )
 
 
 def _capacity_rows(sizes: Sequence[int], capacity: PlanCapacity) -> list[int]:
-    for field, needed in zip(dataclasses.fields(capacity), sizes):
+    for field in dataclasses.fields(capacity):
+        needed = sizes[PlanSize[field.name.upper()]]
         if getattr(capacity, field.name) < needed:
             raise ValueError(
                 f"capacity: got {field.name}={getattr(capacity, field.name)}, needs at least {needed} for this batch"
@@ -438,5 +462,12 @@ def _capacity_of(plan: AttentionPlan) -> PlanCapacity | None:
     given = [tensor.shape[0] for tensor in plan.tensors()[: len(_FIELDS)]]
     if rows == given:
         return None
-    q_rows, kv_rows, q_blocks, full, partial, kv_blocks, full_t = (given[i] for i in (1, 2, 3, 5, 7, 9, 11))
-    return PlanCapacity(q_rows, kv_rows, q_blocks, kv_blocks, full, partial, full_t)
+    return PlanCapacity(
+        q_rows=given[PlanField.Q_ROW_BLOCK],
+        kv_rows=given[PlanField.KV_ROW_BLOCK],
+        q_blocks=given[PlanField.Q_BLOCKS],
+        kv_blocks=given[PlanField.KV_BLOCKS],
+        full_ranges=given[PlanField.FULL_RANGES],
+        partial_tiles=given[PlanField.PARTIAL_KEYS],
+        full_t_ranges=given[PlanField.FULL_T_RANGES],
+    )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from refrag_kernels import extension, tile_lists
+from refrag_kernels.plan_fields import PlanSize
 from refrag_kernels.validation import check_dtype, check_same_device, check_shape
 
 # Fields with as many rows as another one has, and so many more.
@@ -28,7 +29,7 @@ def check(fields: Mapping[str, torch.Tensor], row_shapes: Sequence[tuple[int, ..
     for (name, tensor), row_shape in zip(fields.items(), row_shapes):
         _check_section(name, tensor, row_shape)
     check_same_device(**fields)
-    check_shape("sizes", fields["sizes"], 8)
+    check_shape("sizes", fields["sizes"], len(PlanSize))
     for name, (other, more) in _ROWS_OF.items():
         rows, needed = fields[name].shape[0], fields[other].shape[0] + more
         if rows != needed:

@@ -14,11 +14,13 @@ from refrag_kernels.validation import (
     check_last_contiguous,
     check_same_device,
     check_shape,
+    remembered,
 )
 
 MODES = ("mean", "first", "last")
 
 
+@remembered
 def _check(hidden: torch.Tensor, chunk_offsets: torch.Tensor, mode: str) -> None:
     check_dtype("hidden", hidden, *FLOAT_DTYPES)
     check_shape("hidden", hidden, "T", "d")

@@ -19,6 +19,7 @@ from refrag_kernels.validation import (
     check_same_device,
     check_same_dtype,
     check_shape,
+    remembered,
 )
 
 _FAMILY = "projection"
@@ -114,11 +115,13 @@ def _check_chunks(chunks: torch.Tensor, w1: torch.Tensor) -> None:
     check_last_contiguous(chunks=chunks)
 
 
+@remembered
 def _check_project(chunks, w1, b1, w2, b2, activation):
     _check_weights(w1, b1, w2, b2, activation)
     _check_chunks(chunks, w1)
 
 
+@remembered
 def _check_embed(token_ids, token_table, chunks, slot_of_row, w1, b1, w2, b2, activation):
     _check_project(chunks, w1, b1, w2, b2, activation)
     check_dtype("token_ids", token_ids, torch.int64)

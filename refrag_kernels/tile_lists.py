@@ -61,7 +61,7 @@ def wanted(device: torch.device) -> bool:
 
 
 def derive(plan: Sequence[torch.Tensor], *, split: bool) -> list:
-    """Return the planner's lists for the 14 fields of a plan, which must be on the CPU.
+    """Return the planner's lists for the fields of a plan, which must be on the CPU.
 
     ``split``: whether groups of keys with much work may become several units.
     """

@@ -5,9 +5,11 @@ Each raises an error that names the argument, what it got and what it needs. Non
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import operator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +18,8 @@ T = TypeVar("T")
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT32_MAX = 2**31 - 1
+_PLAIN = frozenset((type(None), str, int, torch.device))
+_MOST_REMEMBERED = 1024  # kinds of arguments, of a few hundred bytes each
 MAX_HEAD_WIDTH = 256  # what the kernels' registers and shared memory are laid out for
 
 
@@ -56,6 +60,41 @@ def as_int(name: str, value: object, least: int) -> int:
     if not least <= number <= INT32_MAX:
         raise ValueError(f"{name}: got {number}, needs {least} to {INT32_MAX}")
     return number
+
+
+def remembered(check: Callable[..., None]) -> Callable[..., None]:
+    """Skip ``check`` for arguments like those that it has accepted before: most calls repeat the one of another layer.
+
+    ``check`` may depend on shapes, strides, dtypes and devices of tensors, not on their values; and, where autocast is
+    on, it must accept no less than where it is off.
+    """
+    accepted: set[tuple] = set()
+
+    @functools.wraps(check)
+    def checked(*args: object) -> None:
+        if torch.compiler.is_compiling():
+            return check(*args)
+        key: list[object] = []
+        for value in args:
+            kind = type(value)
+            if kind is torch.Tensor or kind is torch.nn.Parameter:
+                key += (value.shape, value.stride(), value.dtype, value.device)  # type: ignore[attr-defined]
+            elif kind in _PLAIN:
+                key.append(value)
+            else:  # a subclass of Tensor may have symbolic sizes
+                return check(*args)
+        likeness = tuple(key)
+        if likeness in accepted:
+            return None
+        check(*args)
+        first = args[0]
+        if isinstance(first, torch.Tensor) and not autocast_is_on(first.device):
+            if len(accepted) >= _MOST_REMEMBERED:
+                accepted.clear()
+            accepted.add(likeness)
+        return None
+
+    return checked
 
 
 def check_dtype(name: str, tensor: torch.Tensor, *dtypes: torch.dtype) -> None:

@@ -19,18 +19,18 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 CONFIGS = {
     4: {
         "128 keys x 2": Config(),
-        "64 keys x 4": Config(step=64, stages=4),
+        "64 keys x 4": Config(block_n=64, num_stages=4),
         "128 keys x 2, in turn": Config(in_turn=True),
-        "64 keys x 4, in turn": Config(step=64, stages=4, in_turn=True),
+        "64 keys x 4, in turn": Config(block_n=64, num_stages=4, in_turn=True),
         "128 keys x 2, 240 registers": Config(consumer_registers=240, producer_registers=24),
         "128 keys x 2, 4 heads a tile": Config(blocks=2),
         "masks, 128 keys x 2": Config(masks=True),
-        "masks, 64 keys x 4": Config(step=64, stages=4, masks=True),
+        "masks, 64 keys x 4": Config(block_n=64, num_stages=4, masks=True),
     },
     1: {
-        "64 keys x 2, two blocks": Config(step=64, warpgroups=1),
+        "64 keys x 2, two blocks": Config(block_n=64, warpgroups=1),
         "128 keys x 2, tiles of 128 rows": Config(blocks=8),
-        "64 keys x 4, tiles of 128 rows": Config(step=64, stages=4, blocks=8),
+        "64 keys x 4, tiles of 128 rows": Config(block_n=64, num_stages=4, blocks=8),
         "masks, 128 keys x 2, tiles of 128 rows": Config(blocks=8, masks=True),
     },
 }

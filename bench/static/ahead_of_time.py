@@ -33,24 +33,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from refrag_kernels import tile_lists
+from refrag_kernels.architectures import ARCHITECTURES
 from refrag_kernels.triton_kernels import launch
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# The matrix instruction of each architecture for tiles of 64 rows and more.
-MATRIX = {
-    "sm_80": "HMMA",
-    "sm_86": "HMMA",
-    "sm_90": "HGMMA",
-    "sm_100": "UTCHMMA",
-    "sm_120": "HMMA",
-    "gfx942": "MFMA",
+    name: GPUTarget("hip", name, limits.warp_size)
+    if limits.capability is None
+    else GPUTarget("cuda", 10 * limits.capability[0] + limits.capability[1], limits.warp_size)
+    for name, limits in ARCHITECTURES.items()
 }
 CACHE = Path(__file__).resolve().parents[2] / "build" / "gpu-resources"
 _NAMES = {

@@ -20,31 +20,15 @@ from typing import NamedTuple
 import triton
 
 import refrag_kernels
+from refrag_kernels.architectures import ARCHITECTURES, CUDA, KIB
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = Path(refrag_kernels.__file__).parent / "_C.so"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-class Multiprocessor(NamedTuple):
-    """What one multiprocessor has for the blocks of threads on it (CUDA programming guide, compute capabilities)."""
-
-    shared_kb: int
-    warps: int
-    blocks: int
-    registers: int = 65536
-
-
-MULTIPROCESSORS = {
-    "sm_80": Multiprocessor(164, 64, 32),
-    "sm_86": Multiprocessor(100, 48, 16),
-    "sm_89": Multiprocessor(100, 48, 24),
-    "sm_90": Multiprocessor(228, 64, 32),
-    "sm_100": Multiprocessor(228, 64, 32),
-    "sm_120": Multiprocessor(100, 48, 24),
-}
-_RESERVED = 1024  # bytes of shared memory that each block takes for the system
-SMALL = ("sm_86", "sm_89", "sm_120")  # of 100 KB
+# With less than half of the shared memory of the others, launchers choose smaller tiles.
+SMALL = tuple(name for name in CUDA if ARCHITECTURES[name].shared_memory_per_sm == 100 * KIB)
 
 
 class Configuration(NamedTuple):
@@ -54,7 +38,7 @@ class Configuration(NamedTuple):
     blocks: int
     shared: int = 0  # bytes that a launch asks for
     # Where the launchers choose it. A kernel is compiled for each architecture, chosen or not.
-    architectures: tuple[str, ...] = tuple(MULTIPROCESSORS)
+    architectures: tuple[str, ...] = CUDA
 
 
 def _attention(width: int, tiles: int) -> int:
@@ -67,7 +51,7 @@ def _paged(width: int, warps: int) -> int:
     return 2 * warps * 2 * 16 * width * 2 + 3 * (1 + 2 * 16 * warps + 17 * warps // 2) * 4
 
 
-_LARGE = tuple(name for name in MULTIPROCESSORS if name not in SMALL)
+_LARGE = tuple(name for name in CUDA if name not in SMALL)
 # By kernel and integer template arguments.
 CONFIGURATIONS = {
     ("mixed_attention_kernel", 64, 4): Configuration(128, 2, _attention(64, 4)),
@@ -130,14 +114,6 @@ def configuration_of(name: str, numbers: tuple[int, ...]) -> Configuration:
     return CONFIGURATIONS[(name, *numbers)]
 
 
-def occupancy(configuration: Configuration, registers: int, multiprocessor: Multiprocessor) -> int:
-    """Return how many blocks of threads a multiprocessor holds at once."""
-    warps = configuration.threads // 32
-    by_registers = multiprocessor.registers // (-(-registers // 8) * 8 * 32 * warps)  # a warp gets units of 256
-    by_shared = (multiprocessor.shared_kb << 10) // (-(-configuration.shared // 128) * 128 + _RESERVED)
-    return min(by_registers, by_shared, multiprocessor.warps // warps, multiprocessor.blocks)
-
-
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
@@ -181,9 +157,10 @@ def _read(binary: Path) -> list[Kernel]:
         ):
             name, types, numbers = _parse(symbol)
             # From sm_90 on the report counts the system's own part in, wherever a kernel has launch bounds.
-            own_shared = max(0, int(shared) - (_RESERVED if int(architecture[3:]) >= 90 else 0))
+            limits = ARCHITECTURES[architecture]
+            own_shared = max(0, int(shared) - (limits.reserved_per_cta if limits.capability >= (9, 0) else 0))
             configuration = configuration_of(name, numbers)
-            blocks = occupancy(configuration, int(registers), MULTIPROCESSORS[architecture])
+            blocks = limits.resident_ctas(int(registers), configuration.shared, configuration.threads // 32)
             kernels.append(
                 Kernel(
                     name, types, numbers, architecture, int(registers), int(stack), own_shared, configuration,
@@ -211,7 +188,7 @@ def markdown(binaries: Sequence[Path] = (LIBRARY,)) -> str:
     another one.
     """
     kernels = read(binaries)
-    architectures = [name for name in MULTIPROCESSORS if any(k.architecture == name for k in kernels)]
+    architectures = [name for name in CUDA if any(k.architecture == name for k in kernels)]
     header = ["kernel", "threads", "shared bytes", *architectures]
     lines = {}
     for kernel in sorted(kernels, key=lambda k: (k.name, k.types, k.numbers)):

@@ -28,12 +28,12 @@ class Case:
         return self.name
 
 
-def _attention(width: int, group: int, dtype: torch.dtype, few_keys: bool = False, **options) -> Case:
+def _attention(width: int, group: int, dtype: torch.dtype, short_kv: bool = False, **options) -> Case:
     # Softcap and sinks are the longest variant in their kernels, but the rarer one: it has cases of its own.
     softcap, sinks = (30.0, torch.zeros(2 * group)) if options.pop("softcap", False) else (0.0, None)
 
     def call():
-        if few_keys:  # the chunk encoder's
+        if short_kv:  # the chunk encoder's
             plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[16] * 8]), rk.ChunkMask.diagonal(), causal=False)
         else:  # a prefix that many passages see: its keys are shared out to several units
             mask = rk.ChunkMask.passages(torch.tensor([-1, *range(15)]))
@@ -43,7 +43,7 @@ def _attention(width: int, group: int, dtype: torch.dtype, few_keys: bool = Fals
         out, lse = attention.mixed_attention(q, kv, kv, plan.tensors(), 0.1, softcap, sinks)
         attention.mixed_attention_backward(q, lse, q, kv, kv, out, lse, plan.tensors(), 0.1, softcap, sinks)
 
-    name = f"attention-{str(dtype)[6:]}-D{width}-group{group}{'-softcap' * bool(softcap)}{'-few_keys' * few_keys}"
+    name = f"attention-{str(dtype)[6:]}-D{width}-group{group}{'-softcap' * bool(softcap)}{'-short_kv' * short_kv}"
     return Case(name, dtype, call, spills_reported=width == 256 or dtype == _FP32, width=width, **options)
 
 
@@ -102,12 +102,12 @@ CASES = [
         for width, group in ((64, 1), (64, 4), (96, 1), (96, 4), (128, 1), (128, 2), (128, 4), (128, 8))
     ),
     *(
-        _attention(width, group, dtype, few_keys=True, always=dtype == _BF16 and width == 64 and group == 1)
+        _attention(width, group, dtype, short_kv=True, always=dtype == _BF16 and width == 64 and group == 1)
         for width in (64, 96, 128, 256)
         for dtype in (_BF16, _FP16, _FP32)
         for group in ((1, 4) if dtype == _BF16 else (1,))
     ),
-    _attention(64, 1, _BF16, few_keys=True, softcap=True),
+    _attention(64, 1, _BF16, short_kv=True, softcap=True),
     *(
         _projection(rows, dtype, always=rows == 512 and dtype == _BF16)
         for rows in (8, 48, 200, 512)

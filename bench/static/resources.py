@@ -10,37 +10,15 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import triton
 
 from bench.static import ahead_of_time, cuda_resources, launches
+from refrag_kernels.architectures import ARCHITECTURES, TRITON
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu-resources.md"
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-
-
-class Unit(NamedTuple):
-    """What the blocks of a multiprocessor (AMD: compute unit) share."""
-
-    registers: int  # 32-bit
-    shared: int  # bytes
-    reserved: int  # bytes of shared memory that the system takes of each block
-    warps: int
-    blocks: int
-    lanes: int  # of a warp
-
-
-# CUDA C++ programming guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA guide: four SIMDs of 512
-# registers a lane and 8 waves each, 64 KiB of local memory.
-UNITS = {
-    "sm_80": Unit(65536, 164 << 10, 1 << 10, 64, 32, 32),
-    "sm_86": Unit(65536, 100 << 10, 1 << 10, 48, 16, 32),
-    "sm_90": Unit(65536, 228 << 10, 1 << 10, 64, 32, 32),
-    "sm_100": Unit(65536, 228 << 10, 1 << 10, 64, 32, 32),
-    "sm_120": Unit(65536, 100 << 10, 1 << 10, 48, 24, 32),
-    "gfx942": Unit(4 * 512 * 64, 64 << 10, 0, 32, 32, 64),
-}
+# sm_86 has the kernels of sm_80, or nearly.
+SHOWN = tuple(name for name in TRITON if name != "sm_86")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +39,10 @@ class Row:
     @property
     def blocks(self) -> int:
         """Blocks that a multiprocessor has room for."""
-        return occupancy(self.architecture, self.registers, self.shared, self.warps)
+        return ARCHITECTURES[self.architecture].resident_ctas(self.registers, self.shared, self.warps)
 
 
-def occupancy(architecture: str, registers: int, shared: int, warps: int) -> int:
-    """Return how many blocks of so many warps fit on a multiprocessor.
-
-    Registers are handed out to warps in units of 8 a thread.
-    """
-    unit = UNITS[architecture]
-    a_warp = -(-max(registers, 1) // 8) * 8 * unit.lanes
-    # Each of the four schedulers (SIMDs) has a quarter of the registers, and whole warps.
-    fit = 4 * (unit.registers // 4 // a_warp)
-    return min(unit.blocks, unit.warps // warps, fit // warps, unit.shared // (shared + unit.reserved or 1))
-
-
-def triton_rows(architectures: Sequence[str] = ARCHITECTURES, progress: bool = False) -> list[Row]:
+def triton_rows(architectures: Sequence[str] = SHOWN, progress: bool = False) -> list[Row]:
     """Return a row for each kernel of Triton's that an op launches, by head width, dtype and architecture."""
     rows: dict[Row, None] = {}
     for case in launches.CASES:

@@ -14,6 +14,7 @@
 #include "cpu/ops.h"
 #include "cpu/tasks.h"
 #include "cpu/tensors.h"
+#include "plan_fields.h"
 
 namespace refrag::cpu {
 namespace {
@@ -30,37 +31,18 @@ constexpr int64_t kCacheBytes = int64_t{512} << 10;
 constexpr int64_t kMinTaskMacs = int64_t{1} << 19;
 
 HeadRows head_rows(const char* name, const Tensor& tensor, Element element) {
-  STD_TORCH_CHECK(tensor.dim() == 3 && element_of(tensor) == element, name, ": needs three dimensions and q's dtype");
+  STD_TORCH_CHECK(tensor.dim() == 3 && element_of(tensor) == element, name, ": needs 3 dimensions and the dtype of q");
   STD_TORCH_CHECK(tensor.stride(2) == 1 || tensor.numel() == 0, name, ": needs a contiguous last dimension");
   const int64_t bytes = bytes_of(element);
   return {static_cast<const char*>(tensor.const_data_ptr()), tensor.stride(0) * bytes, tensor.stride(1) * bytes};
 }
-
-// Fields of a plan, in the order of AttentionPlan.tensors().
-enum Field {
-  kSizes,
-  kQRowBlock,
-  kKvRowBlock,
-  kQBlocks,
-  kFullOffsets,
-  kFullRanges,
-  kPartialOffsets,
-  kPartialKeys,
-  kPartialBits,
-  kKvBlocks,
-  kFullTOffsets,
-  kFullTRanges,
-  kPartialTOffsets,
-  kPartialTTiles,
-  kNumFields
-};
 
 // Numbers of rows and blocks in use; a plan made for a capacity has tensors for more.
 struct Sizes {
   int32_t q_rows, kv_rows, q_blocks, kv_blocks;
 };
 
-const int32_t* field(const std::vector<Tensor>& plan, Field which) {
+const int32_t* field(const std::vector<Tensor>& plan, PlanField which) {
   const Tensor& tensor = plan[which];
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.is_contiguous(),
                   "plan: needs contiguous int32 tensors");
@@ -68,9 +50,9 @@ const int32_t* field(const std::vector<Tensor>& plan, Field which) {
 }
 
 PlanView view(const std::vector<Tensor>& plan, Sizes& sizes) {
-  STD_TORCH_CHECK(plan.size() == kNumFields, "plan: got ", plan.size(), " tensors, needs ", int{kNumFields});
+  STD_TORCH_CHECK(plan.size() == kNumPlanFields, "plan: got ", plan.size(), " tensors, needs ", int{kNumPlanFields});
   const int32_t* counts = field(plan, kSizes);
-  sizes = {counts[0], counts[1], counts[2], counts[3]};
+  sizes = {counts[kNumQRows], counts[kNumKvRows], counts[kNumQBlocks], counts[kNumKvBlocks]};
   return {sizes.q_blocks,
           sizes.kv_blocks,
           field(plan, kQBlocks),
@@ -187,22 +169,23 @@ AttentionParams params_of(const Tensor& q, const Tensor& k, const Tensor& v, con
   p.heads = static_cast<int32_t>(q.size(1));
   p.kv_heads = static_cast<int32_t>(k.size(1));
   p.head_dim = static_cast<int32_t>(q.size(2));
-  STD_TORCH_CHECK(p.head_dim % 8 == 0 && p.head_dim > 0 && p.head_dim <= 256,
-                  "q: needs a head width that is a multiple of 8 up to 256");
-  STD_TORCH_CHECK(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "q: needs a multiple of k's heads");
+  STD_TORCH_CHECK(p.head_dim % 8 == 0 && p.head_dim > 0 && p.head_dim <= 256, "q: got head_dim ", p.head_dim,
+                  ", needs a multiple of 8 up to 256");
+  STD_TORCH_CHECK(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "q: got ", p.heads, " heads, needs a multiple of the ",
+                  p.kv_heads, " heads of k");
   STD_TORCH_CHECK(
       k.size(2) == p.head_dim && v.size(2) == p.head_dim && v.size(1) == p.kv_heads && v.size(0) == k.size(0),
-      "k and v: need the same shape, and q's head width");
+      "k, v: need the same shape, and the head_dim of q");
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap);
   if (sinks) {
     STD_TORCH_CHECK(sinks->scalar_type() == ScalarType::Float && sinks->is_contiguous() && sinks->numel() == p.heads,
-                    "sinks: needs float32, one a head");
+                    "sinks: needs a contiguous float32 tensor [H_q]");
     p.sinks = static_cast<const float*>(sinks->const_data_ptr());
   }
   p.plan = view(plan, sizes);
   STD_TORCH_CHECK(plan[kQRowBlock].numel() == q.size(0) && plan[kKvRowBlock].numel() == k.size(0),
-                  "plan: needs one made for the row counts of q and k");
+                  "plan: was made for other numbers of rows than those of q and k");
   return p;
 }
 
@@ -216,7 +199,7 @@ HeadRows rows_like(const char* name, const Tensor& tensor, const Tensor& like) {
 const float* lse_data(const char* name, const Tensor& tensor, const Tensor& q) {
   STD_TORCH_CHECK(
       tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous() && tensor.numel() == q.size(0) * q.size(1),
-      name, ": needs contiguous float32 [T_q, H_q]");
+      name, ": needs a contiguous float32 tensor [T_q, H_q]");
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 

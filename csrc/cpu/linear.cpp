@@ -20,11 +20,12 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight, const std::optional<Te
   p.element = element_of(weight);
   const int64_t bytes = bytes_of(p.element), in_features = weight.size(1), out_features = weight.size(0);
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == in_features && element_of(x) == p.element,
-                  "x, weight: need two dimensions, one width and one dtype");
-  STD_TORCH_CHECK(in_features <= 1 || (x.stride(1) == 1 && weight.stride(1) == 1), "x, weight: need contiguous rows");
+                  "x, weight: need 2 dimensions, the same number of columns and the same dtype");
+  STD_TORCH_CHECK(in_features <= 1 || (x.stride(1) == 1 && weight.stride(1) == 1),
+                  "x, weight: need a contiguous last dimension");
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == out_features && element_of(*bias) == p.element &&
                             (out_features <= 1 || bias->stride(0) == 1)),
-                  "bias: needs a contiguous number for each output, in weight's dtype");
+                  "bias: needs a contiguous tensor [out_features] with the dtype of weight");
   p.x = static_cast<const char*>(x.const_data_ptr());
   p.x_row_bytes = x.stride(0) * bytes;
   p.num_rows = static_cast<int32_t>(x.size(0));

@@ -45,7 +45,7 @@ const int32_t* indices(const char* name, const Tensor& tensor, int64_t num_dims)
 
 void check_rows(const char* name, const Tensor& tensor, int64_t num_dims, Element element) {
   STD_TORCH_CHECK(tensor.dim() == num_dims && element_of(tensor) == element, name, ": needs ", num_dims,
-                  " dimensions and the others' dtype");
+                  " dimensions and the same dtype as the other tensors");
   STD_TORCH_CHECK(tensor.size(num_dims - 1) <= 1 || tensor.stride(num_dims - 1) == 1, name,
                   ": needs a contiguous last dimension");
 }
@@ -63,13 +63,16 @@ struct Cache {
       : element(element_of(k_pages)) {
     check_rows("k_pages", k_pages, 4, element);
     check_rows("v_pages", v_pages, 4, element);
-    for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(k_pages.size(i) == v_pages.size(i), "v_pages: needs k_pages' shape");
+    for (int i = 0; i < 4; ++i) {
+      STD_TORCH_CHECK(k_pages.size(i) == v_pages.size(i), "v_pages: needs the shape of k_pages");
+    }
     num_pages = k_pages.size(0);
     page_size = k_pages.size(1);
     heads = k_pages.size(2);
     head_dim = k_pages.size(3);
-    STD_TORCH_CHECK(page_size > 0 && heads > 0 && head_dim > 0 && head_dim % 8 == 0 && head_dim <= 256,
-                    "k_pages: shape not supported");
+    STD_TORCH_CHECK(
+        page_size > 0 && heads > 0 && head_dim > 0 && head_dim % 8 == 0 && head_dim <= 256,
+        "k_pages: needs pages and heads that are not empty, and a head_dim that is a multiple of 8 up to 256");
     k = page_view(k_pages);
     v = page_view(v_pages);
     table = indices("page_table", page_table, 2);
@@ -77,9 +80,10 @@ struct Cache {
     sequences = kv_lengths.size(0);
     max_pages = page_table.size(1);
     table_stride = page_table.stride(0);
-    STD_TORCH_CHECK(page_table.size(0) == sequences, "page_table: needs one row a sequence");
+    STD_TORCH_CHECK(page_table.size(0) == sequences, "page_table: needs one row per sequence");
     offsets = q_offsets ? indices("q_offsets", *q_offsets, 1) : nullptr;
-    STD_TORCH_CHECK(!q_offsets || q_offsets->size(0) == sequences + 1, "q_offsets: needs one value a sequence, and one");
+    STD_TORCH_CHECK(!q_offsets || q_offsets->size(0) == sequences + 1,
+                    "q_offsets: needs one more value than there are sequences");
   }
 
   int64_t first_row(int64_t sequence) const { return offsets == nullptr ? sequence : offsets[sequence]; }
@@ -87,19 +91,21 @@ struct Cache {
 
   // An `append` needs only the pages of the new rows; attention needs those of all keys, and allows rows without keys.
   void check_values(int64_t num_rows, bool append) const {
-    STD_TORCH_CHECK(first_row(0) == 0 && first_row(sequences) == num_rows, "q_offsets: not from 0 to the number of rows");
+    STD_TORCH_CHECK(first_row(0) == 0 && first_row(sequences) == num_rows,
+                    "q_offsets: needs to go from 0 to the number of rows");
     for (int64_t b = 0; b < sequences; ++b) {
       const int64_t length = lengths[b], count = rows(b);
-      STD_TORCH_CHECK(length >= 0 && length <= max_pages * page_size, "kv_lengths: out of range");
-      STD_TORCH_CHECK(count >= 0, "q_offsets: not ascending");
+      STD_TORCH_CHECK(length >= 0 && length <= max_pages * page_size,
+                      "kv_lengths: needs 0 to max_pages * page_size keys");
+      STD_TORCH_CHECK(count >= 0, "q_offsets: needs to be ascending");
       STD_TORCH_CHECK(count <= length || (!append && (length == 0 || offsets == nullptr)),
-                      "kv_lengths: fewer keys than rows");
+                      "kv_lengths: needs at least as many keys as rows");
       const int64_t pages = (length + page_size - 1) / page_size;
       bool fits = true;
       for (int64_t page_index = append ? (length - count) / page_size : 0; page_index < pages; ++page_index) {
         fits &= static_cast<uint32_t>(table[b * table_stride + page_index]) < static_cast<uint64_t>(num_pages);
       }
-      STD_TORCH_CHECK(fits, "page_table: a page outside k_pages");
+      STD_TORCH_CHECK(fits, "page_table: needs pages within k_pages");
     }
   }
 
@@ -112,16 +118,18 @@ struct Cache {
 };
 
 void check_ranges(const int32_t* indptr, int64_t rows, const int32_t* ranges, int64_t stride, int64_t count) {
-  STD_TORCH_CHECK(indptr[0] == 0 && indptr[rows] <= count, "visible.indptr: not from 0 to the number of ranges");
+  STD_TORCH_CHECK(indptr[0] == 0 && indptr[rows] <= count,
+                  "visible.indptr: needs to start at 0 and stay within the ranges");
   for (int64_t row = 0; row < rows; ++row) {
-    STD_TORCH_CHECK(indptr[row] <= indptr[row + 1] && indptr[row + 1] <= count, "visible.indptr: not ascending");
+    STD_TORCH_CHECK(indptr[row] <= indptr[row + 1] && indptr[row + 1] <= count,
+                    "visible.indptr: needs to be ascending");
     int32_t end = 0;
     bool sorted = true;
     for (int64_t i = indptr[row]; i < indptr[row + 1]; ++i) {
       sorted &= ranges[i * stride] >= end && ranges[i * stride + 1] >= ranges[i * stride];
       end = ranges[i * stride + 1];
     }
-    STD_TORCH_CHECK(sorted, "visible.ranges: out of order");
+    STD_TORCH_CHECK(sorted, "visible.ranges: needs sorted and disjoint ranges in each row");
   }
 }
 
@@ -325,7 +333,8 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_page
   const Cache cache(k_pages, v_pages, page_table, kv_lengths, q_offsets);
   check_rows("q", q, 3, cache.element);
   const int64_t rows = q.size(0), heads = q.size(1), bytes = bytes_of(cache.element);
-  STD_TORCH_CHECK(q.size(2) == cache.head_dim && heads % cache.heads == 0, "q: doesn't fit k_pages");
+  STD_TORCH_CHECK(q.size(2) == cache.head_dim && heads % cache.heads == 0,
+                  "q: needs the head_dim of k_pages and a multiple of its heads");
   cache.check_values(rows, false);
   PagedParams p{};
   p.element = cache.element;
@@ -338,7 +347,8 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_page
   p.group = static_cast<int>(heads / cache.heads);
   p.head_dim = static_cast<int>(cache.head_dim);
   if (visible_indptr) {
-    STD_TORCH_CHECK(visible_ranges && visible_indptr->size(0) == rows + 1, "visible: needs indptr [T_q + 1] and ranges");
+    STD_TORCH_CHECK(visible_ranges && visible_indptr->size(0) == rows + 1,
+                    "visible: needs indptr [T_q + 1] and ranges");
     p.visible_indptr = indices("visible.indptr", *visible_indptr, 1);
     p.visible_ranges = indices("visible.ranges", *visible_ranges, 2);
     STD_TORCH_CHECK(visible_ranges->size(1) == 2, "visible.ranges: needs [R, 2]");
@@ -370,7 +380,7 @@ void append_kv(const Tensor& k, const Tensor& v, Tensor k_pages, Tensor v_pages,
   for (const Tensor* source : sources) {
     check_rows("k, v", *source, 3, cache.element);
     STD_TORCH_CHECK(source->size(0) == k.size(0) && source->size(1) == cache.heads && source->size(2) == cache.head_dim,
-                    "k, v: don't fit the pages");
+                    "k, v: need the same number of rows, and the heads and head_dim of k_pages");
   }
   cache.check_values(k.size(0), true);
   const PagedPages* targets[] = {&cache.k, &cache.v};

@@ -20,9 +20,10 @@ Tensor pool_chunks(const Tensor& hidden, const Tensor& chunk_offsets, std::strin
   PoolParams p{};
   p.element = element_of(hidden);
   const int64_t bytes = bytes_of(p.element);
-  STD_TORCH_CHECK(hidden.dim() == 2 && (hidden.stride(1) == 1 || hidden_size <= 1), "hidden: needs contiguous rows");
+  STD_TORCH_CHECK(hidden.dim() == 2 && (hidden.stride(1) == 1 || hidden_size <= 1),
+                  "hidden: needs 2 dimensions and a contiguous last dimension");
   STD_TORCH_CHECK(chunk_offsets.scalar_type() == torch::headeronly::ScalarType::Int && chunk_offsets.is_contiguous(),
-                  "chunk_offsets: needs contiguous int32");
+                  "chunk_offsets: needs a contiguous int32 tensor");
   p.hidden = static_cast<const char*>(hidden.const_data_ptr());
   p.row_bytes = hidden.stride(0) * bytes;
   p.hidden_size = static_cast<int32_t>(hidden_size);
@@ -30,7 +31,7 @@ Tensor pool_chunks(const Tensor& hidden, const Tensor& chunk_offsets, std::strin
   // The error message that names the bad value is made in Python.
   bool fits = p.offsets[0] == 0 && p.offsets[count] <= hidden.size(0);
   for (int64_t chunk = 0; chunk < count; ++chunk) fits = fits && p.offsets[chunk] < p.offsets[chunk + 1];
-  STD_TORCH_CHECK(fits, "chunk_offsets: need to ascend from 0 to at most the number of rows");
+  STD_TORCH_CHECK(fits, "chunk_offsets: needs to ascend from 0 to at most the number of rows");
 
   Tensor out = torch::stable::new_empty(hidden, {count, hidden_size});
   p.out = static_cast<char*>(out.mutable_data_ptr());

@@ -27,7 +27,7 @@ thread_local Workspace copies_workspace;   // of the thread that calls an op
 thread_local Workspace scratch_workspace;  // of every thread that runs tasks
 
 Matrix matrix(const char* name, const Tensor& tensor, Element element) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && element_of(tensor) == element, name, ": needs two dimensions and w1's dtype");
+  STD_TORCH_CHECK(tensor.dim() == 2 && element_of(tensor) == element, name, ": needs 2 dimensions and the dtype of w1");
   STD_TORCH_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1, name, ": needs a contiguous last dimension");
   return {static_cast<const char*>(tensor.const_data_ptr()), tensor.stride(0) * bytes_of(element)};
 }
@@ -37,13 +37,13 @@ Activation activation_of(const std::string& name) {
   for (int i = 0; i < 6; ++i) {
     if (name == kNames[i]) return static_cast<Activation>(i);
   }
-  STD_TORCH_CHECK(false, "activation: got ", name);
+  STD_TORCH_CHECK(false, "activation: got ", name, ", needs gelu, gelu_tanh, silu, relu, tanh or none");
 }
 
 const char* bias(const char* name, const std::optional<Tensor>& tensor, int64_t size, Element element) {
   if (!tensor) return nullptr;
   STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == size && element_of(*tensor) == element, name,
-                  ": needs one number a row of its weight, in w1's dtype");
+                  ": needs one element per row of its weight, in the dtype of w1");
   STD_TORCH_CHECK(tensor->stride(0) == 1 || size <= 1, name, ": needs to be contiguous");
   return static_cast<const char*>(tensor->const_data_ptr());
 }
@@ -85,7 +85,8 @@ ProjectionParams params_of(const Tensor& chunks, const Tensor& w1, const std::op
   p.d_enc = static_cast<int32_t>(w1.size(1));
   p.hidden = static_cast<int32_t>(w1.size(0));
   p.d_dec = static_cast<int32_t>(w2.size(0));
-  STD_TORCH_CHECK(chunks.size(1) == p.d_enc && w2.size(1) == p.hidden, "w1, w2: need widths that fit");
+  STD_TORCH_CHECK(chunks.size(1) == p.d_enc && w2.size(1) == p.hidden,
+                  "w1, w2: need shapes [hidden, d_enc] and [d_dec, hidden], for chunks [C, d_enc]");
   p.b1 = bias("b1", b1, p.hidden, p.element);
   p.b2 = bias("b2", b2, p.d_dec, p.element);
 
@@ -94,7 +95,7 @@ ProjectionParams params_of(const Tensor& chunks, const Tensor& w1, const std::op
   if (packed) {
     STD_TORCH_CHECK(packed->scalar_type() == ScalarType::Byte && packed->is_contiguous() &&
                         packed->numel() == sizes.first + sizes.second,
-                    "packed: needs what pack_projection made of these weights");
+                    "packed: needs the result of pack_projection(w1, w2)");
     copies = static_cast<char*>(const_cast<void*>(packed->const_data_ptr()));
   } else if (sizes.first + sizes.second > 0) {
     copies = copies_workspace.at_least(sizes.first + sizes.second);
@@ -151,8 +152,8 @@ Tensor embed_mixed(const Tensor& token_ids, const Tensor& token_table, const Ten
   const int64_t rows = token_ids.size(0), count = chunks.size(0);
   STD_TORCH_CHECK(token_ids.scalar_type() == ScalarType::Long && slot_of_row.scalar_type() == ScalarType::Int &&
                       slot_of_row.size(0) == rows && token_ids.is_contiguous() && slot_of_row.is_contiguous(),
-                  "token_ids, slot_of_row: need contiguous int64 and int32 tensors of one length");
-  STD_TORCH_CHECK(token_table.size(1) == p.d_dec, "token_table: needs the width of w2's rows");
+                  "token_ids, slot_of_row: need contiguous int64 and int32 tensors of equal length");
+  STD_TORCH_CHECK(token_table.size(1) == p.d_dec, "token_table: needs as many columns as w2 has rows");
   const int64_t* ids = static_cast<const int64_t*>(token_ids.const_data_ptr());
   const int32_t* slots = static_cast<const int32_t*>(slot_of_row.const_data_ptr());
   const int64_t vocabulary = token_table.size(0);
@@ -162,7 +163,7 @@ Tensor embed_mixed(const Tensor& token_ids, const Tensor& token_table, const Ten
   for (int64_t row = 0; row < rows; ++row) {
     const int32_t slot = slots[row];
     STD_TORCH_CHECK(slot >= 0 ? slot < count : slot == -1 && ids[row] >= 0 && ids[row] < vocabulary,
-                    "bad index in row ", row);
+                    "token_ids, slot_of_row: got an index out of range in row ", row);
     if (slot >= 0) ++offsets[slot + 1];
   }
   // Project only the chunks that some row uses.

@@ -1,12 +1,12 @@
 // mixed_attention: checks, and the kernel that fits the head width and the device.
-#include "cuda/attention_kernels.cuh"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 #include <vector>
 
+#include "cuda/attention_kernels.cuh"
 #include "cuda/attention_launch.h"
+#include "plan_fields.h"
 
 namespace refrag::cuda {
 namespace {
@@ -41,9 +41,10 @@ std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, con
                   "k, v: need the same shape, and the head width of q");
   check_rows("k", k, q);
   check_rows("v", v, q);
-  // The first tensors of AttentionPlan; the lists of tiles that follow them are for other kernels.
-  STD_TORCH_CHECK(plan.size() >= 14, "plan: got ", plan.size(), " tensors, needs 14");
-  STD_TORCH_CHECK(plan[1].numel() == q.size(0) && plan[2].numel() == k.size(0), "plan: was made for other row counts");
+  // The tile lists that follow the fields are for other kernels.
+  STD_TORCH_CHECK(plan.size() >= kNumPlanFields, "plan: got ", plan.size(), " tensors, needs ", int{kNumPlanFields});
+  STD_TORCH_CHECK(plan[kQRowBlock].numel() == q.size(0) && plan[kKvRowBlock].numel() == k.size(0),
+                  "plan: was made for other row counts");
 
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   auto [out, lse] = empty_results(q);
@@ -52,13 +53,13 @@ std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, con
   set_queries(params, q, kv_heads, out, lse, sinks, scale, softcap);
   params.k = k.const_data_ptr();
   params.v = v.const_data_ptr();
-  params.sizes = indices("plan", plan[0], q);
-  params.q_blocks = reinterpret_cast<const int4*>(indices("plan", plan[3], q));
-  params.full_offsets = indices("plan", plan[4], q);
-  params.full_ranges = reinterpret_cast<const int2*>(indices("plan", plan[5], q));
-  params.partial_offsets = indices("plan", plan[6], q);
-  params.partial_keys = indices("plan", plan[7], q);
-  params.partial_bits = indices("plan", plan[8], q);
+  params.sizes = indices("plan", plan[kSizes], q);
+  params.q_blocks = reinterpret_cast<const int4*>(indices("plan", plan[kQBlocks], q));
+  params.full_offsets = indices("plan", plan[kFullOffsets], q);
+  params.full_ranges = reinterpret_cast<const int2*>(indices("plan", plan[kFullRanges], q));
+  params.partial_offsets = indices("plan", plan[kPartialOffsets], q);
+  params.partial_keys = indices("plan", plan[kPartialKeys], q);
+  params.partial_bits = indices("plan", plan[kPartialBits], q);
   // AttentionPlan starts each of its tensors at a multiple of 64 bytes.
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(params.q_blocks) % 16 == 0 &&
                       reinterpret_cast<uintptr_t>(params.full_ranges) % 8 == 0 &&
@@ -69,12 +70,12 @@ std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, con
   params.v_row = v.stride(0);
   params.v_head = v.stride(1);
   params.kv_rows = static_cast<int32_t>(k.size(0));
-  params.num_blocks = static_cast<int32_t>(plan[3].size(0));
+  params.num_blocks = static_cast<int32_t>(plan[kQBlocks].size(0));
   STD_TORCH_CHECK(section_heads >= 0 && section_heads <= kv_heads, "section_heads: got ", section_heads,
                   ", needs 0 to the number of key/value heads");
   STD_TORCH_CHECK(ahead >= 0 && ahead <= kMaxAhead, "ahead: got ", ahead, ", needs 0 to ", kMaxAhead);
-  const AttentionGrid grid = divide_attention(params, static_cast<int>(kv_heads), static_cast<int>(section_heads),
-                                              static_cast<int>(ahead));
+  const AttentionGrid grid =
+      divide_attention(params, static_cast<int>(kv_heads), static_cast<int>(section_heads), static_cast<int>(ahead));
   const cudaStream_t stream = current_stream(q);
   for_queries(q, [&]<class T, int D>() { launch_tiles<T, D>(params, grid, stream); });
   return {out, lse};

@@ -14,9 +14,10 @@ namespace refrag::cuda {
 // Checks that q [q_rows, q_heads, D] has a dtype, head_dim and number of heads that the kernels are compiled for.
 inline void check_queries(const torch::stable::Tensor& q, int64_t kv_heads) {
   const int64_t head_dim = q.size(2);
-  STD_TORCH_CHECK(head_dim == 64 || head_dim == 96 || head_dim == 128, "q: got a head width of ", head_dim,
+  STD_TORCH_CHECK(head_dim == 64 || head_dim == 96 || head_dim == 128, "q: got head_dim ", head_dim,
                   ", needs 64, 96 or 128");
-  STD_TORCH_CHECK(kv_heads > 0 && q.size(1) % kv_heads == 0, "q: needs a multiple of the key/value heads");
+  STD_TORCH_CHECK(kv_heads > 0 && q.size(1) % kv_heads == 0, "q: got ", q.size(1), " heads, needs a multiple of the ",
+                  kv_heads, " key/value heads");
   check_16_bit("q", q);
   check_rows("q", q, q);
 }

@@ -36,7 +36,8 @@ inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
     return library ? reinterpret_cast<Function>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
   void* stream = nullptr;
-  STD_TORCH_CHECK(function && function(tensor.get_device_index(), &stream) == 0, "torch tells no current stream");
+  STD_TORCH_CHECK(function && function(tensor.get_device_index(), &stream) == 0,
+                  "could not get the current CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 #endif

@@ -13,8 +13,8 @@ namespace {
 }
 
 // Blocks follow each other from row 0 on, with 1 to 16 rows each, and know their rows; what they see is in bounds.
-void check_blocks(const char* field, const char* rows_field, const Block* blocks, int32_t count, const int32_t* block_of,
-                  int32_t rows, int32_t other_rows) {
+void check_blocks(const char* field, const char* rows_field, const Block* blocks, int32_t count,
+                  const int32_t* block_of, int32_t rows, int32_t other_rows) {
   int64_t row = 0;
   for (int32_t b = 0; b < count; ++b) {
     const Block& block = blocks[b];
@@ -46,8 +46,8 @@ struct Tiles {
   const Block* blocks;
   int32_t num_blocks;
 
-  // Whether rows [start, start + count) are whole tiles of what a block sees. Tiles have 16 rows at most, so as many rows
-  // as 16 times the tiles mean that all are full.
+  // Whether rows [start, start + count) are whole tiles of what a block sees. Tiles have 16 rows at most, so as many
+  // rows as 16 times the tiles mean that all are full.
   bool whole(const Block& block, int64_t start, int64_t count) const {
     if (start < block.other_start || count < 1 || start + count > int64_t{block.other_start} + block.other_count) {
       return false;
@@ -91,68 +91,78 @@ void check_rest(const char* field, const int32_t* words, int64_t used, int64_t r
 
 }  // namespace
 
-void check_plan(const std::array<const int32_t*, 14>& fields, const std::array<int64_t, 14>& rows) {
-  const int32_t* sizes = fields[0];
+void check_plan(const PlanArray<const int32_t*>& fields, const PlanArray<int64_t>& rows) {
+  const int32_t* sizes = fields[kSizes];
   // What each entry of sizes counts, and the fields that have as many rows.
   struct Count {
-    int32_t entry, field;
+    PlanSize entry;
+    PlanField field;
   };
-  for (const Count count : {Count{0, 1}, {1, 2}, {2, 3}, {3, 9}, {4, 5}, {5, 7}, {6, 11}}) {
+  for (const Count count : {Count{kNumQRows, kQRowBlock},
+                            {kNumKvRows, kKvRowBlock},
+                            {kNumQBlocks, kQBlocks},
+                            {kNumKvBlocks, kKvBlocks},
+                            {kNumFullRanges, kFullRanges},
+                            {kNumPartialTiles, kPartialKeys},
+                            {kNumFullTRanges, kFullTRanges}}) {
     if (sizes[count.entry] < 0 || sizes[count.entry] > rows[count.field]) {
       throw std::invalid_argument("sizes: got " + std::to_string(sizes[count.entry]) + " at " +
                                   std::to_string(count.entry) + ", needs 0 to " + std::to_string(rows[count.field]) +
                                   ", the rows of what it counts");
     }
   }
-  const int32_t query_rows = sizes[0], key_rows = sizes[1], partial = sizes[5];
-  const auto* q_blocks = reinterpret_cast<const Block*>(fields[3]);
-  const auto* kv_blocks = reinterpret_cast<const Block*>(fields[9]);
-  check_blocks("q_blocks", "q_row_block", q_blocks, sizes[2], fields[1], query_rows, key_rows);
-  check_blocks("kv_blocks", "kv_row_block", kv_blocks, sizes[3], fields[2], key_rows, query_rows);
-  check_offsets("full_offsets", fields[4], sizes[2], sizes[4]);
-  check_offsets("partial_offsets", fields[6], sizes[2], partial);
-  check_offsets("full_t_offsets", fields[10], sizes[3], sizes[6]);
-  check_offsets("partial_t_offsets", fields[12], sizes[3], partial);
+  const int32_t query_rows = sizes[kNumQRows], key_rows = sizes[kNumKvRows], partial = sizes[kNumPartialTiles];
+  const auto* q_blocks = reinterpret_cast<const Block*>(fields[kQBlocks]);
+  const auto* kv_blocks = reinterpret_cast<const Block*>(fields[kKvBlocks]);
+  check_blocks("q_blocks", "q_row_block", q_blocks, sizes[kNumQBlocks], fields[kQRowBlock], query_rows, key_rows);
+  check_blocks("kv_blocks", "kv_row_block", kv_blocks, sizes[kNumKvBlocks], fields[kKvRowBlock], key_rows, query_rows);
+  check_offsets("full_offsets", fields[kFullOffsets], sizes[kNumQBlocks], sizes[kNumFullRanges]);
+  check_offsets("partial_offsets", fields[kPartialOffsets], sizes[kNumQBlocks], partial);
+  check_offsets("full_t_offsets", fields[kFullTOffsets], sizes[kNumKvBlocks], sizes[kNumFullTRanges]);
+  check_offsets("partial_t_offsets", fields[kPartialTOffsets], sizes[kNumKvBlocks], partial);
 
-  check_rest("q_row_block", fields[1], query_rows, rows[1], -1);
-  check_rest("kv_row_block", fields[2], key_rows, rows[2], -1);
-  check_rest("q_blocks", fields[3], 4 * int64_t{sizes[2]}, 4 * rows[3], 0);
-  check_rest("full_offsets", fields[4], sizes[2] + 1, rows[4], sizes[4]);
-  check_rest("full_ranges", fields[5], 2 * int64_t{sizes[4]}, 2 * rows[5], 0);
-  check_rest("partial_offsets", fields[6], sizes[2] + 1, rows[6], partial);
-  check_rest("partial_keys", fields[7], partial, rows[7], 0);
-  check_rest("kv_blocks", fields[9], 4 * int64_t{sizes[3]}, 4 * rows[9], 0);
-  check_rest("full_t_offsets", fields[10], sizes[3] + 1, rows[10], sizes[6]);
-  check_rest("full_t_ranges", fields[11], 2 * int64_t{sizes[6]}, 2 * rows[11], 0);
-  check_rest("partial_t_offsets", fields[12], sizes[3] + 1, rows[12], partial);
-  check_rest("partial_t_tiles", fields[13], 2 * int64_t{partial}, 2 * rows[13], 0);
+  check_rest("q_row_block", fields[kQRowBlock], query_rows, rows[kQRowBlock], -1);
+  check_rest("kv_row_block", fields[kKvRowBlock], key_rows, rows[kKvRowBlock], -1);
+  check_rest("q_blocks", fields[kQBlocks], 4 * int64_t{sizes[kNumQBlocks]}, 4 * rows[kQBlocks], 0);
+  check_rest("full_offsets", fields[kFullOffsets], sizes[kNumQBlocks] + 1, rows[kFullOffsets], sizes[kNumFullRanges]);
+  check_rest("full_ranges", fields[kFullRanges], 2 * int64_t{sizes[kNumFullRanges]}, 2 * rows[kFullRanges], 0);
+  check_rest("partial_offsets", fields[kPartialOffsets], sizes[kNumQBlocks] + 1, rows[kPartialOffsets], partial);
+  check_rest("partial_keys", fields[kPartialKeys], partial, rows[kPartialKeys], 0);
+  check_rest("kv_blocks", fields[kKvBlocks], 4 * int64_t{sizes[kNumKvBlocks]}, 4 * rows[kKvBlocks], 0);
+  check_rest("full_t_offsets", fields[kFullTOffsets], sizes[kNumKvBlocks] + 1, rows[kFullTOffsets],
+             sizes[kNumFullTRanges]);
+  check_rest("full_t_ranges", fields[kFullTRanges], 2 * int64_t{sizes[kNumFullTRanges]}, 2 * rows[kFullTRanges], 0);
+  check_rest("partial_t_offsets", fields[kPartialTOffsets], sizes[kNumKvBlocks] + 1, rows[kPartialTOffsets], partial);
+  check_rest("partial_t_tiles", fields[kPartialTTiles], 2 * int64_t{partial}, 2 * rows[kPartialTTiles], 0);
 
-  const Tiles keys{kv_blocks, fields[2], q_blocks, sizes[2]}, queries{q_blocks, fields[1], kv_blocks, sizes[3]};
+  const Tiles keys{kv_blocks, fields[kKvRowBlock], q_blocks, sizes[kNumQBlocks]},
+      queries{q_blocks, fields[kQRowBlock], kv_blocks, sizes[kNumKvBlocks]};
   keys.check_sequences("q_blocks");
   queries.check_sequences("kv_blocks");
-  keys.check_ranges("full_ranges", fields[4], reinterpret_cast<const Interval*>(fields[5]));
-  for (int32_t b = 0; b < sizes[2]; ++b) {
+  keys.check_ranges("full_ranges", fields[kFullOffsets], reinterpret_cast<const Interval*>(fields[kFullRanges]));
+  for (int32_t b = 0; b < sizes[kNumQBlocks]; ++b) {
     const Block& block = q_blocks[b];
-    for (int32_t i = fields[6][b]; i < fields[6][b + 1]; ++i) {
-      const int32_t key = fields[7][i];
+    for (int32_t i = fields[kPartialOffsets][b]; i < fields[kPartialOffsets][b + 1]; ++i) {
+      const int32_t key = fields[kPartialKeys][i];
       const bool seen = key >= block.other_start && key < block.other_start + block.other_count;
-      if (!seen || kv_blocks[fields[2][key]].start != key) fail("partial_keys", i, "the first key of a tile");
+      if (!seen || kv_blocks[fields[kKvRowBlock][key]].start != key) fail("partial_keys", i, "the first key of a tile");
     }
   }
   // Rows that see a key of a tile may be those of a block that is not full, so only where they begin has to fit.
-  const auto* ranges = reinterpret_cast<const Interval*>(fields[11]);
-  const auto* tiles = reinterpret_cast<const TransposedTile*>(fields[13]);
-  for (int32_t b = 0; b < sizes[3]; ++b) {
+  const auto* ranges = reinterpret_cast<const Interval*>(fields[kFullTRanges]);
+  const auto* tiles = reinterpret_cast<const TransposedTile*>(fields[kPartialTTiles]);
+  for (int32_t b = 0; b < sizes[kNumKvBlocks]; ++b) {
     const Block& block = kv_blocks[b];
     const int64_t end = int64_t{block.other_start} + block.other_count;
-    for (int32_t r = fields[10][b]; r < fields[10][b + 1]; ++r) {
-      const bool inside = ranges[r].start >= block.other_start && ranges[r].start < ranges[r].end && ranges[r].end <= end;
-      if (!inside || q_blocks[fields[1][ranges[r].start]].start != ranges[r].start) {
+    for (int32_t r = fields[kFullTOffsets][b]; r < fields[kFullTOffsets][b + 1]; ++r) {
+      const bool inside =
+          ranges[r].start >= block.other_start && ranges[r].start < ranges[r].end && ranges[r].end <= end;
+      if (!inside || q_blocks[fields[kQRowBlock][ranges[r].start]].start != ranges[r].start) {
         fail("full_t_ranges", r, "rows of the tile's sequence, from the first one of a block");
       }
     }
-    for (int32_t i = fields[12][b]; i < fields[12][b + 1]; ++i) {
-      if (tiles[i].block < 0 || tiles[i].block >= sizes[2] || tiles[i].tile < 0 || tiles[i].tile >= partial) {
+    for (int32_t i = fields[kPartialTOffsets][b]; i < fields[kPartialTOffsets][b + 1]; ++i) {
+      if (tiles[i].block < 0 || tiles[i].block >= sizes[kNumQBlocks] || tiles[i].tile < 0 || tiles[i].tile >= partial) {
         fail("partial_t_tiles", i, "a block of rows and an index into partial_keys");
       }
     }

@@ -12,6 +12,7 @@
 #include "tile_lists.h"
 
 namespace py = pybind11;
+using namespace refrag;
 using namespace refrag::planner;
 
 namespace {
@@ -20,47 +21,68 @@ const int32_t* at(uintptr_t address) { return reinterpret_cast<const int32_t*>(a
 
 Problem make_problem(uintptr_t chunk_offsets, int32_t num_chunks, uintptr_t sequence_chunks, int32_t num_sequences,
                      int32_t kind, uintptr_t passages, uintptr_t indptr, uintptr_t indices, int64_t num_indices) {
-  Problem problem{at(chunk_offsets), num_chunks,   at(sequence_chunks), num_sequences, static_cast<MaskKind>(kind),
-                  at(passages),      at(indptr),   at(indices),         nullptr,       -1,
+  Problem problem{at(chunk_offsets),
+                  num_chunks,
+                  at(sequence_chunks),
+                  num_sequences,
+                  static_cast<MaskKind>(kind),
+                  at(passages),
+                  at(indptr),
+                  at(indices),
+                  nullptr,
+                  -1,
                   -1};
   if (problem.kind == MaskKind::csr) check_csr(problem, num_indices);
   return problem;
 }
 
-// The fields in the order of AttentionPlan, each as bytes; `counts` are in its rows.
+using Sizes = std::array<int32_t, kNumPlanSizes>;
+
+// A field as bytes; `count` is in its rows.
 struct Section {
   const void* data;
   size_t count;
   size_t words;  // int32 words per row
 };
 
-std::array<Section, 14> sections(const Plan& plan, const std::array<int32_t, 8>& sizes,
-                                 const std::vector<int32_t>& q_row_block, const std::vector<int32_t>& kv_row_block) {
-  return {{{sizes.data(), sizes.size(), 1},
-           {q_row_block.data(), q_row_block.size(), 1},
-           {kv_row_block.data(), kv_row_block.size(), 1},
-           {plan.q_blocks.data(), plan.q_blocks.size(), 4},
-           {plan.full_offsets.data(), plan.full_offsets.size(), 1},
-           {plan.full_ranges.data(), plan.full_ranges.size(), 2},
-           {plan.partial_offsets.data(), plan.partial_offsets.size(), 1},
-           {plan.partial_keys.data(), plan.partial_keys.size(), 1},
-           {plan.partial_bits.data(), plan.partial_bits.size(), kTile / 2},
-           {plan.kv_blocks.data(), plan.kv_blocks.size(), 4},
-           {plan.full_t_offsets.data(), plan.full_t_offsets.size(), 1},
-           {plan.full_t_ranges.data(), plan.full_t_ranges.size(), 2},
-           {plan.partial_t_offsets.data(), plan.partial_t_offsets.size(), 1},
-           {plan.partial_t_tiles.data(), plan.partial_t_tiles.size(), 2}}};
+template <class T>
+Section section_of(const T& values) {
+  using Row = typename T::value_type;
+  static_assert(sizeof(Row) % sizeof(int32_t) == 0);
+  return {values.data(), values.size(), sizeof(Row) / sizeof(int32_t)};
 }
 
-std::array<int32_t, 8> sizes_of(const Plan& plan) {
-  return {plan.query_rows,
-          plan.key_rows,
-          static_cast<int32_t>(plan.q_blocks.size()),
-          static_cast<int32_t>(plan.kv_blocks.size()),
-          static_cast<int32_t>(plan.full_ranges.size()),
-          static_cast<int32_t>(plan.partial_keys.size()),
-          static_cast<int32_t>(plan.full_t_ranges.size()),
-          plan.num_sequences};
+PlanArray<Section> sections(const Plan& plan, const Sizes& sizes, const std::vector<int32_t>& q_row_block,
+                            const std::vector<int32_t>& kv_row_block) {
+  PlanArray<Section> all;
+  all[kSizes] = section_of(sizes);
+  all[kQRowBlock] = section_of(q_row_block);
+  all[kKvRowBlock] = section_of(kv_row_block);
+  all[kQBlocks] = section_of(plan.q_blocks);
+  all[kFullOffsets] = section_of(plan.full_offsets);
+  all[kFullRanges] = section_of(plan.full_ranges);
+  all[kPartialOffsets] = section_of(plan.partial_offsets);
+  all[kPartialKeys] = section_of(plan.partial_keys);
+  all[kPartialBits] = section_of(plan.partial_bits);
+  all[kKvBlocks] = section_of(plan.kv_blocks);
+  all[kFullTOffsets] = section_of(plan.full_t_offsets);
+  all[kFullTRanges] = section_of(plan.full_t_ranges);
+  all[kPartialTOffsets] = section_of(plan.partial_t_offsets);
+  all[kPartialTTiles] = section_of(plan.partial_t_tiles);
+  return all;
+}
+
+Sizes sizes_of(const Plan& plan) {
+  Sizes sizes;
+  sizes[kNumQRows] = plan.query_rows;
+  sizes[kNumKvRows] = plan.key_rows;
+  sizes[kNumQBlocks] = static_cast<int32_t>(plan.q_blocks.size());
+  sizes[kNumKvBlocks] = static_cast<int32_t>(plan.kv_blocks.size());
+  sizes[kNumFullRanges] = static_cast<int32_t>(plan.full_ranges.size());
+  sizes[kNumPartialTiles] = static_cast<int32_t>(plan.partial_keys.size());
+  sizes[kNumFullTRanges] = static_cast<int32_t>(plan.full_t_ranges.size());
+  sizes[kNumSequences] = plan.num_sequences;
+  return sizes;
 }
 
 std::vector<int32_t> block_of_row(const std::vector<Block>& blocks) {
@@ -71,40 +93,49 @@ std::vector<int32_t> block_of_row(const std::vector<Block>& blocks) {
 
 // Writes each section to word offsets[i] of the buffer, which has room for rows[i] of its rows. What is left over is
 // filled so that kernels skip it: offsets repeat their last value, rows belong to no block, the rest is 0.
-void write_plan(const Plan& plan, uintptr_t buffer, const std::array<int64_t, 14>& offsets,
-                const std::array<int64_t, 14>& rows) {
+void write_plan(const Plan& plan, uintptr_t buffer, const PlanArray<int64_t>& offsets, const PlanArray<int64_t>& rows) {
   const auto sizes = sizes_of(plan);
   const auto q_row_block = block_of_row(plan.q_blocks), kv_row_block = block_of_row(plan.kv_blocks);
   const auto all = sections(plan, sizes, q_row_block, kv_row_block);
   int32_t* words = reinterpret_cast<int32_t*>(buffer);
-  for (size_t i = 0; i < all.size(); ++i) {
-    const Section& section = all[i];
-    if (static_cast<int64_t>(section.count) > rows[i]) throw std::invalid_argument("plan buffer is too small");
-    int32_t* out = words + offsets[i];
-    const size_t used = section.count * section.words, room = rows[i] * section.words;
+  for (size_t field = 0; field < all.size(); ++field) {
+    const Section& section = all[field];
+    if (static_cast<int64_t>(section.count) > rows[field]) throw std::invalid_argument("plan buffer is too small");
+    int32_t* out = words + offsets[field];
+    const size_t used = section.count * section.words, room = rows[field] * section.words;
     if (used) std::memcpy(out, section.data, used * sizeof(int32_t));
     int32_t fill = 0;
-    if (i == 1 || i == 2) fill = -1;
-    if (i == 4 || i == 6 || i == 10 || i == 12) fill = out[used - 1];
+    if (field == kQRowBlock || field == kKvRowBlock) fill = -1;
+    const bool offset =
+        field == kFullOffsets || field == kPartialOffsets || field == kFullTOffsets || field == kPartialTOffsets;
+    if (offset) fill = out[used - 1];
     for (size_t word = used; word < room; ++word) out[word] = fill;
   }
 }
 
-// Returns one side of the plan whose fields lie at `fields`, in the order of AttentionPlan.
-Side side_of(const std::array<uintptr_t, 14>& fields, bool keys) {
-  const int32_t* sizes = at(fields[0]);
-  const auto* q_blocks = reinterpret_cast<const Block*>(fields[3]);
+// Returns one side of the plan whose fields are at these addresses.
+Side side_of(const PlanArray<uintptr_t>& fields, bool keys) {
+  const int32_t* sizes = at(fields[kSizes]);
+  const auto* q_blocks = reinterpret_cast<const Block*>(fields[kQBlocks]);
   if (!keys) {
-    Side side{q_blocks, sizes[2], at(fields[4]), reinterpret_cast<const Interval*>(fields[5]), at(fields[6]), {}};
-    side.partial_tiles.reserve(sizes[5]);
-    for (int32_t tile = 0; tile < sizes[5]; ++tile) side.partial_tiles.push_back({at(fields[7])[tile], tile});
+    Side side{q_blocks,
+              sizes[kNumQBlocks],
+              at(fields[kFullOffsets]),
+              reinterpret_cast<const Interval*>(fields[kFullRanges]),
+              at(fields[kPartialOffsets]),
+              {}};
+    side.partial_tiles.reserve(sizes[kNumPartialTiles]);
+    for (int32_t tile = 0; tile < sizes[kNumPartialTiles]; ++tile)
+      side.partial_tiles.push_back({at(fields[kPartialKeys])[tile], tile});
     return side;
   }
-  Side side{reinterpret_cast<const Block*>(fields[9]), sizes[3], at(fields[10]),
-            reinterpret_cast<const Interval*>(fields[11]), at(fields[12]), {}};
-  const auto* tiles = reinterpret_cast<const TransposedTile*>(fields[13]);
-  side.partial_tiles.reserve(sizes[5]);
-  for (int32_t i = 0; i < sizes[5]; ++i) side.partial_tiles.push_back({q_blocks[tiles[i].block].start, tiles[i].tile});
+  Side side{
+      reinterpret_cast<const Block*>(fields[kKvBlocks]),       sizes[kNumKvBlocks],          at(fields[kFullTOffsets]),
+      reinterpret_cast<const Interval*>(fields[kFullTRanges]), at(fields[kPartialTOffsets]), {}};
+  const auto* tiles = reinterpret_cast<const TransposedTile*>(fields[kPartialTTiles]);
+  side.partial_tiles.reserve(sizes[kNumPartialTiles]);
+  for (int32_t i = 0; i < sizes[kNumPartialTiles]; ++i)
+    side.partial_tiles.push_back({q_blocks[tiles[i].block].start, tiles[i].tile});
   return side;
 }
 
@@ -114,16 +145,18 @@ std::array<int64_t, 4> rows_of(const TileLists& lists) {
           static_cast<int64_t>(lists.entries.size() / (2 + lists.group)), static_cast<int64_t>(lists.slots.size())};
 }
 
-// Writes units, ranges, entries and slots to these words of the buffer, with room for `rows`. Units beyond the last one have
-// nothing to do, for groups beyond the last one; slots beyond the last one are of none, -1. With room for fewer tensors
-// only the first ones are written.
+// Writes units, ranges, entries and slots to these words of the buffer, with room for `rows`. Units beyond the last one
+// have nothing to do, for groups beyond the last one; slots beyond the last one are of none, -1. With room for fewer
+// tensors only the first ones are written.
 void write_lists(const TileLists& lists, uintptr_t buffer, const std::vector<int64_t>& offsets,
                  const std::vector<int64_t>& rows) {
   static_assert(sizeof(Unit) == 5 * sizeof(int32_t));
   const auto used = rows_of(lists);
   const std::array<int64_t, 4> widths{5, 2, 2 + lists.group, 1};
-  const std::array<const void*, 4> data{lists.units.data(), lists.ranges.data(), lists.entries.data(), lists.slots.data()};
-  if (offsets.size() != rows.size() || rows.size() > used.size()) throw std::invalid_argument("tile list buffer is of no list");
+  const std::array<const void*, 4> data{lists.units.data(), lists.ranges.data(), lists.entries.data(),
+                                        lists.slots.data()};
+  if (offsets.size() != rows.size() || rows.size() > used.size())
+    throw std::invalid_argument("tile list buffer is of no list");
   for (size_t i = 0; i < rows.size(); ++i) {
     if (used[i] > rows[i]) throw std::invalid_argument("tile list buffer is too small");
     int32_t* out = reinterpret_cast<int32_t*>(buffer) + offsets[i];
@@ -154,13 +187,13 @@ PYBIND11_MODULE(_planner, m) {
     problem.right = right;
     return make_plan(problem);
   });
-  m.def("check_plan", [](const std::array<uintptr_t, 14>& addresses, const std::array<int64_t, 14>& rows) {
-    std::array<const int32_t*, 14> fields;
+  m.def("check_plan", [](const PlanArray<uintptr_t>& addresses, const PlanArray<int64_t>& rows) {
+    PlanArray<const int32_t*> fields;
     std::transform(addresses.begin(), addresses.end(), fields.begin(), at);
     check_plan(fields, rows);
   });
   py::class_<TileLists>(m, "TileLists").def("rows", &rows_of).def("write", &write_lists);
-  m.def("tile_lists", [](const std::array<uintptr_t, 14>& fields, bool keys, int32_t group, bool split) {
+  m.def("tile_lists", [](const PlanArray<uintptr_t>& fields, bool keys, int32_t group, bool split) {
     py::gil_scoped_release release;
     return make_tile_lists(side_of(fields, keys), group, split);
   });

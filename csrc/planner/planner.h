@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "plan_fields.h"
+
 namespace refrag::planner {
 
 // Rows in a query block and keys in a tile: the granularity at which every backend can follow chunk boundaries (the
@@ -72,9 +74,13 @@ struct Plan {
 
 Plan make_plan(const Problem& problem);
 
+// A value for each field of a plan, by PlanField.
+template <class T>
+using PlanArray = std::array<T, kNumPlanFields>;
+
 // Throws std::invalid_argument, which names the field, unless the fields of a plan with so many rows stay within each
-// other's bounds. They are in the order of AttentionPlan.
-void check_plan(const std::array<const int32_t*, 14>& fields, const std::array<int64_t, 14>& rows);
+// other's bounds.
+void check_plan(const PlanArray<const int32_t*>& fields, const PlanArray<int64_t>& rows);
 
 // Fills the transposed fields (kv_blocks and *_t_*) from the others.
 void transpose(const Problem& problem, Plan& plan);

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from refrag_kernels.plan_fields import PlanField
 from refrag_kernels.reference.mask import pairs_of_plan
 
 
@@ -75,7 +76,14 @@ def mixed_attention(
     """See ``refrag_kernels.mixed_attention``; returns (out, lse)."""
     dtype, result_dtype = _compute_dtype(q), q.dtype
     allowed = pairs_of_plan(plan)
-    q, k, v = (_in_batch(t, rows, dtype) for t, rows in ((q, plan[1]), (k, plan[2]), (v, plan[2])))
+    q, k, v = (
+        _in_batch(t, rows, dtype)
+        for t, rows in (
+            (q, plan[PlanField.Q_ROW_BLOCK]),
+            (k, plan[PlanField.KV_ROW_BLOCK]),
+            (v, plan[PlanField.KV_ROW_BLOCK]),
+        )
+    )
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
     for head, group in _groups(q, k):
@@ -110,10 +118,10 @@ def mixed_attention_backward(
     dtype, result_dtype = _compute_dtype(q), q.dtype
     allowed = pairs_of_plan(plan)
     delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1) - grad_lse.to(dtype)
-    delta = delta.masked_fill(plan[1][:, None] < 0, 0)
-    q, k, v, grad_out = (
-        _in_batch(t, rows, dtype) for t, rows in ((q, plan[1]), (k, plan[2]), (v, plan[2]), (grad_out, plan[1]))
-    )
+    q_row_block, kv_row_block = plan[PlanField.Q_ROW_BLOCK], plan[PlanField.KV_ROW_BLOCK]
+    delta = delta.masked_fill(q_row_block[:, None] < 0, 0)
+    q, grad_out = (_in_batch(t, q_row_block, dtype) for t in (q, grad_out))
+    k, v = (_in_batch(t, kv_row_block, dtype) for t in (k, v))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     for head, group in _groups(q, k):
         scores, slope = _scores(q[:, group], k[:, head], allowed, scale, softcap)

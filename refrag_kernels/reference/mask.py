@@ -8,6 +8,7 @@ import torch
 
 from refrag_kernels.layout import ChunkLayout
 from refrag_kernels.mask import ChunkMask, MaskKind
+from refrag_kernels.plan_fields import PlanField
 
 
 def chunk_pairs(layout: ChunkLayout, mask: ChunkMask) -> torch.Tensor:
@@ -72,10 +73,9 @@ def allowed_pairs(
 
 def pairs_of_plan(plan: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the bool matrix [T_q, T_kv] that a plan's tensors stand for, without waiting for the device."""
-    sizes, q_row_block, kv_row_block, q_blocks, full_offsets, full_ranges, partial_offsets, partial_keys, bits, *_ = (
-        plan
-    )
-    device, num_blocks, num_keys = sizes.device, q_blocks.shape[0], kv_row_block.shape[0]
+    q_row_block, q_blocks = plan[PlanField.Q_ROW_BLOCK], plan[PlanField.Q_BLOCKS]
+    full_ranges, partial_keys = plan[PlanField.FULL_RANGES], plan[PlanField.PARTIAL_KEYS]
+    device, num_blocks, num_keys = q_blocks.device, q_blocks.shape[0], plan[PlanField.KV_ROW_BLOCK].shape[0]
 
     def block_of(offsets: torch.Tensor, entries: int) -> torch.Tensor:
         # Entries beyond the last offset belong to no block: they go to an extra row that is cut off below.
@@ -83,7 +83,7 @@ def pairs_of_plan(plan: Sequence[torch.Tensor]) -> torch.Tensor:
 
     # A full range adds 1 at its start and takes it away at its end; the running sum marks its keys.
     steps = torch.zeros(num_blocks + 1, num_keys + 1, dtype=torch.int32, device=device)
-    range_block = block_of(full_offsets, full_ranges.shape[0])
+    range_block = block_of(plan[PlanField.FULL_OFFSETS], full_ranges.shape[0])
     one = torch.ones_like(range_block, dtype=torch.int32)
     steps.index_put_((range_block, full_ranges[:, 0].long()), one, accumulate=True)
     steps.index_put_((range_block, full_ranges[:, 1].long()), -one, accumulate=True)
@@ -96,9 +96,9 @@ def pairs_of_plan(plan: Sequence[torch.Tensor]) -> torch.Tensor:
     row_in_block = (torch.arange(q_row_block.shape[0], device=device) - q_blocks[row_block, 0]).clamp(max=15)
     allowed = full[row_block]
 
-    tile_block = block_of(partial_offsets, partial_keys.shape[0])
+    tile_block = block_of(plan[PlanField.PARTIAL_OFFSETS], partial_keys.shape[0])
     shifts = torch.arange(32, device=device, dtype=torch.int32)
-    tile_bits = ((bits[:, :, None] >> shifts) & 1).bool().view(-1, 16, 16)  # [P, row, key]
+    tile_bits = ((plan[PlanField.PARTIAL_BITS][:, :, None] >> shifts) & 1).bool().view(-1, 16, 16)  # [P, row, key]
     # Bits of keys beyond the last row are 0 and go to columns that are cut off.
     columns = partial_keys.long()[:, None] + torch.arange(16, device=device)
     partial = torch.zeros(num_blocks + 1, 16, num_keys + 16, dtype=torch.int32, device=device)

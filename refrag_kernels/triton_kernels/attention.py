@@ -33,9 +33,9 @@ class Tiles(NamedTuple):
 
     heads: int  # of a tile, that share a key/value head
     blocks: int  # of a tile, of 16 rows each
-    step: int  # keys that are taken at a time
-    warps: int
-    stages: int
+    block_n: int  # keys per iteration
+    num_warps: int
+    num_stages: int
 
 
 def tiles_of(
@@ -50,18 +50,18 @@ def tiles_of(
     heads = min(8, launch.power_of_2(group))
     if 4 * group <= 3 * heads:
         heads = group & -group  # the largest power of 2 that divides it
-    if _few_keys(plan):
-        config = configs.few_keys(heads, target, width, element_size, softcap)
-        return Tiles(config.rows // 16, 1, config.step, config.warps, config.stages)
+    if _short_kv(plan):
+        config = configs.short_kv(heads, target, width, element_size, softcap)
+        return Tiles(config.block_m // 16, 1, config.block_n, config.num_warps, config.num_stages)
     config = configs.attention(kernel, target, width, element_size, softcap)
-    blocks = 4 if heads <= 2 and config.rows >= 64 else 1
-    heads = max(1, min(heads, config.rows // (16 * blocks)))
+    blocks = 4 if heads <= 2 and config.block_m >= 64 else 1
+    heads = max(1, min(heads, config.block_m // (16 * blocks)))
     # A tile that is smaller than the configuration allows needs fewer warps; four share a matrix unit's work evenly.
-    warps = min(config.warps, max(4, config.warps * heads * blocks * 16 // config.rows))
-    return Tiles(heads, blocks, config.step, warps, config.stages)
+    num_warps = min(config.num_warps, max(4, config.num_warps * heads * blocks * 16 // config.block_m))
+    return Tiles(heads, blocks, config.block_n, num_warps, config.num_stages)
 
 
-def _few_keys(plan: Sequence[torch.Tensor]) -> bool:
+def _short_kv(plan: Sequence[torch.Tensor]) -> bool:
     """Whether blocks of 16 rows see fewer than 64 keys on average, as in the encoder, whose chunks see themselves.
 
     Four blocks that share a tile would then share few of them, and 64 keys are what other tiles take at a time. Chunks
@@ -70,7 +70,7 @@ def _few_keys(plan: Sequence[torch.Tensor]) -> bool:
     Told from the sizes of lists, so nothing is read from the device. Lists are never shorter than 2, so plans of a few
     blocks don't tell; and under a capacity they are as long as any batch needs.
     """
-    blocks = plan[3].shape[0]
+    blocks = plan[PlanField.Q_BLOCKS].shape[0]
     _, ranges, entries = _list(plan, TileList(False, 1))
     return blocks >= 8 and ranges.shape[0] <= 2 and entries.shape[0] < 4 * blocks
 
@@ -86,14 +86,14 @@ def _query_tiles(kernel, q, k, v, plan: Sequence[torch.Tensor], softcap: float):
         GROUP=group,
         HEADS=tiles.heads,
         BLOCKS=tiles.blocks,
-        STEP=tiles.step,
+        STEP=tiles.block_n,
         D=q.shape[2],
         BD=width,
-        WIDE=launch.wide(tiles.step, k.stride(0), v.stride(0)),
+        WIDE=launch.wide(tiles.block_n, k.stride(0), v.stride(0)),
         PRECISION=launch.precision(q.dtype, target),
     )
-    options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
-    walk = (plan[0], plan[3], plan[8], units, ranges, entries)
+    options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    walk = (plan[PlanField.SIZES], plan[PlanField.Q_BLOCKS], plan[PlanField.PARTIAL_BITS], units, ranges, entries)
     return grid, walk, grid_order.order_of(k).columns(grid[1], k.shape[1]), constants, options
 
 
@@ -115,7 +115,7 @@ def mixed_attention(
     with launch.on(q.device):
         mixed_attention_fwd_kernel[grid](
             q, k, v, out, lse, lse if sinks is None else sinks.contiguous(), *walk, scale, softcap, q.shape[0],
-            plan[3].shape[0], *order, *_strides(q, k, v, out), **constants, SINKS=sinks is not None,
+            plan[PlanField.Q_BLOCKS].shape[0], *order, *_strides(q, k, v, out), **constants, SINKS=sinks is not None,
             SOFTCAP=softcap > 0, FUSED=scale > 0 and not softcap, **options,
         )  # fmt: skip
     return out, lse
@@ -143,12 +143,12 @@ def mixed_attention_backward(
     if not q.numel():
         dsinks = lse.new_zeros(0) if sinks is None else torch.zeros_like(sinks)
         return dq, dk.zero_(), dv.zero_(), dsinks
-    delta, dsinks = _delta(grad_out, grad_lse.contiguous(), out, lse.contiguous(), plan[0], sinks)
+    delta, dsinks = _delta(grad_out, grad_lse.contiguous(), out, lse.contiguous(), plan[PlanField.SIZES], sinks)
     inputs = (q, k, v, grad_out, lse.contiguous(), delta)
     with launch.on(q.device):
         grid, walk, order, constants, options = _query_tiles("dq", q, k, v, plan, softcap)
         mixed_attention_bwd_dq_kernel[grid](
-            *inputs, dq, *walk, scale, softcap, q.shape[0], plan[3].shape[0], *order,
+            *inputs, dq, *walk, scale, softcap, q.shape[0], plan[PlanField.Q_BLOCKS].shape[0], *order,
             *_strides(q, k, v, grad_out, dq), **constants, SOFTCAP=softcap > 0, **options,
         )  # fmt: skip
         if k.shape[0]:
@@ -174,7 +174,8 @@ def _key_gradients(inputs, dk, dv, plan, scale, softcap) -> None:
     target, width, columns = launch.architecture(q.device), launch.width(q.shape[2]), q.shape[2]
     config = configs.attention("dkv", target, width, q.element_size(), softcap > 0)
     units, ranges, entries, slots = _list(plan, TileList(True, 4))
-    parts, kv_heads, num_slots = 64 // config.rows, k.shape[1], slots.shape[0]
+    kv_blocks = plan[PlanField.KV_BLOCKS]
+    parts, kv_heads, num_slots = 64 // config.block_m, k.shape[1], slots.shape[0]
     sums = lse  # not written: no unit has a slot
     programs = (units.shape[0] - 1) * parts
     # Units are alike in work, and share so much of what they read that heads need no sections. An axis of the grid but
@@ -184,15 +185,16 @@ def _key_gradients(inputs, dk, dv, plan, scale, softcap) -> None:
     if split:
         sums = torch.empty(2, num_slots, kv_heads, 64, columns, dtype=torch.float32, device=q.device)
     mixed_attention_bwd_dkv_kernel[(kv_heads, programs) if heads_first else (programs, kv_heads)](
-        *inputs, dk, dv, sums, plan[0], plan[9], plan[8], units, ranges, entries, scale, softcap, k.shape[0],
-        plan[9].shape[0], num_slots, *_strides(q, k, v, grad_out, dk), GROUP=q.shape[1] // kv_heads, KEYS=config.rows,
-        STEP=config.step, D=columns, BD=width,
-        WIDE=launch.wide(config.step, q.stride(0), grad_out.stride(0)), SOFTCAP=softcap > 0,
+        *inputs, dk, dv, sums, plan[PlanField.SIZES], kv_blocks, plan[PlanField.PARTIAL_BITS], units, ranges, entries,
+        scale, softcap, k.shape[0], kv_blocks.shape[0], num_slots, *_strides(q, k, v, grad_out, dk),
+        GROUP=q.shape[1] // kv_heads, KEYS=config.block_m,
+        STEP=config.block_n, D=columns, BD=width,
+        WIDE=launch.wide(config.block_n, q.stride(0), grad_out.stride(0)), SOFTCAP=softcap > 0,
         PRECISION=launch.precision(q.dtype, target), TILES=int(heads_first),
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if split:
         mixed_attention_bwd_sum_kernel[(num_slots, kv_heads, 64 // _SUM_ROWS)](
-            sums, slots, plan[9], dk, dv, num_slots, plan[9].shape[0], *dk.stride()[:2], ROWS=_SUM_ROWS, D=columns,
+            sums, slots, kv_blocks, dk, dv, num_slots, kv_blocks.shape[0], *dk.stride()[:2], ROWS=_SUM_ROWS, D=columns,
             BD=width,
         )  # fmt: skip

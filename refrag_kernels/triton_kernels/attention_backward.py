@@ -7,6 +7,7 @@ every run.
 import triton
 import triton.language as tl
 
+from refrag_kernels.triton_kernels.nonfinite import all_finite, repair_keys, repair_rows
 from refrag_kernels.triton_kernels.tiles import (
     LOG2E,
     block_rows,
@@ -150,6 +151,7 @@ def mixed_attention_bwd_dq_kernel(
     b_lse = tl.load(p_lse + rows * heads + head, mask=m_rows, other=0.0) * LOG2E
     b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)
     b_delta = tl.load(p_delta + rows * heads + head, mask=m_rows, other=0.0)
+    p_keys, p_values, p_all_units = p_k, p_v, p_units  # as they were, for repair_rows
     p_k += kv_head.to(tl.int64) * stride_kh
     p_v += kv_head.to(tl.int64) * stride_vh
 
@@ -170,12 +172,20 @@ def mixed_attention_bwd_dq_kernel(
         b_v = load_rows(p_v, o_key, m_key, o_d, stride_vt, D)
         seen = visible & m_key[None, :]
         b_dq = _dq_step(b_q, b_do, b_lse, b_delta, b_dq, b_k, b_v, seen, scale, softcap, SOFTCAP, PRECISION, True)
+    finite = all_finite(b_dq)
     p_rows = p_dq + rows[:, None] * stride_dt + head[:, None] * stride_dh + o_d[None, :]
     tl.store(p_rows, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_tile)
 
     ROWS: tl.constexpr = BLOCKS * 16
     first = tl.load(p_sizes) + tile * ROWS
     fill_rows(p_dq, first, q_rows, tl.num_programs(0) * ROWS, o_m, head, m_head, o_d, stride_dt, stride_dh, HEADS, D)
+    if not finite:
+        tl.debug_barrier()  # dq is written before it is written again
+        repair_rows(
+            p_q, p_keys, p_values, p_grad_out, p_lse, p_delta, p_dq, p_blocks, p_bits, p_all_units, p_ranges, p_entries,
+            scale, softcap, num_blocks, section, ahead, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt,
+            stride_vh, stride_gt, stride_gh, stride_dt, stride_dh, True, GROUP, HEADS, BLOCKS, D, BD, WIDE, SOFTCAP,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -248,6 +258,7 @@ def mixed_attention_bwd_dkv_kernel(
     PARTS: tl.constexpr = 64 // KEYS
     # Under a causal mask the first tiles are seen by the most rows: they start first, as they are numbered.
     unit = tl.program_id(TILES) // PARTS
+    p_all_units = p_units  # as they were, for repair_keys
     p_units += unit * 5
     tile = tl.load(p_units + 3)
     kv_head = tl.program_id(1 - TILES).to(tl.int64)
@@ -295,6 +306,7 @@ def mixed_attention_bwd_dkv_kernel(
         entry += 1
         head += (entry == last_entry).to(tl.int64)
         entry = tl.where(entry == last_entry, first_entry, entry)
+    finite = all_finite(b_dk + b_dv)
     b_dk *= scale
     slot = tl.load(p_units + 4)
     if slot >= 0:
@@ -313,6 +325,13 @@ def mixed_attention_bwd_dkv_kernel(
     o_head = tl.zeros([KEYS], tl.int64) + kv_head
     fill_rows(p_dk, first, kv_rows, stride, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)
     fill_rows(p_dv, first, kv_rows, stride, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)
+    if not finite:
+        tl.debug_barrier()  # dk and dv are written before they are written again
+        repair_keys(
+            p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_dk, p_dv, p_sums, p_blocks, p_bits, p_all_units, p_ranges,
+            p_entries, scale, softcap, num_blocks, slots, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt,
+            stride_vh, stride_gt, stride_gh, stride_dt, stride_dh, GROUP, KEYS, D, BD, WIDE, SOFTCAP, TILES,
+        )  # fmt: skip
 
 
 @triton.jit

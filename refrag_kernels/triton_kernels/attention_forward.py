@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from refrag_kernels.triton_kernels.nonfinite import all_finite, repair_rows
 from refrag_kernels.triton_kernels.tiles import (
     LN2,
     LOG2E,
@@ -108,6 +109,7 @@ def mixed_attention_fwd_kernel(
     m_rows = m_rows & m_head
     p_rows = rows.to(tl.int64)[:, None] * stride_qt + head.to(tl.int64)[:, None] * stride_qh + o_d[None, :]
     b_q = tl.load(p_q + p_rows, mask=m_rows[:, None] & (o_d[None, :] < D), other=0.0)  # [BM, BD]
+    p_keys, p_values, p_all_units = p_k, p_v, p_units  # as they were, for repair_rows
     p_k += kv_head.to(tl.int64) * stride_kh
     p_v += kv_head.to(tl.int64) * stride_vh
 
@@ -137,6 +139,7 @@ def mixed_attention_fwd_kernel(
 
     if FUSED:
         b_max *= scale * LOG2E
+    finite = all_finite(b_acc)
     if SINKS:
         b_sink = tl.load(p_sinks + head, mask=m_head, other=float("-inf")) * LOG2E
         new_max = tl.maximum(b_max, b_sink)
@@ -162,3 +165,10 @@ def mixed_attention_fwd_kernel(
         o_fill = start + o_m // HEADS
         empty = tl.full([BLOCKS * 16 * HEADS], float("-inf"), tl.float32)
         tl.store(p_lse + o_fill.to(tl.int64) * heads + head, empty, mask=(o_fill < q_rows) & m_head)
+    if not finite:
+        tl.debug_barrier()  # out and lse are written before they are read and written again
+        repair_rows(
+            p_q, p_keys, p_values, p_q, p_lse, p_lse, p_out, p_blocks, p_bits, p_all_units, p_ranges, p_entries, scale,
+            softcap, num_blocks, section, ahead, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+            stride_qt, stride_qh, stride_ot, stride_oh, False, GROUP, HEADS, BLOCKS, D, BD, WIDE, SOFTCAP,
+        )  # fmt: skip

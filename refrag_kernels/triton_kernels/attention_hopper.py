@@ -10,6 +10,7 @@ import triton
 
 from refrag_kernels import extension
 from refrag_kernels.plan import AttentionPlan
+from refrag_kernels.plan_fields import PlanField, PlanSize
 from refrag_kernels.triton_kernels import launch
 
 WIDTH = 128  # of a head
@@ -27,8 +28,8 @@ class Config(NamedTuple):
     as fill it.
     """
 
-    step: int = 128  # keys that are taken at a time: 64 or 128
-    stages: int = 2  # steps of keys, and as many of values, in shared memory
+    block_n: int = 128  # keys per iteration: 64 or 128
+    num_stages: int = 2  # blocks of keys, and as many of values, in shared memory
     blocks: int = 4
     warpgroups: int = 2  # consumers: two in a block of threads, or one in each of two blocks
     consumer_registers: int = 232  # of a thread of two consumers; a single one has what the producer leaves
@@ -37,9 +38,19 @@ class Config(NamedTuple):
     in_turn: bool = False  # whether two consumers issue their products one after the other
 
     @property
+    def block_m(self) -> int:
+        """Rows of a tile."""
+        return _ROWS * self.warpgroups
+
+    @property
+    def num_warps(self) -> int:
+        """Warps of a CTA: four for each consumer, and for the producer."""
+        return 4 * (self.warpgroups + 1)
+
+    @property
     def heads(self) -> int:
         """Query heads of a tile."""
-        return _ROWS * self.warpgroups // (16 * self.blocks)
+        return self.block_m // (16 * self.blocks)
 
     @property
     def resident(self) -> int:
@@ -49,7 +60,7 @@ class Config(NamedTuple):
     @property
     def launched_registers(self) -> int:
         """Registers of a thread at the launch, when all have the same: those of four warps for each role."""
-        return 65536 // self.resident // (128 * (self.warpgroups + 1)) // 8 * 8
+        return 65536 // self.resident // (32 * self.num_warps) // 8 * 8
 
 
 class Work(NamedTuple):
@@ -95,8 +106,10 @@ def divide(
         If the plan needs masks and ``config`` has none, or has a capacity, or the heads don't fill tiles.
     """
     config = config or Config()
-    if config.step not in (64, 128) or config.warpgroups not in (1, 2) or config.stages < 2:
-        raise ValueError(f"config: got {config}, needs a step of 64 or 128, 1 or 2 warpgroups, and 2 stages or more")
+    if config.block_n not in (64, 128) or config.warpgroups not in (1, 2) or config.num_stages < 2:
+        raise ValueError(
+            f"config: got {config}, needs block_n of 64 or 128, 1 or 2 warpgroups, and num_stages of 2 or more"
+        )
     if config.in_turn and config.warpgroups != 2:
         raise ValueError(f"config: got in_turn for {config.warpgroups} warpgroup, needs 2")
     allowed = [config.warpgroups * blocks for blocks in (1, 2, 4)]
@@ -113,8 +126,10 @@ def divide(
     host = plan.to("cpu")
     sizes = host.sizes.tolist()
     rows = host.q_row_block.shape[0], host.kv_row_block.shape[0]
-    if rows != (sizes[0], sizes[1]):
-        raise ValueError(f"plan: got one with a capacity of {rows[0]} rows, needs one of the {sizes[0]} rows alone")
+    if rows != (sizes[PlanSize.Q_ROWS], sizes[PlanSize.KV_ROWS]):
+        raise ValueError(
+            f"plan: got one with a capacity of {rows[0]} rows, needs one of the {sizes[PlanSize.Q_ROWS]} rows alone"
+        )
     units, ranges, entries = _tile_list(host, config.blocks)
     if entries.shape[0] and not config.masks:
         raise ValueError(
@@ -125,13 +140,15 @@ def divide(
         programs = _multiprocessors(plan.device) * config.resident
     starts, items = _items(units, kv_heads * (group // config.heads), programs)
     starts, items, ranges, entries = (tensor.to(plan.device) for tensor in (starts, items, ranges, entries))
-    blocks, shapes = plan.q_blocks[: sizes[2]], ((rows[0], q_heads), (rows[1], kv_heads))
+    blocks, shapes = plan.q_blocks[: sizes[PlanSize.Q_BLOCKS]], ((rows[0], q_heads), (rows[1], kv_heads))
     return Work(starts, items, ranges, entries, plan.partial_bits, blocks, *shapes, config)
 
 
 def _tile_list(plan: AttentionPlan, group: int) -> list[torch.Tensor]:
     """Return units, ranges and entries of a plan on the CPU, by groups of so many blocks."""
-    built = extension.planner().tile_lists([tensor.data_ptr() for tensor in plan.tensors()[:14]], False, group, False)
+    built = extension.planner().tile_lists(
+        [tensor.data_ptr() for tensor in plan.tensors()[: len(PlanField)]], False, group, False
+    )
     shapes = list(zip(built.rows(), (5, 2, 2 + group)))
     sizes = [rows * width for rows, width in shapes]
     buffer = torch.empty(sum(sizes), dtype=torch.int32)
@@ -275,8 +292,8 @@ def launch_arguments(q, k, v, out, lse, work: Work, scale: float) -> tuple[Any, 
         GROUP=q.shape[1] // k.shape[1],
         HEADS=config.heads,
         BLOCKS=config.blocks,
-        STEP=config.step,
-        STAGES=config.stages,
+        STEP=config.block_n,
+        STAGES=config.num_stages,
         WARPGROUPS=config.warpgroups,
         MASKS=masks,
         IN_TURN=config.in_turn,

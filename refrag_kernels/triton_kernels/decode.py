@@ -17,13 +17,13 @@ class Decode(NamedTuple):
         Triton keeps of the stages is one buffer that is filled while nothing is computed.
     by_length : bool
         Each sequence's own keys are divided evenly among its parts; else the keys that the page table has room for.
-    stages : int or None
+    num_stages : int or None
         Stages of the loop over keys; None: as many as ``configs.paged`` says.
     """
 
     ahead: bool = True
     by_length: bool = True
-    stages: int | None = None
+    num_stages: int | None = None
 
 
 chosen = Decode()

@@ -7,34 +7,20 @@ import functools
 
 import torch
 
-# Architectures that the configurations are chosen and compiled for; others use the nearest older one.
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
-
-# Bytes of shared memory that a block may have (CUDA programming guide, table of compute capabilities; CDNA 3 ISA).
-SHARED_MEMORY = {
-    "sm_80": 163 * 1024,
-    "sm_86": 99 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "gfx942": 64 * 1024,
-}
+from refrag_kernels import architectures
 
 
 @functools.cache
 def _architecture(index: int) -> str:
     if torch.version.hip is not None:
         return "gfx942"
-    major, minor = torch.cuda.get_device_capability(index)
-    if major == 8 and minor != 0:
-        return "sm_86"
-    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120" if major > 10 else "sm_80")
+    return architectures.of_capability(*torch.cuda.get_device_capability(index))
 
 
 def architecture(device: torch.device) -> str:
-    """Return which of ``ARCHITECTURES`` the configurations for ``device`` are taken from."""
+    """Return which of ``architectures.TRITON`` the configurations for ``device`` are taken from."""
     if device.type != "cuda":  # the interpreter runs kernels on tensors of the CPU
-        return ARCHITECTURES[0]
+        return architectures.TRITON[0]
     return _architecture(torch.cuda.current_device() if device.index is None else device.index)
 
 

@@ -51,13 +51,13 @@ def paged_attention(
     ahead = False
     if q_offsets is None:
         ahead = decode.chosen.ahead and visible_indptr is None
-        config = config._replace(stages=decode.chosen.stages or config.stages)
+        config = config._replace(num_stages=decode.chosen.num_stages or config.num_stages)
     heads = min(16, launch.power_of_2(group))
-    rows = 1 if q_offsets is None else config.rows // heads
+    rows = 1 if q_offsets is None else config.block_m // heads
     heads = max(heads, 16 // rows)  # matrix instructions take 16 rows
     tiles = sequences if q_offsets is None else q_rows // rows + sequences
     splits = kv_heads * -(-group // heads)
-    parts, part_keys = parts_of(tiles * splits, max_pages * page, config.step)
+    parts, part_keys = parts_of(tiles * splits, max_pages * page, config.block_n)
     out_parts, lse_parts = out, lse
     if parts > 1:
         # A row that belongs to no sequence (rows beyond q_offsets) keeps what is here: nothing seen.
@@ -75,9 +75,9 @@ def paged_attention(
             softcap, window_left, sequences, q_rows, num_pages,
             0 if visible_ranges is None else visible_ranges.shape[0],
             max_pages * page, 0 if decode.chosen.by_length else part_keys, *q.stride()[:2], *k_pages.stride()[:3],
-            *v_pages.stride()[:3], page_table.stride(0), GROUP=group, HEADS=heads, ROWS=rows, STEP=config.step,
+            *v_pages.stride()[:3], page_table.stride(0), GROUP=group, HEADS=heads, ROWS=rows, STEP=config.block_n,
             PAGE=page, D=columns, BD=width, SOFTCAP=softcap > 0, PRECISION=launch.precision(q.dtype, target),
-            AHEAD=ahead, num_warps=config.warps, num_stages=config.stages,
+            AHEAD=ahead, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if parts > 1:
             paged_attention_merge_kernel[(q_rows * q_heads,)](

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from refrag_kernels.triton_kernels import nonfinite
 from refrag_kernels.triton_kernels.tiles import LN2, LOG2E, scores
 
 
@@ -63,6 +64,19 @@ def pages_of(p_pages, o_key, m_key, PAGE: tl.constexpr):
 
 
 @triton.jit
+def _load_keys(
+    p_k, p_v, page, o_key, m_key, o_d, stride_kp, stride_ks, stride_vp, stride_vs, PAGE: tl.constexpr, D: tl.constexpr
+):
+    m_load = m_key[:, None] & (o_d < D)[None, :]
+    slot = (o_key % PAGE).to(tl.int64)
+    at = page.to(tl.int64)[:, None] * stride_kp + slot[:, None] * stride_ks + o_d[None, :]
+    b_k = tl.load(p_k + at, mask=m_load, other=0.0)  # [keys, BD]
+    at = page.to(tl.int64)[:, None] * stride_vp + slot[:, None] * stride_vs + o_d[None, :]
+    b_v = tl.load(p_v + at, mask=m_load, other=0.0)
+    return b_k, b_v
+
+
+@triton.jit
 def _step(
     b_q, b_acc, b_max, b_sum, p_k, p_v, page, o_key, m_key, visible, o_d, pages, stride_kp, stride_ks, stride_vp,
     stride_vs, scale, softcap, PAGE: tl.constexpr, D: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
@@ -70,12 +84,9 @@ def _step(
     EXACT: tl.constexpr = b_q.dtype == tl.float32
     # A page that is not in the cache is not seen.
     m_key &= (page >= 0) & (page < pages)
-    m_load = m_key[:, None] & (o_d < D)[None, :]
-    slot = (o_key % PAGE).to(tl.int64)
-    at = page.to(tl.int64)[:, None] * stride_kp + slot[:, None] * stride_ks + o_d[None, :]
-    b_k = tl.load(p_k + at, mask=m_load, other=0.0)  # [STEP, BD]
-    at = page.to(tl.int64)[:, None] * stride_vp + slot[:, None] * stride_vs + o_d[None, :]
-    b_v = tl.load(p_v + at, mask=m_load, other=0.0)
+    b_k, b_v = _load_keys(
+        p_k, p_v, page, o_key, m_key, o_d, stride_kp, stride_ks, stride_vp, stride_vs, PAGE, D
+    )  # [STEP, BD]
     b_s, _ = scores(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale, softcap, SOFTCAP, EXACT)
     b_s = tl.where(visible & m_key[None, :], b_s, float("-inf"))
     new_max = tl.maximum(b_max, tl.max(b_s, 1))
@@ -85,6 +96,61 @@ def _step(
     b_sum = b_sum * decay + tl.sum(b_p, 1)
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * decay[:, None], input_precision=PRECISION)
     return b_acc, new_max, b_sum
+
+
+@triton.jit(noinline=True)
+def repair_rows(
+    p_q, p_k, p_v, p_pages, p_indptr, p_ranges, p_out, p_lse, scale, softcap, window_left, first_row, end_row, shift,
+    q_rows, begin, end, pages, num_ranges, stride_qt, stride_qh, stride_kp, stride_ks, stride_vp, stride_vs,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Write rows of a tile of a prefill over one part of the keys, from ``begin`` to ``end``; see ``nonfinite``."""
+    EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
+    SPLITS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    heads = tl.num_programs(1) // SPLITS * GROUP
+    o_n = tl.arange(0, 16)
+    o_d = tl.arange(0, BD)
+    for first in tl.range(0, ROWS * HEADS, nonfinite.REPAIR_ROWS, num_stages=1):
+        o_m = first + tl.arange(0, nonfinite.REPAIR_ROWS)
+        head_of_group = tl.program_id(1) % SPLITS * HEADS + o_m % HEADS
+        head = (tl.program_id(1) // SPLITS).to(tl.int64) * GROUP + head_of_group
+        o_row = first_row + o_m // HEADS
+        m_row = (o_row >= 0) & (o_row < tl.minimum(end_row, q_rows)) & (head_of_group < GROUP)
+        at = (tl.program_id(2).to(tl.int64) * q_rows + o_row) * heads + head
+        b_lse = tl.load(p_lse + at, mask=m_row, other=0.0)
+        m_row &= b_lse == b_lse  # of the others nothing is finite, nor should be
+        if tl.max(m_row.to(tl.int32)) != 0:
+            b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse * LOG2E)
+            p_rows = p_q + o_row.to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qh + o_d[None, :]
+            b_q = tl.load(p_rows, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
+            b_sum = tl.zeros([nonfinite.REPAIR_ROWS, BD], tl.float32)
+            b_hidden = tl.zeros([nonfinite.REPAIR_ROWS, BD], tl.float32)
+            start = begin // 16 * 16
+            if p_indptr is not None:
+                cursor = tl.maximum(tl.load(p_indptr + o_row, mask=m_row, other=0), 0)
+                range_end = tl.minimum(tl.load(p_indptr + o_row + 1, mask=m_row, other=0), num_ranges)
+                cursor = first_range(p_ranges, cursor, range_end, start)
+            for key in tl.range(start, end, 16, num_stages=1):
+                o_key = key + o_n
+                m_key = (o_key >= begin) & (o_key < end)
+                page = pages_of(p_pages, o_key, m_key, PAGE)
+                m_key &= (page >= 0) & (page < pages)
+                visible = (o_key[None, :] <= (shift + o_row)[:, None]) & m_row[:, None] & m_key[None, :]
+                if window_left >= 0:
+                    visible &= o_key[None, :] >= (shift + o_row)[:, None] - window_left
+                if p_indptr is not None:
+                    inside, cursor = in_ranges(p_ranges, cursor, range_end, o_key, 16)
+                    visible &= inside
+                b_k, b_v = _load_keys(
+                    p_k, p_v, page, o_key, m_key, o_d, stride_kp, stride_ks, stride_vp, stride_vs, PAGE, D
+                )
+                b_sum, b_hidden = nonfinite.add_keys(
+                    b_q, b_q, b_lse, b_lse, b_k, b_v, visible, b_sum, b_hidden, scale, softcap, False, SOFTCAP, EXACT
+                )
+            m_row &= nonfinite.reached(b_sum, b_hidden)
+            p_rows = p_out + at[:, None] * D + o_d[None, :]
+            tl.store(p_rows, b_sum.to(p_out.dtype.element_ty), mask=m_row[:, None] & (o_d < D)[None, :])
 
 
 @triton.jit
@@ -217,6 +283,9 @@ def paged_attention_kernel(
                     stride_ks, stride_vp, stride_vs, scale, softcap, PAGE, D, SOFTCAP, PRECISION,
                 )  # fmt: skip
 
+    finite = True
+    if p_offsets is not None:  # a decoding step's heads attend to the same keys
+        finite = nonfinite.all_finite(b_acc)
     if p_sinks is not None:
         # Of several parts, the first carries the sinks.
         b_sink = tl.load(p_sinks + head, mask=m_row & (part == 0), other=float("-inf")) * LOG2E
@@ -233,6 +302,14 @@ def paged_attention_kernel(
     tl.store(p_lse + at, b_lse, mask=m_row)
     b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)
     tl.store(p_out + at[:, None] * D + o_d[None, :], b_out, mask=m_row[:, None] & (o_d < D)[None, :])
+    if p_offsets is not None:
+        if not finite:
+            tl.debug_barrier()  # out and lse are written before they are read and written again
+            repair_rows(
+                p_q, p_k, p_v, p_pages, p_indptr, p_ranges, p_out, p_lse, scale, softcap, window_left, first_tile_row,
+                end_row, length - end_row, q_rows, begin, end, pages, num_ranges, stride_qt, stride_qh, stride_kp,
+                stride_ks, stride_vp, stride_vs, GROUP, HEADS, ROWS, PAGE, D, BD, SOFTCAP,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -43,11 +43,11 @@ def _linear(
     config = configs.linear(target, expected_rows or rows, a.element_size())
     p_rows, p_count, p_slots = (None, None, None) if listed is None else listed
     with launch.on(a.device):
-        linear_kernel[(triton.cdiv(rows, config.rows) * triton.cdiv(columns, config.columns),)](
+        linear_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)](
             a, b, bias, before, out, p_rows, p_count, p_slots, rows, columns, inner, *a.stride(), *b.stride(),
             BIAS=bias is not None, ACTIVATION=activation, KEEP=before is not None and not slope, SLOPE=slope,
-            LISTED=listed is not None, BM=config.rows, BN=config.columns, BK=config.inner,
-            PRECISION=launch.precision(a.dtype, target), num_warps=config.warps, num_stages=config.stages,
+            LISTED=listed is not None, BM=config.block_m, BN=config.block_n, BK=config.block_k,
+            PRECISION=launch.precision(a.dtype, target), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from refrag_kernels import extension
+from refrag_kernels.architectures import ARCHITECTURES, CUDA
 
 resources = pytest.importorskip(
     "bench.static.cuda_resources", reason="Triton carries the disassembler", exc_type=ImportError
@@ -38,7 +39,7 @@ def kernels(binaries):
 
 def test_every_architecture_has_every_kernel(kernels):
     built = {f"sm_{number}" for number in re.findall(r"\d+", torch.ops.refrag_cuda.architectures())}
-    assert {kernel.architecture for kernel in kernels} == (set(resources.MULTIPROCESSORS) if ALL else built)
+    assert {kernel.architecture for kernel in kernels} == (set(CUDA) if ALL else built)
     symbols = {kernel.symbol for kernel in kernels}
     assert len(kernels) == len(symbols) * len({kernel.architecture for kernel in kernels})
     assert {(k.name, *k.numbers) for k in kernels if k.configuration.shared} == set(resources.CONFIGURATIONS)
@@ -113,8 +114,9 @@ def test_sizes_and_choices_are_those_of_the_headers(tmp_path):
         lines.append(f"static_assert({sizes[name].format(', '.join(map(str, numbers)))} == {configuration.shared});")
         for architecture in configuration.architectures if name in choices else ():
             width, choice = numbers
-            shared = resources.MULTIPROCESSORS[architecture].shared_kb << 10
-            lines.append(f"static_assert({choices[name]}<{width}>({{{shared}, 1024}}) == {choice});")
+            limits = ARCHITECTURES[architecture]
+            memory = f"{{{limits.shared_memory_per_sm}, {limits.reserved_per_cta}}}"
+            lines.append(f"static_assert({choices[name]}<{width}>({memory}) == {choice});")
     headers = "".join(f'#include "cuda/{name}_kernels.cuh"\n' for name in ("attention", "paged", "projection"))
     source.write_text(headers + "using namespace refrag::cuda;\n" + "\n".join(lines))
     command = "c++ -std=c++20 -fsyntax-only -Wno-unknown-pragmas -DREFRAG_CUDA_HOST".split()

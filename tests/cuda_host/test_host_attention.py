@@ -51,8 +51,10 @@ def run(problem: AttentionProblem, tiles: int, plan: rk.AttentionPlan | None = N
     q, k, v = problem.q, problem.k, problem.v
     out = host_library.guarded(torch.full(q.shape, torch.nan, dtype=q.dtype))
     lse = host_library.guarded(torch.full(q.shape[:2], torch.nan))
-    tensors = plan.tensors()
-    lists = [tensors[0], *tensors[3:9]]
+    lists = [
+        plan.sizes, plan.q_blocks, plan.full_offsets, plan.full_ranges, plan.partial_offsets, plan.partial_keys,
+        plan.partial_bits,
+    ]  # fmt: skip
     width, softcap = q.shape[2], problem.options["softcap"] or 0.0
     with host_library.options(library, **options):
         host_library.call(

@@ -1,10 +1,13 @@
 """plan_attention against its specification: the pairs a plan stands for, its transpose, capacities and bad input."""
 
 import copy as copy_module
+import dataclasses
 import io
 import pickle
 import random
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ import torch
 import refrag_kernels as rk
 from refrag_kernels import tile_lists
 from refrag_kernels.plan import TILE
+from refrag_kernels.plan_fields import PlanField, PlanSize
 from refrag_kernels.reference.mask import pairs_of_plan
 from tests.support.factory import random_plan_problem
 
@@ -19,9 +23,9 @@ from tests.support.factory import random_plan_problem
 def transposed_pairs(plan):
     """Expand the transposed half of a plan to a bool matrix [T_q, T_kv], in plain Python."""
     sizes = plan.sizes.tolist()
-    allowed = torch.zeros(sizes[0], sizes[1], dtype=torch.bool)
+    allowed = torch.zeros(sizes[PlanSize.Q_ROWS], sizes[PlanSize.KV_ROWS], dtype=torch.bool)
     blocks, bits = plan.q_blocks.tolist(), plan.partial_bits.tolist()
-    for tile, (key, count, first_query, queries) in enumerate(plan.kv_blocks.tolist()[: sizes[3]]):
+    for tile, (key, count, first_query, queries) in enumerate(plan.kv_blocks.tolist()[: sizes[PlanSize.KV_BLOCKS]]):
         for start, end in plan.full_t_ranges[plan.full_t_offsets[tile] : plan.full_t_offsets[tile + 1]].tolist():
             assert count == TILE and first_query <= start < end <= first_query + queries
             assert not allowed[start:end, key : key + TILE].any()
@@ -36,6 +40,23 @@ def transposed_pairs(plan):
                     if word >> column & 1:
                         allowed[blocks[block][0] + row, key + column] = True
     return allowed
+
+
+@pytest.mark.parametrize(("enum", "prefix"), [(PlanField, "k"), (PlanSize, "kNum")])
+def test_the_enums_of_python_and_of_cpp_name_the_same_fields(enum, prefix):
+    header = (Path(__file__).parents[1] / "csrc" / "plan_fields.h").read_text()
+    body = re.search(rf"enum {enum.__name__} \{{(.*?)\}}", header, re.DOTALL).group(1)
+    names = [name.strip() for name in body.split(",")]
+    in_python = [prefix + field.name.title().replace("_", "") for field in enum]
+    assert names == [*in_python, f"kNum{enum.__name__}s"] and list(enum) == list(range(len(enum)))
+
+
+def test_fields_of_a_plan_are_passed_by_their_enum():
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[20, 1]]), device="cpu")
+    tensors = plan.tensors()
+    for field in PlanField:
+        assert tensors[field] is getattr(plan, field.name.lower())
+    assert [f.name for f in dataclasses.fields(plan)] == [*(field.name.lower() for field in PlanField), "tiles"]
 
 
 @pytest.mark.parametrize("first_seed", range(0, 200, 20))

@@ -7,6 +7,7 @@ import torch
 
 import refrag_kernels as rk
 from refrag_kernels import tile_lists
+from refrag_kernels.plan_fields import PlanSize
 from refrag_kernels.reference.mask import allowed_pairs
 from refrag_kernels.tile_lists import TILE_LISTS
 from tests.support.factory import random_plan_problem
@@ -24,9 +25,11 @@ def expand(plan, index):
     tile_list = TILE_LISTS[index]
     units, ranges, entries, *slots = (tensor.tolist() for tensor in tile_lists.tensors_of(plan.tiles, tile_list))
     sizes = plan.sizes.tolist()
-    allowed = torch.zeros(sizes[0], sizes[1], dtype=torch.bool)
+    allowed = torch.zeros(sizes[PlanSize.Q_ROWS], sizes[PlanSize.KV_ROWS], dtype=torch.bool)
     seen = allowed.T if tile_list.keys else allowed
-    blocks = (plan.kv_blocks if tile_list.keys else plan.q_blocks).tolist()[: sizes[3 if tile_list.keys else 2]]
+    of_keys = plan.kv_blocks, sizes[PlanSize.KV_BLOCKS]
+    blocks, count = of_keys if tile_list.keys else (plan.q_blocks, sizes[PlanSize.Q_BLOCKS])
+    blocks = blocks.tolist()[:count]
     shifts = torch.arange(32)
     groups = -(-len(blocks) // tile_list.group)
     assert [unit[3] for unit in units] == sorted(unit[3] for unit in units)

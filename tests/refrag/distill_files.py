@@ -4,17 +4,23 @@ import numpy as np
 import torch
 from refrag.training import token_files
 from refrag.training.distill.options import DistillOptions
-from refrag.training.token_files import TokenSet
-from transformers import LlamaConfig, LlamaForCausalLM
+from refrag.training.token_files import TokenSet, tokenizer_hash
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = "the a of bridge river town stood built when who year stone arch old new near by was is and in to it".split()
 
 
-def write_tokens(path, documents, split="train", source="manuals"):
+NUMBERS = PreTrainedTokenizerFast(
+    tokenizer_object=Tokenizer(models.WordLevel({f"{number}": number for number in range(40)}, unk_token="0"))
+)
+
+
+def write_tokens(path, documents, split="train", source="manuals", tokenizer=NUMBERS):
     """Write a token file."""
     tokens, lengths = np.concatenate(documents).astype(np.uint16), np.array([len(document) for document in documents])
     return token_files.write_tokens(
-        path, TokenSet(tokens, lengths.astype(np.uint32), [source] * len(documents), split, "a" * 64)
+        path, TokenSet(tokens, lengths.astype(np.uint32), [source] * len(documents), split, tokenizer_hash(tokenizer))
     )[0]
 
 
@@ -26,25 +32,25 @@ def documents(count, seed, tokenizer=None):
     return [np.array(tokenizer(" ".join(generator.choice(WORDS, 120)))["input_ids"]) for _ in range(count)]
 
 
-def write_decoder(folder, vocabulary):
-    """Write a decoder whose weights are large enough for a token to become likely by an update of low rank."""
+def write_decoder(folder, tokenizer=NUMBERS):
+    """Write a decoder and its tokenizer; an update of low rank is enough to make a token likely by its weights."""
     torch.manual_seed(5)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=3, head_dim=8,
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=3, head_dim=8,
             num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
             initializer_range=0.2,
         )
     ).save_pretrained(folder / "decoder")  # fmt: skip
+    tokenizer.save_pretrained(folder / "decoder")
 
 
 def write(folder, tokenizer=None):
-    """Write a decoder, with a tokenizer where one is given, and the files "train" and "rivers" into ``folder``."""
-    write_decoder(folder, 40 if tokenizer is None else len(tokenizer))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder / "decoder")
-    write_tokens(folder / "train.tok", documents(12, 0, tokenizer))
-    write_tokens(folder / "heldout-rivers.tok", documents(4, 1, tokenizer), "heldout-rivers")
+    """Write a decoder, the files "train" and "rivers" into ``folder``, of words where a tokenizer is given."""
+    own = NUMBERS if tokenizer is None else tokenizer
+    write_decoder(folder, own)
+    write_tokens(folder / "train.tok", documents(12, 0, tokenizer), tokenizer=own)
+    write_tokens(folder / "heldout-rivers.tok", documents(4, 1, tokenizer), "heldout-rivers", tokenizer=own)
 
 
 def options(folder, **changed):

@@ -47,45 +47,69 @@ def decoder_of(place):
     return AutoModelForCausalLM.from_pretrained(place / "decoder")
 
 
-def test_a_batch_is_what_its_samples_are_one_by_one():
+@pytest.mark.parametrize("lengths", [[[4, 4, 4], [4, 4, 4], [4, 4], [4, 4]], [[4, 4, 4], [3, 4, 1], [4, 2], [3, 3]]])
+def test_a_batch_is_what_its_samples_are_one_by_one(lengths):
     k, first, task = 4, 1, 9
     shape = batches.Shape(k, 12, 3, 2, 1, 2, 2)
     continued, rewritten = np.arange(20, 50).reshape(2, 15), np.arange(60, 76).reshape(2, 8)
+    for own, after, tokens in zip(lengths, (3, 3, 0, 0), [*continued, *rewritten]):
+        tokens[sum(own) + after :] = 0
     picks = np.array([[False, True, False], [True, False, False]])
-    batch = batches.make_batch(shape, continued, rewritten, picks, first, task, torch.device("cpu"))
-    rows, slots, predicts, targets = [], [], [], []
-    for sample in range(2):
-        rows.append(first)
-        for chunk in range(3):
-            if picks[sample, chunk]:
-                rows += continued[sample, chunk * k : chunk * k + k].tolist()
-            else:
-                slots.append((len(rows), sample * 3 + chunk))
-                rows.append(0)
-        for token in continued[sample, 12:].tolist():
+    runs = [
+        batches.Windows(tokens, np.array(own)) for tokens, own in ((continued, lengths[:2]), (rewritten, lengths[2:]))
+    ]
+    batch = batches.make_batch(shape, *runs, picks, first, task, torch.device("cpu"))
+    common = batches.Rows(shape, torch.device("cpu"))
+    rows, slots, predicts, targets, encoded, starts = [], [], [], [], [], []
+
+    def chunks_of(tokens, own, places):
+        starts.extend(len(encoded) + sum(own[:chunk]) for chunk in range(len(own)))
+        encoded.extend(tokens[: sum(own)] + [0] * (places - sum(own)))
+        return [tokens[sum(own[:chunk]) : sum(own[: chunk + 1])] for chunk in range(len(own))]
+
+    def write(tokens):
+        for token in tokens:
             predicts.append(len(rows) - 1)
             targets.append(token)
             rows.append(token)
+
     for sample in range(2):
+        end = len(rows) + shape.continuation_rows
         rows.append(first)
+        for chunk, tokens in enumerate(chunks_of(continued[sample].tolist(), lengths[sample], 12)):
+            if picks[sample, chunk]:
+                rows += tokens
+            else:
+                slots.append((len(rows), sample * 3 + chunk))
+                rows.append(0)
+        before = sum(lengths[sample])
+        write(continued[sample, before : before + 3].tolist())
+        rows += [0] * (end - len(rows))
+    for sample in range(2):
+        end = len(rows) + shape.reconstruction_rows
+        rows.append(first)
+        pieces = chunks_of(rewritten[sample].tolist(), lengths[2 + sample], 8)
         for chunk in range(2):
             slots.append((len(rows), 6 + sample * 2 + chunk))
             rows.append(0)
         rows.append(task)
-        for token in rewritten[sample].tolist():
-            predicts.append(len(rows) - 1)
-            targets.append(token)
-            rows.append(token)
+        write(sum(pieces, []))
+        rows += [0] * (end - len(rows))
     assert batch.student_ids.tolist() == rows and batch.targets.tolist() == targets
     assert list(zip(batch.slot_rows.tolist(), batch.slot_chunks.tolist())) == slots
-    assert batch.encoder_ids.tolist() == continued[:, :12].ravel().tolist() + rewritten.ravel().tolist()
-    common = batches.Rows(shape, torch.device("cpu"))
-    assert common.student_outputs.tolist() == predicts
+    assert batch.encoder_ids.tolist() == encoded and batch.chunk_starts.tolist() == starts
+    assert batch.chunk_lengths.tolist() == sum(lengths, []) and batch.text_tokens == sum(map(sum, lengths)) + 6
+    assert batch.student_outputs.tolist() == predicts
     # What the teacher's rows predict is what the student's do.
     after = torch.cat([batch.teacher_ids[1:], torch.zeros(1, dtype=torch.int64)])
-    assert after[common.teacher_outputs].tolist() == targets[:6]
-    lengths = common.student.plans.layout.lengths()
-    assert [row for own in lengths for row in own] == [shape.continuation_rows] * 2 + [shape.reconstruction_rows] * 2
+    assert after[batch.teacher_outputs].tolist() == targets[:6]
+    read = common.student.plans.layout.lengths()
+    assert [row for own in read for row in own] == [shape.continuation_rows] * 2 + [shape.reconstruction_rows] * 2
+    used = [
+        places for own, places in zip(lengths, (12, 12, 8, 8)) for places in (sum(own), places - sum(own)) if places
+    ]
+    assert (batch.encoder or common.encoder).plans.layout.lengths() == [[places] for places in used]
+    assert (batch.encoder is None) == (lengths[1] == [4, 4, 4])
 
 
 @pytest.mark.parametrize("block", [2, 64])
@@ -161,7 +185,7 @@ def test_rotary_frequencies_keep_their_precision(place):
 def test_slots_become_readable(tmp_path):
     """Text of 20 tokens at random: 3.0 is the loss of one who doesn't read the slots."""
     generator = np.random.default_rng(0)
-    distill_files.write_decoder(tmp_path, 40)
+    distill_files.write_decoder(tmp_path)
     distill_files.write_tokens(tmp_path / "train.tok", [generator.integers(20, 40, size=60)])
     distill_files.write_tokens(tmp_path / "heldout-rivers.tok", [generator.integers(20, 40, size=60)])
     options = distill_files.options(
@@ -194,8 +218,8 @@ def test_an_adapter_is_read_by_everything(tmp_path, tokenizer, monkeypatch):
     parts.model.eval()
     assert len(parts.model.encoder.layers) == 2 and parts.model.config.window == 32
     windows = batches.TokenWindows(*load_tokens([tmp_path / "heldout-rivers.tok"])[:2], "rivers")
-    drawn = windows.draw(np.random.default_rng(20_251_127), 4, 32 + 8)
-    samples = [next_paragraph(tokens.tolist(), 32, 4, tokenizer, [1]) for tokens in drawn]
+    drawn = windows.draw(np.random.default_rng(20_251_127), 4, 8, 4, 8)
+    samples = [next_paragraph(tokens.tolist(), 32, 4, tokenizer, [1]) for tokens in drawn.tokens]
     with torch.no_grad():
         log_probs, _ = target_log_probs(parts.model, *collate_for(parts, samples))
     final = next(entry for entry in log if entry["kind"] == "final")

@@ -19,14 +19,15 @@ class SpoiltProblem:
     clean: AttentionProblem
     spoilt: AttentionProblem
     rows: torch.Tensor  # bool [T_q, H_q]: heads of query rows that have, or attend to, what is not finite
-    keys: torch.Tensor  # bool [T_kv, H_kv]: heads of keys that such rows attend to
+    grads: torch.Tensor  # bool [T_q, H_q]: those, and the ones whose upstream gradient is not finite
+    keys: torch.Tensor  # bool [T_kv, H_kv]: heads of keys that a row of ``grads`` attends to
     nan_rows: torch.Tensor  # bool [T_q, H_q]: those that are NaN in whole
     nan_values: torch.Tensor  # bool [T_q, H_q, D]: outputs that aren't finite, by a value that is not
 
     def check(self, results: dict[str, torch.Tensor]) -> None:
         """Check results by name: out, lse, and dq, dk, dv where they were computed."""
         expected, dtype = self.clean.expected(), self.clean.q.dtype
-        for name, clean in (("out", ~self.rows), ("lse", ~self.rows), ("dq", ~self.rows), ("dk", ~self.keys),
+        for name, clean in (("out", ~self.rows), ("lse", ~self.rows), ("dq", ~self.grads), ("dk", ~self.keys),
                             ("dv", ~self.keys)):  # fmt: skip
             if name not in results:
                 continue
@@ -44,7 +45,7 @@ def spoilt_problem(seed: int, dtype: torch.dtype, problem: AttentionProblem | No
     """Put a few numbers that are not finite into a random problem."""
     rng = random.Random(seed)
     clean = random_attention_problem(seed, dtype, **limits) if problem is None else problem
-    spoilt = dataclasses.replace(clean, **{name: getattr(clean, name).clone() for name in "qkv"})
+    spoilt = dataclasses.replace(clean, **{name: getattr(clean, name).clone() for name in ("q", "k", "v", "grad_out")})
     allowed = clean.plan_problem.allowed()
     (tokens, heads, width), kv_heads = clean.q.shape, clean.k.shape[1]
     nan_rows, nan_values = torch.zeros(tokens, heads, dtype=torch.bool), torch.zeros(clean.q.shape, dtype=torch.bool)
@@ -67,8 +68,13 @@ def spoilt_problem(seed: int, dtype: torch.dtype, problem: AttentionProblem | No
             nan_values[sees, mine, column] = True
         elif value != value and (name == "k" or allowed[row].any()):
             nan_rows[sees, mine] = True
-    keys = (allowed.T[:, :, None] & rows).any(1).view(-1, kv_heads, heads // kv_heads).any(2)
-    return SpoiltProblem(clean, spoilt, rows, keys, nan_rows, nan_values & ~nan_rows[..., None])
+    grads = rows.clone()
+    if tokens:
+        row, head = rng.randrange(tokens), rng.randrange(heads)
+        spoilt.grad_out[row, head, rng.randrange(width)] = rng.choice(VALUES)
+        grads[row, head] = True
+    keys = (allowed.T[:, :, None] & grads).any(1).view(-1, kv_heads, heads // kv_heads).any(2)
+    return SpoiltProblem(clean, spoilt, rows, grads, keys, nan_rows, nan_values & ~nan_rows[..., None])
 
 
 @dataclasses.dataclass

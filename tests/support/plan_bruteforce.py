@@ -5,8 +5,8 @@ import torch
 TILE = 16
 
 
-def plan_tensors(allowed: torch.Tensor, q_offsets: list[int], kv_offsets: list[int]) -> list[torch.Tensor]:
-    """Return the tensors of a plan for ``allowed`` [T_q, T_kv], in the order in which ops take them.
+def plan_tensors(allowed: torch.Tensor, q_offsets: list[int], kv_offsets: list[int]) -> dict[str, torch.Tensor]:
+    """Return the fields of a plan for ``allowed`` [T_q, T_kv], by name.
 
     ``q_offsets`` and ``kv_offsets`` say where each sequence's rows start and, at their end, how many rows there are.
     """
@@ -50,22 +50,22 @@ def plan_tensors(allowed: torch.Tensor, q_offsets: list[int], kv_offsets: list[i
         partial_t += [(block, index) for of, block, index in tiles if of == tile]
         partial_t_offsets.append(len(partial_t))
     counts = (len(q_row_block), len(kv_row_block), len(q_blocks), len(kv_blocks), len(full), len(partial_keys))
-    return [
-        torch.tensor([*counts, len(full_t), len(q_offsets) - 1], dtype=torch.int32),
-        _int32(q_row_block),
-        _int32(kv_row_block),
-        _int32(q_blocks, 4),
-        _int32(full_offsets),
-        _int32(full, 2),
-        _int32(partial_offsets),
-        _int32(partial_keys),
-        _int32(partial_bits, TILE // 2),
-        _int32(kv_blocks, 4),
-        _int32(full_t_offsets),
-        _int32(full_t, 2),
-        _int32(partial_t_offsets),
-        _int32(partial_t, 2),
-    ]
+    return {
+        "sizes": torch.tensor([*counts, len(full_t), len(q_offsets) - 1], dtype=torch.int32),
+        "q_row_block": _int32(q_row_block),
+        "kv_row_block": _int32(kv_row_block),
+        "q_blocks": _int32(q_blocks, 4),
+        "full_offsets": _int32(full_offsets),
+        "full_ranges": _int32(full, 2),
+        "partial_offsets": _int32(partial_offsets),
+        "partial_keys": _int32(partial_keys),
+        "partial_bits": _int32(partial_bits, TILE // 2),
+        "kv_blocks": _int32(kv_blocks, 4),
+        "full_t_offsets": _int32(full_t_offsets),
+        "full_t_ranges": _int32(full_t, 2),
+        "partial_t_offsets": _int32(partial_t_offsets),
+        "partial_t_tiles": _int32(partial_t, 2),
+    }
 
 
 def _blocks(offsets: list[int], other_offsets: list[int]) -> tuple[list, list]:

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from bench.static import ahead_of_time, resources
 from bench.static.launches import CASES
-from refrag_kernels.triton_kernels.launch import SHARED_MEMORY
+from refrag_kernels.architectures import ARCHITECTURES, TRITON
 from tests.triton.modes import ALL
 
 # sm_86 has the kernels of sm_80 with the memory of sm_120, or nearly: `make test` leaves it to `make test-gpu-proof`,
@@ -15,7 +15,7 @@ from tests.triton.modes import ALL
 TARGETS = [
     pytest.param(case, architecture, id=f"{case}-{architecture}")
     for case in CASES
-    for architecture in SHARED_MEMORY
+    for architecture in TRITON
     if (ALL or case.always) and (architecture != "sm_86" or ALL and case.dtype != torch.float16)
 ]
 
@@ -24,13 +24,14 @@ TARGETS = [
 def test_resources(case, architecture):
     recorded = ahead_of_time.record(case.call, architecture)
     assert recorded
+    limits = ARCHITECTURES[architecture]
     for launch in recorded:
         built = ahead_of_time.build(launch, architecture)
         what = f"{launch.kernel.__name__} {launch.options} on {architecture}: {built}"
-        assert built.shared <= SHARED_MEMORY[architecture], what
+        assert built.shared <= limits.shared_memory_per_cta, what
         assert case.spills_reported or not built.spilled, what
         # Eight warps are two for each scheduler, so that one computes while the other waits.
-        blocks = resources.occupancy(architecture, built.registers, built.shared, built.warps)
+        blocks = limits.resident_ctas(built.registers, built.shared, built.warps)
         assert blocks >= 1, what
         assert case.spills_reported or built.warps * blocks >= (4 if architecture == "gfx942" else 8), what
         if case.dtype == torch.float32:
@@ -38,7 +39,7 @@ def test_resources(case, architecture):
             assert set(built.products) <= {"ieee" if architecture == "gfx942" else "tf32x3"}, what
         elif built.products:
             # Below 64 rows sm_90 and sm_100 have the instruction of sm_80.
-            wanted = {ahead_of_time.MATRIX[architecture]} | ({"HMMA"} if resources.tile_rows(launch) < 64 else set())
+            wanted = {limits.matrix_instruction} | ({"HMMA"} if resources.tile_rows(launch) < 64 else set())
             assert any(built.matrix.get(name) for name in wanted), what
 
 

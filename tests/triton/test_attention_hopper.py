@@ -93,18 +93,22 @@ CASES = {
     "step of 128": problem(0),
     "one program": problem(1, programs=1),
     "more programs than items": problem(2, programs=50),
-    "step of 64, 4 stages": problem(3, Config(step=64, stages=4), group=4),
-    "step of 64, 3 stages, 4 heads of 2 blocks": problem(4, Config(step=64, stages=3, blocks=2), group=8, programs=5),
-    "step of 128, 3 stages, key/value heads": problem(5, Config(stages=3), kv_heads=2, strided=True),
+    "step of 64, 4 stages": problem(3, Config(block_n=64, num_stages=4), group=4),
+    "step of 64, 3 stages, 4 heads of 2 blocks": problem(
+        4, Config(block_n=64, num_stages=3, blocks=2), group=8, programs=5
+    ),
+    "step of 128, 3 stages, key/value heads": problem(5, Config(num_stages=3), kv_heads=2, strided=True),
     "in turn": problem(13, Config(in_turn=True), lengths=[[256, 64], [128]], programs=2),
-    "in turn, step of 64": problem(14, Config(step=64, stages=3, in_turn=True), lengths=[[256, 64], [128]], programs=2),
-    "one warpgroup, one head": problem(6, Config(step=64, warpgroups=1), kv_heads=2, group=1),
+    "in turn, step of 64": problem(
+        14, Config(block_n=64, num_stages=3, in_turn=True), lengths=[[256, 64], [128]], programs=2
+    ),
+    "one warpgroup, one head": problem(6, Config(block_n=64, warpgroups=1), kv_heads=2, group=1),
     "one warpgroup, two heads": problem(7, Config(warpgroups=1, blocks=2)),
     "eight blocks, one head": problem(8, Config(blocks=8), kv_heads=2, group=1, lengths=[[128, 256]], strided=True),
     "rows that see nothing": problem(9, seen=0.2, lengths=[[64] * 5]),
     "no row sees anything": problem(10, seen=0.0, lengths=[[64, 64]]),
     "blocks of fewer rows": problem(11, seen=1.0, lengths=[[64, 128], [64], [192]], query_rows=[57, 49, 70]),
-    "long": problem(12, Config(step=64, stages=2), lengths=[[576, 64]], seen=1.0, programs=2),
+    "long": problem(12, Config(block_n=64, num_stages=2), lengths=[[576, 64]], seen=1.0, programs=2),
 }
 
 
@@ -117,11 +121,11 @@ def test_against_float64(name):
 
 @pytest.mark.parametrize("step", [64, 128])
 def test_results_do_not_depend_on_the_order_of_events(step):
-    case = problem(20, Config(step=step, stages=2), kv_heads=1, lengths=[[128, 64, 192]])
+    case = problem(20, Config(block_n=step, num_stages=2), kv_heads=1, lengths=[[128, 64, 192]])
     want = case.run(seed=0)
     case.check(*want)
     for seed, (programs, stages) in enumerate(itertools.product((2, 3), (2, 4)), 1):
-        case.programs, case.config = programs, case.config._replace(stages=stages)
+        case.programs, case.config = programs, case.config._replace(num_stages=stages)
         for got, wanted in zip(case.run(seed), want):
             assert torch.equal(got, wanted), f"seed {seed}, {programs} programs, {stages} stages"
 
@@ -129,7 +133,7 @@ def test_results_do_not_depend_on_the_order_of_events(step):
 @pytest.mark.parametrize("step", [64, 128])
 def test_nan_reaches_only_rows_that_attend_to_it(step):
     """The second half of a first step is a copy of the first, and query rows that a block lacks are copied with it."""
-    case = problem(21, Config(step=step), lengths=[[64, 192, 64, 128]], seen=0.5)
+    case = problem(21, Config(block_n=step), lengths=[[64, 192, 64, 128]], seen=0.5)
     want = case.allowed[:, [70, 300]].any(1)
     want[5] = True
     for tensor, row in ((case.k, 70), (case.v, 300), (case.q, 5)):
@@ -161,7 +165,12 @@ def _moved(depth, line, before):
     return [(f"{line}\n", "\n"), (before, line + before)]
 
 
-MASKED = [Config(), Config(step=64, stages=3), Config(blocks=2, stages=3), Config(step=64, blocks=8, in_turn=True)]
+MASKED = [
+    Config(),
+    Config(block_n=64, num_stages=3),
+    Config(blocks=2, num_stages=3),
+    Config(block_n=64, blocks=8, in_turn=True),
+]
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -293,7 +302,7 @@ def test_the_work_is_all_there_and_shared_out_evenly():
     passages = Passages(4096, 16, 0.12)
     plan, pairs = passages.plan(), int(passages.dense().sum())
     # Tiles of 64 rows for 2 heads, of 32 for 4, of 64 for 1.
-    for config, heads in ((Config(), 8 * 2), (Config(blocks=2), 8), (Config(step=64, warpgroups=1), 8 * 4)):
+    for config, heads in ((Config(), 8 * 2), (Config(blocks=2), 8), (Config(block_n=64, warpgroups=1), 8 * 4)):
         work = hopper.divide(plan, 32, 8, programs=132, config=config)
         tiles = 4096 // (16 * config.blocks)
         assert sorted(map(tuple, work.items[:, :2].tolist())) == list(itertools.product(range(tiles), range(heads)))
@@ -308,8 +317,8 @@ def test_the_work_is_all_there_and_shared_out_evenly():
         (dict(causal=True), DEFAULT, "plan: got 16 partial tiles in groups of 4 blocks, needs none, or config.masks"),
         (dict(q_heads=3), DEFAULT, "q: got 3 heads for 1 of k, needs a multiple of 2 for each"),
         (dict(q_heads=4, kv_heads=3), DEFAULT, "q: got 4 heads for 3 of k"),
-        ({}, Config(step=96), r"config: got Config\(step=96.*needs a step of 64 or 128"),
-        ({}, Config(stages=1), "needs a step of 64 or 128, 1 or 2 warpgroups, and 2 stages or more"),
+        ({}, Config(block_n=96), r"config: got Config\(block_n=96.*needs block_n of 64 or 128"),
+        ({}, Config(num_stages=1), "needs block_n of 64 or 128, 1 or 2 warpgroups, and num_stages of 2 or more"),
         ({}, Config(blocks=2, warpgroups=1, in_turn=True), "config: got in_turn for 1 warpgroup, needs 2"),
         ({}, Config(blocks=1), "config: got 1 blocks, needs 2, 4 or 8 for 2 warpgroups"),
         ({}, Config(blocks=8, warpgroups=1), "config: got 8 blocks, needs 1, 2 or 4 for 1 warpgroups"),

@@ -27,12 +27,12 @@ def pipeline(way: Decode) -> tuple[list[int], int]:
 @pytest.mark.parametrize("stages", (3, 4))
 def test_pages_that_are_loaded_ahead_leave_the_stages_to_the_keys(stages):
     """Keys and values are copied apart: each step that is under way is two copies."""
-    assert pipeline(Decode(stages=stages)) == ([stages - 1] * 2, 2 * (stages - 2))
+    assert pipeline(Decode(num_stages=stages)) == ([stages - 1] * 2, 2 * (stages - 2))
 
 
 def test_pages_that_are_loaded_in_step_take_the_stages():
     """Why they are loaded ahead. Where a version of Triton does better, they needn't be."""
-    assert pipeline(Decode(ahead=False, stages=3)) == ([1, 1], 0)
+    assert pipeline(Decode(ahead=False, num_stages=3)) == ([1, 1], 0)
 
 
 @pytest.mark.parametrize(("architecture", "sequences", "stages"), [("sm_90", 1, 3), ("sm_90", 32, 4), ("sm_80", 32, 3)])

@@ -7,10 +7,10 @@ import torch
 import triton
 
 import refrag_kernels as rk
-from bench.static import ahead_of_time, resources
+from bench.static import ahead_of_time
+from refrag_kernels.architectures import ARCHITECTURES
 from refrag_kernels.triton_kernels import attention_hopper
 from refrag_kernels.triton_kernels.attention_hopper import Config
-from refrag_kernels.triton_kernels.launch import SHARED_MEMORY
 from tests.triton.modes import ALL
 
 pytestmark = pytest.mark.skipif(
@@ -20,18 +20,18 @@ pytestmark = pytest.mark.skipif(
 # Configuration, query heads, key/value heads.
 LAUNCHES = [
     (Config(), 8, 2),
-    (Config(step=64, stages=4), 8, 2),
+    (Config(block_n=64, num_stages=4), 8, 2),
     (Config(in_turn=True), 8, 2),
     (Config(masks=True), 8, 2),
     (Config(blocks=8), 2, 2),
-    (Config(step=64, warpgroups=1), 2, 2),
+    (Config(block_n=64, warpgroups=1), 2, 2),
 ]
 if ALL:
     LAUNCHES += [
-        (Config(step=64, stages=3), 8, 2),
+        (Config(block_n=64, num_stages=3), 8, 2),
         (Config(consumer_registers=240, producer_registers=24), 8, 2),
         (Config(blocks=2), 8, 2),
-        (Config(step=64, stages=4, masks=True), 8, 2),
+        (Config(block_n=64, num_stages=4, masks=True), 8, 2),
         (Config(blocks=8, masks=True), 2, 2),
         (Config(in_turn=True, masks=True), 8, 2),
     ]
@@ -55,10 +55,11 @@ def test_resources(compiled):
     assert registers == config.launched_registers
     taken = config.consumer_registers * config.warpgroups + config.producer_registers
     assert config.warpgroups == 1 or taken <= registers * (config.warpgroups + 1)
-    assert kernel.metadata.shared <= SHARED_MEMORY["sm_90"]
+    limits = ARCHITECTURES["sm_90"]
+    assert kernel.metadata.shared <= limits.shared_memory_per_cta
     warps = kernel.metadata.num_warps
     assert warps == 4 * (config.warpgroups + 1)
-    assert resources.occupancy("sm_90", registers, kernel.metadata.shared, warps) == config.resident
+    assert limits.resident_ctas(registers, kernel.metadata.shared, warps) == config.resident
 
 
 def test_machine_code(compiled):
@@ -69,9 +70,11 @@ def test_machine_code(compiled):
     config, kernel = compiled
     code = ahead_of_time.machine_code(kernel)[1]
     count = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "UTMALDG", "WARPGROUP.DEPBAR")}
-    assert count["HGMMA"] == config.warpgroups * 2 * (128 // 16 + config.step // 16)  # the first and last, and the loop
+    assert count["HGMMA"] == config.warpgroups * 2 * (
+        128 // 16 + config.block_n // 16
+    )  # the first and last, and the loop
     # An item's first, its others and the last: pieces of 64 keys, and with masks of 16; halves of 64 columns.
-    pieces = config.step // 64 + (config.step // 16 if config.masks else 0)
+    pieces = config.block_n // 64 + (config.block_n // 16 if config.masks else 0)
     assert count["UTMALDG"] == 2 * (5 * pieces + config.blocks)
     assert count["WARPGROUP.DEPBAR"] == 4 * config.warpgroups
     assert re.search(r"\bUSETMAXREG\b", code) and not re.search(r"\bLDGSTS\b", code)
@@ -83,7 +86,7 @@ def test_the_softmax_covers_the_products_of_values(compiled):
     code = ahead_of_time.machine_code(kernel)[1]
     between = re.findall(r"DEPBAR\.LE gsb0, 0x1\b(.*?)DEPBAR\.LE gsb0, 0x0\b", code, re.S)
     assert len(between) == config.warpgroups
-    assert all(part.count("MUFU.EX2") >= config.step * 64 // 128 for part in between)
+    assert all(part.count("MUFU.EX2") >= config.block_n * 64 // 128 for part in between)
 
 
 def test_warps_of_a_consumer_are_in_step_before_one_of_them_releases_a_buffer(compiled):

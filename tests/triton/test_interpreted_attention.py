@@ -5,17 +5,21 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+import triton.language as tl
 
 import refrag_kernels as rk
 from refrag_kernels import tile_lists
-from refrag_kernels.triton_kernels import attention, configs
+from refrag_kernels.plan_fields import PlanField
+from refrag_kernels.triton_kernels import attention, configs, nonfinite
 from tests.support.accuracy import GRADIENT, LSE, OUTPUT, relative_error
 from tests.support.factory import random_attention_problem
+from tests.support.nonfinite import spoilt_problem
 from tests.triton.modes import ALL
 
 # The interpreter takes a second for a few hundred rows.
 LIMITS = {"max_sequences": 2, "max_chunks": 5}
 SEEDS = range(60) if ALL else (1, 3, 6)
+NONFINITE = range(40) if ALL else (3, 4)
 CASES = [
     *((seed, torch.float32) for seed in SEEDS),
     *((seed, torch.float16) for seed in (SEEDS if ALL else (6,))),
@@ -40,6 +44,15 @@ def test_against_float64(seed, dtype):
         upstream = problem.grad_out if name.startswith("d") else None
         error = relative_error(actual, expected(seed, dtype)[name], upstream)
         assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.0e}; problem_of({seed}, {dtype})"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("seed", NONFINITE)
+def test_where_nan_goes(seed, dtype, monkeypatch):
+    """As tests/kernels/test_nonfinite.py says of the other backends."""
+    monkeypatch.setattr(nonfinite, "REPAIR_ROWS", tl.constexpr(16))  # 16 take the interpreter as long as one
+    spoilt = spoilt_problem(seed, dtype, **LIMITS)
+    spoilt.check(spoilt.spoilt.run("triton"))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16) if ALL else (torch.bfloat16,), ids=str)
@@ -83,7 +96,7 @@ def test_chunks_that_see_themselves(lengths, group):
     plan = rk.plan_attention(layout, rk.ChunkMask.diagonal(), causal=False)
     for kernel in ("forward", "dq"):
         tiles = attention.tiles_of(kernel, "sm_90", plan.tensors(), group, 16, 4, False)
-        assert (tiles.blocks, tiles.step) == (1, 16)
+        assert (tiles.blocks, tiles.block_n) == (1, 16)
     rows = layout.total_rows
     q, k, v = torch.randn(rows, 2 * group, 16), torch.randn(rows, 2, 16), torch.randn(rows, 2, 16)
     got, want = [], []
@@ -98,7 +111,7 @@ def test_chunks_that_see_themselves(lengths, group):
 @pytest.mark.parametrize(("width", "group"), ((128, 1), (128, 8), (256, 2)) if ALL else ((128, 3),))
 def test_wide_heads_in_float32(width, group):
     """Of which 64 rows don't fit in shared memory: tiles of one block, and parts of a tile of keys."""
-    assert configs.attention("dkv", "sm_80", width, 4).rows < 64
+    assert configs.attention("dkv", "sm_80", width, 4).block_m < 64
     layout = rk.ChunkLayout.from_lengths([[50, 1, 1, 30], [20]])
     rows = layout.total_rows
     plan = rk.plan_attention(layout, capacity=rk.PlanCapacity.for_rows(130, sequences=2, ranges_per_block=8))
@@ -236,7 +249,7 @@ def test_opcheck():
 
 def test_a_plan_without_tile_lists_is_refused():
     layout = rk.ChunkLayout.from_lengths([[4]])
-    tensors = rk.plan_attention(layout).tensors()[:14]
+    tensors = rk.plan_attention(layout).tensors()[: len(PlanField)]
     q = torch.randn(4, 1, 8)
     with pytest.raises(RuntimeError, match="a plan without tile lists"):
         torch.ops.refrag.mixed_attention(q, q, q, tensors, 1.0, 0.0, None, backend="triton")

@@ -10,6 +10,7 @@ import triton.language as tl
 import refrag_kernels as rk
 from refrag_kernels import grid_order
 from refrag_kernels.grid_order import TILES_FIRST, Order
+from refrag_kernels.plan_fields import PlanField
 from refrag_kernels.triton_kernels import attention
 from refrag_kernels.triton_kernels.tiles import tile_and_column
 from tests.triton.modes import ALL
@@ -99,7 +100,8 @@ def test_the_grid_is_the_same_in_every_order(group, monkeypatch):
             out, lse = attention.mixed_attention(q, k, k, plan, 1.0, 0.0, None)
             attention.mixed_attention_backward(out, lse, q, k, k, out, lse, plan, 1.0, 0.0, None)
     columns = 3 * (5 if group == 5 else 1)
-    tiles = len(plan[3]) if group >= 3 and group != 5 else -(-len(plan[3]) // 4)
+    blocks = len(plan[PlanField.Q_BLOCKS])
+    tiles = blocks if group >= 3 and group != 5 else -(-blocks // 4)
     for old, new in zip(launches[:2], launches[3:5]):
         assert old[0] == new[0] == (tiles, columns)
         assert (old[1]["section"], old[1]["ahead"]) == (1, 0)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import triton.language as tl
 
 import refrag_kernels as rk
-from refrag_kernels.triton_kernels import paged
+from refrag_kernels.triton_kernels import nonfinite, paged
 from tests.kernels import test_append_kv, test_merge_states, test_nonfinite, test_paged
 from tests.support import paged_problems
 from tests.support.nonfinite import spoilt_paged
@@ -34,11 +35,12 @@ def test_random_shapes(seed):
     test_paged.test_random_shapes(seed, "triton")
 
 
-# Decoding steps, whose heads see the same keys. Rows of a prefill that share a tile still share what is not finite.
-@pytest.mark.parametrize("seed", range(60) if ALL else (0, 3, 4, 7, 8))
-def test_where_nan_goes(seed):
+@pytest.mark.parametrize("dtype", paged_problems.LOW_DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(60) if ALL else range(8))
+def test_where_nan_goes(seed, dtype, monkeypatch):
     """As tests/kernels/test_nonfinite.py says of the other backends."""
-    spoilt = spoilt_paged(seed, torch.float32, decode=True)
+    monkeypatch.setattr(nonfinite, "REPAIR_ROWS", tl.constexpr(16))  # 16 take the interpreter as long as one
+    spoilt = spoilt_paged(seed, dtype)
     spoilt.check(*rk.paged_attention(*spoilt.problem.args, **spoilt.problem.options, return_lse=True, backend="triton"))
 
 

@@ -8,6 +8,7 @@ import triton
 from bench.static import ahead_of_time, resources
 from bench.static.launches import CASES
 from bench.static.resources import Row
+from refrag_kernels.architectures import ARCHITECTURES
 from tests.triton.modes import ALL
 
 
@@ -28,7 +29,7 @@ from tests.triton.modes import ALL
     ],
 )
 def test_occupancy(architecture, registers, shared, warps, blocks):
-    assert resources.occupancy(architecture, registers, shared, warps) == blocks
+    assert ARCHITECTURES[architecture].resident_ctas(registers, shared, warps) == blocks
 
 
 def test_a_result_is_kept_until_the_source_changes(tmp_path, monkeypatch):

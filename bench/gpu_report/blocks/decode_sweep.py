@@ -22,17 +22,17 @@ _LEAST = 4.0  # seconds that a case takes, about, with what it compiles
 
 # The first is what was there before; the stages of the default are those of configs.paged.
 _WAYS = {
-    "pages in step, parts of the table": Decode(ahead=False, by_length=False, stages=3),
+    "pages in step, parts of the table": Decode(ahead=False, by_length=False, num_stages=3),
     "default": Decode(),
-    "pages ahead, parts of the length, stages 3": Decode(stages=3),
-    "pages ahead, parts of the length, stages 4": Decode(stages=4),
-    "pages ahead, parts of the length, stages 5": Decode(stages=5),
-    "pages in step, parts of the length, stages 3": Decode(ahead=False, stages=3),
-    "pages in step, parts of the length, stages 5": Decode(ahead=False, stages=5),
-    "pages in step, parts of the length, stages 7": Decode(ahead=False, stages=7),
-    "pages ahead, parts of the table, stages 3": Decode(by_length=False, stages=3),
+    "pages ahead, parts of the length, stages 3": Decode(num_stages=3),
+    "pages ahead, parts of the length, stages 4": Decode(num_stages=4),
+    "pages ahead, parts of the length, stages 5": Decode(num_stages=5),
+    "pages in step, parts of the length, stages 3": Decode(ahead=False, num_stages=3),
+    "pages in step, parts of the length, stages 5": Decode(ahead=False, num_stages=5),
+    "pages in step, parts of the length, stages 7": Decode(ahead=False, num_stages=7),
+    "pages ahead, parts of the table, stages 3": Decode(by_length=False, num_stages=3),
     # As many buffers as 3 have: to tell.
-    "pages in step, parts of the length, stages 4": Decode(ahead=False, stages=4),
+    "pages in step, parts of the length, stages 4": Decode(ahead=False, num_stages=4),
 }
 _FEW = dict(list(_WAYS.items())[:3])
 

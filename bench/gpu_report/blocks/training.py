@@ -74,11 +74,12 @@ def _tiny_settings() -> dict[str, Any]:
 
 
 def _tiny_files(folder: Path) -> Path:
-    """Write a small random decoder and token files."""
+    """Write a small random decoder with a tokenizer, and token files."""
     import numpy as np
     import torch
-    from refrag.training.token_files import TokenSet, write_tokens
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from refrag.training.token_files import TokenSet, tokenizer_hash, write_tokens
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     LlamaForCausalLM(
@@ -87,11 +88,15 @@ def _tiny_files(folder: Path) -> Path:
             num_key_value_heads=2, head_dim=8, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
         )
     ).save_pretrained(folder / "decoder")  # fmt: skip
+    words = Tokenizer(models.WordLevel({f"{number}": number for number in range(40)}, unk_token="0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    tokenizer.save_pretrained(folder / "decoder")
+    made_with = tokenizer_hash(tokenizer)
     generator = np.random.default_rng(0)
     for split in ("train", "heldout-rivers"):
         lengths = np.full(6, 120, np.uint32)
         tokens = generator.integers(20, 40, size=int(lengths.sum())).astype(np.uint16)
-        write_tokens(folder / f"{split}.tok", TokenSet(tokens, lengths, ["manuals"] * 6, split, "0" * 64))
+        write_tokens(folder / f"{split}.tok", TokenSet(tokens, lengths, ["manuals"] * 6, split, made_with))
     return folder
 
 

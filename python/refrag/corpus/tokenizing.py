@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from refrag.corpus.budget import even_level
-from refrag.training.token_files import TokenSet, tokenizer_hash, write_tokens
+from refrag.training.token_files import TokenSet, tokenizer_hash, tokens_inside_characters, write_tokens
 
 _BATCH = 256  # documents: enough for the tokenizer's threads
 
@@ -62,7 +62,7 @@ def tokenize_corpus(
     files = sorted(corpus.glob("*.jsonl"), key=lambda file: (file.name != "train.jsonl", file.name))
     if not files or files[0].name != "train.jsonl":
         raise ValueError(f"{corpus}: holds no train.jsonl, needs the output of `refrag data corpus`")
-    written = []
+    written, inside = [], tokens_inside_characters(tokenizer)
     for file in progress(files):
         documents, sources = _tokenize(file, tokenizer)
         sizes: dict[str, int] = {}
@@ -76,7 +76,7 @@ def tokenize_corpus(
         if not documents:
             continue
         level = even_level(list(sizes.values()), limit)
-        kept = _up_to(level, documents, sources)
+        kept = _up_to(level, documents, sources, inside)
         content = TokenSet(
             np.concatenate([documents[index][:count] for index, count in kept]),
             np.array([count for _, count in kept], dtype=np.uint32),
@@ -114,12 +114,17 @@ def _encode(fast: Any, texts: list[str]) -> list[np.ndarray]:
     return [np.array(encoding.ids, dtype=np.uint16) for encoding in encoded]
 
 
-def _up_to(level: int, documents: list[np.ndarray], sources: list[str]) -> list[tuple[int, int]]:
-    """Return which documents are kept, and how many tokens of each, so that no source has more than ``level``."""
+def _up_to(level: int, documents: list[np.ndarray], sources: list[str], inside: np.ndarray) -> list[tuple[int, int]]:
+    """Return which documents are kept, and how many tokens of each, so that no source has more than ``level``.
+
+    A document that is cut ends with a whole character.
+    """
     left = dict.fromkeys(sources, level)
     kept = []
     for index, (document, source) in enumerate(zip(documents, sources)):
         count = min(len(document), left[source])
+        while 0 < count < len(document) and inside[document[count]]:
+            count -= 1
         if count:
             kept.append((index, count))
             left[source] -= count

@@ -24,6 +24,9 @@ _FORMAT = "refrag tokens 1"
 _LIMIT = 1 << 20  # bytes of a header; the list of sources is the largest part of it
 # Tokens are pairs of bytes: positions and literals are told apart by the lowest bit of the position (lp, pb = 1).
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 26, "lc": 3, "lp": 1, "pb": 1}]
+# How byte-level tokenizers write the bytes 0x80 to 0xBF, which continue a character in UTF-8: those that are printable
+# in Latin-1 as they are, the others from U+0100 on, behind the 34 of ASCII that are not printable.
+_CONTINUING = frozenset({chr(byte) for byte in range(0xA1, 0xC0) if byte != 0xAD} | set(map(chr, range(0x122, 0x144))))
 
 
 class TokenFileError(ValueError):
@@ -200,6 +203,40 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """Return the hash of a fast tokenizer of transformers: of its vocabulary, which is what token numbers depend on."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+
+def tokens_inside_characters(tokenizer: Any) -> np.ndarray:
+    """Return which tokens begin inside a character, so that no chunk may begin with them: where ``FixedChunks`` cuts.
+
+    Of a byte-level tokenizer, and of one that falls back on bytes, these are the tokens whose first byte continues a
+    character in UTF-8. The tokens of all others hold whole characters. A mark that a normalizer (NFC, say) left apart
+    from its letter counts as a character, as it does for ``FixedChunks`` in text that is normalized already.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerFast
+
+    Returns
+    -------
+    ndarray, bool [65536]
+        By token number, for any ``tokens`` of a token file.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer is not a fast one.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer: got {type(tokenizer).__name__}, needs a fast tokenizer")
+    form = json.loads(tokenizer.backend_tokenizer.to_str())
+    whole = {token["content"] for token in form["added_tokens"]}
+    byte_level = any('"ByteLevel"' in json.dumps(form[part]) for part in ("pre_tokenizer", "decoder"))
+    fallback = {f"<0x{byte:02X}>" for byte in range(0x80, 0xC0)} if form["model"].get("byte_fallback") else set()
+    inside = np.zeros(1 << 16, bool)
+    for token, number in tokenizer.get_vocab().items():
+        if number < len(inside) and token not in whole:
+            inside[number] = token in fallback or (byte_level and token[:1] in _CONTINUING)
+    return inside
 
 
 def _read_arrays(path: Path, header: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

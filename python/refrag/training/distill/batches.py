@@ -17,8 +17,40 @@ from refrag.training.distill.attention import GroupedPlans
 from refrag.training.distill.options import DistillOptions
 
 
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Runs of tokens, each cut into chunks, with what follows them.
+
+    Attributes
+    ----------
+    tokens : ndarray, int32 [n, chunks * k + after]
+        The chunks' tokens, those behind them, and zeros where chunks have fewer than k tokens.
+    lengths : ndarray, int64 [n, chunks]
+        Tokens of each chunk: k, or fewer where a character would be cut.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def contexts(self) -> np.ndarray:
+        """Tokens of all chunks of each run: int64 [n]."""
+        return self.lengths.sum(1)
+
+    @classmethod
+    def whole(cls, tokens: np.ndarray, chunks: int, k: int) -> Windows:
+        """Return runs whose chunks have k tokens each."""
+        return cls(tokens, np.full((len(tokens), chunks), k))
+
+    def part(self, rows: Any) -> Windows:
+        """Return some of the runs."""
+        return Windows(self.tokens[rows], self.lengths[rows])
+
+
 class TokenWindows:
     """Runs of tokens inside documents, each as likely as any other.
+
+    One that would begin inside a character begins with it.
 
     Parameters
     ----------
@@ -27,10 +59,18 @@ class TokenWindows:
         Where each document starts.
     name : str
         Of the files, for errors.
+    inside : ndarray, bool [65536], optional
+        By token number, whether it begins inside a character: from ``tokens_inside_characters``. Without it none does.
     """
 
-    def __init__(self, tokens: np.ndarray, offsets: np.ndarray, name: str) -> None:
+    def __init__(self, tokens: np.ndarray, offsets: np.ndarray, name: str, inside: np.ndarray | None = None) -> None:
         self.tokens, self.offsets, self.name = tokens, np.asarray(offsets, dtype=np.int64), name
+        self.inside = np.zeros(1 << 16, bool) if inside is None else inside
+        self._begins = np.append(~self.inside[tokens], True)
+        self._begins[self.offsets] = True  # a document that was cut is no part of the one before it
+        self._longest, run = 1, ~self._begins
+        while run.any():
+            self._longest, run = self._longest + 1, run[1:] & ~self._begins[: len(run) - 1]
 
     @functools.cache  # noqa: B019  # lives as long as the run does
     def _first_of_document(self, length: int) -> np.ndarray:
@@ -40,19 +80,46 @@ class TokenWindows:
             raise ValueError(f"{self.name}: the longest document has {longest} tokens, needs {length} for one sample")
         return np.concatenate([[0], np.cumsum(counts)])
 
-    def draw(self, generator: np.random.Generator, count: int, length: int) -> np.ndarray:
-        """Return ``count`` runs at random: int32 [count, length].
+    def draw(self, generator: np.random.Generator, count: int, chunks: int, k: int, after: int = 0) -> Windows:
+        """Return ``count`` runs at random: chunks of k tokens, as ``FixedChunks`` cuts them, and the tokens after them.
 
         Raises
         ------
         ValueError
-            If no document is that long.
+            If no document is that long, or a character has more than k tokens.
         """
-        first = self._first_of_document(length)
+        if self._longest > k:
+            raise ValueError(
+                f"k: got {k}, needs {self._longest} or more: {self.name} has a character of so many tokens"
+            )
+        first = self._first_of_document(chunks * k + after)
         picks = generator.integers(first[-1], size=count)
         document = np.searchsorted(first, picks, side="right") - 1
-        starts = self.offsets[document] + picks - first[document]
-        return self.tokens[starts[:, None] + np.arange(length)].astype(np.int32)
+        starts = self._back(self.offsets[document] + picks - first[document])
+        ends = starts[:, None] + k * np.arange(1, chunks + 1)
+        uneven = ~self._begins[ends].all(1)
+        whole = count - int(uneven.sum())
+        if whole < count:
+            ends[uneven] = self._ends(starts[uneven], chunks, k)
+            last = uneven.argsort(kind="stable")  # where attention wants them: see GroupedPlans
+            starts, ends = starts[last], ends[last]
+        places = np.arange(chunks * k + after)
+        tokens = self.tokens[starts[:, None] + places].astype(np.int32)
+        tokens[whole:][places >= ends[whole:, -1:] + after - starts[whole:, None]] = 0
+        return Windows(tokens, np.diff(ends, axis=1, prepend=starts[:, None]))
+
+    def _back(self, places: np.ndarray) -> np.ndarray:
+        """Return the places, those inside a character moved to where it begins."""
+        while not (begins := self._begins[places]).all():
+            places = places - ~begins
+        return places
+
+    def _ends(self, starts: np.ndarray, chunks: int, k: int) -> np.ndarray:
+        """Return where each chunk ends, at most k tokens behind the one before it."""
+        ends = np.empty((len(starts), chunks), np.int64)
+        for chunk in range(chunks):
+            ends[:, chunk] = starts = self._back(starts + k)
+        return ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +161,6 @@ class Shape:
         """Rows of a reconstruction: the first token, slots, the task's token, the chunks' tokens."""
         return 1 + self.chunks + 1 + self.chunks * self.k
 
-    @property
-    def text_tokens(self) -> int:
-        """Tokens of text that a batch is made of."""
-        whole = self.continuations * (self.context + self.output)
-        return whole + self.reconstructions * self.chunks * self.k
-
 
 def step_shape(options: DistillOptions, context: int, chunks: int, reconstruction: float) -> Shape:
     """Return the shape of a step: a share of the context tokens is written again, the others are continued."""
@@ -113,13 +174,13 @@ def step_shape(options: DistillOptions, context: int, chunks: int, reconstructio
 
 
 class Rows:
-    """What batches of a shape have in common, on a device: attention plans, positions and row numbers.
+    """What batches of a shape have in common, on a device: attention plans and positions.
 
     Attributes
     ----------
     encoder, teacher, student : Packed
-    teacher_outputs, student_outputs : Tensor, int64
-        Rows that predict a target: continuations first.
+        Of runs whose chunks have k tokens each. Causal rows don't attend to the zeros behind shorter ones; for the
+        encoder such a batch brings its own.
     """
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
@@ -129,14 +190,6 @@ class Rows:
         )  # fmt: skip
         self.teacher = Packed.of([(each, 1 + shape.context + shape.output)], device)
         self.student = Packed.of([(each, shape.continuation_rows), (again, shape.reconstruction_rows)], device)
-        written = np.arange(-shape.output - 1, -1)
-        of_teacher = np.arange(1, each + 1)[:, None] * (1 + shape.context + shape.output) + written
-        of_student = np.arange(1, each + 1)[:, None] * shape.continuation_rows + written
-        first = each * shape.continuation_rows
-        ends = first + np.arange(1, again + 1)[:, None] * shape.reconstruction_rows
-        rewritten = ends + np.arange(-shape.chunks * shape.k - 1, -1)
-        self.teacher_outputs = torch.from_numpy(of_teacher.ravel()).to(device)
-        self.student_outputs = torch.from_numpy(np.concatenate([of_student.ravel(), rewritten.ravel()])).to(device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +200,17 @@ class Packed:
     positions: torch.Tensor
 
     @classmethod
-    def of(cls, groups: list[tuple[int, int]], device: torch.device, *, causal: bool = True) -> Packed:
-        """Pack groups of sequences, (number, rows of each)."""
+    def of(
+        cls,
+        groups: list[tuple[int, int]],
+        device: torch.device,
+        *,
+        causal: bool = True,
+        used: np.ndarray | None = None,
+    ) -> Packed:
+        """Pack groups of sequences, (number, rows of each); ``used`` are the rows of each that are no padding."""
         positions = np.concatenate([np.tile(np.arange(rows), count) for count, rows in groups])
-        plans = GroupedPlans(groups, device, causal=causal)
+        plans = GroupedPlans(groups, device, causal=causal, used=used)
         return cls(plans, torch.from_numpy(positions).to(device)[None])
 
 
@@ -161,11 +221,19 @@ class Batch:
     Attributes
     ----------
     encoder_ids, teacher_ids, student_ids : Tensor, int64
-        Tokens of packed rows; 0 in the student's slots.
+        Tokens of packed rows; 0 in the student's slots, and behind sequences with shorter chunks.
     slot_rows, slot_chunks : Tensor, int64 [n]
         Rows of the student that are slots, and the encoded chunk that stands in each.
+    teacher_outputs, student_outputs : Tensor, int64
+        Rows that predict a target: continuations first.
     targets : Tensor, int64
-        Token after each of the shape's ``student_outputs``.
+        Token after each of ``student_outputs``.
+    chunk_starts, chunk_lengths : Tensor, int64 [N]
+        Row of the encoder that each chunk begins with, and its rows.
+    encoder : Packed, optional
+        The encoder's rows where a chunk has fewer than k tokens; otherwise those of the shape's ``Rows``.
+    text_tokens : int
+        Tokens of text that the batch is made of.
     """
 
     shape: Shape
@@ -174,13 +242,19 @@ class Batch:
     student_ids: torch.Tensor
     slot_rows: torch.Tensor
     slot_chunks: torch.Tensor
+    teacher_outputs: torch.Tensor
+    student_outputs: torch.Tensor
     targets: torch.Tensor
+    chunk_starts: torch.Tensor
+    chunk_lengths: torch.Tensor
+    encoder: Packed | None
+    text_tokens: int
 
 
 def make_batch(
     shape: Shape,
-    continued: np.ndarray,
-    rewritten: np.ndarray,
+    continued: Windows,
+    rewritten: Windows,
     picks: np.ndarray,
     first_token: int,
     task_token: int,
@@ -191,8 +265,10 @@ def make_batch(
     Parameters
     ----------
     shape : Shape
-    continued : ndarray [continuations, context + output]
-    rewritten : ndarray [reconstructions, chunks * k]
+    continued : Windows
+        As many as the shape's continuations: of its context, with its output behind them.
+    rewritten : Windows
+        As many as its reconstructions: of its chunks, with nothing behind them.
     picks : ndarray, bool [continuations, context / k]
         Chunks that stand as text, as many in each row.
     first_token, task_token : int
@@ -200,39 +276,55 @@ def make_batch(
     device : torch.device
         Where it goes, in one copy that doesn't wait.
     """
-    k, each, again, s = shape.k, shape.continuations, shape.reconstructions, shape.context
-    per = s // k
-    lengths = np.where(picks, k, 1)
+    k, each, again, s, o = shape.k, shape.continuations, shape.reconstructions, shape.context, shape.output
+    per, contexts, within = s // k, continued.contexts, np.arange(k)
+    outputs = np.take_along_axis(continued.tokens, contexts[:, None] + np.arange(o), 1)
+    lengths = np.where(picks, continued.lengths, 1)
     starts = np.cumsum(lengths, 1) - lengths + 1  # behind the first token
+    begins = np.cumsum(continued.lengths, 1) - continued.lengths
     student = np.zeros((each, shape.continuation_rows), np.int32)
     student[:, 0] = first_token
-    student[:, -shape.output :] = continued[:, s:]
+    written = 1 + lengths.sum(1)[:, None] + np.arange(o)
+    np.put_along_axis(student, written, outputs, 1)
     sample, chunk = np.nonzero(picks)
-    if len(sample):
-        places = starts[sample, chunk][:, None] + np.arange(k)
-        student[sample[:, None], places] = continued[:, :s].reshape(each, per, k)[sample, chunk]
+    own, place = np.nonzero(within < continued.lengths[sample, chunk][:, None])
+    sample, chunk = sample[own], chunk[own]
+    student[sample, starts[sample, chunk] + place] = continued.tokens[sample, begins[sample, chunk] + place]
     sample, chunk = np.nonzero(~picks)
-    slot_rows = sample * shape.continuation_rows + starts[sample, chunk]
-    slot_chunks = sample * per + chunk
     again_rows = np.zeros((again, shape.reconstruction_rows), np.int32)
     again_rows[:, 0] = first_token
     again_rows[:, 1 + shape.chunks] = task_token
-    again_rows[:, 2 + shape.chunks :] = rewritten
-    numbers = np.arange(again * shape.chunks)
-    begins = each * shape.continuation_rows + np.arange(again)[:, None] * shape.reconstruction_rows + 1
-    parts = {
-        "encoder_ids": np.concatenate([continued[:, :s].ravel(), rewritten.ravel()]),
-        "teacher_ids": np.concatenate([np.full((each, 1), first_token, np.int32), continued], 1).ravel(),
-        "student_ids": np.concatenate([student.ravel(), again_rows.ravel()]),
-        "slot_rows": np.concatenate([slot_rows, (begins + np.arange(shape.chunks)).ravel()]),
-        "slot_chunks": np.concatenate([slot_chunks, each * per + numbers]),
-        "targets": np.concatenate([continued[:, s:].ravel(), rewritten.ravel()]),
-    }
-    whole = torch.from_numpy(np.concatenate([part.astype(np.int64) for part in parts.values()]))
+    again_rows[:, 2 + shape.chunks :] = rewritten.tokens
+    real = np.arange(shape.chunks * k) < rewritten.contexts[:, None]
+    first_again = each * shape.continuation_rows + np.arange(again)[:, None] * shape.reconstruction_rows
+    teacher_rows = 1 + s + o
+    starts_again = np.cumsum(rewritten.lengths, 1) - rewritten.lengths
+    pieces = {
+        "encoder_ids": [np.where(np.arange(s) < contexts[:, None], continued.tokens[:, :s], 0), rewritten.tokens],
+        "teacher_ids": [np.concatenate([np.full((each, 1), first_token, np.int32), continued.tokens], 1)],
+        "student_ids": [student, again_rows],
+        "slot_rows": [sample * shape.continuation_rows + starts[sample, chunk],
+                      first_again + 1 + np.arange(shape.chunks)],
+        "slot_chunks": [sample * per + chunk, each * per + np.arange(again * shape.chunks)],
+        "teacher_outputs": [np.arange(each)[:, None] * teacher_rows + contexts[:, None] + np.arange(o)],
+        "student_outputs": [np.arange(each)[:, None] * shape.continuation_rows + written - 1,
+                            (first_again + 1 + shape.chunks + np.arange(shape.chunks * k))[real]],
+        "targets": [outputs, rewritten.tokens[real]],
+        "chunk_starts": [np.arange(each)[:, None] * s + begins,
+                         each * s + np.arange(again)[:, None] * shape.chunks * k + starts_again],
+        "chunk_lengths": [continued.lengths, rewritten.lengths],
+    }  # fmt: skip
+    parts = [np.concatenate([piece.ravel() for piece in own]).astype(np.int64) for own in pieces.values()]
+    whole = torch.from_numpy(np.concatenate(parts))
     if device.type == "cuda":
         whole = whole.pin_memory().to(device, non_blocking=True)
-    pieces = whole.split([len(part) for part in parts.values()])
-    return Batch(shape, *pieces)
+    used, encoder = np.concatenate([contexts, rewritten.contexts]), None
+    if (continued.lengths < k).any() or (rewritten.lengths < k).any():
+        groups = [(each, s), (again, shape.chunks * k)]
+        encoder = Packed.of(groups, device, causal=False, used=used)
+    tokens = int(used.sum()) + each * o
+    tensors = dict(zip(pieces, whole.split([len(part) for part in parts])))
+    return Batch(shape, **tensors, encoder=encoder, text_tokens=tokens)
 
 
 def batch_at(
@@ -251,8 +343,8 @@ def batch_at(
         context = options.contexts[generator.integers(len(options.contexts))]
         chunks = options.reconstruction_chunks[generator.integers(len(options.reconstruction_chunks))]
         shape = step_shape(options, context, chunks, reconstruction_share(options, progress))
-    continued = windows.draw(generator, shape.continuations, shape.context + shape.output)
-    rewritten = windows.draw(generator, shape.reconstructions, shape.chunks * shape.k)
+    continued = windows.draw(generator, shape.continuations, shape.context // shape.k, shape.k, shape.output)
+    rewritten = windows.draw(generator, shape.reconstructions, shape.chunks, shape.k)
     order = generator.random((shape.continuations, shape.context // shape.k)).argsort(1)
     return make_batch(
         shape, continued, rewritten, order < shape.expanded, first_token, options.reconstruction_token, device

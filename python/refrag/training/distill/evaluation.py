@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from refrag.training.distill.batches import Batch, Packed, Shape, TokenWindows, make_batch
+from refrag.training.distill.batches import Batch, Packed, Shape, TokenWindows, Windows, make_batch
 from refrag.training.distill.models import Distillation, hidden_of
 
 CONTEXT, OUTPUT = 256, 64  # s and o of the measured value
@@ -72,56 +72,66 @@ class Evaluator:
     def _domain(self, name: str, samples: int, tuned_ends: bool) -> dict[str, float]:
         own = self._distillation
         k, s, o = own.options.k, self._context, self._output
-        drawn = self._domains[name].draw(np.random.default_rng(_SEED), samples, s + o)
+        drawn = self._domains[name].draw(np.random.default_rng(_SEED), samples, s // k, k, o)
         student, teacher = own.model.decoder.base_model, own.teacher
+        contexts, nothing = drawn.contexts, np.zeros(samples, np.int64)
+        outputs = np.take_along_axis(drawn.tokens, contexts[:, None] + np.arange(o), 1)
         if (name, samples) not in self._base:
-            self._base[name, samples] = (self._text(teacher, drawn[:, s:], o), self._text(teacher, drawn, o))
+            self._base[name, samples] = (
+                self._text(teacher, outputs, nothing), self._text(teacher, drawn.tokens, contexts)
+            )  # fmt: skip
         none, full = self._base[name, samples]
         compressed = self._compressed(drawn)
         figures = {"compressed": compressed, "none": none, "full": full, "kept": _kept(none, compressed, full)}
         if tuned_ends:
-            none, full = self._text(student, drawn[:, s:], o), self._text(student, drawn, o)
-            last = self._text(student, drawn[:, s - s // k :], o)
+            none, full = self._text(student, outputs, nothing), self._text(student, drawn.tokens, contexts)
+            last = self._text(student, *_last(drawn, s // k, o, self._domains[name].inside))
             figures |= {
                 "tuned_none": none, "tuned_full": full, "tuned_last": last, "tuned_kept": _kept(none, compressed, full),
             }  # fmt: skip
-        figures["rebuilt"], figures["rebuilt_first"] = self._rebuilt(drawn[:, :s], s // k)
-        figures["single"], figures["single_first"] = self._rebuilt(drawn[:, : 4 * k].reshape(-1, k), 1)
+        figures["rebuilt"], figures["rebuilt_first"] = self._rebuilt(_chunks(drawn, s // k, k), s // k)
+        figures["single"], figures["single_first"] = self._rebuilt(_alone(drawn, min(4, s // k), k), 1)
         return figures
 
-    def _text(self, base: Any, tokens: np.ndarray, output: int) -> float:
-        """Return the loss of the last ``output`` tokens, behind the first token and those before them."""
-        total = 0.0
-        for part in np.array_split(tokens, -(-len(tokens) // _AT_ONCE)):
+    def _text(self, base: Any, tokens: np.ndarray, before: np.ndarray) -> float:
+        """Return the loss of the output that stands behind ``before`` tokens of each row, and the first token."""
+        total, output = 0.0, self._output
+        for chosen in _slices(len(tokens)):
+            part, own = tokens[chosen], before[chosen]
             rows = 1 + part.shape[1]
             ids = np.concatenate([np.full((len(part), 1), self._first_token), part], 1)
             hidden = hidden_of(base, self._distillation.embed(self._tensor(ids.ravel())), self._packed(len(part), rows))
-            before = hidden.view(len(part), rows, -1)[:, -output - 1 : -1].flatten(0, 1)
-            total += float(self._losses(before, self._tensor(part[:, -output:].ravel()))[0].sum())
+            places = own[:, None] + np.arange(output)
+            predicting = hidden[self._tensor((np.arange(len(part))[:, None] * rows + places).ravel())]
+            targets = np.take_along_axis(part, places, 1)
+            total += float(self._losses(predicting, self._tensor(targets.ravel()))[0].sum())
         return total / (len(tokens) * output)
 
-    def _compressed(self, tokens: np.ndarray) -> float:
+    def _compressed(self, drawn: Windows) -> float:
         k, s, o = self._distillation.options.k, self._context, self._output
         total = 0.0
-        for part in np.array_split(tokens, -(-len(tokens) // _AT_ONCE)):
-            shape = Shape(k, s, o, len(part), 0, 0, 1)
-            picks = np.zeros((len(part), s // k), bool)
-            losses, _ = self._read(self._batch(shape, part, np.zeros((0, k), np.int32), picks))
+        for own in _slices(len(drawn.tokens)):
+            part = drawn.part(own)
+            shape = Shape(k, s, o, len(part.tokens), 0, 0, 1)
+            picks = np.zeros((len(part.tokens), s // k), bool)
+            losses, _ = self._read(self._batch(shape, part, Windows.whole(np.zeros((0, k), np.int32), 1, k), picks))
             total += float(losses.sum())
-        return total / (len(tokens) * o)
+        return total / (len(drawn.tokens) * o)
 
-    def _rebuilt(self, tokens: np.ndarray, chunks: int) -> tuple[float, float]:
+    def _rebuilt(self, drawn: Windows, chunks: int) -> tuple[float, float]:
         """Return the share of tokens, and of chunks' first tokens, that are rebuilt given the true ones before them."""
         k = self._distillation.options.k
-        hits = []
-        for part in np.array_split(tokens, -(-len(tokens) // _AT_ONCE)):
-            shape = Shape(k, k, 1, 0, 0, len(part), chunks)
-            batch = self._batch(shape, np.zeros((0, k + 1), np.int32), part, np.zeros((0, 1), bool))
-            hits.append(self._read(batch)[1].view(-1, k))
-        every = torch.cat(hits).float()
-        return float(every.mean()), float(every[:, 0].mean())
+        nothing = Windows.whole(np.zeros((0, k + 1), np.int32), 1, k)
+        hits, firsts = [], []
+        for own in _slices(len(drawn.tokens)):
+            part = drawn.part(own)
+            shape = Shape(k, k, 1, 0, 0, len(part.tokens), chunks)
+            hits.append(self._read(self._batch(shape, nothing, part, np.zeros((0, 1), bool)))[1])
+            lengths = part.lengths.ravel()
+            firsts.append(hits[-1][self._tensor(np.cumsum(lengths) - lengths)])
+        return float(torch.cat(hits).float().mean()), float(torch.cat(firsts).float().mean())
 
-    def _batch(self, shape: Shape, continued: np.ndarray, rewritten: np.ndarray, picks: np.ndarray) -> Batch:
+    def _batch(self, shape: Shape, continued: Windows, rewritten: Windows, picks: np.ndarray) -> Batch:
         own = self._distillation
         task = own.options.reconstruction_token
         return make_batch(shape, continued, rewritten, picks, self._first_token, task, own.device)
@@ -151,8 +161,40 @@ def _kept(none: float, compressed: float, full: float) -> float:
     return (none - compressed) / gain if abs(gain) > 1e-6 else 0.0
 
 
-def domains_of(windows: Mapping[str, TokenWindows], length: int) -> dict[str, TokenWindows]:
-    """Return the domains, after checking that each has a document of ``length`` tokens."""
+def _slices(samples: int) -> list[slice]:
+    """Return the samples of each pass: ``_AT_ONCE`` at most, as many as in the others or one less."""
+    edges = np.cumsum([0, *map(len, np.array_split(np.arange(samples), -(-samples // _AT_ONCE)))]).tolist()
+    return [slice(start, end) for start, end in zip(edges, edges[1:])]
+
+
+def _chunks(drawn: Windows, chunks: int, k: int) -> Windows:
+    """Return the runs without what follows their chunks."""
+    within = np.arange(chunks * k)
+    tokens = np.where(within < drawn.contexts[:, None], drawn.tokens[:, : chunks * k], 0)
+    return Windows(tokens, drawn.lengths)
+
+
+def _alone(drawn: Windows, chunks: int, k: int) -> Windows:
+    """Return the first chunks of each run as runs of their own."""
+    lengths = drawn.lengths[:, :chunks]
+    places = (np.cumsum(lengths, 1) - lengths)[..., None] + np.arange(k)
+    runs = np.arange(len(lengths))[:, None, None]
+    tokens = np.where(np.arange(k) < lengths[..., None], drawn.tokens[runs, places], 0)
+    return Windows(tokens.reshape(-1, k), lengths.reshape(-1, 1))
+
+
+def _last(drawn: Windows, count: int, output: int, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each context's last ``count`` tokens, from where a character begins, with the output, and their number."""
+    contexts = drawn.contexts
+    starts, runs = contexts - count, np.arange(len(contexts))
+    while (cut := inside[drawn.tokens[runs, starts]]).any():
+        starts = starts + cut
+    places = np.minimum(starts[:, None] + np.arange(count + output), drawn.tokens.shape[1] - 1)
+    return np.take_along_axis(drawn.tokens, places, 1), contexts - starts
+
+
+def domains_of(windows: Mapping[str, TokenWindows], context: int, k: int, output: int) -> dict[str, TokenWindows]:
+    """Return the domains, after checking that a sample can be drawn from each."""
     for own in windows.values():
-        own.draw(np.random.default_rng(0), 1, length)
+        own.draw(np.random.default_rng(0), 1, context // k, k, output)
     return dict(windows)

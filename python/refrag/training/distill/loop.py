@@ -8,10 +8,11 @@ import faulthandler
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refrag.adapters import read_adapter
 from refrag.training.distill.batches import Batch, Prefetcher, Shape, TokenWindows, all_shapes, batch_at
@@ -20,7 +21,7 @@ from refrag.training.distill.evaluation import CONTEXT, OUTPUT, Evaluator, domai
 from refrag.training.distill.models import Distillation
 from refrag.training.distill.optimizer import FlatAdamW, Progress, rates_at
 from refrag.training.distill.options import HELD_OUT_DOMAINS, DistillOptions
-from refrag.training.token_files import load_tokens, read_header
+from refrag.training.token_files import load_tokens, tokenizer_hash, tokens_inside_characters
 
 _STEPS_AHEAD = 2  # steps that the host may be ahead of the device
 _WARM_UP_SECONDS = 150  # after which a GPU that hasn't finished its first steps is taken to hang
@@ -78,7 +79,11 @@ class _Run:
         context = min(CONTEXT, max(options.contexts))
         output = min(OUTPUT, options.output_tokens)
         self.evaluator = Evaluator(
-            self.model, domains_of(domains, context + output), self.first_token, context=context, output=output
+            self.model,
+            domains_of(domains, context, options.k, output),
+            self.first_token,
+            context=context,
+            output=output,
         )
         self.writer = Writer(self.model.model, options.output, options.pieces, options.piece_bytes)
         self.step, self.tokens = 0, 0
@@ -140,7 +145,7 @@ class _Run:
                 rates = rates_at(options, at)
                 self.optimizer.step(rates)
                 self.step += 1
-                self.tokens += batch.shape.text_tokens
+                self.tokens += batch.text_tokens
                 reader.count(batch, sums, rates, at)
                 if self.device.type == "cuda":
                     marks.append(torch.cuda.Event())
@@ -176,7 +181,7 @@ class _Run:
             try:
                 batches = [self._batch(index, shape) for index, shape in enumerate(self._largest())]
                 if self.step == 0 and self.options.start is None:
-                    self.model.fit_scale(batches[0].encoder_ids, self.model.rows(batches[0].shape).encoder)
+                    self.model.fit_scale(batches[0])
                 if wanted == "faster":
                     self.model.use_attention(self._faster(batches[0]))
                 for batch in batches:
@@ -316,8 +321,9 @@ class _Meter:
         self._sums[:3] += sums
         self._sums[3] = run.optimizer.norm
         self._sums[4] = run.optimizer.in_a_row
-        self._rows[0] += batch.shape.continuations * batch.shape.output
-        self._rows[1] += batch.shape.reconstructions * batch.shape.chunks * batch.shape.k
+        continued = batch.shape.continuations * batch.shape.output
+        self._rows[0] += continued
+        self._rows[1] += len(batch.targets) - continued
         self._log(wait=False)
         if run.step % run.options.log_every == 0:
             self._take(rates, progress)
@@ -373,23 +379,35 @@ def read_files(options: DistillOptions) -> tuple[TokenWindows, dict[str, TokenWi
     Raises
     ------
     ValueError
-        If a file to train on holds one of ``HELD_OUT_DOMAINS``, or a document of a held-out file; names it.
+        If a file to train on holds one of ``HELD_OUT_DOMAINS``, or a document of a held-out file, or a file was made
+        with another tokenizer than the decoder's; names it.
     """
-    tokens, offsets, sources = load_tokens(options.tokens, training=True)
+    tokenizer = _tokenizer(options.decoder)
+    made_with, inside = tokenizer_hash(tokenizer), tokens_inside_characters(tokenizer)
+    tokens, offsets, sources = load_tokens(options.tokens, training=True, tokenizer=made_with)
     for held in HELD_OUT_DOMAINS:
         if held in sources:
             raise ValueError(f"tokens: document {sources.index(held)} holds {held}: a domain that stays held out")
-    train = TokenWindows(tokens, offsets, "tokens")
+    train = TokenWindows(tokens, offsets, "tokens", inside)
     own = {_digest(train, document) for document in range(len(train.offsets) - 1)}
-    tokenizer = read_header(options.tokens[0])["tokenizer"]
     domains = {}
     for path in options.heldout:
-        domain = TokenWindows(*load_tokens([path], tokenizer=tokenizer)[:2], f"heldout {path}")
+        domain = TokenWindows(*load_tokens([path], tokenizer=made_with)[:2], f"heldout {path}", inside)
         same = [document for document in range(len(domain.offsets) - 1) if _digest(domain, document) in own]
         if same:
             raise ValueError(f"tokens: document {same[0]} of {path} is among those to train on, needs to be held out")
         domains[path.stem.removeprefix("heldout-")] = domain
     return train, domains
+
+
+def _tokenizer(decoder: Path) -> Any:
+    """Return the decoder's tokenizer, which knows where characters begin."""
+    try:
+        return AutoTokenizer.from_pretrained(decoder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"decoder: {decoder} has no tokenizer that can be read, needs that of the token files: {error}"
+        ) from None
 
 
 def _digest(file: TokenWindows, document: int) -> int:

@@ -100,7 +100,8 @@ class Distillation:
         taught = self.table[:0]
         if batch.shape.continuations:
             with torch.no_grad():
-                taught = hidden_of(self.teacher, self.embed(batch.teacher_ids), rows.teacher)[rows.teacher_outputs]
+                states = hidden_of(self.teacher, self.embed(batch.teacher_ids), rows.teacher)
+                taught = states[batch.teacher_outputs]
         return distillation_loss(
             self.student_hidden(batch), taught, batch.targets, self.head,
             cross_entropy=self.options.cross_entropy, block=self.options.block_rows,
@@ -109,24 +110,37 @@ class Distillation:
     def student_hidden(self, batch: Batch) -> torch.Tensor:
         """Return the student's last states in the rows that predict a target."""
         rows = self.rows(batch.shape)
-        slots = self.slots(batch.encoder_ids, rows.encoder)
+        slots = self.slots(batch)
         text = self.embed(batch.student_ids)
         mixed = text.index_copy(0, batch.slot_rows, slots.index_select(0, batch.slot_chunks))
-        return hidden_of(self.model.decoder.base_model, mixed, rows.student).index_select(0, rows.student_outputs)
+        return hidden_of(self.model.decoder.base_model, mixed, rows.student).index_select(0, batch.student_outputs)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Return the decoder's token embeddings."""
         return nn.functional.embedding(token_ids, self.table)
 
-    def slots(self, token_ids: torch.Tensor, packed: Packed) -> torch.Tensor:
-        """Encode packed windows of whole chunks of k tokens; return the chunks' slots [N, d]."""
-        embeds = self.model.encoder.get_input_embeddings()(token_ids)
+    def slots(self, batch: Batch) -> torch.Tensor:
+        """Encode a batch's windows of chunks; return the chunks' slots [N, d]."""
+        packed = batch.encoder or self.rows(batch.shape).encoder
+        embeds = self.model.encoder.get_input_embeddings()(batch.encoder_ids)
         states = hidden_of(self.model.encoder, embeds, packed)
-        chunks = states.view(-1, self.options.k, states.shape[-1])
-        pooled = chunks.flatten(1) if self.options.pooling == "concat" else chunks.mean(1)
+        pooled = self._pooled(states, batch)
         projector = self.model.projector
         projected = nn.functional.linear(pooled, projector.up.weight.to(pooled.dtype))
         return nn.functional.linear(projected, projector.down.weight.to(pooled.dtype))
+
+    def _pooled(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return each chunk's states one after another, or their mean, as ``encode_packed`` does."""
+        concat = self.options.pooling == "concat"
+        if batch.encoder is None:
+            chunks = states.view(-1, self.options.k, states.shape[-1])
+            return chunks.flatten(1) if concat else chunks.mean(1)
+        starts, lengths = batch.chunk_starts[:, None], batch.chunk_lengths[:, None]
+        places = torch.arange(self.options.k, device=states.device)
+        if concat:  # each state of a shorter chunk stands for several
+            return states[starts + places * lengths // self.options.k].flatten(1)
+        kept = (places < lengths)[..., None]
+        return states[starts + places.minimum(lengths - 1)].mul(kept).sum(1) / lengths.to(states.dtype)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Return what the adapter's file holds, by the names that it has there; on the device, not copied."""
@@ -161,10 +175,10 @@ class Distillation:
         projector.down.weight.copy_(identity)
 
     @torch.no_grad()
-    def fit_scale(self, token_ids: torch.Tensor, packed: Packed) -> None:
-        """Scale the slots so that those of these windows are as large as token embeddings."""
+    def fit_scale(self, batch: Batch) -> None:
+        """Scale the slots so that those of a batch are as large as token embeddings."""
         size = self.table.float().pow(2).mean().sqrt()
-        self.model.projector.down.weight.mul_(size / self.slots(token_ids, packed).float().pow(2).mean().sqrt())
+        self.model.projector.down.weight.mul_(size / self.slots(batch).float().pow(2).mean().sqrt())
 
 
 def hidden_of(base: Any, embeds: torch.Tensor, packed: Packed) -> torch.Tensor:
