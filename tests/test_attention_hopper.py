@@ -18,7 +18,7 @@ gluon_on_cpu = pytest.importorskip("gluon_on_cpu")
 hopper = pytest.importorskip("refrag_kernels.triton_kernels.attention_hopper", exc_type=ImportError)
 Config = hopper.Config
 
-SOURCE = Path(hopper.__file__).with_name("attention_hopper_forward.py")
+SOURCE = Path(hopper.__file__).with_name("attention_hopper_kernels.py")
 SCALE = 128**-0.5
 
 
