@@ -23,7 +23,7 @@ say = @echo "==> $(1)"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-families test-integrations test-vllm test-gpu-proof test-asan test-cuda-asan test-cuda-tsan bench docs lint build clean distclean
+.PHONY: help demo test test-families test-integrations test-vllm test-gpu-proof test-asan test-cuda-asan test-cuda-tsan bench docs lint format types build clean distclean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -100,9 +100,17 @@ docs: $(VENV)/.docs build ## Build the documentation into build/docs; a warning 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/docs
 	$(call say,wrote build/docs/index.html)
 
-lint: $(VENV)/.lint ## Check style and types
+CXX_FILES = $(shell find csrc tests/cuda_host torch-ext -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+lint: $(VENV)/.lint ## Check the style of Python and C++
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(VENV)/.lint ## Format Python and C++
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+types: $(VENV)/.lint ## Check the types of Python
 	$(BIN)/mypy
 
 build: $(VENV)/.torch ## Compile what changed in csrc
@@ -154,8 +162,8 @@ $(VENV)/.docs: $(VENV)/.model pyproject.toml
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
-	$(call say,installing ruff and mypy)
-	@$(PIP) 'mypy>=1.15' 'ruff>=0.12'
+	$(call say,installing what checks style and types)
+	@$(PIP) 'mypy>=1.15' 'ruff>=0.12' 'clang-format==23.1.5'
 	@touch $@
 
 $(VENV)/.weights: $(VENV)/.torch weights.txt

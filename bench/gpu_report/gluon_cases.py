@@ -135,7 +135,7 @@ def _emulated(problem: Problem, config: Config, plan: rk.AttentionPlan, tensors:
     work = attention_hopper.divide(plan, *problem.heads, programs=2, config=config)
     out, lse = torch.empty(tensors[0].shape, dtype=tensors[0].dtype), torch.empty(tensors[0].shape[:2])
     kernel, arguments, _ = attention_hopper.launch_arguments(*tensors, out, lse, work, tensors[0].shape[2] ** -0.5)
-    emulator = Emulator(Path(attention_hopper.__file__).with_name("attention_hopper_forward.py"))
+    emulator = Emulator(Path(attention_hopper.__file__).with_name("attention_hopper_kernels.py"))
 
     def call() -> tuple:
         emulator.launch(kernel.__name__, work.starts.shape[0] - 1, 0, arguments)

@@ -11,13 +11,13 @@ from refrag_kernels import grid_order
 from refrag_kernels.plan_fields import PlanField
 from refrag_kernels.tile_lists import TileList, tensors_of
 from refrag_kernels.triton_kernels import configs, launch
-from refrag_kernels.triton_kernels.attention_backward import (
+from refrag_kernels.triton_kernels.attention_backward_kernels import (
     mixed_attention_bwd_dkv_kernel,
     mixed_attention_bwd_dq_kernel,
     mixed_attention_bwd_sum_kernel,
     mixed_attention_delta_kernel,
 )
-from refrag_kernels.triton_kernels.attention_forward import mixed_attention_fwd_kernel
+from refrag_kernels.triton_kernels.attention_forward_kernels import mixed_attention_fwd_kernel
 
 _DELTA_ROWS = 32  # a warp's width, for the sum over rows of dsinks
 _SUM_ROWS = 16  # of a tile's 64, whose parts are added up by one program

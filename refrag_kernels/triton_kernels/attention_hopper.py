@@ -264,7 +264,7 @@ def launch_arguments(q, k, v, out, lse, work: Work, scale: float) -> tuple[Any, 
     from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from refrag_kernels.triton_kernels.attention_hopper_forward import PIECE, mixed_attention_fwd_hopper_kernel
+    from refrag_kernels.triton_kernels.attention_hopper_kernels import PIECE, mixed_attention_fwd_hopper_kernel
 
     config = work.config
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)

@@ -9,8 +9,8 @@ import torch
 import triton
 
 from refrag_kernels.triton_kernels import configs, decode, launch
-from refrag_kernels.triton_kernels.merge import merge_states_bwd_kernel, merge_states_fwd_kernel
-from refrag_kernels.triton_kernels.paged_attention import (
+from refrag_kernels.triton_kernels.paged_append_merge_kernels import merge_states_bwd_kernel, merge_states_fwd_kernel
+from refrag_kernels.triton_kernels.paged_kernels import (
     append_kv_kernel,
     paged_attention_kernel,
     paged_attention_merge_kernel,

@@ -9,7 +9,7 @@ import torch
 import triton
 
 from refrag_kernels.triton_kernels import configs, launch
-from refrag_kernels.triton_kernels.linear import (
+from refrag_kernels.triton_kernels.projection_kernels import (
     embed_text_kernel,
     linear_kernel,
     list_slots_kernel,

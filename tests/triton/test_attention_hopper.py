@@ -20,7 +20,7 @@ pytestmark = pytest.mark.cpp
 hopper = pytest.importorskip("refrag_kernels.triton_kernels.attention_hopper", exc_type=ImportError)
 Config = hopper.Config
 
-SOURCE = Path(hopper.__file__).with_name("attention_hopper_forward.py")
+SOURCE = Path(hopper.__file__).with_name("attention_hopper_kernels.py")
 SCALE = 128**-0.5
 
 
