@@ -58,7 +58,9 @@ def test_the_file_has_the_format_of_the_builder():
     assert set(general) == {"name", "version", "edition", "license", "backends"}
     assert general["edition"] == 5 and general["backends"] == ["cuda"] == list(BUILD["torch"]["stable-abi"])
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert (general["name"], general["license"]) == (project["name"], project["license"])
+    assert general["license"] == project["license"]
+    package = general["name"].replace("-", "_")
+    assert package != "refrag_kernels" and (ROOT / "torch-ext" / package / "__init__.py").is_file()
     assert set(BUILD["torch"]) == {"src", "include", "stable-abi"}
     (kernel,) = BUILD["kernel"].values()
     assert set(kernel) == {"backend", "depends", "cuda-capabilities", "include", "src"}
@@ -80,10 +82,18 @@ def test_the_file_lists_what_its_sources_include():
     assert {name for name in listed if name.endswith(".cu")} == launchers
 
 
+def test_the_package_is_what_the_library_makes_of_it():
+    spec = importlib.util.spec_from_file_location("hub_generate", ROOT / "torch-ext" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    text = (ROOT / "torch-ext" / "refrag_ops" / "__init__.py").read_text()
+    assert text == generate.source(), "run PYTHONPATH=. python torch-ext/generate.py"
+
+
 def load(folder, name):
     """Import torch-ext's package from ``folder``, beside an ``_ops.py`` for the ops of namespace ``name``."""
-    package = folder / "refrag_kernels"
-    shutil.copytree(ROOT / "torch-ext" / "refrag_kernels", package)
+    package = folder / "refrag_ops"
+    shutil.copytree(ROOT / "torch-ext" / "refrag_ops", package)
     (package / "_ops.py").write_text(OPS.format(name=name))
     spec = importlib.util.spec_from_file_location(
         f"hub_{name}", package / "__init__.py", submodule_search_locations=[str(package)]
@@ -123,7 +133,7 @@ def hub(built):
 
 def test_it_exports_its_ops_and_imports_torch_alone(hub):
     assert all(callable(getattr(hub, name)) for name in hub.__all__)
-    text = (ROOT / "torch-ext" / "refrag_kernels" / "__init__.py").read_text()
+    text = (ROOT / "torch-ext" / "refrag_ops" / "__init__.py").read_text()
     modules = set(re.findall(r"^(?:from|import) ([\w.]+)", text, re.M))
     assert modules == {"__future__", "torch", "torch.nn.functional", "._ops"}
 
@@ -167,7 +177,7 @@ def test_projection_and_assembly(hub, chunks):
 @pytest.mark.skipif(not ALL, reason="compiles for a minute: make test-gpu-proof")
 def test_paged_attention_and_merge(hub):
     problem = make_problem(3, [40, 17], rows=[3, 1], dim=64, page=16, dtype=torch.float16, visible=True)
-    out, lse = hub.paged_attention(*problem.args, **problem.options)
+    out, lse = hub.paged_attention(*problem.args, **problem.options, return_lse=True)
     assert relative_error(out, problem.out) <= OUTPUT[torch.float16]
     state, weight = torch.randn(3, 2, 64), torch.randn(3, 2)
     merged = hub.merge_states(state, weight, state.flip(0), weight.flip(0))

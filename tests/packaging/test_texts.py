@@ -1,0 +1,18 @@
+"""What no text of the repository says."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+# Dated reports of one run each.
+REPORTS = ("gpu-report-h100.md", "gpu-report-h200.md", "gpu-results.md")
+
+
+def test_no_page_counts_tests():
+    """Numbers of tests change from day to day, so a page that gives one is soon wrong."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *(ROOT / "docs").rglob("*.md")]
+    counts = re.compile(r"\b\d[\d,]* (?:passed|skipped|tests|test files)\b")
+    found = {
+        str(page.relative_to(ROOT)): counts.findall(page.read_text()) for page in pages if page.name not in REPORTS
+    }
+    assert not {page: text for page, text in found.items() if text}
