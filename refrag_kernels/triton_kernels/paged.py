@@ -9,12 +9,12 @@ import torch
 import triton
 
 from refrag_kernels.triton_kernels import configs, decode, launch
-from refrag_kernels.triton_kernels.paged_append_merge_kernels import merge_states_bwd_kernel, merge_states_fwd_kernel
-from refrag_kernels.triton_kernels.paged_kernels import (
+from refrag_kernels.triton_kernels.paged_append_merge_kernels import (
     append_kv_kernel,
-    paged_attention_kernel,
-    paged_attention_merge_kernel,
+    merge_states_bwd_kernel,
+    merge_states_fwd_kernel,
 )
+from refrag_kernels.triton_kernels.paged_kernels import paged_attention_kernel, paged_attention_merge_kernel
 
 # Programs that fill a device of 132 multiprocessors (H100) twice: keys are split until there are as many. A constant,
 # not the device's own number, so that a result does not depend on where it was computed.

@@ -1,9 +1,65 @@
-"""The kernels of merge_states and its gradients, one program per few states."""
+"""The kernels of append_kv, and of merge_states and its gradients: one program for a row, or for a few states."""
 
 import triton
 import triton.language as tl
 
 from refrag_kernels.triton_kernels.tiles import LN2, LOG2E
+
+
+@triton.jit
+def append_kv_kernel(
+    p_new_k,  # [T, H_kv, D]
+    p_new_v,  # [T, H_kv, D]
+    p_k,  # [P, page, H_kv, D]
+    p_v,  # [P, page, H_kv, D]
+    p_table,  # [B, max_pages]
+    p_lengths,  # [B]
+    p_offsets,  # [B + 1]
+    sequences,
+    pages,
+    max_keys,
+    stride_nkt,
+    stride_nkh,
+    stride_nvt,
+    stride_nvh,
+    stride_kp,
+    stride_ks,
+    stride_kh,
+    stride_vp,
+    stride_vs,
+    stride_vh,
+    stride_table,
+    PAGE: tl.constexpr,
+    HEADS: tl.constexpr,
+    BH: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+):
+    row = tl.program_id(0)
+    # The last sequence that starts at or before the row: the ones before it with the same start are empty.
+    low = tl.zeros([], tl.int32)
+    high = low + sequences
+    while low + 1 < high:
+        middle = (low + high) // 2
+        starts = tl.load(p_offsets + middle) <= row
+        low = tl.where(starts, middle, low)
+        high = tl.where(starts, high, middle)
+    end = tl.load(p_offsets + low + 1)
+    position = tl.load(p_lengths + low) - end + row
+    if (row >= end) | (position < 0) | (position >= max_keys):
+        return
+    page = tl.load(p_table + low.to(tl.int64) * stride_table + position // PAGE).to(tl.int64)
+    if (page < 0) | (page >= pages):
+        return
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    o_d = tl.arange(0, BD)
+    mask = (o_h < HEADS)[:, None] & (o_d < D)[None, :]
+    o_h = o_h.to(tl.int64)[:, None]
+    b_k = tl.load(p_new_k + row.to(tl.int64) * stride_nkt + o_h * stride_nkh + o_d[None, :], mask=mask)
+    b_v = tl.load(p_new_v + row.to(tl.int64) * stride_nvt + o_h * stride_nvh + o_d[None, :], mask=mask)
+    slot = (position % PAGE).to(tl.int64)
+    tl.store(p_k + page * stride_kp + slot * stride_ks + o_h * stride_kh + o_d[None, :], b_k, mask=mask)
+    tl.store(p_v + page * stride_vp + slot * stride_vs + o_h * stride_vh + o_d[None, :], b_v, mask=mask)
 
 
 @triton.jit
