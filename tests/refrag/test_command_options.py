@@ -1,4 +1,4 @@
-"""Every command keeps the options that it had: their spelling, type and default, as recorded in command_options.json."""
+"""Every command keeps the options that it had, as command_options.json recorded them: spelling, type and default."""
 
 import inspect
 import json

@@ -184,7 +184,7 @@ def policy(
         documents, _ = split_documents(read_documents(data, parts.tokenizer), held_out)
         stage = PolicyStage(settings, chunks, output_tokens, width, precision=precision)
         run_policy_stage(parts, stage, documents, adapter, output)
-        console.print(f"Wrote {output}/adapter.safetensors and log.jsonl", highlight=False, soft_wrap=True)
+        say_written(console, output)
 
 
 def _run_stage(objective: str, options: dict[str, Any]) -> None:
@@ -224,7 +224,12 @@ def _run_stage(objective: str, options: dict[str, Any]) -> None:
                 run_stage(parts, stage, *split_documents(documents, options["held_out"]), options["output"], **common)
         except TrainingError as error:
             raise ValueError(str(error)) from None
-        console.print(f"Wrote {options['output']}/adapter.safetensors and log.jsonl", highlight=False, soft_wrap=True)
+        say_written(console, options["output"])
+
+
+def say_written(console: Console, output: Path) -> None:
+    """Print which files a training has written."""
+    console.print(f"Wrote {output}/adapter.safetensors and log.jsonl", highlight=False, soft_wrap=True)
 
 
 def folders(encoder: str | None, decoder: str | None, preset: str) -> tuple[str | None, str]:

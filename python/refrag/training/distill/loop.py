@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from refrag import weights
 from refrag.adapters import read_adapter
+from refrag.training.config_files import write_config
 from refrag.training.distill.batches import Batch, Prefetcher, Shape, TokenWindows, all_shapes, batch_at
 from refrag.training.distill.checkpoint import Log, Writer, read_state
 from refrag.training.distill.evaluation import CONTEXT, OUTPUT, Evaluator, domains_of
@@ -71,7 +73,8 @@ class _Run:
         self.log = Log(options.output / "log.jsonl", *copies)
         self.entries: list[dict[str, Any]] = []
         self.train, domains = read_files(options)
-        decoder = AutoModelForCausalLM.from_pretrained(options.decoder, dtype=torch.float32, local_files_only=True)
+        folder = options.decoder or weights.decoder_folder()
+        decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         self._check_tokens(decoder.config.vocab_size, [self.train, *domains.values()])
         self.first_token = _first_token(decoder.config)
         self.model = Distillation(decoder, options, self.device, self.dtype)
@@ -87,6 +90,7 @@ class _Run:
     def run(self) -> list[dict[str, Any]]:
         options = self.options
         state = self._resume()
+        write_config(options, options.output)
         self.optimizer = FlatAdamW(self.model.trained, options.max_grad_norm)
         if state is not None:
             self.optimizer.load(state["optimizer"])
