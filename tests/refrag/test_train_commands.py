@@ -106,7 +106,7 @@ def test_an_adapter_knows_its_encoder_and_decoder(workplace, encoder_tokenizer):
     [
         ("reconstruct", ["--data", "missing.txt"], "missing.txt, which is not there"),
         ("reconstruct", ["--data", "texts", "--max-chunks", 256], "needs 1024 for one sample"),
-        ("reconstruct", ["--data", "texts", "--train-decoder", "half"], "decoder: got 'half'"),
+        ("reconstruct", ["--data", "texts", "--train-decoder", "half"], "train_decoder: got 'half'"),
         ("pretrain", ["--data", "texts", "--steps", 0], "steps: got 0"),
         ("finetune", ["--data", "broken.jsonl"], "broken.jsonl:2: got 'nonsense'"),
         ("finetune", ["--data", "lacking.jsonl"], "questions: number 0 has no passages, answer"),

@@ -22,10 +22,11 @@ from accelerate import Accelerator
 from refrag.adapters import AdapterError, Trained, load_adapter, prepare, save_adapter, trained_state
 from refrag.training.generators import generator_states, restore_generators
 from refrag.training.measures import reconstruction_accuracy
+from refrag.training.options import LoopOptions, ReconstructOptions
 from refrag.training.passes import cut_passes, make_passes
-from refrag.training.recipe import Stage, run_stage
+from refrag.training.recipe import run_stage
 from refrag.training.samples import Sample, next_paragraph
-from refrag.training.trainer import Trainer, TrainingError, TrainSettings
+from refrag.training.trainer import Trainer, TrainingError
 from safetensors.torch import load_file
 from train_once import train
 
@@ -49,14 +50,13 @@ def figures(log):
 
 def test_it_learns(tmp_path, tokenizer):
     parts = training_parts.parts(tokenizer, tokenizer, k=1, preset="tokens", pool_segments=1)
-    stage = Stage(
-        "reconstruction", Trained(encoder="all", decoder="all"),
-        TrainSettings(steps=60, batch_size=32, learning_rate=1e-2, evaluate_every=60, log_every=60, warmup=0.1),
-        max_chunks=1, fixed_length=True,
+    options = ReconstructOptions(
+        data=(), output=tmp_path, train_encoder="all", train_decoder="all", steps=60, batch_size=32, learning_rate=1e-2,
+        evaluate_every=60, log_every=60, warmup=0.1, max_chunks=1, fixed_length=True, precision="no",
     )  # fmt: skip
     texts = training_parts.documents(tokenizer), training_parts.documents(tokenizer, seed=1)
     before = reconstruction_accuracy(parts.model.eval(), parts=parts, documents=texts[1])
-    (after,) = run_stage(parts, stage, *texts, tmp_path)
+    (after,) = run_stage(parts, options, *texts)
     # 24 words: what can be told without the slot is worth log(24) = 3.2 and an accuracy of 0.04.
     assert before["held_out_loss"] > 9 and after["held_out_loss"] < 2.5
     assert before["first_token_accuracy"] < 0.05 and after["first_token_accuracy"] > 0.3
@@ -85,7 +85,7 @@ def test_the_loss_is_that_of_the_model(tmp_path, parts, tokenizer):
     rows = (labels != -100).nonzero()[:, 0]
     by_hand = F.cross_entropy(logits[rows - 1], labels[rows])
     trainer = Trainer(
-        parts.model, lambda index: samples[index], parts.collate, TrainSettings(steps=1, batch_size=2), tmp_path
+        parts.model, lambda index: samples[index], parts.collate, LoopOptions(steps=1, batch_size=2), tmp_path
     )
     for module in parts.model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -103,7 +103,7 @@ def trainer_of(parts, tmp_path, accelerator=None, **settings):
         return next_paragraph(ids[7 * index : 7 * index + 14].tolist(), 8, 4, parts.tokenizer, [1])
 
     return Trainer(
-        parts.model, sample, parts.collate, TrainSettings(**settings), tmp_path, accelerator=accelerator
+        parts.model, sample, parts.collate, LoopOptions(**settings), tmp_path, accelerator=accelerator
     )  # fmt: skip
 
 
@@ -336,7 +336,7 @@ def test_betas_are_a_setting(tmp_path, parts):
         assert [group["betas"] for group in trainer.optimizer.param_groups] == [betas] * 3
     for betas in ((0.9,), (0.9, 1.0), (-0.1, 0.9)):
         with pytest.raises(ValueError, match="betas: got"):
-            TrainSettings(steps=1, betas=betas)
+            LoopOptions(steps=1, betas=betas)
 
 
 def test_a_checkpoint_from_before_a_setting_is_gone_on_from(tmp_path, tokenizer, encoder_tokenizer):
@@ -373,9 +373,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, parts):
 
 def test_no_document_is_long_enough(tmp_path, parts, tokenizer):
     texts = [training_parts.documents(tokenizer, words=5)] * 2
-    stage = Stage("reconstruction", Trained(), TrainSettings(steps=1), max_chunks=64)
+    options = ReconstructOptions(data=(), output=tmp_path, steps=1, max_chunks=64, precision="no")
     with pytest.raises(ValueError, match="needs 256 for one sample"):
-        run_stage(parts, stage, *texts, tmp_path)
+        run_stage(parts, options, *texts)
 
 
 def test_only_what_is_to_be_trained_is(tmp_path, parts):
@@ -427,7 +427,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, parts, encoder_tokeniz
 @pytest.mark.parametrize("field", ["steps", "batch_size", "max_rows"])
 def test_bad_settings(field):
     with pytest.raises(ValueError, match=f"{field}: got 0"):
-        TrainSettings(**{"steps": 1, field: 0})
+        LoopOptions(**{"steps": 1, field: 0})
     with pytest.raises(ValueError, match="decoder: got 'some'"):
         Trained(decoder="some")
 

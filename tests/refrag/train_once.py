@@ -8,27 +8,19 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from refrag import weights
-from refrag.adapters import Trained
-from refrag.training.recipe import Stage, run_stage
-from refrag.training.trainer import TrainSettings
+from refrag.training.options import PretrainOptions
+from refrag.training.recipe import run_stage
 from training_parts import documents, parts
 from transformers import AutoTokenizer
 
 
-def stage(**settings):
-    return Stage(
-        "next_paragraph",
-        Trained(encoder="all", decoder="lora", rank=4),
-        TrainSettings(
-            **{
-                "steps": 12, "batch_size": 6, "learning_rate": 3e-3, "checkpoint_every": 3, "evaluate_every": 4,
-                "log_every": 1, "max_rows": 64, **settings,
-            }
-        ),
-        max_chunks=4,
-        output_tokens=8,
-        expand=0.25,
+def options(folder, **changed):
+    given = dict(
+        data=(), output=folder, train_encoder="all", train_decoder="lora", rank=4, steps=12, batch_size=6,
+        learning_rate=3e-3, checkpoint_every=3, evaluate_every=4, log_every=1, max_rows=64, max_chunks=4,
+        output_tokens=8, expand=0.25,
     )  # fmt: skip
+    return PretrainOptions(**{**given, **changed})
 
 
 def sharding():
@@ -43,7 +35,7 @@ def sharding():
     return accelerator
 
 
-def train(folder, *, accelerator=None, mixed_precision="no", model=None, dropout=True, **settings):
+def train(folder, *, accelerator=None, mixed_precision="no", model=None, dropout=True, **changed):
     tokenizer = AutoTokenizer.from_pretrained(weights.decoder_folder())
     encoder_tokenizer = AutoTokenizer.from_pretrained(weights.encoder_folder())
     own = model or parts(tokenizer, encoder_tokenizer)
@@ -53,7 +45,7 @@ def train(folder, *, accelerator=None, mixed_precision="no", model=None, dropout
                 module.p = 0.0
     texts = documents(tokenizer), documents(tokenizer, seed=1)
     accelerator = accelerator or Accelerator(cpu=True, mixed_precision=mixed_precision)
-    return run_stage(own, stage(**settings), *texts, folder, accelerator=accelerator)
+    return run_stage(own, options(folder, **changed), *texts, accelerator=accelerator)
 
 
 if __name__ == "__main__":

@@ -52,10 +52,16 @@ def reconstruction_accuracy(
 
 @torch.no_grad()
 def next_paragraph_loss(
-    model: RefragForCausalLM, *, parts: Parts, documents: Documents, chunks: int, output_tokens: int, samples: int = 64
+    model: RefragForCausalLM,
+    *,
+    parts: Parts,
+    documents: Documents,
+    max_chunks: int,
+    output_tokens: int,
+    samples: int = 64,
 ) -> dict[str, Any]:
-    """Measure the log-perplexity of what follows a compressed context; ``held_out_loss`` per token."""
-    context = chunks * parts.k
+    """Measure the log-perplexity of what follows ``max_chunks`` chunks; ``held_out_loss`` per token."""
+    context = max_chunks * parts.k
     windows = documents.windows(context + output_tokens)
     prefix = prefix_ids(parts.tokenizer)
     drawn = [

@@ -18,31 +18,12 @@ from refrag.policy import ExpansionPolicy
 from refrag.prompt import Chunk
 from refrag.training.documents import Documents, prefix_ids
 from refrag.training.likelihood import target_log_probs
+from refrag.training.options import Conditions
 from refrag.training.parts import Parts
 from refrag.training.samples import Sample, next_paragraph
 
 FULL, NONE, LAST, COMPRESSED = "full context", "no context", "last s/k tokens", "compressed"
 _SEED = 1_009_2025
-
-
-@dataclasses.dataclass(frozen=True)
-class Conditions:
-    """What is compared.
-
-    Attributes
-    ----------
-    context, output_tokens : int
-        s and o; s is a multiple of k.
-    rates : tuple of float
-        Effective compression rates at which choosers expand chunks: k / (1 - p + k p), at most k.
-    choosers : tuple of str
-        Names of ``refrag.choosers`` that pick a given number.
-    """
-
-    context: int = 256
-    output_tokens: int = 64
-    rates: tuple[float, ...] = (4.0, 8.0)
-    choosers: tuple[str, ...] = ("random", "perplexity-desc", "perplexity-asc", "cosine")
 
 
 def share_for_rate(rate: float, k: int) -> float:
