@@ -171,6 +171,17 @@ def test_the_stage_keeps_its_policy_in_the_adapter(tmp_path, tokenizer, parts):
     fresh = training_parts.parts(tokenizer, parts.encoder_tokenizer)
     _, policy = load_adapter(tmp_path / "policy", fresh.model.decoder, fresh.model.encoder)
     assert policy.settings() == {"embedding_size": 32, "width": 16, "num_layers": 2, "num_heads": 2}
+    # The names that a checkpoint of b88c934 has.
+    assert torch.load(tmp_path / "policy" / "checkpoint.pt")["signature"] == {
+        "stage": {
+            "settings": {
+                "steps": 5, "contexts": 2, "rollouts": 3, "share": 0.25, "epsilon": 0.2, "updates": 2,
+                "learning_rate": 3e-4, "max_grad_norm": 1.0, "seed": 0,
+            },
+            "chunks": 4, "output_tokens": 4, "width": 16, "num_heads": 2, "checkpoint_every": 2, "precision": "no",
+        },
+        **parts.signature(),
+    }  # fmt: skip
     # Gone on from its checkpoint at step 4, it comes to the same.
     (tmp_path / "policy" / "adapter.safetensors").unlink()
     assert run(5, tmp_path / "policy") == log

@@ -353,6 +353,23 @@ def test_a_checkpoint_from_before_a_setting_is_gone_on_from(tmp_path, tokenizer,
         trainer_of(own(), tmp_path, betas=(0.9, 0.99)).train()
 
 
+def test_a_checkpoint_keeps_the_names_of_its_settings(tmp_path, parts):
+    """What a run of b88c934 with these options wrote, from before betas were a setting."""
+    train(tmp_path, model=parts, steps=3)
+    (path,) = tmp_path.rglob("step-00000003/signature.json")
+    recorded = {
+        "settings": {
+            "steps": 3, "batch_size": 6, "learning_rate": 0.003, "projector_rate": None, "encoder_rate": None,
+            "warmup": 0.04, "weight_decay": 0.0, "max_grad_norm": 1.0, "max_rows": 64, "checkpoint_every": 3,
+            "log_every": 1, "evaluate_every": 4, "seed": 0,
+        },
+        "k": 4, "pooling": "first", "decoder": ["llama", 32, 2], "encoder": ["bert", 32, 1],
+        "objective": "next_paragraph", "trained": {"encoder": "all", "decoder": "lora", "rank": 4},
+    }  # fmt: skip
+    own = json.loads(path.read_text())
+    assert own["settings"].pop("betas") == [0.9, 0.98] and own == recorded
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, tokenizer, encoder_tokenizer):
     train(tmp_path, steps=3)
     kept = sorted(tmp_path.rglob("*"))
