@@ -64,11 +64,11 @@ def read_config(path: str | os.PathLike[str], options: type[Options]) -> dict[st
         raise ValueError(f"{path}: {error}") from None
 
 
-def write_config(options: Options, folder: str | os.PathLike[str]) -> None:
-    """Write ``options.toml`` into a folder, from which ``--config`` repeats the run; without options that are None."""
+def write_config(options: Options, output: str | os.PathLike[str]) -> None:
+    """Write ``options.toml`` into the folder ``output``, from which ``--config`` repeats the run; without options that are None."""
     values = {argument.name: getattr(options, argument.name) for argument in arguments(type(options))}
     lines = [f"{name} = {_toml(value)}\n" for name, value in values.items() if value is not None]
-    write_whole(Path(folder) / CONFIG_NAME, "".join(lines).encode())
+    write_whole(Path(output) / CONFIG_NAME, "".join(lines).encode())
 
 
 def _of_stage(values: dict[str, Any], path: Path, options: type[Options]) -> dict[str, Any]:

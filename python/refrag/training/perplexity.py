@@ -162,7 +162,7 @@ def markdown(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def write_tables(
-    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
     settings: Mapping[str, Any],
 ) -> list[Path]:
@@ -172,7 +172,7 @@ def write_tables(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    root = Path(folder)
+    root = Path(output)
     root.mkdir(parents=True, exist_ok=True)
     files = [root / "perplexity.md", root / "perplexity.json", root / "perplexity.png"]
     files[0].write_text(markdown(tables))

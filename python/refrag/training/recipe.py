@@ -133,7 +133,7 @@ def _schedule(options: TextOptions) -> Callable[[int], int]:
 
 
 @torch.no_grad()
-def load_trained(model: RefragForCausalLM, folder: str | os.PathLike[str]) -> None:
+def load_trained(model: RefragForCausalLM, start: str | os.PathLike[str]) -> None:
     """Go on from an earlier stage: its adapters where the model has the same, merged into the weights where it hasn't.
 
     Raises
@@ -143,7 +143,7 @@ def load_trained(model: RefragForCausalLM, folder: str | os.PathLike[str]) -> No
     """
     from safetensors.torch import load_file
 
-    tensors = load_file(Path(folder) / "adapter.safetensors")
+    tensors = load_file(Path(start) / "adapter.safetensors")
     own = trained_state(model)
     for name in [name for name in tensors if name in own]:
         own[name].copy_(tensors.pop(name))
