@@ -38,7 +38,7 @@ FULL = {
     PretrainOptions: dict(output="run/2", data=["b"], start="run/1", curriculum=False, learning_rate=1e-20),
     FinetuneOptions: dict(output="run/3", data="questions.jsonl", pooling="mean", precision="no"),
     PolicyOptions: dict(output="run/4", data=["b"], adapter="run/3", expand=0.25),
-    PerplexityOptions: dict(output="t", data=["x=b"], adapter="run/4", rates=[2, 4], choosers=[], untrained=False),
+    PerplexityOptions: dict(output="t", data=["x=b"], adapter="run/4", rates=[2, 4], selectors=[], untrained=False),
     DistillOptions: dict(output="d", tokens=["a.tok"], heldout=["b.tok"], minutes=7, contexts=[64], compile=True),
 }  # fmt: skip
 
@@ -140,6 +140,15 @@ def test_what_is_required_may_be_in_the_file_only(tmp_path, capsys):
     assert len(both([*given, "--output", "run"])) == 2
     (message,) = both(["--config", str(write(tmp_path / "recipe.toml", "step = 1"))])
     assert "did you mean steps?" in " ".join(message.split())
+
+
+def test_an_earlier_name_is_taken(tmp_path):
+    given = ["--adapter", "a", "--output", "t", "--data", "x=y"]
+    wanted = PerplexityOptions(adapter="a", output="t", data=["x=y"], selectors=["random", "cosine"])
+    for name in ("selectors", "choosers"):
+        file = write(tmp_path / "a.toml", f'{name} = ["random", "cosine"]')
+        assert parse(PerplexityOptions, "perplexity", [*given, f"--{name}", "random,cosine"]) == wanted
+        assert parse(PerplexityOptions, "perplexity", [*given, "--config", str(file)]) == wanted
 
 
 @pytest.mark.parametrize("options", [*FULL, LoopOptions])

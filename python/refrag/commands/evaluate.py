@@ -39,8 +39,8 @@ def perplexity(options: PerplexityOptions, console: Console) -> None:
 
     parts, policy = load_trained_parts(console, options.adapter, options.encoder, options.decoder)
     parts.model.eval()
-    if policy is not None and "policy" not in options.choosers:
-        options = dataclasses.replace(options, choosers=(*options.choosers, "policy"))
+    if policy is not None and "policy" not in options.selectors:
+        options = dataclasses.replace(options, selectors=(*options.selectors, "policy"))
     base = None
     if options.untrained:
         plain = parts.model.decoder.name_or_path
@@ -64,8 +64,9 @@ def perplexity(options: PerplexityOptions, console: Console) -> None:
             )  # fmt: skip
         tables[name] = table.summary(raw[name])
         # After each domain: nothing is lost when a later one can't be read.
-        written = ("context", "output_tokens", "rates", "choosers", "samples", "seed", "precision")
-        settings = {**{option: getattr(options, option) for option in written}, "k": parts.k}
+        written = ("context", "output_tokens", "rates", "samples", "seed", "precision")
+        settings = {option: getattr(options, option) for option in written}
+        settings |= {"choosers": options.selectors, "k": parts.k}  # the file's name for them
         files = table.write_tables(options.output, tables, {**settings, "log_perplexity_of_samples": raw})
     console.print(Markdown(table.markdown(tables)))
     console.print("Wrote " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)

@@ -67,8 +67,8 @@ def _parameter(argument: Argument) -> inspect.Parameter:
         kind = list[kind]  # type: ignore[valid-type,assignment]
     elif default is None:
         kind = kind | None  # type: ignore[assignment]
-    flag = f"{argument.flag}/--no-{argument.flag[2:]}" if kind is bool else argument.flag
-    option = typer.Option(flag, help=argument.help, show_default=default is not None)
+    flags = [f"{flag}/--no-{flag[2:]}" if kind is bool else flag for flag in argument.flags]
+    option = typer.Option(*flags, help=argument.help, show_default=default is not None)
     return inspect.Parameter(
         argument.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, option],
         default=inspect.Parameter.empty if default is dataclasses.MISSING else default,

@@ -33,6 +33,8 @@ class Argument:
     default : object
         ``dataclasses.MISSING`` where a value is required.
     help : str
+    formerly : str, optional
+        An earlier name, which the command line and files may still use.
     """
 
     name: str
@@ -41,11 +43,17 @@ class Argument:
     many: bool
     default: Any
     help: str
+    formerly: str | None = None
 
     @property
     def flag(self) -> str:
         """The option on the command line: ``--step-tokens``."""
-        return "--" + self.name.replace("_", "-")
+        return self.flags[0]
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Its spellings on the command line, the earlier name's last."""
+        return tuple("--" + name.replace("_", "-") for name in (self.name, self.formerly) if name)
 
     @property
     def required(self) -> bool:
@@ -145,7 +153,8 @@ def arguments(options: type[Options]) -> tuple[Argument, ...]:
     found = []
     for field in dataclasses.fields(options):
         kind, choices, many = _kind(hints[field.name])
-        found.append(Argument(field.name, kind, choices, many, field.default, texts[field.name]))
+        formerly = field.metadata.get("formerly")
+        found.append(Argument(field.name, kind, choices, many, field.default, texts[field.name], formerly))
     return tuple(sorted(found, key=lambda argument: not argument.required))
 
 

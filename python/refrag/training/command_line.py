@@ -37,7 +37,7 @@ def parse(options: type[T], program: str, given: Sequence[str] | None = None) ->
             kwargs["type"] = str
         elif argument.many:
             kwargs |= {"nargs": "+", "action": "extend"}
-        parser.add_argument(argument.flag, required=argument.required and argument.name not in values, **kwargs)
+        parser.add_argument(*argument.flags, required=argument.required and argument.name not in values, **kwargs)
     values |= vars(parser.parse_args(given))
     del values["config"]
     return from_command_line(options, values)

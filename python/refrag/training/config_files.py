@@ -51,8 +51,10 @@ def read_config(path: str | os.PathLike[str], options: type[Options]) -> dict[st
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got {values!r:.60}, needs options by name")
     known = {argument.name: argument for argument in arguments(options)}
+    former = {argument.formerly: argument.name for argument in known.values()}
     if "objective" in values:
         values = _of_stage(values, path, options)
+    values = {former.get(name, name): value for name, value in values.items()}
     for name in values:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -65,7 +67,7 @@ def read_config(path: str | os.PathLike[str], options: type[Options]) -> dict[st
 
 
 def write_config(options: Options, output: str | os.PathLike[str]) -> None:
-    """Write ``options.toml`` into the folder ``output``, from which ``--config`` repeats the run; without options that are None."""
+    """Write the options that are not None into ``options.toml`` of a folder: ``--config`` repeats the run from it."""
     values = {argument.name: getattr(options, argument.name) for argument in arguments(type(options))}
     lines = [f"{name} = {_toml(value)}\n" for name, value in values.items() if value is not None]
     write_whole(Path(output) / CONFIG_NAME, "".join(lines).encode())

@@ -311,15 +311,17 @@ class Conditions(Options):
     output_tokens : int
         o, the tokens that follow it.
     rates : tuple of float
-        Compression rates at which choosers expand, k / (1 - p + k p), separated by commas; at most k.
-    choosers : tuple of str
-        Choosers of a given number of chunks, separated by commas; policy is added where the adapter holds one.
+        Compression rates at which selectors expand, k / (1 - p + k p), separated by commas; at most k.
+    selectors : tuple of str
+        Selectors of a given number of chunks, separated by commas; policy is added where the adapter holds one.
     """
 
     context: int = 256
     output_tokens: int = 64
     rates: tuple[float, ...] = (4.0, 8.0)
-    choosers: tuple[str, ...] = ("random", "perplexity-desc", "perplexity-asc", "cosine")
+    selectors: tuple[str, ...] = dataclasses.field(
+        default=("random", "perplexity-desc", "perplexity-asc", "cosine"), metadata={"formerly": "choosers"}
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -339,7 +341,7 @@ class PerplexityOptions(Conditions, AdapterOptions):
     precision : {"bf16", "no"}
         bf16, or no: the weights' own.
     seed : int
-        Of the contexts, and of the chooser random.
+        Of the contexts, and of the selector random.
     """
 
     data: tuple[str, ...]

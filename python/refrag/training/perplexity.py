@@ -83,8 +83,8 @@ def measure(
     k, context = parts.k, conditions.context
     if context % k:
         raise ValueError(f"context: got {context}, needs a multiple of k = {k}")
-    if "policy" in conditions.choosers and policy is None:
-        raise ValueError("choosers: got policy, needs an adapter that holds one")
+    if "policy" in conditions.selectors and policy is None:
+        raise ValueError("selectors: got policy, needs an adapter that holds one")
     windows = documents.windows(context + conditions.output_tokens)
     prefix = prefix_ids(parts.tokenizer)
     scores: dict[str, list[float]] = {}
@@ -114,7 +114,7 @@ def measure(
 
         for rate in conditions.rates:
             count = round(share_for_rate(min(rate, k), k) * len(chunks))
-            for name in conditions.choosers if count else ():
+            for name in conditions.selectors if count else ():
                 chooser = by_name(name, model=parts.model, embed=embed, policy=policy, seed=seed + index)
                 # There is no question: the context's last chunk is what the output goes on from.
                 expansions[f"{name}, {rate:g}x"] = frozenset(chooser(chunks[-1].text, chunks, count))
