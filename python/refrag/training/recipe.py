@@ -52,7 +52,8 @@ def run_stage(
         The log.
     """
     accelerator = accelerator or Accelerator(mixed_precision=options.precision)
-    prepare(parts.model, Trained(options.train_encoder, options.train_decoder, options.rank))
+    trained = Trained(encoder=options.train_encoder, decoder=options.train_decoder, rank=options.rank)
+    prepare(parts.model, trained)
     if options.start is not None:
         load_trained(parts.model, options.start)
     sampler, evaluate = _SAMPLES[options.objective](parts, options, documents, held_out)
@@ -61,11 +62,10 @@ def run_stage(
     def counted(index: int) -> Sample:  # how many rows it has decides how samples are put together
         return dataclasses.replace(sampler(index), latents=latents)
 
-    trained = {"encoder": options.train_encoder, "decoder": options.train_decoder, "rank": options.rank}
     trainer = Trainer(
         parts.model, counted, parts.collate, options, options.output,
         evaluate=evaluate,
-        signature={**parts.signature(), "objective": options.objective, "trained": trained},
+        signature={**parts.signature(), "objective": options.objective, "trained": dataclasses.asdict(trained)},
         accelerator=accelerator,
     )  # fmt: skip
     log = trainer.train()
