@@ -13,13 +13,15 @@ from refrag.bundle import ModelBundle
 from refrag.cli import app
 from refrag.loading import load_trained
 from refrag.model.inputs import Passage
-from refrag.training.distill import arguments, batches
+from refrag.training.command_line import parse
+from refrag.training.distill import batches
 from refrag.training.distill.checkpoint import read_state
 from refrag.training.distill.loop import DistillationError, distill
 from refrag.training.distill.loss import distillation_loss
 from refrag.training.distill.low_rank import SCALE, LowRankLinear
 from refrag.training.distill.models import Distillation
 from refrag.training.distill.optimizer import rates_at
+from refrag.training.distill.options import DistillOptions
 from refrag.training.likelihood import target_log_probs
 from refrag.training.samples import collate_for, next_paragraph
 from refrag.training.token_files import load_tokens
@@ -350,7 +352,7 @@ def test_both_command_lines_fill_the_same_options(place, tmp_path):
                  "device"):  # fmt: skip
         given += ["--" + name.replace("_", "-"), getattr(wanted, name)]
     given = [str(value) for value in [*given, "--contexts", "16,32", "--reconstruction-chunks", "1,2"]]
-    assert arguments.parse(given) == wanted
+    assert parse(DistillOptions, "distill", given) == wanted
     result = CliRunner().invoke(app, ["train", "distill", *given])
     assert result.exit_code == 0 and "adapter.safetensors" in result.output, result.output
     assert (tmp_path / "out" / "adapter.safetensors").exists()

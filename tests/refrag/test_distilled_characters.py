@@ -10,7 +10,7 @@ import torch
 from refrag import FixedChunks
 from refrag.cli import app
 from refrag.encoder import encode_packed
-from refrag.prompt import PackedTexts
+from refrag.model.inputs import PackedTexts
 from refrag.training.distill import batches
 from refrag.training.distill.evaluation import _alone, _last
 from refrag.training.distill.loop import distill, read_files

@@ -7,8 +7,8 @@ import pytest
 import torch
 from refrag.model.policy import ExpansionPolicy
 from refrag.training.likelihood import share_beginning, target_log_probs
+from refrag.training.options import PolicyOptions, RolloutOptions
 from refrag.training.policy_gradient import (
-    PolicySettings,
     clipped_objective,
     group_advantage,
     rollout_rewards,
@@ -116,9 +116,9 @@ def test_a_policy_learns_what_is_rewarded(sample):
         return torch.tensor([len(picks & marked) / len(picks) for picks in rollouts])
 
     log = []
-    settings = PolicySettings(steps=60, contexts=8, rollouts=6, share=0.25, learning_rate=3e-3)
+    options = RolloutOptions(steps=60, contexts=8, rollouts=6, expand=0.25, learning_rate=3e-3)
     with torch.enable_grad():
-        train_policy(policy, contexts, reward, settings, log=log.append)
+        train_policy(policy, contexts, reward, options, log=log.append)
     first, last = (sum(entry["reward"] for entry in part) / len(part) for part in (log[:3], log[-10:]))
     assert first < 0.5 and last > 0.9
     assert not policy.training
@@ -139,38 +139,53 @@ def test_wide_embeddings_do_not_drown_what_a_place_is_worth(sample):
     def reward(sample, rollouts, own):
         return torch.stack([worth[sample, list(picks)].sum() for picks in rollouts])
 
-    settings = PolicySettings(steps=30, contexts=4, rollouts=8, share=0.25, learning_rate=1e-3)
+    options = RolloutOptions(steps=30, contexts=4, rollouts=8, expand=0.25, learning_rate=1e-3)
     with torch.enable_grad():
-        train_policy(policy, lambda index: (index, embeds()), reward, settings)
+        train_policy(policy, lambda index: (index, embeds()), reward, options)
         chances = policy(torch.stack([embeds() for _ in range(16)])).softmax(1).mean(0)
     assert chances[7] > 0.3 and chances[:7].max() < 0.2
 
 
 def test_bad_settings():
     with pytest.raises(ValueError, match="rollouts: got 1"):
-        PolicySettings(steps=1, rollouts=1)
-    with pytest.raises(ValueError, match="share: got 0"):
-        PolicySettings(steps=1, share=0)
+        RolloutOptions(steps=1, rollouts=1)
+    with pytest.raises(ValueError, match="expand: got 0"):
+        RolloutOptions(steps=1, expand=0)
+
+
+def policy_options(**given):
+    small = {"contexts": 2, "rollouts": 3, "expand": 0.25, "chunks": 4, "output_tokens": 4, "width": 16, "num_heads": 2}
+    return PolicyOptions(**{"data": (), "precision": "no", **small, **given})
 
 
 def test_the_stage_keeps_its_policy_in_the_adapter(tmp_path, tokenizer, parts):
     from refrag.adapters import TrainableSpec, load_adapter, prepare, save_adapter
-    from refrag.training.policy_stage import PolicyStage, run_policy_stage
+    from refrag.training.policy_stage import run_policy_stage
 
     save_adapter(prepare(parts.model, TrainableSpec(encoder="none")), tmp_path / "model")
     documents = training_parts.documents(tokenizer)
 
     def run(steps, folder):
-        settings = PolicySettings(steps=steps, contexts=2, rollouts=3, share=0.25)
-        stage = PolicyStage(settings, chunks=4, output_tokens=4, width=16, num_heads=2, checkpoint_every=2)
+        options = policy_options(adapter=tmp_path / "model", output=folder, steps=steps, checkpoint_every=2)
         with torch.enable_grad():
-            return run_policy_stage(parts, stage, documents, tmp_path / "model", folder)
+            return run_policy_stage(parts, options, documents)
 
     log = run(5, tmp_path / "policy")
     assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5]
     fresh = training_parts.parts(tokenizer, parts.encoder_tokenizer)
     _, policy = load_adapter(tmp_path / "policy", fresh.model.decoder, fresh.model.encoder)
     assert policy.settings() == {"embedding_size": 32, "width": 16, "num_layers": 2, "num_heads": 2}
+    # The names that a checkpoint of b88c934 has.
+    assert torch.load(tmp_path / "policy" / "checkpoint.pt")["signature"] == {
+        "stage": {
+            "settings": {
+                "steps": 5, "contexts": 2, "rollouts": 3, "share": 0.25, "epsilon": 0.2, "updates": 2,
+                "learning_rate": 3e-4, "max_grad_norm": 1.0, "seed": 0,
+            },
+            "chunks": 4, "output_tokens": 4, "width": 16, "num_heads": 2, "checkpoint_every": 2, "precision": "no",
+        },
+        **parts.signature(),
+    }  # fmt: skip
     # Gone on from its checkpoint at step 4, it comes to the same.
     (tmp_path / "policy" / "adapter.safetensors").unlink()
     assert run(5, tmp_path / "policy") == log
@@ -180,19 +195,17 @@ def test_the_stage_keeps_its_policy_in_the_adapter(tmp_path, tokenizer, parts):
 
 def test_rollouts_can_be_scored_in_lower_precision(tmp_path, tokenizer, parts):
     from refrag.adapters import TrainableSpec, prepare, save_adapter
-    from refrag.training.policy_stage import PolicyStage, run_policy_stage
+    from refrag.training.policy_stage import run_policy_stage
 
     save_adapter(prepare(parts.model, TrainableSpec(encoder="none")), tmp_path / "model")
     documents = training_parts.documents(tokenizer)
     rewards = {}
     for precision in ("no", "bf16"):
-        stage = PolicyStage(
-            PolicySettings(steps=1, contexts=2, rollouts=3, share=0.25), 4, 4, 16, 2, precision=precision
-        )
+        options = policy_options(adapter=tmp_path / "model", output=tmp_path / precision, steps=1, precision=precision)
         with torch.enable_grad():
-            log = run_policy_stage(parts, stage, documents, tmp_path / "model", tmp_path / precision)
+            log = run_policy_stage(parts, options, documents)
         rewards[precision] = log[0]["reward"]
     assert rewards["bf16"] != rewards["no"]
     assert rewards["bf16"] == pytest.approx(rewards["no"], rel=0.02)
     with pytest.raises(ValueError, match="precision: got 'fp8'"):
-        dataclasses.replace(stage, precision="fp8")
+        dataclasses.replace(options, precision="fp8")

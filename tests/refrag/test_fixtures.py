@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from refrag import ChunkStore, Passage, PassageEncoder, RefragForCausalLM
-from refrag.adapters import TrainableSpec, load_policy
+from refrag.adapters import load_policy
 from refrag.bundle import ModelBundle
 from refrag.data.documents import Documents
 from refrag.loading import load_model, load_processor, load_trained
 from refrag.retrieval.retriever import Retriever
-from refrag.training.stages import Stage, run_stage
-from refrag.training.trainer import TrainSettings
+from refrag.training.config_files import read_config
+from refrag.training.options import ReconstructOptions
+from refrag.training.stages import run_stage
 from safetensors.torch import load_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -95,11 +96,10 @@ def test_a_checkpoint(tmp_path):
     shutil.copytree(FIXTURES / "checkpoint", tmp_path / "checkpoints" / "step-00000001")
     log = [json.loads(line) for line in (FIXTURES / "checkpoint.log.jsonl").read_text().splitlines()]
     (tmp_path / "log.jsonl").write_text(json.dumps(log[0]) + "\n")
-    settings = json.loads((FIXTURES / "adapter" / "stage.json").read_text())
-    stage = Stage(
-        **settings
-        | {"trained": TrainableSpec(**settings["trained"]), "settings": TrainSettings(**settings["settings"])}
-    )
+    options = ReconstructOptions(
+        data=(), output=tmp_path, k=8, preset="lclm", precision="no",
+        **read_config(FIXTURES / "adapter" / "stage.json", ReconstructOptions),
+    )  # fmt: skip
     with torch.enable_grad():
         parts = ModelBundle.load(FIXTURES / "encoder", FIXTURES / "decoder", 8, "lclm")
         for module in parts.model.modules():
@@ -107,11 +107,11 @@ def test_a_checkpoint(tmp_path):
                 module.p = 0.0
         text = parts.tokenizer(" ".join(passage.text for passage in PASSAGES) * 4)["input_ids"]
         documents = Documents(np.array(text * 2), np.array([0, len(text), 2 * len(text)]))
-        found = run_stage(parts, stage, documents, documents, tmp_path)
+        found = run_stage(parts, options, documents, documents)
     assert [entry["step"] for entry in found] == [1, 2] and found[1]["tokens"] == log[1]["tokens"]
     # One step of Adam from where the checkpoint was, on samples that are drawn otherwise today.
     steps = (tmp_path / "checkpoints" / f"step-0000000{step}" / "trained.safetensors" for step in (1, 2))
     before, after = map(load_file, steps)
     assert before.keys() == after.keys()
     moved = max(float((after[name] - before[name]).abs().max()) for name in before)
-    assert 0 < moved <= 1.5 * stage.settings.learning_rate
+    assert 0 < moved <= 1.5 * options.learning_rate

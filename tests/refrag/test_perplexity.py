@@ -22,7 +22,9 @@ from refrag.training.perplexity import (
 
 from tests.refrag import training_parts
 
-CONDITIONS = Conditions(context=16, output_tokens=6, rates=(2.0, 4.0), choosers=("random", "perplexity-desc", "cosine"))
+CONDITIONS = Conditions(
+    context=16, output_tokens=6, rates=(2.0, 4.0), selectors=("random", "perplexity-desc", "cosine")
+)
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def test_text_conditions_are_the_plain_decoder(parts, tokenizer):
 
 
 def test_a_rate_of_one_is_the_full_context(parts, tokenizer):
-    conditions = Conditions(context=16, output_tokens=6, rates=(1.0,), choosers=("random",))
+    conditions = Conditions(context=16, output_tokens=6, rates=(1.0,), selectors=("random",))
     scores = measure(parts, training_parts.documents(tokenizer), conditions, samples=2)
     assert scores["random, 1x"] == pytest.approx(scores[FULL], rel=1e-5)
     assert scores[COMPRESSED] != pytest.approx(scores[FULL], rel=1e-3)
@@ -61,12 +63,12 @@ def test_a_rate_of_one_is_the_full_context(parts, tokenizer):
 
 def test_policy_and_untrained_decoder(parts, tokenizer):
     policy = ExpansionPolicy(32, width=16, num_heads=2)
-    conditions = Conditions(context=16, output_tokens=6, rates=(2.0,), choosers=("policy",))
+    conditions = Conditions(context=16, output_tokens=6, rates=(2.0,), selectors=("policy",))
     documents = training_parts.documents(tokenizer)
     scores = measure(parts, documents, conditions, samples=2, policy=policy, base=parts.model)
     assert len(scores["policy, 2x"]) == 2
     assert scores[f"{FULL} (untrained)"] == pytest.approx(scores[FULL])
-    with pytest.raises(ValueError, match="choosers: got policy"):
+    with pytest.raises(ValueError, match="selectors: got policy"):
         measure(parts, documents, conditions, samples=1)
     with pytest.raises(ValueError, match="context: got 18, needs a multiple of k = 4"):
         measure(parts, documents, Conditions(context=18), samples=1)

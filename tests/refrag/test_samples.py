@@ -14,7 +14,7 @@ from refrag.training.samples import (
     reconstruction,
     reconstruction_sampler,
 )
-from refrag.training.schedules import constant_schedule, curriculum_schedule, scaled_table
+from refrag.training.schedules import constant_schedule, curriculum_schedule, scaled_table, shuffled_schedule
 
 TEXT = "The bridge of Orla was built in 1871 by two brothers from the valley."
 
@@ -81,7 +81,7 @@ def test_questions_are_shuffled_once_an_epoch(tokenizer, encoder_tokenizer, monk
 
 
 def test_schedules():
-    ordered, shuffled = (curriculum_schedule(500, 16, seed=0, ordered=ordered) for ordered in (True, False))
+    ordered, shuffled = (make(500, 16, seed=0) for make in (curriculum_schedule, shuffled_schedule))
     total = sum(map(sum, scaled_table(500, max_chunks=16).values()))
     assert sorted(map(ordered, range(total))) == sorted(map(shuffled, range(total)))
     assert sum(map(ordered, range(50))) < sum(map(shuffled, range(50)))

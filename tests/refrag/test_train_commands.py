@@ -80,6 +80,22 @@ def test_the_recipe(workplace):
     assert table["settings"]["k"] == 4
 
 
+def test_a_run_is_repeated_from_its_options(workplace):
+    torch.manual_seed(0)  # as in a new process: the projector starts at random
+    result = train("reconstruct", workplace, "--data", workplace / "texts", "--held-out", 0.2, "--max-chunks", 2,
+                   "--train-encoder", "none", "--output", workplace / "first")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    again = ["--config", workplace / "first" / "options.toml", "--output", workplace / "again"]
+    torch.manual_seed(0)
+    assert run("train", "reconstruct", *again).exit_code == 0
+    logs = [(workplace / name / "log.jsonl").read_text() for name in ("first", "again")]
+    losses = [[json.loads(line)["held_out_loss"] for line in log.splitlines()] for log in logs]
+    assert losses[0] == losses[1]
+    first, second = ((workplace / name / "options.toml").read_text() for name in ("first", "again"))
+    assert second == first.replace(str(workplace / "first"), str(workplace / "again")) and "steps = 3\n" in first
+    assert not (workplace / "first" / "stage.json").exists()
+
+
 def test_an_adapter_knows_its_encoder_and_decoder(workplace, encoder_tokenizer):
     torch.manual_seed(0)
     small = {**tiny._ENCODER, "vocab_size": len(encoder_tokenizer), "num_hidden_layers": 1}
@@ -106,7 +122,7 @@ def test_an_adapter_knows_its_encoder_and_decoder(workplace, encoder_tokenizer):
     [
         ("reconstruct", ["--data", "missing.txt"], "missing.txt, which is not there"),
         ("reconstruct", ["--data", "texts", "--max-chunks", 256], "needs 1024 for one sample"),
-        ("reconstruct", ["--data", "texts", "--train-decoder", "half"], "decoder: got 'half'"),
+        ("reconstruct", ["--data", "texts", "--train-decoder", "half"], "train_decoder: got 'half'"),
         ("pretrain", ["--data", "texts", "--steps", 0], "steps: got 0"),
         ("finetune", ["--data", "broken.jsonl"], "broken.jsonl:2: got 'nonsense'"),
         ("finetune", ["--data", "lacking.jsonl"], "questions: number 0 has no passages, answer"),

@@ -22,10 +22,11 @@ from accelerate import Accelerator
 from refrag.adapters import AdapterError, TrainableSpec, load_adapter, prepare, save_adapter, trained_state
 from refrag.training.generators import generator_states, restore_generators
 from refrag.training.measures import reconstruction_accuracy
+from refrag.training.options import LoopOptions, ReconstructOptions
 from refrag.training.passes import cut_passes, make_passes
 from refrag.training.samples import Sample, collate_for, next_paragraph
-from refrag.training.stages import Stage, run_stage
-from refrag.training.trainer import Trainer, TrainingError, TrainSettings
+from refrag.training.stages import run_stage
+from refrag.training.trainer import Trainer, TrainingError
 from safetensors.torch import load_file
 
 from tests.refrag import training_parts
@@ -51,14 +52,13 @@ def figures(log):
 
 def test_it_learns(tmp_path, tokenizer):
     parts = training_parts.parts(tokenizer, tokenizer, k=1, preset="tokens", pool_segments=1)
-    stage = Stage(
-        "reconstruction", TrainableSpec(encoder="all", decoder="all"),
-        TrainSettings(steps=60, batch_size=32, learning_rate=1e-2, evaluate_every=60, log_every=60, warmup=0.1),
-        max_chunks=1, fixed_length=True,
+    options = ReconstructOptions(
+        data=(), output=tmp_path, train_encoder="all", train_decoder="all", steps=60, batch_size=32, learning_rate=1e-2,
+        evaluate_every=60, log_every=60, warmup=0.1, max_chunks=1, fixed_length=True, precision="no",
     )  # fmt: skip
     texts = training_parts.documents(tokenizer), training_parts.documents(tokenizer, seed=1)
     before = reconstruction_accuracy(parts.model.eval(), parts=parts, documents=texts[1])
-    (after,) = run_stage(parts, stage, *texts, tmp_path)
+    (after,) = run_stage(parts, options, *texts)
     # 24 words: what can be told without the slot is worth log(24) = 3.2 and an accuracy of 0.04.
     assert before["held_out_loss"] > 9 and after["held_out_loss"] < 2.5
     assert before["first_token_accuracy"] < 0.05 and after["first_token_accuracy"] > 0.3
@@ -90,7 +90,7 @@ def test_the_loss_is_that_of_the_model(tmp_path, parts, tokenizer):
         parts.model,
         lambda index: samples[index],
         functools.partial(collate_for, parts),
-        TrainSettings(steps=1, batch_size=2),
+        LoopOptions(steps=1, batch_size=2),
         tmp_path,
     )
     for module in parts.model.modules():
@@ -109,7 +109,7 @@ def trainer_of(parts, tmp_path, accelerator=None, **settings):
         return next_paragraph(ids[7 * index : 7 * index + 14].tolist(), 8, 4, parts.tokenizer, [1])
 
     return Trainer(
-        parts.model, sample, functools.partial(collate_for, parts), TrainSettings(**settings), tmp_path,
+        parts.model, sample, functools.partial(collate_for, parts), LoopOptions(**settings), tmp_path,
         accelerator=accelerator,
     )  # fmt: skip
 
@@ -343,7 +343,7 @@ def test_betas_are_a_setting(tmp_path, parts):
         assert [group["betas"] for group in trainer.optimizer.param_groups] == [betas] * 3
     for betas in ((0.9,), (0.9, 1.0), (-0.1, 0.9)):
         with pytest.raises(ValueError, match="betas: got"):
-            TrainSettings(steps=1, betas=betas)
+            LoopOptions(steps=1, betas=betas)
 
 
 def test_a_checkpoint_from_before_a_setting_is_gone_on_from(tmp_path, tokenizer, encoder_tokenizer):
@@ -358,6 +358,23 @@ def test_a_checkpoint_from_before_a_setting_is_gone_on_from(tmp_path, tokenizer,
     assert len(trainer_of(own(), tmp_path).train()) == 1
     with pytest.raises(TrainingError, match="made with settings"):
         trainer_of(own(), tmp_path, betas=(0.9, 0.99)).train()
+
+
+def test_a_checkpoint_keeps_the_names_of_its_settings(tmp_path, parts):
+    """What a run of b88c934 with these options wrote, from before betas were a setting."""
+    train(tmp_path, model=parts, steps=3)
+    (path,) = tmp_path.rglob("step-00000003/signature.json")
+    recorded = {
+        "settings": {
+            "steps": 3, "batch_size": 6, "learning_rate": 0.003, "projector_rate": None, "encoder_rate": None,
+            "warmup": 0.04, "weight_decay": 0.0, "max_grad_norm": 1.0, "max_rows": 64, "checkpoint_every": 3,
+            "log_every": 1, "evaluate_every": 4, "seed": 0,
+        },
+        "k": 4, "pooling": "first", "decoder": ["llama", 32, 2], "encoder": ["bert", 32, 1],
+        "objective": "next_paragraph", "trained": {"encoder": "all", "decoder": "lora", "rank": 4},
+    }  # fmt: skip
+    own = json.loads(path.read_text())
+    assert own["settings"].pop("betas") == [0.9, 0.98] and own == recorded
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, tokenizer, encoder_tokenizer):
@@ -380,9 +397,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, parts):
 
 def test_no_document_is_long_enough(tmp_path, parts, tokenizer):
     texts = [training_parts.documents(tokenizer, words=5)] * 2
-    stage = Stage("reconstruction", TrainableSpec(), TrainSettings(steps=1), max_chunks=64)
+    options = ReconstructOptions(data=(), output=tmp_path, steps=1, max_chunks=64, precision="no")
     with pytest.raises(ValueError, match="needs 256 for one sample"):
-        run_stage(parts, stage, *texts, tmp_path)
+        run_stage(parts, options, *texts)
 
 
 def test_only_what_is_to_be_trained_is(tmp_path, parts):
@@ -434,7 +451,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, parts, encoder_tokeniz
 @pytest.mark.parametrize("field", ["steps", "batch_size", "max_rows"])
 def test_bad_settings(field):
     with pytest.raises(ValueError, match=f"{field}: got 0"):
-        TrainSettings(**{"steps": 1, field: 0})
+        LoopOptions(**{"steps": 1, field: 0})
     with pytest.raises(ValueError, match="decoder: got 'some'"):
         TrainableSpec(decoder="some")
 

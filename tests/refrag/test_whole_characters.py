@@ -125,5 +125,7 @@ def test_measures_take_samples_of_uneven_lengths(documents, tokenizer, encoder_t
     own = documents(DOCUMENTS["japanese"], tokenizer)
     accuracy = reconstruction_accuracy(parts.model.eval(), parts=parts, documents=own, samples=8, chunks=2)
     assert 0 <= accuracy["first_token_accuracy"] <= 1
-    scores = measure(parts, own, Conditions(context=16, output_tokens=6, rates=(2.0,), choosers=("random",)), samples=3)
+    scores = measure(
+        parts, own, Conditions(context=16, output_tokens=6, rates=(2.0,), selectors=("random",)), samples=3
+    )
     assert len(scores["random, 2x"]) == 3 and all(map(math.isfinite, scores["compressed"]))

@@ -8,28 +8,20 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from refrag import weights
-from refrag.adapters import TrainableSpec
-from refrag.training.stages import Stage, run_stage
-from refrag.training.trainer import TrainSettings
+from refrag.training.options import PretrainOptions
+from refrag.training.stages import run_stage
 from transformers import AutoTokenizer
 
 from tests.refrag.training_parts import documents, parts
 
 
-def stage(**settings):
-    return Stage(
-        "next_paragraph",
-        TrainableSpec(encoder="all", decoder="lora", rank=4),
-        TrainSettings(
-            **{
-                "steps": 12, "batch_size": 6, "learning_rate": 3e-3, "checkpoint_every": 3, "evaluate_every": 4,
-                "log_every": 1, "max_rows": 64, **settings,
-            }
-        ),
-        max_chunks=4,
-        output_tokens=8,
-        expand=0.25,
+def options(folder, **changed):
+    given = dict(
+        data=(), output=folder, train_encoder="all", train_decoder="lora", rank=4, steps=12, batch_size=6,
+        learning_rate=3e-3, checkpoint_every=3, evaluate_every=4, log_every=1, max_rows=64, max_chunks=4,
+        output_tokens=8, expand=0.25,
     )  # fmt: skip
+    return PretrainOptions(**{**given, **changed})
 
 
 def sharding():
@@ -44,7 +36,7 @@ def sharding():
     return accelerator
 
 
-def train(folder, *, accelerator=None, mixed_precision="no", model=None, dropout=True, **settings):
+def train(folder, *, accelerator=None, mixed_precision="no", model=None, dropout=True, **changed):
     tokenizer = AutoTokenizer.from_pretrained(weights.decoder_folder())
     encoder_tokenizer = AutoTokenizer.from_pretrained(weights.encoder_folder())
     own = model or parts(tokenizer, encoder_tokenizer)
@@ -54,7 +46,7 @@ def train(folder, *, accelerator=None, mixed_precision="no", model=None, dropout
                 module.p = 0.0
     texts = documents(tokenizer), documents(tokenizer, seed=1)
     accelerator = accelerator or Accelerator(cpu=True, mixed_precision=mixed_precision)
-    return run_stage(own, stage(**settings), *texts, folder, accelerator=accelerator)
+    return run_stage(own, options(folder, **changed), *texts, accelerator=accelerator)
 
 
 if __name__ == "__main__":

@@ -56,12 +56,12 @@ def next_paragraph_loss(
     *,
     parts: ModelBundle,
     documents: Documents,
-    chunks: int,
+    max_chunks: int,
     output_tokens: int,
     samples: int = 64,
 ) -> dict[str, Any]:
-    """Measure the log-perplexity of what follows a compressed context; ``held_out_loss`` per token."""
-    context = chunks * parts.k
+    """Measure the log-perplexity of what follows ``max_chunks`` chunks; ``held_out_loss`` per token."""
+    context = max_chunks * parts.k
     windows = documents.windows(context + output_tokens)
     prefix = prefix_ids(parts.tokenizer)
     drawn = [

@@ -19,30 +19,11 @@ from refrag.model.modeling import RefragForCausalLM
 from refrag.model.policy import ExpansionPolicy
 from refrag.processing.selectors import by_name
 from refrag.training.likelihood import target_log_probs
+from refrag.training.options import Conditions
 from refrag.training.samples import Sample, collate_for, next_paragraph
 
 FULL, NONE, LAST, COMPRESSED = "full context", "no context", "last s/k tokens", "compressed"
 _SEED = 1_009_2025
-
-
-@dataclasses.dataclass(frozen=True)
-class Conditions:
-    """What is compared.
-
-    Attributes
-    ----------
-    context, output_tokens : int
-        s and o; s is a multiple of k.
-    rates : tuple of float
-        Effective compression rates at which choosers expand chunks: k / (1 - p + k p), at most k.
-    choosers : tuple of str
-        Names of ``refrag.processing.selectors`` that pick a given number.
-    """
-
-    context: int = 256
-    output_tokens: int = 64
-    rates: tuple[float, ...] = (4.0, 8.0)
-    choosers: tuple[str, ...] = ("random", "perplexity-desc", "perplexity-asc", "cosine")
 
 
 def share_for_rate(rate: float, k: int) -> float:
@@ -102,8 +83,8 @@ def measure(
     k, context = parts.k, conditions.context
     if context % k:
         raise ValueError(f"context: got {context}, needs a multiple of k = {k}")
-    if "policy" in conditions.choosers and policy is None:
-        raise ValueError("choosers: got policy, needs an adapter that holds one")
+    if "policy" in conditions.selectors and policy is None:
+        raise ValueError("selectors: got policy, needs an adapter that holds one")
     windows = documents.windows(context + conditions.output_tokens)
     prefix = prefix_ids(parts.tokenizer)
     scores: dict[str, list[float]] = {}
@@ -133,7 +114,7 @@ def measure(
 
         for rate in conditions.rates:
             count = round(share_for_rate(min(rate, k), k) * len(chunks))
-            for name in conditions.choosers if count else ():
+            for name in conditions.selectors if count else ():
                 chooser = by_name(name, model=parts.model, embed=embed, policy=policy, seed=seed + index)
                 # There is no question: the context's last chunk is what the output goes on from.
                 expansions[f"{name}, {rate:g}x"] = frozenset(chooser(chunks[-1].text, chunks, count))
@@ -181,7 +162,7 @@ def markdown(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def write_tables(
-    folder: str | os.PathLike[str],
+    output: str | os.PathLike[str],
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
     settings: Mapping[str, Any],
 ) -> list[Path]:
@@ -191,7 +172,7 @@ def write_tables(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    root = Path(folder)
+    root = Path(output)
     root.mkdir(parents=True, exist_ok=True)
     files = [root / "perplexity.md", root / "perplexity.json", root / "perplexity.png"]
     files[0].write_text(markdown(tables))

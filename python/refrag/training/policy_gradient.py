@@ -10,6 +10,7 @@ import torch
 from refrag.model.modeling import RefragForCausalLM
 from refrag.model.policy import ExpansionPolicy, picks_log_prob, sample_picks
 from refrag.training.likelihood import share_beginning, target_log_probs
+from refrag.training.options import RolloutOptions
 from refrag.training.samples import Sample
 from refrag.training.trainer import Collate
 
@@ -105,54 +106,16 @@ def rollout_rewards(
     return log_probs.view(len(rollouts), -1).mean(1)
 
 
-@dataclasses.dataclass(frozen=True)
-class PolicySettings:
-    """How to train the policy; the paper gives none of these numbers.
-
-    Attributes
-    ----------
-    steps : int
-    contexts : int
-        B, contexts of a step.
-    rollouts : int
-        G, expansions drawn for each.
-    share : float
-        p, the share of chunks to expand.
-    epsilon : float
-        Of the clip.
-    updates : int
-        Optimizer steps on each step's rollouts.
-    learning_rate, max_grad_norm : float
-    seed : int
-    """
-
-    steps: int
-    contexts: int = 8
-    rollouts: int = 8
-    share: float = 0.1
-    epsilon: float = 0.2
-    updates: int = 2
-    learning_rate: float = 3e-4
-    max_grad_norm: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rollouts < 2:
-            raise ValueError(f"rollouts: got {self.rollouts}, needs 2 or more: each is compared with its group")
-        if not 0 < self.share < 1:
-            raise ValueError(f"share: got {self.share}, needs more than 0 and less than 1")
-
-
-def policy_optimizer(policy: ExpansionPolicy, settings: PolicySettings) -> torch.optim.Optimizer:
+def policy_optimizer(policy: ExpansionPolicy, options: RolloutOptions) -> torch.optim.Optimizer:
     """Return the optimizer of a policy's parameters."""
-    return torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    return torch.optim.AdamW(policy.parameters(), lr=options.learning_rate, weight_decay=0.0)
 
 
 def train_policy(
     policy: ExpansionPolicy,
     contexts: Callable[[int], tuple[Sample, torch.Tensor]],
     reward: Callable[[Sample, Sequence[frozenset[int]], torch.Tensor], torch.Tensor],
-    settings: PolicySettings,
+    options: RolloutOptions,
     *,
     log: Callable[[dict[str, float]], None] | None = None,
     first_step: int = 0,
@@ -167,7 +130,7 @@ def train_policy(
         A context's number -> the sample, and the embeddings of its L chunks.
     reward : callable
         Sample, its rollouts and its chunks' embeddings -> rewards [G]; ``rollout_rewards`` with a model.
-    settings : PolicySettings
+    options : RolloutOptions
     log : callable, optional
         Gets the figures of each step.
     first_step : int
@@ -175,32 +138,32 @@ def train_policy(
     optimizer : torch.optim.Optimizer, optional
         Its own, when it goes on from a checkpoint.
     """
-    optimizer = optimizer or policy_optimizer(policy, settings)
+    optimizer = optimizer or policy_optimizer(policy, options)
     policy.train()
-    for step in range(first_step, settings.steps):
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-        drawn = [contexts(step * settings.contexts + index) for index in range(settings.contexts)]
+    for step in range(first_step, options.steps):
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
+        drawn = [contexts(step * options.contexts + index) for index in range(options.contexts)]
         embeds = torch.nn.utils.rnn.pad_sequence([own for _, own in drawn], batch_first=True).float()
         lengths = torch.tensor([len(own) for _, own in drawn])
-        counts = (settings.share * lengths).round().long().clamp(min=1)
+        counts = (options.expand * lengths).round().long().clamp(min=1)
         with torch.no_grad():
-            scores = policy(embeds, lengths).repeat_interleave(settings.rollouts, 0)
-            picks = sample_picks(scores, counts.repeat_interleave(settings.rollouts), generator)
+            scores = policy(embeds, lengths).repeat_interleave(options.rollouts, 0)
+            picks = sample_picks(scores, counts.repeat_interleave(options.rollouts), generator)
             old = picks_log_prob(scores, picks)
         rollouts = [frozenset(row[row >= 0].tolist()) for row in picks]
         rewards = torch.stack(
             [
-                reward(sample, rollouts[index * settings.rollouts : (index + 1) * settings.rollouts], own)
+                reward(sample, rollouts[index * options.rollouts : (index + 1) * options.rollouts], own)
                 for index, (sample, own) in enumerate(drawn)
             ]
         ).float()
         advantage = group_advantage(rewards).flatten()
-        for _ in range(settings.updates):
-            scores = policy(embeds, lengths).repeat_interleave(settings.rollouts, 0)
-            gain = clipped_objective(picks_log_prob(scores, picks), old, advantage, picks >= 0, settings.epsilon)
+        for _ in range(options.updates):
+            scores = policy(embeds, lengths).repeat_interleave(options.rollouts, 0)
+            gain = clipped_objective(picks_log_prob(scores, picks), old, advantage, picks >= 0, options.epsilon)
             optimizer.zero_grad()
             (-gain).backward()
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), options.max_grad_norm)
             optimizer.step()
         if log is not None:
             log({"step": step + 1, "reward": rewards.mean().item(), "spread": rewards.std(1).mean().item(),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,63 +15,24 @@ from refrag.adapters import add_policy
 from refrag.bundle import ModelBundle
 from refrag.data.documents import Documents, prefix_ids
 from refrag.model.policy import ExpansionPolicy
-from refrag.training.policy_gradient import PolicySettings, policy_optimizer, rollout_rewards, train_policy
+from refrag.training.config_files import write_config
+from refrag.training.options import PolicyOptions
+from refrag.training.policy_gradient import policy_optimizer, rollout_rewards, train_policy
 from refrag.training.samples import Sample, collate_for, next_paragraph
 
 
-@dataclasses.dataclass(frozen=True)
-class PolicyStage:
-    """What the policy reads and how it learns.
-
-    Attributes
-    ----------
-    settings : PolicySettings
-    chunks : int
-        Of each context.
-    output_tokens : int
-        o, whose log-likelihood is the reward.
-    width, num_heads : int
-        Of the policy.
-    checkpoint_every : int
-        In steps.
-    precision : {"bf16", "no"}
-        Of the passes that score rollouts: bfloat16 autocast, or the model's own dtype. The policy itself is float32.
-    """
-
-    settings: PolicySettings
-    chunks: int
-    output_tokens: int
-    width: int = 128
-    num_heads: int = 4
-    checkpoint_every: int = 20
-    precision: str = "no"
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("bf16", "no"):
-            raise ValueError(f"precision: got {self.precision!r}, needs bf16 or no")
-
-
-def run_policy_stage(
-    parts: ModelBundle,
-    stage: PolicyStage,
-    documents: Documents,
-    adapter: str | os.PathLike[str],
-    folder: str | os.PathLike[str],
-) -> list[dict[str, Any]]:
-    """Train the policy of a trained model; write the adapter with it into ``folder``.
+def run_policy_stage(parts: ModelBundle, options: PolicyOptions, documents: Documents) -> list[dict[str, Any]]:
+    """Train the policy of a trained model; write the adapter with it into ``options.output``.
 
     A run that was broken off goes on from its last checkpoint.
 
     Parameters
     ----------
     parts : ModelBundle
-        With the adapter loaded.
-    stage : PolicyStage
+        With ``options.adapter`` loaded.
+    options : PolicyOptions
     documents : Documents
         To train on.
-    adapter : path
-        The one that ``parts`` hold.
-    folder : path
 
     Returns
     -------
@@ -83,19 +42,19 @@ def run_policy_stage(
     Raises
     ------
     ValueError
-        If the folder holds a checkpoint of another stage.
+        If the folder holds a checkpoint of another options.
     """
     model = parts.model.eval().requires_grad_(False)
-    context = stage.chunks * parts.k
-    windows = documents.windows(context + stage.output_tokens)
+    context = options.chunks * parts.k
+    windows = documents.windows(context + options.output_tokens)
     prefix = prefix_ids(parts.tokenizer)
-    root = Path(folder)
-    root.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(stage.settings.seed)
-    policy = ExpansionPolicy(model.config.chunk_width, stage.width, num_heads=stage.num_heads)
-    optimizer = policy_optimizer(policy, stage.settings)
-    checkpoint, log_file, entries = root / "checkpoint.pt", root / "log.jsonl", []
-    signature = {"stage": dataclasses.asdict(stage), **parts.signature()}
+    output = options.output
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    policy = ExpansionPolicy(model.config.chunk_width, options.width, num_heads=options.num_heads)
+    optimizer = policy_optimizer(policy, options)
+    checkpoint, log_file, entries = output / "checkpoint.pt", output / "log.jsonl", []
+    signature = {"stage": _stage(options), **parts.signature()}
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["signature"] != signature:
@@ -103,13 +62,14 @@ def run_policy_stage(
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
         entries = state["log"]
+    write_config(options, output)
 
     def lower_precision() -> torch.autocast:
-        return torch.autocast(model.device.type, torch.bfloat16, enabled=stage.precision == "bf16")
+        return torch.autocast(model.device.type, torch.bfloat16, enabled=options.precision == "bf16")
 
     @torch.no_grad()
     def contexts(index: int) -> tuple[Sample, torch.Tensor]:
-        tokens, cuttable = windows.draw(stage.settings.seed, index)
+        tokens, cuttable = windows.draw(options.seed, index)
         sample = next_paragraph(tokens, context, parts.k, parts.tokenizer, prefix, cuttable=cuttable)
         prompt, _ = collate_for(parts, [sample])
         with lower_precision():
@@ -119,14 +79,14 @@ def run_policy_stage(
         with lower_precision():
             return rollout_rewards(model, functools.partial(collate_for, parts), sample, rollouts, embeds)
 
-    with tqdm(total=stage.settings.steps, initial=len(entries), unit="step") as bar:
+    with tqdm(total=options.steps, initial=len(entries), unit="step") as bar:
 
         def log(entry: dict[str, float]) -> None:
             entries.append(entry)
             log_file.write_text("".join(json.dumps(line) + "\n" for line in entries))
             bar.update()
             bar.set_postfix_str(f"reward {entry['reward']:.3f}")
-            if len(entries) % stage.checkpoint_every == 0:
+            if len(entries) % options.checkpoint_every == 0:
                 part = checkpoint.with_suffix(".part")
                 torch.save(
                     {"policy": policy.state_dict(), "optimizer": optimizer.state_dict(), "log": entries,
@@ -134,6 +94,14 @@ def run_policy_stage(
                 )  # fmt: skip
                 os.replace(part, checkpoint)
 
-        train_policy(policy, contexts, reward, stage.settings, log=log, first_step=len(entries), optimizer=optimizer)
-    add_policy(adapter, policy, root)
+        train_policy(policy, contexts, reward, options, log=log, first_step=len(entries), optimizer=optimizer)
+    add_policy(options.adapter, policy, output)
     return entries
+
+
+def _stage(options: PolicyOptions) -> dict[str, Any]:
+    """Return the options that a checkpoint must have been made with, in the form and by the names of its file."""
+    nested = ("steps", "contexts", "rollouts", "epsilon", "updates", "learning_rate", "max_grad_norm", "seed")
+    own = ("chunks", "output_tokens", "width", "num_heads", "checkpoint_every", "precision")
+    settings = {"share": options.expand, **{name: getattr(options, name) for name in nested}}
+    return {"settings": settings, **{name: getattr(options, name) for name in own}}

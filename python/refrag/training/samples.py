@@ -128,9 +128,9 @@ def next_paragraph(
     return _sample(prefix, chunks, list(token_ids[end : end + output]), expanded)
 
 
-def random_picks(chunks: int, share: float, seed: int, index: int) -> frozenset[int]:
-    """Return a share of the chunks at random, rounded; ``seed`` and ``index`` fix which."""
-    return frozenset(random.Random(f"{seed}/{index}").sample(range(chunks), round(share * chunks)))
+def random_picks(chunks: int, expand: float, seed: int, index: int) -> frozenset[int]:
+    """Return the share ``expand`` of the chunks at random, rounded; ``seed`` and ``index`` fix which."""
+    return frozenset(random.Random(f"{seed}/{index}").sample(range(chunks), round(expand * chunks)))
 
 
 def reconstruction_sampler(

@@ -97,7 +97,7 @@ def draw_samples(table: Mapping[int, tuple[int, ...]], *, seed: int) -> Iterator
         yield from ((stage, chunks) for chunks in samples)
 
 
-def curriculum_schedule(samples: int, max_chunks: int, *, seed: int, ordered: bool = True) -> Callable[[int], int]:
+def curriculum_schedule(samples: int, max_chunks: int, *, seed: int) -> Callable[[int], int]:
     """Return a function from a sample's number to its chunks.
 
     Parameters
@@ -107,8 +107,6 @@ def curriculum_schedule(samples: int, max_chunks: int, *, seed: int, ordered: bo
     max_chunks : int
         The longest samples.
     seed : int
-    ordered : bool
-        Whether the stages come in their order; False is the ablation, the same lengths shuffled.
 
     Examples
     --------
@@ -116,16 +114,28 @@ def curriculum_schedule(samples: int, max_chunks: int, *, seed: int, ordered: bo
     >>> sum(schedule(i) for i in range(100)) < sum(schedule(i) for i in range(900, 1000))
     True
     """
-    drawn = [chunks for _, chunks in draw_samples(scaled_table(samples, max_chunks=max_chunks), seed=seed)]
-    if not ordered:
-        random.Random(seed).shuffle(drawn)
-    # Rounding makes the table a few samples shorter or longer than asked for.
-    return lambda index: drawn[min(index, len(drawn) - 1)]
+    return _schedule(_lengths(samples, max_chunks, seed))
 
 
-def constant_schedule(chunks: int) -> Callable[[int], int]:
+def shuffled_schedule(samples: int, max_chunks: int, *, seed: int) -> Callable[[int], int]:
+    """Return ``curriculum_schedule``'s lengths in a random order: its ablation."""
+    lengths = _lengths(samples, max_chunks, seed)
+    random.Random(seed).shuffle(lengths)
+    return _schedule(lengths)
+
+
+def constant_schedule(max_chunks: int) -> Callable[[int], int]:
     """Return the schedule in which each sample has as many chunks."""
-    return lambda index: chunks
+    return lambda index: max_chunks
+
+
+def _lengths(samples: int, max_chunks: int, seed: int) -> list[int]:
+    return [chunks for _, chunks in draw_samples(scaled_table(samples, max_chunks=max_chunks), seed=seed)]
+
+
+def _schedule(lengths: list[int]) -> Callable[[int], int]:
+    # Rounding makes the table a few samples shorter or longer than asked for.
+    return lambda index: lengths[min(index, len(lengths) - 1)]
 
 
 def _geometric(total: float, ratio: float) -> tuple[int, ...]:

@@ -1,10 +1,9 @@
-"""The stages of the recipe, each from its settings to a trained adapter."""
+"""The stages of the recipe, each from its options to a trained adapter."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from refrag.data.documents import Documents, prefix_ids
 from refrag.model.modeling import RefragForCausalLM
 from refrag.processing.processor import RefragProcessor
 from refrag.training.measures import next_paragraph_loss, reconstruction_accuracy, target_loss
+from refrag.training.options import FinetuneOptions, PretrainOptions, ReconstructOptions, StageOptions, TextOptions
 from refrag.training.samples import (
     Sample,
     Sampler,
@@ -27,161 +27,114 @@ from refrag.training.samples import (
     next_paragraph_sampler,
     reconstruction_sampler,
 )
-from refrag.training.schedules import constant_schedule, curriculum_schedule
-from refrag.training.trainer import Trainer, TrainSettings
+from refrag.training.schedules import constant_schedule, curriculum_schedule, shuffled_schedule
+from refrag.training.trainer import Trainer
 
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """What a training stage reads and how it learns.
-
-    Attributes
-    ----------
-    objective : {"reconstruction", "next_paragraph", "answers"}
-    trained : TrainableSpec
-    settings : TrainSettings
-    max_chunks : int
-        The longest context, in chunks.
-    curriculum : bool
-        Whether lengths come in the paper's order (table 8), or shuffled: its ablation.
-    output_tokens : int
-        o, what is written after the context, for "next_paragraph".
-    expand : float
-        p, the share of chunks that stand as text, for "next_paragraph" and "answers".
-    fixed_length : bool
-        Whether all samples have ``max_chunks`` chunks.
-    """
-
-    objective: str
-    trained: TrainableSpec
-    settings: TrainSettings
-    max_chunks: int = 256
-    curriculum: bool = True
-    output_tokens: int = 128
-    expand: float = 0.0
-    fixed_length: bool = False
-
-    def __post_init__(self) -> None:
-        if self.objective not in ("reconstruction", "next_paragraph", "answers"):
-            raise ValueError(f"objective: got {self.objective!r}, needs reconstruction, next_paragraph or answers")
+Evaluate = Callable[[RefragForCausalLM], dict[str, Any]]
 
 
 def run_stage(
-    parts: ModelBundle,
-    stage: Stage,
-    documents: Documents,
-    held_out: Documents,
-    folder: str | os.PathLike[str],
-    *,
-    start: str | os.PathLike[str] | None = None,
-    accelerator: Accelerator | None = None,
+    parts: ModelBundle, options: StageOptions, documents: Any, held_out: Any, *, accelerator: Accelerator | None = None
 ) -> list[dict[str, Any]]:
-    """Train one stage and write its adapter into ``folder``.
+    """Train one stage and write its adapter into ``options.output``.
 
     Parameters
     ----------
     parts : ModelBundle
-    stage : Stage
-    documents, held_out : Documents
-        To train on, and to measure on; disjoint.
-    folder : path
-        Gets the log, checkpoints and ``adapter.safetensors``.
-    start : path, optional
-        Folder of an earlier stage's result, to go on from.
+    options : ReconstructOptions, PretrainOptions or FinetuneOptions
+    documents, held_out : Documents, or for FinetuneOptions sequences of dicts
+        To train on, and to measure on; disjoint. Questions are as ``answer_sampler`` takes them.
     accelerator : Accelerator, optional
+        By default one with the precision of the options.
 
     Returns
     -------
     list of dict
         The log.
     """
-    prepare(parts.model, stage.trained)
-    if start is not None:
-        load_trained(parts.model, start)
-    settings = stage.settings
-    schedule = constant_schedule(stage.max_chunks)
-    if not stage.fixed_length:
-        schedule = curriculum_schedule(
-            settings.steps * settings.batch_size, stage.max_chunks, seed=settings.seed, ordered=stage.curriculum
-        )
-    prefix = prefix_ids(parts.tokenizer)
-    windows_of = functools.cache(documents.windows)
-    windows_of(stage.max_chunks * parts.k + (stage.output_tokens if stage.objective == "next_paragraph" else 0))
-    evaluate: Callable[[RefragForCausalLM], dict[str, Any]]
-    if stage.objective == "reconstruction":
-        sampler = reconstruction_sampler(windows_of, schedule, parts.k, parts.tokenizer, prefix, seed=settings.seed)
-        evaluate = functools.partial(reconstruction_accuracy, parts=parts, documents=held_out)
-    else:
-        sampler = next_paragraph_sampler(
-            windows_of, schedule, parts.k, parts.tokenizer, prefix,
-            seed=settings.seed, output_tokens=stage.output_tokens, expand=stage.expand,
-        )  # fmt: skip
-        evaluate = functools.partial(
-            next_paragraph_loss, parts=parts, documents=held_out,
-            chunks=stage.max_chunks, output_tokens=stage.output_tokens,
-        )  # fmt: skip
-    return _train(parts, stage, sampler, evaluate, folder, accelerator)
-
-
-def run_fine_tuning(
-    parts: ModelBundle,
-    stage: Stage,
-    questions: Sequence[Mapping[str, Any]],
-    held_out: Sequence[Mapping[str, Any]],
-    folder: str | os.PathLike[str],
-    *,
-    start: str | os.PathLike[str] | None = None,
-    accelerator: Accelerator | None = None,
-) -> list[dict[str, Any]]:
-    """Fine-tune on questions, as ``run_stage`` trains on documents.
-
-    Parameters
-    ----------
-    questions, held_out : sequence of dicts
-        As ``answer_sampler`` takes them.
-    """
-    prepare(parts.model, stage.trained)
-    if start is not None:
-        load_trained(parts.model, start)
-    processor = RefragProcessor.from_config(parts.model.config, parts.tokenizer, parts.encoder_tokenizer)
-    sampler = answer_sampler(questions, processor, seed=stage.settings.seed, expand=stage.expand)
-    measured = answer_sampler(held_out, processor, seed=0) if held_out else None
-    evaluate = None
-    if measured is not None:
-        drawn = [measured(index) for index in range(len(held_out))]
-        evaluate = functools.partial(target_loss, parts=parts, samples=drawn)
-    return _train(parts, stage, sampler, evaluate, folder, accelerator)
-
-
-def _train(
-    parts: ModelBundle,
-    stage: Stage,
-    sampler: Sampler,
-    evaluate: Callable[[RefragForCausalLM], dict[str, Any]] | None,
-    folder: str | os.PathLike[str],
-    accelerator: Accelerator | None,
-) -> list[dict[str, Any]]:
+    accelerator = accelerator or Accelerator(mixed_precision=options.precision)
+    trained = TrainableSpec(encoder=options.train_encoder, decoder=options.train_decoder, rank=options.rank)
+    prepare(parts.model, trained)
+    if options.start is not None:
+        load_trained(parts.model, options.start)
+    sampler, evaluate = _SAMPLES[options.objective](parts, options, documents, held_out)
     latents = parts.model.config.latents
 
     def counted(index: int) -> Sample:  # how many rows it has decides how samples are put together
         return dataclasses.replace(sampler(index), latents=latents)
 
     trainer = Trainer(
-        parts.model, counted, functools.partial(collate_for, parts), stage.settings, folder,
+        parts.model, counted, functools.partial(collate_for, parts), options, options.output,
         evaluate=evaluate,
-        signature={**parts.signature(), "objective": stage.objective, "trained": dataclasses.asdict(stage.trained)},
+        signature={**parts.signature(), "objective": options.objective, "trained": dataclasses.asdict(trained)},
         accelerator=accelerator,
     )  # fmt: skip
     log = trainer.train()
-    trained = trained_state(parts.model)  # in every process: each may hold a share
-    if trainer.accelerator.is_main_process:
-        save_adapter(parts.model, folder, trained)
-        (Path(folder) / "stage.json").write_text(json.dumps(dataclasses.asdict(stage), indent=1) + "\n")
+    state = trained_state(parts.model)  # in every process: each may hold a share
+    if accelerator.is_main_process:
+        save_adapter(parts.model, options.output, state)
     return log
 
 
+def _reconstruction(
+    parts: ModelBundle, options: ReconstructOptions, documents: Documents, held_out: Documents
+) -> tuple[Sampler, Evaluate]:
+    windows_of = functools.cache(documents.windows)
+    windows_of(options.max_chunks * parts.k)  # refuses documents that are all too short
+    sampler = reconstruction_sampler(
+        windows_of, _schedule(options), parts.k, parts.tokenizer, prefix_ids(parts.tokenizer), seed=options.seed
+    )
+    return sampler, functools.partial(reconstruction_accuracy, parts=parts, documents=held_out)
+
+
+def _next_paragraph(
+    parts: ModelBundle, options: PretrainOptions, documents: Documents, held_out: Documents
+) -> tuple[Sampler, Evaluate]:
+    windows_of = functools.cache(documents.windows)
+    windows_of(options.max_chunks * parts.k + options.output_tokens)
+    sampler = next_paragraph_sampler(
+        windows_of, _schedule(options), parts.k, parts.tokenizer, prefix_ids(parts.tokenizer),
+        seed=options.seed, output_tokens=options.output_tokens, expand=options.expand,
+    )  # fmt: skip
+    evaluate = functools.partial(
+        next_paragraph_loss, parts=parts, documents=held_out,
+        max_chunks=options.max_chunks, output_tokens=options.output_tokens,
+    )  # fmt: skip
+    return sampler, evaluate
+
+
+def _answers(
+    parts: ModelBundle,
+    options: FinetuneOptions,
+    documents: Sequence[Mapping[str, Any]],
+    held_out: Sequence[Mapping[str, Any]],
+) -> tuple[Sampler, Evaluate | None]:
+    processor = RefragProcessor.from_config(parts.model.config, parts.tokenizer, parts.encoder_tokenizer)
+    sampler = answer_sampler(documents, processor, seed=options.seed, expand=options.expand)
+    if not held_out:
+        return sampler, None
+    measured = answer_sampler(held_out, processor, seed=0)
+    samples = [measured(index) for index in range(len(held_out))]
+    return sampler, functools.partial(target_loss, parts=parts, samples=samples)
+
+
+# By objective: the samples to train on, and what measures the model on the held-out ones.
+_SAMPLES: dict[str, Callable[..., tuple[Sampler, Evaluate | None]]] = {
+    ReconstructOptions.objective: _reconstruction,
+    PretrainOptions.objective: _next_paragraph,
+    FinetuneOptions.objective: _answers,
+}
+
+
+def _schedule(options: TextOptions) -> Callable[[int], int]:
+    if options.fixed_length:
+        return constant_schedule(options.max_chunks)
+    schedule = curriculum_schedule if options.curriculum else shuffled_schedule
+    return schedule(options.steps * options.batch_size, options.max_chunks, seed=options.seed)
+
+
 @torch.no_grad()
-def load_trained(model: RefragForCausalLM, folder: str | os.PathLike[str]) -> None:
+def load_trained(model: RefragForCausalLM, start: str | os.PathLike[str]) -> None:
     """Go on from an earlier stage: its adapters where the model has the same, merged into the weights where it hasn't.
 
     Raises
@@ -191,7 +144,7 @@ def load_trained(model: RefragForCausalLM, folder: str | os.PathLike[str]) -> No
     """
     from safetensors.torch import load_file
 
-    tensors = load_file(Path(folder) / "adapter.safetensors")
+    tensors = load_file(Path(start) / "adapter.safetensors")
     own = trained_state(model)
     for name in [name for name in tensors if name in own]:
         own[name].copy_(tensors.pop(name))

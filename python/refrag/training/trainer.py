@@ -25,7 +25,9 @@ from transformers import get_cosine_schedule_with_warmup
 from refrag.file_modes import usual_mode
 from refrag.model.inputs import MixedPrompt
 from refrag.model.modeling import RefragForCausalLM
+from refrag.training.config_files import write_config
 from refrag.training.generators import generator_states, restore_generators
+from refrag.training.options import LoopOptions
 from refrag.training.passes import cut_passes, make_passes
 from refrag.training.samples import Sample, Sampler
 
@@ -39,57 +41,6 @@ class TrainingError(RuntimeError):
     """Training can't go on; the message says why and what was kept."""
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-    """How to train; the defaults are the paper's (B.3) where it has any.
-
-    Attributes
-    ----------
-    steps : int
-        Optimizer steps.
-    batch_size : int
-        Samples of a step, over all processes.
-    learning_rate : float
-        The peak: 2e-4 in reconstruction, 5e-5 in continual pre-training, 2e-5 in fine-tuning.
-    projector_rate, encoder_rate : float, optional
-        Peaks of the projector's and the encoder's own; ``learning_rate`` where they aren't given.
-    warmup : float
-        Share of the steps in which the rate rises; then it falls as a cosine to 0.
-    betas : tuple of 2 floats
-        AdamW's.
-    weight_decay : float
-    max_grad_norm : float
-        Of all gradients together.
-    max_rows : int
-        Decoder rows of one forward pass: a step's samples are cut into as many passes as this asks for.
-    checkpoint_every, log_every, evaluate_every : int
-        In steps.
-    seed : int
-    """
-
-    steps: int
-    batch_size: int = 256
-    learning_rate: float = 2e-4
-    projector_rate: float | None = None
-    encoder_rate: float | None = None
-    warmup: float = 0.04
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_rows: int = 4096
-    checkpoint_every: int = 100
-    log_every: int = 10
-    evaluate_every: int = 100
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "max_rows", "checkpoint_every", "log_every", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, needs 1 or more")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: got {self.betas}, needs two numbers from 0 up to 1")
-
-
 class Trainer:
     """Trains what ``prepare`` marked.
 
@@ -100,9 +51,10 @@ class Trainer:
         A sample's number -> the sample.
     collate : callable
         Samples -> a packed prompt and its labels.
-    settings : TrainSettings
-    folder : path
-        Gets ``log.jsonl`` and ``checkpoints/``; a run that was broken off is found there and goes on.
+    options : LoopOptions
+    output : path
+        Folder of ``log.jsonl``, ``options.toml`` and ``checkpoints/``; a run that was broken off is found there and
+        goes on.
     evaluate : callable, optional
         Model -> figures by name, for the log.
     signature : dict, optional
@@ -121,28 +73,28 @@ class Trainer:
         model: RefragForCausalLM,
         sampler: Sampler,
         collate: Collate,
-        settings: TrainSettings,
-        folder: str | os.PathLike[str],
+        options: LoopOptions,
+        output: str | os.PathLike[str],
         *,
         evaluate: Callable[[RefragForCausalLM], dict[str, Any]] | None = None,
         signature: dict[str, Any] | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
         self.accelerator = accelerator or Accelerator()
-        if settings.batch_size < self.accelerator.num_processes:  # here, where every process raises it
+        if options.batch_size < self.accelerator.num_processes:  # here, where every process raises it
             raise TrainingError(
-                f"batch_size: got {settings.batch_size}, needs {self.accelerator.num_processes} or more, a sample for "
+                f"batch_size: got {options.batch_size}, needs {self.accelerator.num_processes} or more, a sample for "
                 "each process"
             )
-        self.sampler, self.collate, self.settings = sampler, collate, settings
-        self.folder = Path(folder)
+        self.sampler, self.collate, self.options = sampler, collate, options
+        self.output = Path(output)
         self.evaluate = evaluate
-        self.signature = {"settings": dataclasses.asdict(settings), **(signature or {})}
+        self.signature = {"settings": _settings(options), **(signature or {})}
         self.plain = model
-        groups = _parameter_groups(model, settings)
-        optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, betas=settings.betas)
+        groups = _parameter_groups(model, options)
+        optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay, betas=options.betas)
         schedule = get_cosine_schedule_with_warmup(
-            optimizer, max(1, round(settings.warmup * settings.steps)), settings.steps
+            optimizer, max(1, round(options.warmup * options.steps)), options.steps
         )
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.schedule = schedule
@@ -164,42 +116,44 @@ class Trainer:
             If the loss is not finite: the last checkpoint stays, and the message names the step and its samples. If
             the folder holds checkpoints of another run.
         """
-        set_seed(self.settings.seed)
+        set_seed(self.options.seed)
         self._resume()
         main = self.accelerator.is_main_process
+        if main:
+            write_config(self.options, self.output)
         began, tokens_before = time.perf_counter(), self.tokens
-        with tqdm(total=self.settings.steps, initial=self.step, disable=not main, unit="step") as bar:
-            while self.step < self.settings.steps:
+        with tqdm(total=self.options.steps, initial=self.step, disable=not main, unit="step") as bar:
+            while self.step < self.options.steps:
                 self.losses.append(self._step())
                 bar.update()
                 rate = (self.tokens - tokens_before) / (time.perf_counter() - began)
                 bar.set_postfix_str(f"loss {self.losses[-1]:.3f}, {rate:.0f} tokens/s")
-                last = self.step == self.settings.steps
+                last = self.step == self.options.steps
                 evaluated = {}
-                if self.evaluate and (last or self.step % self.settings.evaluate_every == 0):
+                if self.evaluate and (last or self.step % self.options.evaluate_every == 0):
                     evaluated = self._evaluate()
-                if evaluated or last or self.step % self.settings.log_every == 0:
+                if evaluated or last or self.step % self.options.log_every == 0:
                     entry = {"step": self.step, "loss": sum(self.losses) / len(self.losses), "tokens": self.tokens,
                              "learning_rate": self.schedule.get_last_lr()[0], "tokens_per_second": rate,
                              **evaluated}  # fmt: skip
                     self._log(entry)
                     self.losses = []
-                if last or self.step % self.settings.checkpoint_every == 0:
+                if last or self.step % self.options.checkpoint_every == 0:
                     self._save()
         return self.read_log()
 
     def read_log(self) -> list[dict[str, Any]]:
         """Return the log's entries."""
-        path = self.folder / "log.jsonl"
+        path = self.output / "log.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def _step(self) -> float:
         """Take one optimizer step; return the mean loss of its tokens."""
         accelerator, world = self.accelerator, self.accelerator.num_processes
-        first = self.step * self.settings.batch_size
-        indices = range(first + accelerator.process_index, first + self.settings.batch_size, world)
+        first = self.step * self.options.batch_size
+        indices = range(first + accelerator.process_index, first + self.options.batch_size, world)
         samples = [self.sampler(index) for index in indices]
-        passes = cut_passes(samples, self.settings.max_rows)
+        passes = cut_passes(samples, self.options.max_rows)
         passes = make_passes(passes, self._most_passes(passes))
         own = torch.tensor(sum(sample.num_targets for sample in samples), device=accelerator.device)
         targets = int(accelerator.reduce(own, "sum"))
@@ -223,12 +177,12 @@ class Trainer:
         loss = float(accelerator.reduce(total, "sum"))
         if not math.isfinite(loss):
             raise TrainingError(
-                f"loss: is {loss} in step {self.step + 1}, samples {first} to {first + self.settings.batch_size - 1}; "
+                f"loss: is {loss} in step {self.step + 1}, samples {first} to {first + self.options.batch_size - 1}; "
                 f"the newest checkpoint is {self._newest() or 'none'}"
             )
         # One norm over all groups, in one call: under float16 Accelerate unscales the gradients in it. These very
         # parameters, because it looks for a sharded model's own.
-        accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -250,8 +204,8 @@ class Trainer:
 
     def _log(self, entry: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "log.jsonl", "a") as file:
+            self.output.mkdir(parents=True, exist_ok=True)
+            with open(self.output / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
     # Checkpoints: a folder is written under another name and renamed once it is whole.
@@ -262,7 +216,7 @@ class Trainer:
         generators = generator_states(self.accelerator)
         if not self.accelerator.is_main_process:
             return
-        final = self.folder / "checkpoints" / f"step-{self.step:08d}"
+        final = self.output / "checkpoints" / f"step-{self.step:08d}"
         part = final.with_name(".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -282,17 +236,17 @@ class Trainer:
             shutil.rmtree(old)
 
     def _newest(self) -> Path | None:
-        return max((self.folder / "checkpoints").glob("step-*"), default=None)
+        return max((self.output / "checkpoints").glob("step-*"), default=None)
 
     def _resume(self) -> None:
         checkpoint = self._newest()
-        log = self.folder / "log.jsonl"
+        log = self.output / "log.jsonl"
         if checkpoint is None:
             log.unlink(missing_ok=True)
             return
         written = json.loads((checkpoint / "signature.json").read_text())
         # Settings that it knows nothing of had their defaults.
-        written["settings"] = json.loads(json.dumps(dataclasses.asdict(TrainSettings(1)))) | written["settings"]
+        written["settings"] = json.loads(json.dumps(_settings(LoopOptions()))) | written["settings"]
         wanted = json.loads(json.dumps(self.signature))
         for name in sorted(written.keys() | wanted.keys()):
             if written.get(name) != wanted.get(name):
@@ -330,15 +284,19 @@ def _gathered(model: RefragForCausalLM) -> Iterator[None]:
             part.reshard()
 
 
-def _parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
-    rates = {"projector": settings.projector_rate, "encoder": settings.encoder_rate, "": settings.learning_rate}
+def _settings(options: LoopOptions) -> dict[str, Any]:
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(LoopOptions)}
+
+
+def _parameter_groups(model: nn.Module, options: LoopOptions) -> list[dict[str, Any]]:
+    rates = {"projector": options.projector_rate, "encoder": options.encoder_rate, "": options.learning_rate}
     groups: dict[str, list[nn.Parameter]] = {prefix: [] for prefix in rates}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             prefix = name.split(".", 1)[0]
             groups[prefix if prefix in rates else ""].append(parameter)
     return [
-        {"params": parameters, "lr": rates[prefix] or settings.learning_rate}
+        {"params": parameters, "lr": rates[prefix] or options.learning_rate}
         for prefix, parameters in groups.items()
         if parameters
     ]

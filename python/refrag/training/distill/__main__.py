@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from refrag.training.distill.arguments import parse
+from refrag.training.command_line import parse
+from refrag.training.distill.options import DistillOptions
 
 
 def main() -> int:
     """Run a distillation from the command line."""
     try:
-        options = parse()
+        options = parse(DistillOptions, "python -m refrag.training.distill")
         from refrag.training.distill.loop import distill
 
         distill(options)

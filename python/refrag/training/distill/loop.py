@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from refrag import weights
 from refrag.adapters import read_adapter
+from refrag.training.config_files import write_config
 from refrag.training.distill.batches import Batch, Prefetcher, Shape, TokenWindows, all_shapes, batch_at
 from refrag.training.distill.checkpoint import Log, Writer, read_state
 from refrag.training.distill.evaluation import CONTEXT, OUTPUT, Evaluator, domains_of
@@ -72,7 +74,8 @@ class _Run:
         self.log = Log(options.output / "log.jsonl", *copies)
         self.entries: list[dict[str, Any]] = []
         self.train, domains = read_files(options)
-        decoder = AutoModelForCausalLM.from_pretrained(options.decoder, dtype=torch.float32, local_files_only=True)
+        folder = options.decoder or weights.decoder_folder()
+        decoder = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         self._check_tokens(decoder.config.vocab_size, [self.train, *domains.values()])
         self.first_token = _first_token(decoder.config)
         self.model = Distillation(decoder, options, self.device, self.dtype)
@@ -92,6 +95,7 @@ class _Run:
     def run(self) -> list[dict[str, Any]]:
         options = self.options
         state = self._resume()
+        write_config(options, options.output)
         self.optimizer = FlatAdamW(self.model.trained, options.max_grad_norm)
         if state is not None:
             self.optimizer.load(state["optimizer"])
@@ -382,7 +386,7 @@ def read_files(options: DistillOptions) -> tuple[TokenWindows, dict[str, TokenWi
         If a file to train on holds one of ``HELD_OUT_DOMAINS``, or a document of a held-out file, or a file was made
         with another tokenizer than the decoder's; names it.
     """
-    tokenizer = _tokenizer(options.decoder)
+    tokenizer = _tokenizer(options.decoder or weights.decoder_folder())
     made_with, inside = tokenizer_hash(tokenizer), tokens_inside_characters(tokenizer)
     tokens, offsets, sources = load_tokens(options.tokens, training=True, tokenizer=made_with)
     for held in HELD_OUT_DOMAINS:

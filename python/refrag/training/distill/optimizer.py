@@ -104,8 +104,8 @@ def rates_at(options: DistillOptions, progress: float) -> dict[str, float]:
     Examples
     --------
     >>> from pathlib import Path
-    >>> files = (Path("a"),), (Path("b"),), Path("c"), Path("d")
-    >>> options = DistillOptions(*files, minutes=1, linear_alone=0.1, warmup=0.05)
+    >>> files = {"tokens": (Path("a"),), "heldout": (Path("b"),), "output": Path("c")}
+    >>> options = DistillOptions(**files, minutes=1, linear_alone=0.1, warmup=0.05)
     >>> [round(rates_at(options, progress)["decoder"] / options.decoder_rate, 3) for progress in (0.0, 0.1, 0.15)]
     [0.0, 0.0, 1.0]
     >>> round(rates_at(options, 1.0)["linear"] / options.linear_rate, 3)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from refrag.training.arguments import Options
 
 # Domains that stay held out of every training, by the names of their packages.
 HELD_OUT_DOMAINS = ("debian-handbook", "postgresql-doc", "perl-doc", "git-doc", "git-man")
 
 
-@dataclasses.dataclass(frozen=True)
-class DistillOptions:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillOptions(Options):
     """How to distil; the defaults are those of a seven-minute run on one H100.
 
     Attributes
     ----------
     tokens, heldout : tuple of Path
         Token files to train on, and to measure on, one domain a file.
-    decoder : Path
-        Folder of the decoder.
+    decoder : Path, optional
+        Folder of the decoder; the demo's when it isn't given.
     output : Path
         Folder for ``adapter.safetensors``, ``log.jsonl`` and ``state.pt``.
     minutes : float, optional
@@ -57,6 +59,7 @@ class DistillOptions:
         Share of the run in which the linear layer is trained alone; share in which a rate rises; where the cosine ends,
         as a share of the peak.
     max_grad_norm : float
+        Norm to which all gradients together are clipped.
     log_every : int
         Steps between two lines of the log.
     save_seconds, evaluate_seconds : float
@@ -68,6 +71,7 @@ class DistillOptions:
     pieces : Path, optional
         Folder for the adapter in pieces, each at most ``piece_bytes`` long, and a copy of the log.
     piece_bytes : int
+        Bytes of a piece, at most.
     keep_state : bool
         Whether the optimizer's state is written beside the adapter, so that a run can be resumed exactly.
     block_rows : int
@@ -80,12 +84,13 @@ class DistillOptions:
     device, dtype : str
         Where to train, and what the frozen weights and the activations are; "auto" is bfloat16 on a GPU.
     seed : int
+        Of the samples and the low-rank updates.
     """
 
     tokens: tuple[Path, ...]
     heldout: tuple[Path, ...]
-    decoder: Path
     output: Path
+    decoder: Path | None = None
     minutes: float | None = None
     steps: int | None = None
     start: Path | None = None
@@ -93,7 +98,7 @@ class DistillOptions:
     encoder_layers: int = 8
     encoder_rank: int = 48
     decoder_rank: int = 16
-    pooling: str = "concat"
+    pooling: Literal["concat", "mean"] = "concat"
     contexts: tuple[int, ...] = (128, 256, 512)
     output_tokens: int = 96
     step_tokens: int = 40960
@@ -120,40 +125,33 @@ class DistillOptions:
     piece_bytes: int = 15 * 2**20
     keep_state: bool = True
     block_rows: int = 2048
-    attention: str = "auto"
+    attention: Literal["auto", "refrag", "torch", "faster"] = "auto"
     compile: bool = False
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.minutes is None) == (self.steps is None):
             raise ValueError(f"minutes, steps: got {self.minutes} and {self.steps}, needs exactly one of the two")
         for name in ("tokens", "heldout", "contexts", "reconstruction_chunks"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: got none, needs one or more")
-        for name in ("k", "encoder_layers", "encoder_rank", "decoder_rank", "output_tokens", "step_tokens", "log_every",
-                     "evaluate_samples", "final_samples", "piece_bytes", "block_rows"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, needs 1 or more")
-        for name in ("minutes", "steps", "linear_rate", "encoder_rate", "decoder_rate", "max_grad_norm"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, needs more than 0")
-        for name in ("expanded", "reconstruction", "first_reconstruction", "linear_alone", "warmup", "floor"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, needs 0 up to 1")
+        counts = (
+            "k encoder_layers encoder_rank decoder_rank output_tokens step_tokens log_every evaluate_samples "
+            "final_samples piece_bytes block_rows"
+        )
+        self.require(counts, lambda value: value >= 1, "1 or more")
+        rates = "minutes steps linear_rate encoder_rate decoder_rate max_grad_norm"
+        self.require(rates, lambda value: value > 0, "more than 0")
+        shares = "expanded reconstruction first_reconstruction linear_alone warmup floor"
+        self.require(shares, lambda value: 0 <= value < 1, "0 up to 1")
         for context in self.contexts:
             if context < self.k or context % self.k:
                 raise ValueError(f"contexts: got {context}, needs multiples of k = {self.k}")
         if min(self.reconstruction_chunks) < 1:
             raise ValueError(f"reconstruction_chunks: got {self.reconstruction_chunks}, needs numbers of 1 or more")
-        for name, choices in (
-            ("pooling", ("concat", "mean")),
-            ("attention", ("auto", "refrag", "torch", "faster")),
-            ("dtype", ("auto", "float32", "bfloat16")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, needs one of {', '.join(choices)}")
         both = {path.resolve() for path in self.tokens} & {path.resolve() for path in self.heldout}
         if both:
             raise ValueError(f"tokens: got {sorted(both)[0]}, which is among the held-out files too")
