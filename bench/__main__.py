@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.cases import table
+from bench.cases.ops import OPS
 from bench.cases.presets import PRESETS
 from bench.engine import results
 from bench.engine.case import Entry, Sweep
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         "(--preset to --expand) it measures the published set. Exit code 1 if a result of ours is wrong.",
     )
     run.set_defaults(command=_run)
-    run.add_argument("--op", nargs="+", choices=table.OPS, metavar="OP", help=f"of {', '.join(table.OPS)}")
+    run.add_argument("--op", nargs="+", choices=OPS, metavar="OP", help=f"of {', '.join(OPS)}")
     run.add_argument(
         "--case",
         nargs="+",
@@ -113,14 +114,13 @@ def _selected(options: argparse.Namespace) -> list[Entry]:
     dtypes = tuple(table.DTYPES[name] for name in options.dtype or ())
     if swept or options.device != "cpu" or "float16" in (options.dtype or ()):
         sweep = Sweep(**swept, **({"dtypes": dtypes} if dtypes else {}), device=options.device)
-        entries = list(table.entries(sweep, options.flex))
+        entries = list(table.entries(sweep, options.flex, options.op or OPS))
     else:
-        entries = table.published(options.flex)
+        entries = table.published(options.flex, options.op or OPS)
     chosen = [
         entry
         for entry in entries
-        if (not options.op or entry.op in options.op)
-        and (entry.case in options.case if options.case else not entry.on_request)
+        if (entry.case in options.case if options.case else not entry.on_request)
         and (not dtypes or entry.dtype in (*dtypes, torch.int32))
         and options.only in entry.name
     ]

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 import refrag_kernels as rk
+from bench.cases.ops import MODEL_OPS
 from bench.cases.presets import PRESETS, Preset
 from bench.cases.prompts import SHARED, Prompt
 from bench.engine.case import Case, Entry, Skip, Sweep
 
 _POSITIONS = 1 << 17  # more than a context has; the weights don't depend on it
-OPS = ("ttft", "decode", "passage_cache")
 
 _FULL = "full text, HF SDPA"
 _OWN_FULL = "full text, our attention"
@@ -243,6 +243,6 @@ def entries(sweep: Sweep) -> Iterator[Entry]:
         sweep.presets, sweep.context, sweep.k, sweep.expand, sweep.dtypes
     ):
         at = {"context": context, "k": k, "expand": expand}
-        for op, case, make in zip(OPS, ("prompt", "prompt", "read"), (_first_token, _decode, _passage_cache)):
+        for op, case, make in zip(MODEL_OPS, ("prompt", "prompt", "read"), (_first_token, _decode, _passage_cache)):
             build = functools.partial(make, preset, context, k, expand, dtype, sweep.device)
             yield Entry(op, case, preset, dtype, at, build)

@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator
 
 import torch
 
-from bench.cases import attention, decoding, model, paged, plans, rows
+from bench.cases import attention, decoding, paged, plans, rows
+from bench.cases.ops import MODEL_OPS, OPS
 from bench.engine.case import Entry, Goal, Sweep
 
-# Those that have kernels for GPUs.
-GPU_OPS = (
-    "mixed_attention",
-    "paged_attention",
-    "append_kv",
-    "merge_states",
-    "pool_chunks",
-    "project_chunks",
-    "embed_mixed",
-)
-OPS = (
-    *GPU_OPS,
-    "linear_rows",
-    "plan_attention",
-    "visible_ranges",
-    *model.OPS,
-)
 
+def entries(sweep: Sweep, flex: bool = True, ops: Collection[str] = OPS) -> Iterator[Entry]:
+    """Yield every row of a sweep for these ops. The model's cases are imported only for ops of the model."""
+    kernels = (decoding.entries, paged.entries, rows.entries, plans.entries)
+    found = itertools.chain(attention.entries(sweep, flex), *(make(sweep) for make in kernels))
+    if not set(ops).isdisjoint(MODEL_OPS):
+        from bench.cases import model
 
-def entries(sweep: Sweep, flex: bool = True) -> Iterator[Entry]:
-    """Yield every row of a sweep."""
-    yield from attention.entries(sweep, flex)
-    yield from decoding.entries(sweep)
-    yield from paged.entries(sweep)
-    yield from rows.entries(sweep)
-    yield from plans.entries(sweep)
-    yield from model.entries(sweep)
+        found = itertools.chain(found, model.entries(sweep))
+    return (entry for entry in found if entry.op in ops)
 
 
 # The published set: which values, and of which op and case.
@@ -61,10 +46,13 @@ _PUBLISHED: list[tuple[Sweep, set[str]]] = [
 ]
 
 
-def published(flex: bool = True) -> list[Entry]:
+def published(flex: bool = True, ops: Collection[str] = OPS) -> list[Entry]:
     """Return the rows that ``make bench`` measures."""
     return [
-        entry for sweep, wanted in _PUBLISHED for entry in entries(sweep, flex) if f"{entry.op}/{entry.case}" in wanted
+        entry
+        for sweep, wanted in _PUBLISHED
+        for entry in entries(sweep, flex, ops)
+        if f"{entry.op}/{entry.case}" in wanted
     ]
 
 

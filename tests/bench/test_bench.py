@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench.cases import model, table
+from bench.cases import table
+from bench.cases.ops import KERNEL_OPS, MODEL_OPS, OPS
 from bench.cases.presets import PRESETS
 from bench.cases.prompts import Passages, Prompt
 from bench.engine import results
@@ -123,7 +124,7 @@ def test_errors_end_a_row_and_not_the_run(monkeypatch, capsys, tmp_path):
     outcome = measure(entry(dataclasses.replace(right, peers={"broken": broken})), rounds=1)
     assert outcome.skipped == {"broken": "RuntimeError: a fault"} and OURS in outcome.times
     rows = [entry(dataclasses.replace(right, ours=broken)), entry()]
-    monkeypatch.setattr(table, "published", lambda flex: rows)
+    monkeypatch.setattr(table, "published", lambda *_: rows)
     file = tmp_path / "run.json"
     assert command.main(["run", "--rounds", "1", "--json", str(file)]) == 1
     first, *others = results.read(file)["rows"]
@@ -135,7 +136,7 @@ def test_errors_end_a_row_and_not_the_run(monkeypatch, capsys, tmp_path):
 
 
 def test_what_a_budget_leaves_out_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(table, "published", lambda flex: [entry(), entry()])
+    monkeypatch.setattr(table, "published", lambda *_: [entry(), entry()])
     assert command.main(["run", "--rounds", "1", "--budget", "0", "--no-peers"]) == 0
     assert capsys.readouterr().out.count("skipped (the 0 s of --budget were over)") == 2
 
@@ -222,7 +223,7 @@ def test_prompts():
 
 def test_the_table_has_every_op_and_each_goal_a_row():
     rows = table.published()
-    assert {row.op for row in rows} == set(table.OPS)
+    assert {row.op for row in rows} == set(OPS)
     names = [row.name for row in rows]
     assert len(set(names)) == len(names)
     assert set(table._GOALS) <= set(names)
@@ -244,7 +245,7 @@ def test_presets_have_the_sizes_of_their_names():
 
 
 # The rows of a small sweep; the model's have a test of their own, with a smaller model.
-SMALL = [row for row in table.entries(Sweep(context=(256,), density=(0.7,)), flex=False) if row.op not in model.OPS]
+SMALL = list(table.entries(Sweep(context=(256,), density=(0.7,)), flex=False, ops=KERNEL_OPS))
 
 
 @pytest.mark.parametrize("row", SMALL, ids=lambda row: row.name)
@@ -259,8 +260,8 @@ def test_every_row_is_right(row):
 def test_the_rows_of_the_model_are_right(family, monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(PRESETS["tiny"], family=family))
     sweep = Sweep(presets=("tiny",), context=(256,), expand=(0.25,), dtypes=(torch.float32,))
-    rows = [row for row in table.entries(sweep) if row.op in model.OPS]
-    assert [row.op for row in rows] == list(model.OPS)
+    rows = list(table.entries(sweep, ops=MODEL_OPS))
+    assert [row.op for row in rows] == list(MODEL_OPS)
     for row in rows:
         outcome = measure(row, rounds=1)
         contenders = {"ttft": 4, "decode": 2, "passage_cache": 3}[row.op]
@@ -332,10 +333,10 @@ def test_the_command_writes_its_figures(tmp_path):
 
 def test_a_wrong_result_makes_the_exit_code_1(monkeypatch, capsys):
     wrong = dataclasses.replace(right, ours=lambda: product @ product + 1)
-    monkeypatch.setattr(table, "published", lambda flex: [entry(wrong)])
+    monkeypatch.setattr(table, "published", lambda *_: [entry(wrong)])
     assert command.main(["run", "--rounds", "1"]) == 1
     assert "WRONG" in capsys.readouterr().out
-    monkeypatch.setattr(table, "published", lambda flex: [entry()])
+    monkeypatch.setattr(table, "published", lambda *_: [entry()])
     assert command.main(["run", "--rounds", "1"]) == 0
 
 
@@ -376,8 +377,24 @@ def test_compare():
 
 def test_the_pytest_benchmarks_are_of_the_same_table():
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "bench/", "-q", "--collect-only", "-p", "no:xdist"],
+        [sys.executable, "-m", "pytest", "tests/bench", "-m", "published", "-q", "--collect-only", "-p", "no:xdist"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
-    names = [row.name for row in table.published() if row.op not in model.OPS]
+    names = [row.name for row in table.published(ops=KERNEL_OPS)]
     assert all(f"[ours-{name}]" in done.stdout for name in names), done.stdout
+
+
+IMPORTS = """
+import sys
+from bench.__main__ import main
+assert main(["run", "--op", "pool_chunks", "--preset", "smollm2-135m", "--context", "64", "--rounds", "1"]) == 0
+unwanted = ("refrag", "transformers", "bench.cases.model")
+print(*(name for name in sys.modules if name in unwanted))
+"""
+
+
+def test_a_kernel_benchmark_does_not_import_the_model_package():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == ""

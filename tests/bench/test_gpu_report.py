@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.cases import table
+from bench.cases.ops import GPU_OPS
 from bench.gpu_report import catalogue, ncu, runner, schema, tables
 from bench.gpu_report import report as gpu_report
 from bench.gpu_report.block import Options, Results
@@ -241,7 +241,7 @@ def test_the_benchmarks_of_the_blocks_have_rows():
     from bench.gpu_report.blocks import ops, peers, ttft
 
     rows = [entry.name for entry in ops.entries("cuda")]
-    assert len(set(rows)) == len(rows) and {row.split("/")[0] for row in rows} == set(table.GPU_OPS)
+    assert len(set(rows)) == len(rows) and {row.split("/")[0] for row in rows} == set(GPU_OPS)
     cases = {row.split("/")[1] for row in rows}
     assert cases >= {"causal", "documents", "blocks", "interleaved", "random_passages", "batch"}
     assert "paged_attention/batch/llama3-8b/context=65536/batch=32/table=131072/bfloat16" in rows

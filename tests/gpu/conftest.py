@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import refrag_kernels as rk
-from bench.cases.table import GPU_OPS
+from bench.cases.ops import GPU_OPS
 from refrag_kernels import registration
 from tests.support import triton_on_cpu
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from bench.cases import table
+from bench.cases.ops import GPU_OPS
 from bench.engine.case import Entry, Sweep
 from bench.gpu_report.block import Options, Results, run
 from bench.gpu_report.measured import measure_rows
@@ -42,8 +43,8 @@ def _rows(device: str, preset: str, contexts: Sequence[int], *cases: str) -> Ite
     for context in contexts:
         sweep = Sweep((preset,), context=(context,), dtypes=(torch.bfloat16,), device=device)
         sweep = dataclasses.replace(sweep, batch=(1, 32), table=(0, 131072))
-        for row in table.entries(sweep, flex=False):
-            if row.op in table.GPU_OPS and (row.case in cases if cases else not row.on_request):
+        for row in table.entries(sweep, flex=False, ops=GPU_OPS):
+            if row.case in cases if cases else not row.on_request:
                 yield row
 
 
