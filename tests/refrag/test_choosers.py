@@ -14,8 +14,8 @@ from refrag import (
     RefragProcessor,
     TextEmbedder,
     ThresholdSelector,
-    choosers,
 )
+from refrag.processing import selectors
 from torch import nn
 
 from tests.refrag import tiny
@@ -60,7 +60,7 @@ def test_nothing_and_everything(processor):
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
 def test_perplexity_is_that_of_each_chunk_alone(name, decoders, monkeypatch):
-    monkeypatch.setattr(choosers, "_ROWS", 7)  # several batches
+    monkeypatch.setattr(selectors, "_ROWS", 7)  # several batches
     generator = torch.Generator().manual_seed(0)
     lengths = [1, 5, 2, 9, 3, 3]
     chunks = [Chunk("x", tuple(torch.randint(3, 97, (n,), generator=generator).tolist())) for n in lengths]
@@ -108,7 +108,7 @@ def test_policy(tmp_path):
 
 @pytest.mark.parametrize("name", ["random", "cosine", "perplexity-asc", "perplexity-desc", "policy"])
 def test_choosers_by_name_pick_as_many_as_they_are_told(name):
-    chooser = choosers.by_name(name, model=tiny.refrag(), embed=embed, threshold=0.5, policy=random_policy(), seed=3)
+    chooser = selectors.by_name(name, model=tiny.refrag(), embed=embed, threshold=0.5, policy=random_policy(), seed=3)
     for count in range(len(CHUNKS) + 1):
         picks = list(chooser("q", CHUNKS, count))
         assert len(set(picks)) == len(picks) == count and set(picks) <= set(range(6))
@@ -117,9 +117,9 @@ def test_choosers_by_name_pick_as_many_as_they_are_told(name):
 
 
 def test_choosers_with_a_mind_of_their_own_by_name():
-    picked = {name: list(choosers.by_name(name)("q", CHUNKS, None)) for name in ("nothing", "everything")}
+    picked = {name: list(selectors.by_name(name)("q", CHUNKS, None)) for name in ("nothing", "everything")}
     assert picked == {"nothing": [], "everything": [0, 1, 2, 3, 4, 5]}
-    assert choosers.by_name("threshold", embed=embed, threshold=0.7)("q", CHUNKS, None) == [0, 1]
+    assert selectors.by_name("threshold", embed=embed, threshold=0.7)("q", CHUNKS, None) == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -134,9 +134,9 @@ def test_choosers_with_a_mind_of_their_own_by_name():
 )
 def test_by_name_refuses(name, message):
     with pytest.raises(ValueError, match=message):
-        choosers.by_name(name)
+        selectors.by_name(name)
     with pytest.raises(ValueError, match="threshold: got None"):
-        choosers.by_name("threshold", embed=embed)
+        selectors.by_name("threshold", embed=embed)
 
 
 def test_the_embedder_encodes_the_same_texts_once(demo_model, encoder_tokenizer, processor, monkeypatch):
