@@ -18,9 +18,9 @@ from refrag import (
     RefragProcessor,
     StoreError,
     TextEmbedder,
-    encoder,
 )
 from refrag.integrations.prompt_embeds import mixed_cache_key
+from refrag.model import encoder
 from refrag.model.encoder import encode_packed, pack_texts
 from refrag.model.inputs import PackedTexts
 from transformers import AutoModelForCausalLM, BertConfig, RobertaConfig

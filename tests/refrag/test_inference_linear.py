@@ -21,8 +21,8 @@ def calls(monkeypatch):
         rows.append(len(x))
         return kernel(x, weight, bias)
 
-    kernel = inference_linear.linear_rows
-    monkeypatch.setattr(inference_linear, "linear_rows", counting)
+    kernel = inference_linear.cpu_linear_rows
+    monkeypatch.setattr(inference_linear, "cpu_linear_rows", counting)
     return rows
 
 

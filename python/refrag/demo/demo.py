@@ -15,14 +15,14 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 from refrag import weights
 from refrag.demo.corpus import python_reference
-from refrag.demo.timing import Continuation, CpuPressure, Reading, Track, continue_greedily, time_readings
+from refrag.demo.timing import Continuation, CpuPressure, Reading, continue_greedily, time_readings
 from refrag.loading import load_model, load_processor
 from refrag.model import attention
 from refrag.model.inputs import MixedPrompt, Passage
 from refrag.model.modeling import RefragForCausalLM
 from refrag.processing.processor import Part, RefragProcessor
 from refrag.processing.selectors import CosineChooser
-from refrag.retrieval.retriever import Retriever
+from refrag.retrieval.retriever import Progress, Retriever
 
 INSTRUCTION = "Answer the question with the help of this documentation.\n\n"
 
@@ -136,7 +136,7 @@ class Demo:
         Shows the progress of encoding the corpus on the first run.
     """
 
-    def __init__(self, settings: DemoSettings, models: Models, track: Track = iter) -> None:
+    def __init__(self, settings: DemoSettings, models: Models, track: Progress = iter) -> None:
         self.settings = settings
         self.models = models
         self.processor = models.processor
@@ -147,7 +147,7 @@ class Demo:
         self.frame = self._parts([])
         self.frame_tokens = self._count(self.frame)
 
-    def answer(self, track: Track = iter) -> Answered:
+    def answer(self, track: Progress = iter) -> Answered:
         """Read the prompt of the chosen length in every way, and write on from each."""
         settings = self.settings
         parts, full, compressed = self.prompts(

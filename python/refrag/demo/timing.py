@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from refrag.model.state import key_values
+from refrag.retrieval.retriever import Progress
 
 Prefill = Callable[[], CausalLMOutputWithPast]
-Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 @dataclasses.dataclass
@@ -43,7 +43,9 @@ class Reading:
         return statistics.median(self.seconds)
 
 
-def time_readings(readings: dict[str, Reading], rounds: int, track: Track = iter) -> dict[str, CausalLMOutputWithPast]:
+def time_readings(
+    readings: dict[str, Reading], rounds: int, track: Progress = iter
+) -> dict[str, CausalLMOutputWithPast]:
     """Time every reading ``rounds`` times, in turn, so that a busy machine disturbs all alike.
 
     Parameters

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from refrag_kernels import extension
-from refrag_kernels.cpu_kernels.linear import linear_rows
+from refrag_kernels.linear import cpu_linear_rows
 
 # Up to 8 rows, such as a decode step's, torch's product takes 1.3 times as long as linear_rows, in float32 3 times.
 _FEW_ROWS = 8
@@ -75,7 +75,7 @@ def _forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         return nn.Linear.forward(self, input)
     outputs, width = weight.shape
     if 0 < input.numel() <= _FEW_ROWS * width:
-        return linear_rows(input.view(-1, width), weight, bias).view(*input.shape[:-1], outputs)
+        return cpu_linear_rows(input.view(-1, width), weight, bias).view(*input.shape[:-1], outputs)
     if input.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return nn.Linear.forward(self, input)

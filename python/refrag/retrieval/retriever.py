@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refrag.cache import build_once
-from refrag.demo.timing import Track
 from refrag.model.encoder import encode_packed, pack_texts
 from refrag.model.inputs import Passage
+
+Progress = Callable[[Sequence[Any]], Iterable[Any]]  # wraps what is worked through, to show how far it is
 
 _BATCH = 32
 _TOKENS = 256  # what all-MiniLM-L6-v2 was made for (its sentence_bert_config.json)
@@ -38,7 +40,7 @@ class Retriever:
         encoder: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         passages: Sequence[Passage],
-        track: Track = iter,
+        track: Progress = iter,
     ) -> None:
         self.encoder = encoder
         self.tokenizer = tokenizer
@@ -70,7 +72,7 @@ class Retriever:
         order = scores.argsort(descending=True, stable=True).tolist()
         return [(self.passages[i], float(scores[i])) for i in order]
 
-    def _write(self, folder: Path, track: Track) -> None:
+    def _write(self, folder: Path, track: Progress) -> None:
         rows = []
         for start in track(range(0, len(self.passages), _BATCH)):
             rows.append(self.embed([passage.text for passage in self.passages[start : start + _BATCH]]))

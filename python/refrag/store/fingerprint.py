@@ -6,23 +6,32 @@ import dataclasses
 import functools
 import hashlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from refrag.data.chunking import describe_chunker
+from refrag.data.chunking import Chunker, describe_chunker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from refrag.model.config import RefragConfig
-    from refrag.processing.processor import RefragProcessor
 
 # Fields of a config that say nothing about what the encoder computes, and change from one loading to the next.
 _VOLATILE = frozenset(
     "_name_or_path architectures attn_implementation _attn_implementation dtype torch_dtype transformers_version "
     "id2label label2id use_cache gradient_checkpointing auto_map".split()
 )
+
+
+class TextInputs(Protocol):
+    """By what passages are cut and tokenized: a RefragProcessor, or anything with the same attributes."""
+
+    tokenizer: PreTrainedTokenizerBase
+    encoder_tokenizer: PreTrainedTokenizerBase
+    chunker: Chunker
+    encoder_special_tokens: bool
+    encoder_window: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +68,7 @@ class ChunkRecipe:
     width: int
 
     @classmethod
-    def of(cls, encoder: PreTrainedModel, processor: RefragProcessor, config: RefragConfig) -> ChunkRecipe:
+    def of(cls, encoder: PreTrainedModel, processor: TextInputs, config: RefragConfig) -> ChunkRecipe:
         """Take the recipe of an encoder and a processor as they are now.
 
         Reads all of the encoder's weights, to tell them from others'.
