@@ -5,96 +5,65 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from refrag.data.chunking import Chunker, FixedChunks, SentenceChunks
-    from refrag.encoding.passage_encoder import PassageEncoder
-    from refrag.model.config import RefragConfig
-    from refrag.model.encoder import TextEmbedder
-    from refrag.model.inputs import Chunk, MixedPrompt, PackedTexts, Passage, PromptTooLongError
-    from refrag.model.modeling import RefragForCausalLM
-    from refrag.model.passage_cache import PassageCache
-    from refrag.model.policy import ExpansionPolicy
-    from refrag.model.state import GenerationState
-    from refrag.processing.processor import RefragProcessor
-    from refrag.processing.selectors import (
-        AllChunks,
-        Chooser,
-        CosineChooser,
-        NoChunks,
-        PerplexityChooser,
-        PolicyChooser,
-        RandomChooser,
-        ThresholdChooser,
-    )
-    from refrag.store.fingerprint import ChunkRecipe
-    from refrag.store.shard import StoreError
-    from refrag.store.store import ChunkStore, UnknownPassageError
+from refrag import deprecated
+
+if TYPE_CHECKING:  # for type checkers; a test holds it equal to the table
+    from refrag.data.chunking import Chunker as Chunker
+    from refrag.data.chunking import FixedChunks as FixedChunks
+    from refrag.data.chunking import SentenceChunks as SentenceChunks
+    from refrag.encoding.passage_encoder import PassageEncoder as PassageEncoder
+    from refrag.model.config import RefragConfig as RefragConfig
+    from refrag.model.encoder import TextEmbedder as TextEmbedder
+    from refrag.model.inputs import Chunk as Chunk
+    from refrag.model.inputs import MixedPrompt as MixedPrompt
+    from refrag.model.inputs import PackedTexts as PackedTexts
+    from refrag.model.inputs import Passage as Passage
+    from refrag.model.inputs import PromptTooLongError as PromptTooLongError
+    from refrag.model.modeling import RefragForCausalLM as RefragForCausalLM
+    from refrag.model.passage_cache import PassageCache as PassageCache
+    from refrag.model.policy import ExpansionPolicy as ExpansionPolicy
+    from refrag.model.state import GenerationState as GenerationState
+    from refrag.processing.processor import RefragProcessor as RefragProcessor
+    from refrag.processing.selectors import AllChunks as AllChunks
+    from refrag.processing.selectors import Chooser as Chooser
+    from refrag.processing.selectors import CosineChooser as CosineChooser
+    from refrag.processing.selectors import NoChunks as NoChunks
+    from refrag.processing.selectors import PerplexityChooser as PerplexityChooser
+    from refrag.processing.selectors import PolicyChooser as PolicyChooser
+    from refrag.processing.selectors import RandomChooser as RandomChooser
+    from refrag.processing.selectors import ThresholdChooser as ThresholdChooser
+    from refrag.store.fingerprint import ChunkRecipe as ChunkRecipe
+    from refrag.store.shard import StoreError as StoreError
+    from refrag.store.store import ChunkStore as ChunkStore
+    from refrag.store.store import UnknownPassageError as UnknownPassageError
 
 # Loaded when first asked for: torch and transformers take seconds, which "refrag --help" needn't wait for.
-_MODULE_OF = {
-    "AllChunks": "processing.selectors",
-    "Chooser": "processing.selectors",
-    "Chunk": "model.inputs",
-    "ChunkRecipe": "store.fingerprint",
-    "ChunkStore": "store.store",
-    "Chunker": "data.chunking",
-    "CosineChooser": "processing.selectors",
-    "ExpansionPolicy": "model.policy",
-    "FixedChunks": "data.chunking",
-    "GenerationState": "model.state",
-    "MixedPrompt": "model.inputs",
-    "NoChunks": "processing.selectors",
-    "PackedTexts": "model.inputs",
-    "Passage": "model.inputs",
-    "PassageCache": "model.passage_cache",
-    "PassageEncoder": "encoding.passage_encoder",
-    "PerplexityChooser": "processing.selectors",
-    "PolicyChooser": "processing.selectors",
-    "PromptTooLongError": "model.inputs",
-    "RandomChooser": "processing.selectors",
-    "RefragConfig": "model.config",
-    "RefragForCausalLM": "model.modeling",
-    "RefragProcessor": "processing.processor",
-    "SentenceChunks": "data.chunking",
-    "StoreError": "store.shard",
-    "TextEmbedder": "model.encoder",
-    "ThresholdChooser": "processing.selectors",
-    "UnknownPassageError": "store.store",
-}
-
-__all__ = [
-    "AllChunks",
-    "Chooser",
-    "Chunk",
-    "ChunkRecipe",
-    "ChunkStore",
-    "Chunker",
-    "CosineChooser",
-    "ExpansionPolicy",
-    "FixedChunks",
-    "GenerationState",
-    "MixedPrompt",
-    "NoChunks",
-    "PackedTexts",
-    "Passage",
-    "PassageCache",
-    "PassageEncoder",
-    "PerplexityChooser",
-    "PolicyChooser",
-    "PromptTooLongError",
-    "RandomChooser",
-    "RefragConfig",
-    "RefragForCausalLM",
-    "RefragProcessor",
-    "SentenceChunks",
-    "StoreError",
-    "TextEmbedder",
+_NAMES_OF = {
+    "data.chunking": "Chunker FixedChunks SentenceChunks",
+    "encoding.passage_encoder": "PassageEncoder",
+    "model.config": "RefragConfig",
+    "model.encoder": "TextEmbedder",
+    "model.inputs": "Chunk MixedPrompt PackedTexts Passage PromptTooLongError",
+    "model.modeling": "RefragForCausalLM",
+    "model.passage_cache": "PassageCache",
+    "model.policy": "ExpansionPolicy",
+    "model.state": "GenerationState",
+    "processing.processor": "RefragProcessor",
+    "processing.selectors": "AllChunks Chooser CosineChooser NoChunks PerplexityChooser PolicyChooser RandomChooser "
     "ThresholdChooser",
-    "UnknownPassageError",
-]
+    "store.fingerprint": "ChunkRecipe",
+    "store.shard": "StoreError",
+    "store.store": "ChunkStore UnknownPassageError",
+}
+_MODULE_OF = {name: f"refrag.{module}" for module, names in _NAMES_OF.items() for name in names.split()}
+
+__all__ = sorted(_MODULE_OF)
+
+deprecated.install()
+_renamed = deprecated.renamed(__name__)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        return _renamed(name)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from refrag import ChunkStore, Passage, PassageEncoder
+from refrag import ChunkStore, Passage, PassageEncoder, RefragForCausalLM
 from refrag.adapters import Trained, load_policy
 from refrag.bundle import Parts
 from refrag.data.documents import Documents
@@ -72,6 +72,13 @@ def test_an_adapter_and_its_policy(numbers):
     assert close(logits_of(model, processor), numbers["logits"])
     for one in (policy, load_policy(FIXTURES / "adapter")):
         assert close(one(numbers["embeds"][None]), numbers["policy_scores"])
+
+
+@pytest.mark.filterwarnings("ignore:refrag:DeprecationWarning")
+def test_a_model_by_torch_save(numbers, processor):
+    model = torch.load(FIXTURES / "model.pt", weights_only=False)
+    assert type(model) is RefragForCausalLM
+    assert close(logits_of(model, processor), numbers["logits"])
 
 
 def test_the_cache(numbers, model, processor, tmp_path, monkeypatch):

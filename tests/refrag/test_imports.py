@@ -20,7 +20,7 @@ PACKAGES = {package.__name__: Path(package.__path__[0]) for package in (refrag, 
 
 # Rooms of refrag, and files at its top, from the lowest to the highest: each imports from itself and from lower lines.
 LAYERS = (
-    ("file_modes",),
+    ("file_modes", "deprecated"),
     ("cache",),
     ("weights", "console"),
     ("model",),

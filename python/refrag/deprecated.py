@@ -1,0 +1,122 @@
+"""Names of modules and classes of the release before: they work for one more, with a DeprecationWarning.
+
+Code finds them here, and so do pickles and files of ``torch.save``, which name modules.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from types import FrameType, ModuleType
+from typing import Any
+
+# Room -> modules that it took in under their own names, from the top of refrag or from where the room's name stands.
+_ROOMS = {
+    "data": "chunking passage_files sources",
+    "demo": "caution html_report inspection pictures plot report streaming timing",
+    "encoding": "encode_job passage_encoder ray_engine",
+    "model": "acceptance attention config encoder feed_forward generation inference_linear key_rotation "
+    "masked_attention merged packing passage_cache policy prefill_graph projector state token_encoder token_scale",
+    "processing": "chat expansion processor",
+    "store": "key_index shard store_state",
+}
+_MODULES = {
+    **{module: f"{room}.{module}" for room, modules in _ROOMS.items() for module in modules.split()},
+    **{
+        f"data.{module}": f"corpus.{module}"
+        for module in "budget build cleaning debian dictionaries glossary manual_options questions texts "
+        "tokenizing".split()
+    },
+    "choosers": "processing.selectors",
+    "prompt": "model.inputs",
+    "recipe": "store.fingerprint",
+    "training.curriculum": "training.schedules",
+    "training.documents": "data.documents",
+    "training.expansion": "training.policy_gradient",
+    "training.parts": "bundle",
+    "training.recipe": "training.stages",
+}
+# By the module in which a name was, if that has moved by the module's new name.
+_NAMES: dict[str, str] = {}
+
+
+def moved(package: str, module: str) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a room that bears a former module's name: what was in that is in ``module`` now."""
+
+    def find(name: str) -> Any:
+        # A module of the room that isn't imported yet is looked for here first.
+        if name.startswith("__") or importlib.util.find_spec(f"{package}.{name}") is not None:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = _find(module, name, package)
+        _warn(f"{package}.{name}", f"{module}.{name}")
+        return value
+
+    return find
+
+
+def renamed(module: str) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module some of whose names have changed."""
+    return lambda name: _find(module, name, module)
+
+
+def _find(module: str, name: str, asked: str) -> Any:
+    new = _NAMES.get(f"{module.removeprefix('refrag.')}.{name}")
+    if new is not None:
+        _warn(f"{asked}.{name}", new)
+        module, _, name = new.rpartition(".")
+    elif module == asked:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(module), name)
+
+
+def _warn(old: str, new: str) -> None:
+    # On the line that used the name, however it got here; the machinery of imports isn't counted by warnings.
+    frame: FrameType | None = sys._getframe()
+    level = 1
+    while frame is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("refrag", "importlib"):
+            break
+        level += package == "refrag"
+        frame = frame.f_back
+    text = f"{old} is {new} now; the old name goes with the next release"
+    warnings.warn(text, DeprecationWarning, stacklevel=level)
+
+
+class _OldModule(ModuleType):
+    """A module under its former name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return _find(f"refrag.{_MODULES[self.__name__.removeprefix('refrag.')]}", name, self.__name__)
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds modules under their former names."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        package, _, module = fullname.partition(".")
+        known = package == "refrag" and module in _MODULES
+        return importlib.machinery.ModuleSpec(fullname, self) if known else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _OldModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = f"refrag.{_MODULES[module.__name__.removeprefix('refrag.')]}"
+        _warn(module.__name__, new)
+        importlib.import_module(new)  # an error of its own is raised by the import, as before
+
+
+def install() -> None:
+    """Let Python find former modules."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())  # before files that an earlier installation may have left

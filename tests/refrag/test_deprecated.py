@@ -1,0 +1,86 @@
+"""Names of the release before: modules, what was in them, and pickles that name them."""
+
+import ast
+import importlib
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import refrag
+from refrag import deprecated
+
+# A name of each module of b88c934 that has moved.
+MODULES = {
+    "acceptance": "FamilyError", "attention": "AttentionPlans", "caution": "caution", "chat": "render_chat",
+    "choosers": "AllChunks", "chunking": "FixedChunks", "config": "RefragConfig", "corpus": "python_reference",
+    "data.build": "build_corpus", "demo": "Models", "encode_job": "EncodeJob", "encoder": "TextEmbedder",
+    "expansion": "expanded_chunks", "feed_forward": "fuse_feed_forward", "inference_linear": "use_inference_linears",
+    "inspection": "PromptCounts", "model": "RefragForCausalLM", "passage_cache": "PassageCache",
+    "passage_encoder": "PassageEncoder", "policy": "ExpansionPolicy", "processor": "RefragProcessor",
+    "prompt": "Passage", "retrieval": "Retriever", "shard": "StoreError", "sources": "slices",
+    "state": "GenerationState", "store": "ChunkStore", "timing": "CpuPressure", "training.curriculum": "PAPER_TABLE",
+    "training.documents": "Documents", "training.expansion": "group_advantage", "training.parts": "start_projector",
+    "training.recipe": "run_stage",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "name"), MODULES.items())
+def test_names_of_moved_modules(module, name):
+    sys.modules.pop(f"refrag.{module}", None) if f"{module}" in deprecated._MODULES else None
+    with pytest.warns(DeprecationWarning, match=f"refrag.{module}") as caught:
+        old = getattr(importlib.import_module(f"refrag.{module}"), name)
+    assert caught[0].filename != deprecated.__file__
+    assert getattr(old, "__module__", "refrag.training") != f"refrag.{module}"
+    with pytest.raises(AttributeError):
+        importlib.import_module(f"refrag.{module}").no_such_name  # noqa: B018
+
+
+def test_the_warning_names_the_line():
+    code = "import warnings; warnings.simplefilter('error')\nfrom refrag.prompt import Passage"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path()})
+    assert "refrag.prompt is refrag.model.inputs now" in done.stderr, done.stderr
+    code = "from refrag import CosineChooser\nfrom refrag.prompt import Passage"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path()})
+    assert "<string>:2: DeprecationWarning" in done.stderr, done.stderr
+
+
+def test_rooms_find_their_own_modules_without_a_warning():
+    code = (
+        "import warnings; warnings.simplefilter('error', DeprecationWarning)\n"
+        "from refrag.model import inputs, modeling, token_encoder\n"
+        "from refrag.store import store\n"
+        "from refrag.demo import demo, corpus\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path()})
+    assert "refrag" not in done.stderr.rpartition("Traceback")[2], done.stderr
+
+
+def test_pickles_name_old_modules():
+    old = pickle.dumps(refrag.Passage("It rained.", "weather"), protocol=0).replace(
+        b"refrag.model.inputs", b"refrag.prompt"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        assert pickle.loads(old) == refrag.Passage("It rained.", "weather")
+
+
+def test_every_old_name_leads_somewhere():
+    for module in deprecated._MODULES.values():
+        assert importlib.util.find_spec(f"refrag.{module}"), module
+    for name in deprecated._NAMES.values():
+        module, _, name = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), name)
+
+
+def test_type_checkers_see_the_table():
+    tree = ast.parse(Path(refrag.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names if alias.asname == alias.name}
+    assert seen == refrag._MODULE_OF
+
+
+def path():
+    return ":".join(sys.path)
