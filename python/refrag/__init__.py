@@ -25,14 +25,14 @@ if TYPE_CHECKING:  # for type checkers; a test holds it equal to the table
     from refrag.model.state import GenerationState as GenerationState
     from refrag.processing.processor import RefragProcessor as RefragProcessor
     from refrag.processing.selectors import AllChunks as AllChunks
-    from refrag.processing.selectors import Chooser as Chooser
-    from refrag.processing.selectors import CosineChooser as CosineChooser
+    from refrag.processing.selectors import CosineSelector as CosineSelector
     from refrag.processing.selectors import NoChunks as NoChunks
-    from refrag.processing.selectors import PerplexityChooser as PerplexityChooser
-    from refrag.processing.selectors import PolicyChooser as PolicyChooser
-    from refrag.processing.selectors import RandomChooser as RandomChooser
-    from refrag.processing.selectors import ThresholdChooser as ThresholdChooser
-    from refrag.store.fingerprint import ChunkRecipe as ChunkRecipe
+    from refrag.processing.selectors import PerplexitySelector as PerplexitySelector
+    from refrag.processing.selectors import PolicySelector as PolicySelector
+    from refrag.processing.selectors import RandomSelector as RandomSelector
+    from refrag.processing.selectors import Selector as Selector
+    from refrag.processing.selectors import ThresholdSelector as ThresholdSelector
+    from refrag.store.fingerprint import Fingerprint as Fingerprint
     from refrag.store.shard import StoreError as StoreError
     from refrag.store.store import ChunkStore as ChunkStore
     from refrag.store.store import UnknownPassageError as UnknownPassageError
@@ -49,9 +49,9 @@ _NAMES_OF = {
     "model.policy": "ExpansionPolicy",
     "model.state": "GenerationState",
     "processing.processor": "RefragProcessor",
-    "processing.selectors": "AllChunks Chooser CosineChooser NoChunks PerplexityChooser PolicyChooser RandomChooser "
-    "ThresholdChooser",
-    "store.fingerprint": "ChunkRecipe",
+    "processing.selectors": "AllChunks CosineSelector NoChunks PerplexitySelector PolicySelector RandomSelector "
+    "Selector ThresholdSelector",
+    "store.fingerprint": "Fingerprint",
     "store.shard": "StoreError",
     "store.store": "ChunkStore UnknownPassageError",
 }

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from refrag import deprecated
 from refrag.file_modes import usual_mode
 from refrag.model.config import RefragConfig
 from refrag.model.modeling import RefragForCausalLM
@@ -31,12 +32,15 @@ _FORMAT = 1
 LORA_SCALE = 2  # of low-rank updates, whatever their rank: alpha / rank
 
 
+__getattr__ = deprecated.renamed(__name__)
+
+
 class AdapterError(ValueError):
     """An adapter doesn't fit the model, or isn't one."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class TrainableSpec:
     """Which parts of the model are trained; the projector always is.
 
     Attributes
@@ -59,7 +63,7 @@ class Trained:
             raise ValueError(f"rank: got {self.rank}, needs 1 or more")
 
 
-def prepare(model: RefragForCausalLM, trained: Trained) -> RefragForCausalLM:
+def prepare(model: RefragForCausalLM, trained: TrainableSpec) -> RefragForCausalLM:
     """Mark what is trained, adding adapters where they are asked for; trained weights become float32.
 
     Returns

@@ -19,7 +19,7 @@ from refrag.model.token_encoder import token_encoder
 
 
 @dataclasses.dataclass
-class Parts:
+class ModelBundle:
     """A model and the tokenizers that go with it."""
 
     model: RefragForCausalLM
@@ -34,7 +34,7 @@ class Parts:
         k: int,
         preset: str,
         **fields: Any,
-    ) -> Parts:
+    ) -> ModelBundle:
         """Load pretrained parts and join them by a new projector, started by ``start_projector``.
 
         With the preset "tokens" there is no encoder to load: it is made by ``token_encoder``.
@@ -60,7 +60,7 @@ class Parts:
         decoder: str | os.PathLike[str],
         *,
         encoder: str | os.PathLike[str] | None = None,
-    ) -> tuple[Parts, ExpansionPolicy | None]:
+    ) -> tuple[ModelBundle, ExpansionPolicy | None]:
         """Load the model of an adapter, with the encoder and decoder that it was trained on, and its policy."""
         reader = AutoModelForCausalLM.from_pretrained(decoder)
         tokenizer = encoder_tokenizer = AutoTokenizer.from_pretrained(decoder)

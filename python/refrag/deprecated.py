@@ -42,7 +42,18 @@ _MODULES = {
     "training.recipe": "training.stages",
 }
 # By the module in which a name was, if that has moved by the module's new name.
-_NAMES: dict[str, str] = {}
+_SELECTORS = {
+    f"{kind}Chooser": f"refrag.processing.selectors.{kind}Selector"
+    for kind in ("", "Cosine", "Perplexity", "Policy", "Random", "Threshold")
+}
+_NAMES = {
+    **{f"{module}.{old}": new for old, new in _SELECTORS.items() for module in ("refrag", "processing.selectors")},
+    "refrag.ChunkRecipe": "refrag.store.fingerprint.Fingerprint",
+    "store.fingerprint.ChunkRecipe": "refrag.store.fingerprint.Fingerprint",
+    "adapters.Trained": "refrag.adapters.TrainableSpec",
+    "bundle.Parts": "refrag.bundle.ModelBundle",
+    "demo.timing.Track": "refrag.retrieval.retriever.Progress",
+}
 
 
 def moved(package: str, module: str) -> Callable[[str], Any]:

@@ -114,12 +114,12 @@ def load_trained(
     ValueError
         If the adapter was trained on others, or for another k.
     """
-    from refrag.bundle import Parts
+    from refrag.bundle import ModelBundle
 
     _check_k(k, read_adapter(folder)[0]["fields"]["chunk_size"])
     encoder, decoder = trained_sources(folder, encoder, decoder)
     with weights.quiet_transformers():
-        parts, policy = Parts.load_trained(folder, decoder, encoder=encoder)
+        parts, policy = ModelBundle.load_trained(folder, decoder, encoder=encoder)
     tokenizers = (parts.tokenizer, parts.encoder_tokenizer)
     processor = RefragProcessor.from_config(parts.model.config, *tokenizers, chunker=chunker)
     return parts.model.eval(), processor, policy

@@ -6,11 +6,11 @@ import signal
 import torch
 from refrag.model.inputs import Chunk, Passage
 from refrag.store import shard
-from refrag.store.fingerprint import ChunkRecipe
+from refrag.store.fingerprint import Fingerprint
 from refrag.store.store import ChunkStore
 
 WIDTH, CHUNKS, BATCH = 64, 12, 50
-RECIPE = ChunkRecipe("tiny", "r1", "t1", "t2", "fixed, k = 4", "first", True, WIDTH)
+RECIPE = Fingerprint("tiny", "r1", "t1", "t2", "fixed, k = 4", "first", True, WIDTH)
 
 
 def passage(number):

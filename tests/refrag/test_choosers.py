@@ -6,17 +6,17 @@ import torch
 from refrag import (
     AllChunks,
     Chunk,
-    CosineChooser,
+    CosineSelector,
     ExpansionPolicy,
     NoChunks,
     Passage,
-    PerplexityChooser,
-    PolicyChooser,
+    PerplexitySelector,
+    PolicySelector,
     RefragProcessor,
     TextEmbedder,
-    ThresholdChooser,
-    choosers,
+    ThresholdSelector,
 )
+from refrag.processing import selectors
 from torch import nn
 
 CHUNKS = [Chunk(text, (index + 3, 9, 4)) for index, text in enumerate("abcdef")]
@@ -36,14 +36,14 @@ def processor(tokenizer, encoder_tokenizer):
 
 
 def test_cosine_and_threshold():
-    assert list(CosineChooser(embed)("q", CHUNKS[::-1], 2)) == [5, 4]
-    assert CosineChooser(embed)("q", CHUNKS, 0) == []
-    assert ThresholdChooser(embed, 0.59)("q", CHUNKS[::-1], None) == [5, 4, 3]
-    assert ThresholdChooser(embed, 0.59)("q", CHUNKS[::-1], 2) == [5, 4]
-    assert ThresholdChooser(embed, 1.0)("q", CHUNKS[1:], None) == []
-    assert ThresholdChooser(embed, -1.0)("q", [], None) == []
+    assert list(CosineSelector(embed)("q", CHUNKS[::-1], 2)) == [5, 4]
+    assert CosineSelector(embed)("q", CHUNKS, 0) == []
+    assert ThresholdSelector(embed, 0.59)("q", CHUNKS[::-1], None) == [5, 4, 3]
+    assert ThresholdSelector(embed, 0.59)("q", CHUNKS[::-1], 2) == [5, 4]
+    assert ThresholdSelector(embed, 1.0)("q", CHUNKS[1:], None) == []
+    assert ThresholdSelector(embed, -1.0)("q", [], None) == []
     with pytest.raises(ValueError, match="threshold: got 1.5, needs a cosine"):
-        ThresholdChooser(embed, 1.5)
+        ThresholdSelector(embed, 1.5)
 
 
 def test_nothing_and_everything(processor):
@@ -59,7 +59,7 @@ def test_nothing_and_everything(processor):
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
 def test_perplexity_is_that_of_each_chunk_alone(name, decoders, monkeypatch):
-    monkeypatch.setattr(choosers, "_ROWS", 7)  # several batches
+    monkeypatch.setattr(selectors, "_ROWS", 7)  # several batches
     generator = torch.Generator().manual_seed(0)
     lengths = [1, 5, 2, 9, 3, 3]
     chunks = [Chunk("x", tuple(torch.randint(3, 97, (n,), generator=generator).tolist())) for n in lengths]
@@ -69,22 +69,22 @@ def test_perplexity_is_that_of_each_chunk_alone(name, decoders, monkeypatch):
         expected.append(nn.functional.cross_entropy(decoders[name](ids).logits[0, :-1], ids[0, 1:]))
     expected = torch.stack(expected)
     model = tiny.refrag(name)
-    assert torch.allclose(PerplexityChooser(model).log_perplexities(chunks), expected, rtol=1e-5)
+    assert torch.allclose(PerplexitySelector(model).log_perplexities(chunks), expected, rtol=1e-5)
     order = expected.argsort()
-    assert PerplexityChooser(model, "asc")("", chunks, 2) == order[:2].tolist()
-    assert PerplexityChooser(model, "desc")("", chunks, 3) == order.flip(0)[:3].tolist()
+    assert PerplexitySelector(model, "asc")("", chunks, 2) == order[:2].tolist()
+    assert PerplexitySelector(model, "desc")("", chunks, 3) == order.flip(0)[:3].tolist()
 
 
 def test_perplexity_refuses():
     model = tiny.refrag()
     with pytest.raises(ValueError, match="order: got 'up', needs asc or desc"):
-        PerplexityChooser(model, "up")
+        PerplexitySelector(model, "up")
     model.decoder.config.bos_token_id = model.decoder.config.eos_token_id = None
     with pytest.raises(ValueError, match="start: got None, needs a token"):
-        PerplexityChooser(model)
+        PerplexitySelector(model)
     model.decoder.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="decoder: got attention 'sdpa'"):
-        PerplexityChooser(model, start=1)("", CHUNKS, 1)
+        PerplexitySelector(model, start=1)("", CHUNKS, 1)
 
 
 def random_policy():
@@ -97,28 +97,28 @@ def random_policy():
 def test_policy(tmp_path):
     policy = random_policy()
     best = policy(embed("abcdef")[None])[0].argsort(descending=True).tolist()
-    assert PolicyChooser(policy, embed)("q", CHUNKS, 4) == best[:4]
-    draws = {tuple(PolicyChooser(policy, embed, torch.Generator().manual_seed(i))("q", CHUNKS, 2)) for i in range(8)}
+    assert PolicySelector(policy, embed)("q", CHUNKS, 4) == best[:4]
+    draws = {tuple(PolicySelector(policy, embed, torch.Generator().manual_seed(i))("q", CHUNKS, 2)) for i in range(8)}
     assert len(draws) > 1
     policy.save_pretrained(tmp_path)
     loaded = ExpansionPolicy.from_pretrained(tmp_path).eval()
-    assert PolicyChooser(loaded, embed)("q", CHUNKS, 4) == best[:4]
+    assert PolicySelector(loaded, embed)("q", CHUNKS, 4) == best[:4]
 
 
 @pytest.mark.parametrize("name", ["random", "cosine", "perplexity-asc", "perplexity-desc", "policy"])
 def test_choosers_by_name_pick_as_many_as_they_are_told(name):
-    chooser = choosers.by_name(name, model=tiny.refrag(), embed=embed, threshold=0.5, policy=random_policy(), seed=3)
+    chooser = selectors.by_name(name, model=tiny.refrag(), embed=embed, threshold=0.5, policy=random_policy(), seed=3)
     for count in range(len(CHUNKS) + 1):
         picks = list(chooser("q", CHUNKS, count))
         assert len(set(picks)) == len(picks) == count and set(picks) <= set(range(6))
-    with pytest.raises(ValueError, match="expand: got None, .*Chooser needs a share or a number"):
+    with pytest.raises(ValueError, match="expand: got None, .*Selector needs a share or a number"):
         chooser("q", CHUNKS, None)
 
 
 def test_choosers_with_a_mind_of_their_own_by_name():
-    picked = {name: list(choosers.by_name(name)("q", CHUNKS, None)) for name in ("nothing", "everything")}
+    picked = {name: list(selectors.by_name(name)("q", CHUNKS, None)) for name in ("nothing", "everything")}
     assert picked == {"nothing": [], "everything": [0, 1, 2, 3, 4, 5]}
-    assert choosers.by_name("threshold", embed=embed, threshold=0.7)("q", CHUNKS, None) == [0, 1]
+    assert selectors.by_name("threshold", embed=embed, threshold=0.7)("q", CHUNKS, None) == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,9 @@ def test_choosers_with_a_mind_of_their_own_by_name():
 )
 def test_by_name_refuses(name, message):
     with pytest.raises(ValueError, match=message):
-        choosers.by_name(name)
+        selectors.by_name(name)
     with pytest.raises(ValueError, match="threshold: got None"):
-        choosers.by_name("threshold", embed=embed)
+        selectors.by_name("threshold", embed=embed)
 
 
 def test_the_embedder_encodes_the_same_texts_once(demo_model, encoder_tokenizer, processor, monkeypatch):
@@ -145,7 +145,7 @@ def test_the_embedder_encodes_the_same_texts_once(demo_model, encoder_tokenizer,
     monkeypatch.setattr(processor, "encoder_special_tokens", demo_model.config.encoder_special_tokens)
     embedder = TextEmbedder(demo_model, encoder_tokenizer)
     parts = [Passage("The moon is bright. Bread needs flour."), "How do I bake bread?"]
-    prompt = processor(parts, expand_count=1, chooser=CosineChooser(embedder))
+    prompt = processor(parts, expand_count=1, chooser=CosineSelector(embedder))
     chunk_embeds = embedder([chunk.text for chunk in prompt.chunks])
     assert len(calls) == 2 and torch.equal(chunk_embeds, encode(prompt.encoder_input))
     assert "flour" in "".join(prompt.chunks[index].text for index in prompt.expanded)
@@ -187,7 +187,7 @@ def test_passages_by_id(processor):
         ({"expand_count": [1]}, "expand_count: got 1 numbers, needs 2, one for each prompt"),
         ({"expand_count": -1}, "expand_count: got -1 for prompt 0"),
         ({"expand_count": 1, "expand": 0.5}, "expand_count: got 1 beside expand = 0.5"),
-        ({"expand_count": 1}, "chooser: got None, needs a Chooser to expand 1 of the 2 chunks"),
+        ({"expand_count": 1}, "chooser: got None, needs a Selector to expand 1 of the 2 chunks"),
         ({"question": ["a", "b", "c"]}, "question: got 3 questions, needs 2, one for each prompt"),
         ({"expand": ["z"]}, "expand: got passage 'z', needs one of the prompts' passages: 'x'$"),
         ({"expand": [3]}, "expand: got chunk 3, needs 0 to 2"),

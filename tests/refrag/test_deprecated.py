@@ -38,6 +38,24 @@ def test_names_of_moved_modules(module, name):
         importlib.import_module(f"refrag.{module}").no_such_name  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("refrag", "CosineChooser", "CosineSelector"),
+        ("refrag", "ChunkRecipe", "Fingerprint"),
+        ("refrag.choosers", "Chooser", "Selector"),
+        ("refrag.recipe", "ChunkRecipe", "Fingerprint"),
+        ("refrag.adapters", "Trained", "TrainableSpec"),
+        ("refrag.training.parts", "Parts", "ModelBundle"),
+        ("refrag.timing", "Track", None),
+    ],
+)
+def test_renamed_classes(module, old, new):
+    with pytest.warns(DeprecationWarning, match=f"{old} is refrag[.].*{new or 'Progress'} now"):
+        found = getattr(importlib.import_module(module), old)
+    assert new is None or found.__name__ == new
+
+
 def test_the_warning_names_the_line():
     code = "import warnings; warnings.simplefilter('error')\nfrom refrag.prompt import Passage"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path()})

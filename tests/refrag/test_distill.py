@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from refrag.adapters import load_adapter, read_adapter
-from refrag.bundle import Parts
+from refrag.bundle import ModelBundle
 from refrag.cli import app
 from refrag.loading import load_trained
 from refrag.model.inputs import Passage
@@ -190,7 +190,7 @@ def test_an_adapter_is_read_by_everything(tmp_path, tokenizer, monkeypatch):
     joined = b"".join(path.read_bytes() for path in sorted(folder.glob("adapter.safetensors.*")))
     assert joined == (tmp_path / "learnt" / "adapter.safetensors").read_bytes() and folder.name == "adapter-000004"
     # What the run measured is what the model of the adapter has, by the code that everything else uses.
-    parts, _ = Parts.load_trained(tmp_path / "learnt", tmp_path / "decoder")
+    parts, _ = ModelBundle.load_trained(tmp_path / "learnt", tmp_path / "decoder")
     parts.model.eval()
     assert len(parts.model.encoder.layers) == 2 and parts.model.config.window == 32
     windows = batches.TokenWindows(*load_tokens([tmp_path / "heldout-rivers.tok"])[:2], "rivers")

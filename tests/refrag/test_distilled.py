@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from refrag import GenerationState, Passage, weights
 from refrag.adapters import AdapterError, adapter_path, read_adapter
-from refrag.bundle import Parts
+from refrag.bundle import ModelBundle
 from refrag.cli import app
 from refrag.data.documents import Documents
 from refrag.demo.caution import DISTILLED, TRAINED, UNTRAINED, caution
@@ -33,7 +33,7 @@ def run(*arguments):
 
 def test_its_slots_keep_a_part_of_a_manual(trained):
     model, processor, _ = trained
-    parts = Parts(model, processor.tokenizer, processor.encoder_tokenizer)
+    parts = ModelBundle(model, processor.tokenizer, processor.encoder_tokenizer)
     ids = parts.tokenizer(MANUAL.read_text())["input_ids"]
     documents = Documents(np.array(ids), np.array([0, len(ids)]))
     scores = measure(parts, documents, Conditions(context=128, output_tokens=32, rates=()), samples=8)

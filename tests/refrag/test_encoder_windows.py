@@ -9,10 +9,10 @@ import torch
 from accuracy import relative_error
 from refrag import (
     ChunkStore,
-    CosineChooser,
+    CosineSelector,
     Passage,
     PassageEncoder,
-    PolicyChooser,
+    PolicySelector,
     RefragConfig,
     RefragForCausalLM,
     RefragProcessor,
@@ -126,7 +126,7 @@ def test_choosers_see_the_chunks_in_their_windows(model, processor, encoder_toke
         "refrag.model.modeling.encode_packed",
         lambda *a: calls.append(a[1].layout.num_chunks) or encoder.encode_packed(*a),
     )
-    prompt = processor(PARTS, expand_count=2, chooser=CosineChooser(TextEmbedder(model, encoder_tokenizer)))
+    prompt = processor(PARTS, expand_count=2, chooser=CosineSelector(TextEmbedder(model, encoder_tokenizer)))
     assert calls == [len(own), 1] and relative_error(prompt.chunk_embeds, own) < 1e-6
     model.generate(prompt, max_new_tokens=1)
     assert len(calls) == 2, "nothing is encoded twice"
@@ -137,7 +137,7 @@ def test_choosers_see_the_chunks_in_their_windows(model, processor, encoder_toke
             seen.append(embeds[0])
             return embeds.sum(-1)
 
-    processor(PARTS, expand_count=2, chooser=PolicyChooser(Policy(), TextEmbedder(model, encoder_tokenizer)))
+    processor(PARTS, expand_count=2, chooser=PolicySelector(Policy(), TextEmbedder(model, encoder_tokenizer)))
     assert relative_error(seen[0], own) < 1e-6
 
 

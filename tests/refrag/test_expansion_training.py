@@ -153,10 +153,10 @@ def test_bad_settings():
 
 
 def test_the_stage_keeps_its_policy_in_the_adapter(tmp_path, tokenizer, parts):
-    from refrag.adapters import Trained, load_adapter, prepare, save_adapter
+    from refrag.adapters import TrainableSpec, load_adapter, prepare, save_adapter
     from refrag.training.policy_stage import PolicyStage, run_policy_stage
 
-    save_adapter(prepare(parts.model, Trained(encoder="none")), tmp_path / "model")
+    save_adapter(prepare(parts.model, TrainableSpec(encoder="none")), tmp_path / "model")
     documents = training_parts.documents(tokenizer)
 
     def run(steps, folder):
@@ -178,10 +178,10 @@ def test_the_stage_keeps_its_policy_in_the_adapter(tmp_path, tokenizer, parts):
 
 
 def test_rollouts_can_be_scored_in_lower_precision(tmp_path, tokenizer, parts):
-    from refrag.adapters import Trained, prepare, save_adapter
+    from refrag.adapters import TrainableSpec, prepare, save_adapter
     from refrag.training.policy_stage import PolicyStage, run_policy_stage
 
-    save_adapter(prepare(parts.model, Trained(encoder="none")), tmp_path / "model")
+    save_adapter(prepare(parts.model, TrainableSpec(encoder="none")), tmp_path / "model")
     documents = training_parts.documents(tokenizer)
     rewards = {}
     for precision in ("no", "bf16"):

@@ -9,7 +9,7 @@ import store_writer
 import torch
 import training_parts
 from refrag import ChunkStore
-from refrag.adapters import Trained, add_policy, prepare, save_adapter
+from refrag.adapters import TrainableSpec, add_policy, prepare, save_adapter
 from refrag.cache import build_once
 from refrag.corpus.build import whole_folder
 from refrag.corpus.questions import write_questions
@@ -70,7 +70,7 @@ def test_a_corpus(tmp_path, mask):
 
 def test_an_adapter(tmp_path, mask, tokenizer, encoder_tokenizer):
     model = training_parts.parts(tokenizer, encoder_tokenizer).model
-    save_adapter(prepare(model, Trained(encoder="none")), tmp_path / "adapter")
+    save_adapter(prepare(model, TrainableSpec(encoder="none")), tmp_path / "adapter")
     add_policy(tmp_path / "adapter", ExpansionPolicy(32, width=8, num_heads=2), tmp_path / "policy")
     for name in ("adapter", "policy"):
         check(tmp_path / name, mask)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from refrag import ChunkStore, Passage, PassageEncoder, RefragForCausalLM
-from refrag.adapters import Trained, load_policy
-from refrag.bundle import Parts
+from refrag.adapters import TrainableSpec, load_policy
+from refrag.bundle import ModelBundle
 from refrag.data.documents import Documents
 from refrag.loading import load_model, load_processor, load_trained
 from refrag.retrieval.retriever import Retriever
@@ -97,10 +97,11 @@ def test_a_checkpoint(tmp_path):
     (tmp_path / "log.jsonl").write_text(json.dumps(log[0]) + "\n")
     settings = json.loads((FIXTURES / "adapter" / "stage.json").read_text())
     stage = Stage(
-        **settings | {"trained": Trained(**settings["trained"]), "settings": TrainSettings(**settings["settings"])}
+        **settings
+        | {"trained": TrainableSpec(**settings["trained"]), "settings": TrainSettings(**settings["settings"])}
     )
     with torch.enable_grad():
-        parts = Parts.load(FIXTURES / "encoder", FIXTURES / "decoder", 8, "lclm")
+        parts = ModelBundle.load(FIXTURES / "encoder", FIXTURES / "decoder", 8, "lclm")
         for module in parts.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

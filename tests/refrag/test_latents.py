@@ -15,8 +15,8 @@ from refrag import (
     RefragForCausalLM,
     RefragProcessor,
 )
-from refrag.adapters import Trained, load_adapter, prepare, save_adapter
-from refrag.bundle import Parts, start_projector
+from refrag.adapters import TrainableSpec, load_adapter, prepare, save_adapter
+from refrag.bundle import ModelBundle, start_projector
 from refrag.demo.inspection import PromptCounts, draw
 from refrag.integrations.prompt_embeds import mixed_cache_key
 from refrag.training.samples import Sample, collate_for
@@ -153,7 +153,7 @@ def test_save_and_load(make, tmp_path):
 def test_training(make, tmp_path):
     model, _, processor = make()
     start_projector(model)
-    parts = Parts(prepare(model, Trained()), processor.tokenizer, processor.encoder_tokenizer)
+    parts = ModelBundle(prepare(model, TrainableSpec()), processor.tokenizer, processor.encoder_tokenizer)
     sample = Sample(tuple(processor.spans(PARTS)), len(processor.spans(PARTS)) - 1, latents=LATENTS)
     prompt, labels = collate_for(parts, [sample])
     assert sample.num_rows == prompt.layout.total_rows == processor(PARTS).layout.total_rows

@@ -5,14 +5,14 @@ import tiny
 import torch
 from accuracy import relative_error
 from refrag import RefragForCausalLM
-from refrag.adapters import Trained, prepare
+from refrag.adapters import TrainableSpec, prepare
 from refrag.model.merged import merged_state
 from torch import nn
 
 
 @pytest.mark.parametrize("encoder", ["lora", "all"])
 def test_a_model_prepared_for_lora_is_itself_when_loaded(encoder, tmp_path):
-    model = prepare(tiny.refrag(), Trained(encoder=encoder, decoder="lora", rank=2))
+    model = prepare(tiny.refrag(), TrainableSpec(encoder=encoder, decoder="lora", rank=2))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(0, 0.3)

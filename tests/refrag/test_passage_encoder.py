@@ -10,7 +10,7 @@ from refrag.data.chunking import SentenceChunks
 from refrag.integrations.prompt_embeds import build
 from refrag.model.encoder import pack_texts
 from refrag.model.token_encoder import token_encoder
-from refrag.store.fingerprint import ChunkRecipe, encoder_digest, tokenizer_digest
+from refrag.store.fingerprint import Fingerprint, encoder_digest, tokenizer_digest
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, RobertaModel
 
 PASSAGES = [
@@ -253,8 +253,8 @@ def test_chunkers_describe_all_their_settings(tokenizer):
 
 
 def test_recipes_of_each_field_differ():
-    recipe = ChunkRecipe("e", "r", "a", "b", "c", "first", True, 8)
+    recipe = Fingerprint("e", "r", "a", "b", "c", "first", True, 8)
     fields = dict(revision="x", encoder_tokenizer="x", tokenizer="x", chunker="x", pooling="x", width=9)
-    others = [ChunkRecipe(**{**vars(recipe), name: value}) for name, value in fields.items()]
+    others = [Fingerprint(**{**vars(recipe), name: value}) for name, value in fields.items()]
     assert len({other.digest for other in (recipe, *others)}) == len(fields) + 1
     assert all(len(recipe.differences(other)) == 1 for other in others) and not recipe.differences(recipe)

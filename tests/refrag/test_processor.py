@@ -5,9 +5,9 @@ import copy
 import pytest
 import tiny
 import torch
-from refrag import Passage, PromptTooLongError, RandomChooser, RefragConfig, RefragProcessor
+from refrag import Passage, PromptTooLongError, RandomSelector, RefragConfig, RefragProcessor
 from refrag.data.chunking import FixedChunks
-from refrag.processing.selectors import CosineChooser
+from refrag.processing.selectors import CosineSelector
 
 TEXTS = {
     "plain": "The bridge of Orla was built in 1871 and is 40 m long.",
@@ -170,10 +170,10 @@ def test_choosers(processor, demo_model, encoder_tokenizer):
 
     passages = [Passage("The moon is bright tonight."), Passage("Bread needs flour and yeast.")]
     prompt = [*passages, "How do I bake bread?"]
-    chosen = processor(prompt, expand=0.34, chooser=CosineChooser(embed))
+    chosen = processor(prompt, expand=0.34, chooser=CosineSelector(embed))
     words = {chosen.chunks[chunk].text for chunk in chosen.expanded}
     assert len(words) == round(0.34 * len(chosen.chunks)) and any("Bread" in word for word in words)
-    once, again = (processor(prompt, expand=0.5, chooser=RandomChooser(7)).expanded for _ in range(2))
+    once, again = (processor(prompt, expand=0.5, chooser=RandomSelector(7)).expanded for _ in range(2))
     assert once == again and len(once) == round(0.5 * len(chosen.chunks))
     assert processor(prompt).expanded == frozenset() and len(processor(prompt, expand=1).expanded) == len(chosen.chunks)
 

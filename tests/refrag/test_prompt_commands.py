@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 from refrag import ExpansionPolicy, Passage, RefragConfig, RefragForCausalLM, RefragProcessor, weights
-from refrag.adapters import Trained, add_policy, prepare, save_adapter
-from refrag.bundle import Parts
+from refrag.adapters import TrainableSpec, add_policy, prepare, save_adapter
+from refrag.bundle import ModelBundle
 from refrag.cli import app
 from refrag.data.passage_files import read_passages
 from refrag.demo.inspection import PromptCounts, draw
@@ -142,8 +142,8 @@ def test_policy(saved, files):
 def stage(tmp_path_factory):
     """What a training stage writes: a projector on the demo's decoder, and a policy."""
     folder = tmp_path_factory.mktemp("stage")
-    parts = Parts.load(None, weights.decoder_folder(), k=8, preset="tokens")
-    save_adapter(prepare(parts.model, Trained(encoder="none")), folder)
+    parts = ModelBundle.load(None, weights.decoder_folder(), k=8, preset="tokens")
+    save_adapter(prepare(parts.model, TrainableSpec(encoder="none")), folder)
     add_policy(folder, ExpansionPolicy(parts.model.config.chunk_width, width=8, num_heads=2), folder)
     return folder
 

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from refrag import ChunkStore, CosineChooser, Passage, TextEmbedder, loading, weights
-from refrag.adapters import Trained, prepare, save_adapter
-from refrag.bundle import Parts
+from refrag import ChunkStore, CosineSelector, Passage, TextEmbedder, loading, weights
+from refrag.adapters import TrainableSpec, prepare, save_adapter
+from refrag.bundle import ModelBundle
 from refrag.cli import app
 from refrag.model import encoder, modeling
 from typer.testing import CliRunner
@@ -103,7 +103,7 @@ def test_choosers_take_the_stored_embeddings(store, corpus, encoded, how):
 def test_what_choosers_pick_beside_a_store_is_what_they_pick_without(store, demo):
     refrag, processor = demo
     chosen = [
-        prompt(processor, expand_count=4, chooser=CosineChooser(TextEmbedder(refrag, processor.encoder_tokenizer)),
+        prompt(processor, expand_count=4, chooser=CosineSelector(TextEmbedder(refrag, processor.encoder_tokenizer)),
                store=where)
         for where in (None, ChunkStore.open(store))
     ]  # fmt: skip
@@ -112,13 +112,13 @@ def test_what_choosers_pick_beside_a_store_is_what_they_pick_without(store, demo
     def elsewhere(texts):  # by another model: what is stored means nothing to it
         return torch.tensor([[float("flour" in text), 1.0] for text in texts])
 
-    picks = prompt(processor, expand_count=1, chooser=CosineChooser(elsewhere), store=ChunkStore.open(store))
+    picks = prompt(processor, expand_count=1, chooser=CosineSelector(elsewhere), store=ChunkStore.open(store))
     assert "flour" not in "".join(picks.chunks[chunk].text for chunk in picks.expanded)
 
 
 def test_a_batch_beside_a_store(store, demo):
     refrag, processor = demo
-    chooser = CosineChooser(TextEmbedder(refrag, processor.encoder_tokenizer))
+    chooser = CosineSelector(TextEmbedder(refrag, processor.encoder_tokenizer))
     batch = [["Read: ", Passage(text), "When was it built?"] for text in PASSAGES.values()] * 2
     chosen = [processor(batch, expand_count=1, chooser=chooser, store=one) for one in (None, ChunkStore.open(store))]
     assert chosen[0].expanded == chosen[1].expanded and len(chosen[0].expanded) == 6
@@ -153,8 +153,8 @@ def test_bad_input_is_one_clear_line(store, corpus, tmp_path):
 
 def test_a_stage_with_a_merged_encoder(corpus, tmp_path, tokenizer):
     """Its low-rank updates are in the weights whose digest is the store's revision."""
-    parts = Parts.load(weights.encoder_folder(), weights.decoder_folder(), 8, "lclm")
-    trained = prepare(parts.model, Trained(encoder="lora", decoder="none", rank=2))
+    parts = ModelBundle.load(weights.encoder_folder(), weights.decoder_folder(), 8, "lclm")
+    trained = prepare(parts.model, TrainableSpec(encoder="lora", decoder="none", rank=2))
     for name, parameter in trained.encoder.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.02)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from refrag import weights
 from refrag.adapters import load_policy
-from refrag.bundle import Parts
+from refrag.bundle import ModelBundle
 from refrag.data.documents import Documents
 from refrag.demo.corpus import python_reference
 from refrag.loading import load_model, load_processor
@@ -15,7 +15,7 @@ from refrag.training.perplexity import COMPRESSED, FULL, NONE, Conditions, measu
 @pytest.fixture(scope="module")
 def parts():
     processor = load_processor(None, 8)
-    return Parts(load_model(None, 8), processor.tokenizer, processor.encoder_tokenizer)
+    return ModelBundle(load_model(None, 8), processor.tokenizer, processor.encoder_tokenizer)
 
 
 @pytest.fixture(scope="module")

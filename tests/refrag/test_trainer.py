@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 import training_parts
 from accelerate import Accelerator
-from refrag.adapters import AdapterError, Trained, load_adapter, prepare, save_adapter, trained_state
+from refrag.adapters import AdapterError, TrainableSpec, load_adapter, prepare, save_adapter, trained_state
 from refrag.training.generators import generator_states, restore_generators
 from refrag.training.measures import reconstruction_accuracy
 from refrag.training.passes import cut_passes, make_passes
@@ -51,7 +51,7 @@ def figures(log):
 def test_it_learns(tmp_path, tokenizer):
     parts = training_parts.parts(tokenizer, tokenizer, k=1, preset="tokens", pool_segments=1)
     stage = Stage(
-        "reconstruction", Trained(encoder="all", decoder="all"),
+        "reconstruction", TrainableSpec(encoder="all", decoder="all"),
         TrainSettings(steps=60, batch_size=32, learning_rate=1e-2, evaluate_every=60, log_every=60, warmup=0.1),
         max_chunks=1, fixed_length=True,
     )  # fmt: skip
@@ -78,7 +78,7 @@ def test_passes_make_no_difference(tmp_path, tokenizer, encoder_tokenizer):
 
 
 def test_the_loss_is_that_of_the_model(tmp_path, parts, tokenizer):
-    prepare(parts.model, Trained(encoder="all", decoder="all")).eval()
+    prepare(parts.model, TrainableSpec(encoder="all", decoder="all")).eval()
     ids = training_parts.documents(tokenizer).token_ids
     samples = [next_paragraph(ids[start : start + 14].tolist(), 8, 4, tokenizer, [1]) for start in (0, 50)]
     prompt, labels = collate_for(parts, samples)
@@ -100,7 +100,7 @@ def test_the_loss_is_that_of_the_model(tmp_path, parts, tokenizer):
 
 def trainer_of(parts, tmp_path, accelerator=None, **settings):
     """Return a trainer of the projector, the encoder and the decoder, which are three groups of the optimizer."""
-    prepare(parts.model, Trained(encoder="all", decoder="all"))
+    prepare(parts.model, TrainableSpec(encoder="all", decoder="all"))
     ids = training_parts.documents(parts.tokenizer).token_ids
     settings = {"steps": 2, "batch_size": 4, "max_rows": 40, "projector_rate": 1e-3, "encoder_rate": 1e-4, **settings}
 
@@ -321,7 +321,7 @@ def test_a_devices_generator_goes_on(monkeypatch):
 def test_low_rank_updates_have_one_scale(tmp_path, tokenizer, encoder_tokenizer, parts, monkeypatch):
     """That which they are trained with is that which they are merged with."""
     monkeypatch.setattr("refrag.adapters.LORA_SCALE", 3)
-    prepare(parts.model, Trained(encoder="lora", decoder="lora", rank=2)).eval()
+    prepare(parts.model, TrainableSpec(encoder="lora", decoder="lora", rank=2)).eval()
     for name, value in parts.model.named_parameters():
         if ".lora_B." in name:
             value.data.normal_(0, 0.1).copy_(value.data.bfloat16())  # the file holds bfloat16
@@ -379,7 +379,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, parts):
 
 def test_no_document_is_long_enough(tmp_path, parts, tokenizer):
     texts = [training_parts.documents(tokenizer, words=5)] * 2
-    stage = Stage("reconstruction", Trained(), TrainSettings(steps=1), max_chunks=64)
+    stage = Stage("reconstruction", TrainableSpec(), TrainSettings(steps=1), max_chunks=64)
     with pytest.raises(ValueError, match="needs 256 for one sample"):
         run_stage(parts, stage, *texts, tmp_path)
 
@@ -418,7 +418,7 @@ def test_an_adapter_makes_the_trained_model(tmp_path, tokenizer, encoder_tokeniz
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path, parts, encoder_tokenizer, tokenizer):
-    save_adapter(prepare(parts.model, Trained()), tmp_path)
+    save_adapter(prepare(parts.model, TrainableSpec()), tmp_path)
     other = training_parts.parts(tokenizer, encoder_tokenizer).model
     other.decoder.config.num_hidden_layers = 3
     with pytest.raises(AdapterError, match="trained on decoder llama 32 2 49152, got llama 32 3 49152"):
@@ -435,7 +435,7 @@ def test_bad_settings(field):
     with pytest.raises(ValueError, match=f"{field}: got 0"):
         TrainSettings(**{"steps": 1, field: 0})
     with pytest.raises(ValueError, match="decoder: got 'some'"):
-        Trained(decoder="some")
+        TrainableSpec(decoder="some")
 
 
 def test_the_log_is_json_lines(tmp_path):

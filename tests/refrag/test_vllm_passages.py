@@ -12,12 +12,12 @@ import types
 import pytest
 import tiny
 import torch
-from refrag import ChunkRecipe, ChunkStore, Passage, RefragProcessor
+from refrag import ChunkStore, Fingerprint, Passage, RefragProcessor
 from refrag.integrations.vllm.folder_encoder import FolderEncoder
 from refrag.integrations.vllm.messages import take_passages
 from refrag.integrations.vllm.passages import MARK, GivenPassage, parse_passage
 from refrag.integrations.vllm.reading import read_passages
-from refrag.processing.selectors import AllChunks, CosineChooser, NoChunks, RandomChooser, ThresholdChooser
+from refrag.processing.selectors import AllChunks, CosineSelector, NoChunks, RandomSelector, ThresholdSelector
 
 BRIDGE = "The bridge of Orla was built in 1871 by masons from the north."
 MILL = "The mill of Orla was pulled down in the year of the flood."
@@ -231,10 +231,10 @@ def letters(texts):
     [
         ({"chooser": "nothing"}, NoChunks()),
         ({"chooser": "everything"}, AllChunks()),
-        ({"chooser": "random", "expand_count": 2, "seed": 5}, RandomChooser(5)),
-        ({"chooser": "random", "expand": 0.5}, RandomChooser(0)),
-        ({"chooser": "cosine", "expand_count": 3, "question": MILL}, CosineChooser(letters)),
-        ({"chooser": "threshold", "threshold": 0.7, "question": MILL}, ThresholdChooser(letters, 0.7)),
+        ({"chooser": "random", "expand_count": 2, "seed": 5}, RandomSelector(5)),
+        ({"chooser": "random", "expand": 0.5}, RandomSelector(0)),
+        ({"chooser": "cosine", "expand_count": 3, "question": MILL}, CosineSelector(letters)),
+        ({"chooser": "threshold", "threshold": 0.7, "question": MILL}, ThresholdSelector(letters, 0.7)),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -258,7 +258,7 @@ def test_choosers_choose_as_for_the_processor(options, chooser, processor):
         ({"expand": ["nobody"]}, "expand: got passage 'nobody'"),
         ({"expand": [0], "expand_count": 1}, "expand_count: got 1 beside expand"),
         ({"expand": [0], "chooser": "random"}, "chooser: got 'random' beside a list of chunks"),
-        ({"expand": 0.5}, "chooser: got None, needs a Chooser"),
+        ({"expand": 0.5}, "chooser: got None, needs a Selector"),
         ({"expand": 2.0}, "expand: got 2.0, needs a share"),
         ({"expand_count": 99, "chooser": "random"}, "expand_count: got 99"),
         ({"chooser": "policy"}, "chooser: got 'policy', needs one of nothing, everything, random, cosine, threshold"),
@@ -289,7 +289,7 @@ def test_embeddings_stay_slots_and_text_beside_them_can_be_expanded(processor):
 
 
 def test_a_store_gives_chunks_and_embeddings(processor, tmp_path):
-    recipe = ChunkRecipe("tiny", "1", "2", "3", "fixed, k = 4", "mean", True, width=WIDTH)
+    recipe = Fingerprint("tiny", "1", "2", "3", "fixed, k = 4", "mean", True, width=WIDTH)
     store = ChunkStore.create(tmp_path / "store", recipe)
     chunks = list(processor.chunker(BRIDGE))
     rows = torch.randn(len(chunks), WIDTH)

@@ -8,7 +8,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from refrag import weights
-from refrag.adapters import Trained
+from refrag.adapters import TrainableSpec
 from refrag.training.stages import Stage, run_stage
 from refrag.training.trainer import TrainSettings
 from training_parts import documents, parts
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 def stage(**settings):
     return Stage(
         "next_paragraph",
-        Trained(encoder="all", decoder="lora", rank=4),
+        TrainableSpec(encoder="all", decoder="lora", rank=4),
         TrainSettings(
             **{
                 "steps": 12, "batch_size": 6, "learning_rate": 3e-3, "checkpoint_every": 3, "evaluate_every": 4,

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from refrag import RefragForCausalLM
-from refrag.bundle import Parts, start_projector
+from refrag.bundle import ModelBundle, start_projector
 from refrag.data.documents import Documents
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -27,7 +27,7 @@ def parts(tokenizer, encoder_tokenizer, *, k=4, **fields):
     )  # fmt: skip
     model = RefragForCausalLM.from_parts(encoder, decoder, k, **fields)
     start_projector(model)
-    return Parts(model, tokenizer, encoder_tokenizer)
+    return ModelBundle(model, tokenizer, encoder_tokenizer)
 
 
 def documents(tokenizer, *, count=12, words=120, seed=0):

@@ -7,7 +7,7 @@ import torch
 from refrag import ChunkStore, Passage, PassageEncoder
 from refrag.integrations.vllm.passages import MARK
 from refrag.model.encoder import TextEmbedder
-from refrag.processing.selectors import CosineChooser, RandomChooser
+from refrag.processing.selectors import CosineSelector, RandomSelector
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -109,7 +109,7 @@ def ours(processor, model, parts, options):
     options = dict(options)
     seed = options.pop("seed", 0)
     embed = TextEmbedder(model, processor.encoder_tokenizer)
-    choosers = {None: None, "random": RandomChooser(seed), "cosine": CosineChooser(embed), "everything": None}
+    choosers = {None: None, "random": RandomSelector(seed), "cosine": CosineSelector(embed), "everything": None}
     name = options.pop("chooser", None)
     if name == "everything":
         options["expand"] = 1.0

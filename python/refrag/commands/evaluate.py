@@ -54,7 +54,7 @@ def perplexity(
     with clear_errors(console):
         import torch
 
-        from refrag.bundle import Parts
+        from refrag.bundle import ModelBundle
         from refrag.data.documents import read_documents, split_documents
         from refrag.training import perplexity as table
 
@@ -70,7 +70,7 @@ def perplexity(
         base = None
         if untrained:
             plain = parts.model.decoder.name_or_path
-            base = Parts.load(None, plain, k=parts.k, preset="tokens").model.eval()
+            base = ModelBundle.load(None, plain, k=parts.k, preset="tokens").model.eval()
         tables, raw = {}, {}
 
         def reading(name: str, items: Iterable[Any]) -> Iterable[Any]:

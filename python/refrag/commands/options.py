@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from refrag.model.modeling import RefragForCausalLM
     from refrag.model.policy import ExpansionPolicy
     from refrag.processing.processor import RefragProcessor
-    from refrag.processing.selectors import Chooser
+    from refrag.processing.selectors import Selector
     from refrag.store.store import ChunkStore
 
 Files = Annotated[
@@ -151,11 +151,11 @@ class PromptOptions:
         """Return the store, or refuse what another encoder, or another way of cutting passages, has filled."""
         if self.store is None:
             return None
-        from refrag.store.fingerprint import ChunkRecipe
+        from refrag.store.fingerprint import Fingerprint
         from refrag.store.store import ChunkStore
 
         model = self.model()
-        return ChunkStore.open(self.store, ChunkRecipe.of(model.encoder, processor, model.config))
+        return ChunkStore.open(self.store, Fingerprint.of(model.encoder, processor, model.config))
 
     def chunk_embeds(self, prompt: MixedPrompt) -> Any:
         """Return the embeddings that a chooser has made of the prompt's chunks already, or None."""
@@ -163,7 +163,7 @@ class PromptOptions:
             return None
         return self._embedder([chunk.text for chunk in prompt.chunks])
 
-    def _chooser(self, processor: RefragProcessor) -> Chooser | None:
+    def _chooser(self, processor: RefragProcessor) -> Selector | None:
         from refrag.model.encoder import TextEmbedder
         from refrag.processing import selectors
 

@@ -14,7 +14,7 @@ from refrag.console import clear_errors, say
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from refrag.bundle import Parts
+    from refrag.bundle import ModelBundle
 
 train = typer.Typer(no_args_is_help=True, help="Train the projector, encoder, decoder or policy, as the paper does.")
 
@@ -190,8 +190,8 @@ def policy(
 def _run_stage(objective: str, options: dict[str, Any]) -> None:
     console = Console()
     with clear_errors(console):
-        from refrag.adapters import Trained
-        from refrag.bundle import Parts
+        from refrag.adapters import TrainableSpec
+        from refrag.bundle import ModelBundle
         from refrag.data.documents import read_documents, split_documents
         from refrag.training.stages import Stage, run_fine_tuning, run_stage
         from refrag.training.trainer import TrainingError, TrainSettings
@@ -202,7 +202,7 @@ def _run_stage(objective: str, options: dict[str, Any]) -> None:
                  if name in options}  # fmt: skip
         stage = Stage(
             objective,
-            Trained(options["train_encoder"], options["train_decoder"], options["rank"]),
+            TrainableSpec(options["train_encoder"], options["train_decoder"], options["rank"]),
             TrainSettings(**{name: options[name] for name in named}),
             **extra,
         )
@@ -211,7 +211,7 @@ def _run_stage(objective: str, options: dict[str, Any]) -> None:
         fields = {"latents": options["latents"]}
         if options["pooling"] is not None:
             fields["pooling"] = options["pooling"]
-        parts = Parts.load(encoder, decoder, options["k"], options["preset"], **fields)
+        parts = ModelBundle.load(encoder, decoder, options["k"], options["preset"], **fields)
         common = {"start": options["start"], "accelerator": _accelerator(options["precision"])}
         try:
             if objective == "answers":
@@ -239,16 +239,18 @@ def folders(encoder: str | None, decoder: str | None, preset: str) -> tuple[str 
     return encoder, decoder
 
 
-def load_trained_parts(console: Console, adapter: Path, encoder: str | None, decoder: str | None) -> tuple[Parts, Any]:
+def load_trained_parts(
+    console: Console, adapter: Path, encoder: str | None, decoder: str | None
+) -> tuple[ModelBundle, Any]:
     """Load the model of an adapter, and its policy or None; its encoder and decoder unless others are named."""
-    from refrag.bundle import Parts
+    from refrag.bundle import ModelBundle
     from refrag.loading import trained_sources
 
     encoder, decoder = trained_sources(adapter, encoder, decoder)
     if Path(decoder).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     say(console, "loading encoder and decoder")
-    return Parts.load_trained(adapter, decoder, encoder=encoder)
+    return ModelBundle.load_trained(adapter, decoder, encoder=encoder)
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:

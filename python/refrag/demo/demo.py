@@ -21,7 +21,7 @@ from refrag.model import attention
 from refrag.model.inputs import MixedPrompt, Passage
 from refrag.model.modeling import RefragForCausalLM
 from refrag.processing.processor import Part, RefragProcessor
-from refrag.processing.selectors import CosineChooser
+from refrag.processing.selectors import CosineSelector
 from refrag.retrieval.retriever import Progress, Retriever
 
 INSTRUCTION = "Answer the question with the help of this documentation.\n\n"
@@ -204,7 +204,7 @@ class Demo:
                 "instruction take"
             )
         parts = self._parts(self._fill(tokens - self.frame_tokens, most_passages))
-        chooser = CosineChooser(self.retriever.embed) if 0 < self.settings.expand < 1 else None
+        chooser = CosineSelector(self.retriever.embed) if 0 < self.settings.expand < 1 else None
         compressed = self.processor(
             parts, expand=self.settings.expand, chooser=chooser, question=self.settings.question,
             max_new_tokens=max_new_tokens,

@@ -20,7 +20,7 @@ from refrag.model.feed_forward import fuse_feed_forward
 from refrag.model.inference_linear import use_inference_linears
 from refrag.model.inputs import Passage
 from refrag.processing.processor import RefragProcessor
-from refrag.store.fingerprint import ChunkRecipe
+from refrag.store.fingerprint import Fingerprint
 from refrag.store.store import DTYPES, ChunkStore
 
 
@@ -156,7 +156,7 @@ class EncodeJob:
         except (RuntimeError, AssertionError) as error:  # torch's, for a device that it doesn't have
             raise ValueError(f"--device: got {self.device}: {str(error).splitlines()[0]}") from error
 
-    def open_store(self, recipe: ChunkRecipe) -> ChunkStore:
+    def open_store(self, recipe: Fingerprint) -> ChunkStore:
         """Open the store, or make it.
 
         Raises

@@ -14,7 +14,7 @@ from refrag.model.encoder import encode_packed, pack_texts
 from refrag.model.inputs import Chunk, Passage
 from refrag.model.modeling import RefragForCausalLM
 from refrag.processing.processor import RefragProcessor
-from refrag.store.fingerprint import ChunkRecipe
+from refrag.store.fingerprint import Fingerprint
 from refrag.store.store import ChunkStore, PutCounts
 
 _BATCH_TOKENS = 8192  # 455 chunks of 16 tokens and the two special ones: past it, packing more no longer pays on a CPU
@@ -35,7 +35,7 @@ class PassageEncoder:
 
     Attributes
     ----------
-    recipe : ChunkRecipe
+    recipe : Fingerprint
         Of the encoder as it was when this was made.
 
     Raises
@@ -71,7 +71,7 @@ class PassageEncoder:
         self.processor = processor
         self.config = config
         self.batch_tokens = batch_tokens
-        self.recipe = ChunkRecipe.of(encoder, processor, config)
+        self.recipe = Fingerprint.of(encoder, processor, config)
 
     @classmethod
     def from_model(

@@ -20,7 +20,7 @@ from refrag.model.modeling import RefragForCausalLM
 from refrag.model.policy import ExpansionPolicy
 from refrag.processing import selectors
 from refrag.processing.processor import Part, RefragProcessor
-from refrag.processing.selectors import Chooser
+from refrag.processing.selectors import Selector
 from refrag.store.store import ChunkStore
 
 TEMPLATE = "Answer the question with the help of these documents.\n\n{passages}\nQuestion: {question}"
@@ -39,7 +39,7 @@ class Answerer:
     template : str
         What the user says, with ``{passages}`` and then ``{question}`` in it once each; it is put into the decoder's
         chat template where it has one.
-    chooser : str or Chooser, optional
+    chooser : str or Selector, optional
         Picks the chunks that stand as text: one of ``selectors.NAMES`` of ``refrag.processing`` or an object. Cosine
         if ``expand`` is a share above 0 or ``expand_count`` is given, else none.
     expand : float or collection of int and str, optional
@@ -77,7 +77,7 @@ class Answerer:
         processor: RefragProcessor,
         *,
         template: str = TEMPLATE,
-        chooser: str | Chooser | None = None,
+        chooser: str | Selector | None = None,
         expand: float | Collection[int | str] | None = None,
         expand_count: int | None = None,
         policy: ExpansionPolicy | None = None,
@@ -250,7 +250,7 @@ class AnswerStream(Iterator[str]):
 class _AtMost:
     """A chooser told to pick so many chunks; how many there are changes with what was retrieved."""
 
-    def __init__(self, chooser: Chooser, most: int) -> None:
+    def __init__(self, chooser: Selector, most: int) -> None:
         self.chooser = chooser
         self.most = most
 

@@ -8,7 +8,7 @@ import torch
 
 from refrag.model.encoder import TextEmbedder
 from refrag.model.inputs import Chunk
-from refrag.processing.selectors import Chooser
+from refrag.processing.selectors import Selector
 
 
 def expanded_chunks(
@@ -16,7 +16,7 @@ def expanded_chunks(
     questions: Sequence[str],
     expand: float | Collection[int | str] | None,
     expand_count: int | Sequence[int] | None,
-    chooser: Chooser | None,
+    chooser: Selector | None,
     chunk_embeds: torch.Tensor | None = None,
 ) -> frozenset[int]:
     """Return the chunks to expand, numbered through the batch; see ``RefragProcessor.__call__``.
@@ -44,14 +44,14 @@ def expanded_chunks(
     if isinstance(expand, Collection):
         return _named(chunks, expand)
     if chooser is None and expand not in (None, 0, 1) and 0 <= expand <= 1:
-        raise ValueError(f"chooser: got None, needs a Chooser to expand {expand} of the chunks")
+        raise ValueError(f"chooser: got None, needs a Selector to expand {expand} of the chunks")
     counts = _counts(chunks, expand, expand_count)
     expanded: set[int] = set()
     first = 0
     for index, (own, question, count) in enumerate(zip(chunks, questions, counts)):
         if chooser is None:
             if count not in (None, 0, len(own)):
-                raise ValueError(f"chooser: got None, needs a Chooser to expand {count} of the {len(own)} chunks")
+                raise ValueError(f"chooser: got None, needs a Selector to expand {count} of the {len(own)} chunks")
             picks: Collection[int] = range(count or 0)
         else:
             embedder = getattr(chooser, "embed", None)

@@ -20,7 +20,7 @@ from refrag.model.inputs import Chunk, MixedPrompt, Part, Passage, PromptTooLong
 from refrag.model.packing import Span, pack_chunks, pack_spans
 from refrag.processing.chat import render_chat
 from refrag.processing.expansion import expanded_chunks
-from refrag.processing.selectors import Chooser
+from refrag.processing.selectors import Selector
 from refrag.store.store import ChunkStore, StoreError
 
 
@@ -187,7 +187,7 @@ class RefragProcessor:
         *,
         expand: float | Collection[int | str] | None = None,
         expand_count: int | Sequence[int] | None = None,
-        chooser: Chooser | None = None,
+        chooser: Selector | None = None,
         question: str | Sequence[str] | None = None,
         max_new_tokens: int = 0,
         store: ChunkStore | None = None,
@@ -204,7 +204,7 @@ class RefragProcessor:
             itself: chunks, numbered through the batch, and whole passages by their id.
         expand_count : int or sequence of int, optional
             Instead of a share: how many chunks, of every prompt or of each.
-        chooser : Chooser, optional
+        chooser : Selector, optional
             Needed unless nothing, everything or named chunks are expanded. Without a share and a count it decides how
             many.
         question : str or sequence of str, optional
@@ -264,7 +264,7 @@ class RefragProcessor:
         self._check_window(sequences, expanded, packed, max_new_tokens)
         return packed
 
-    def _embedded(self, sequences: Sequence[Sequence[Span]], chooser: Chooser | None) -> torch.Tensor | None:
+    def _embedded(self, sequences: Sequence[Sequence[Span]], chooser: Selector | None) -> torch.Tensor | None:
         """Return the chunks' embeddings where the chooser compares by them: in their windows, not each alone."""
         embedder = getattr(chooser, "embed", None)
         if not isinstance(embedder, TextEmbedder):

@@ -23,7 +23,7 @@ Embed = Callable[[Sequence[str]], torch.Tensor]  # texts -> embeddings [N, d], s
 _ROWS = 1024  # rows whose logits are held at once: with a vocabulary of 128k words, half a gigabyte
 
 
-class Chooser(Protocol):
+class Selector(Protocol):
     """Picks chunks of one prompt.
 
     Called with the question, the prompt's chunks and ``count``, the chunks to pick, 0 to all; None leaves the number to
@@ -58,7 +58,7 @@ class AllChunks:
         return range(len(chunks))
 
 
-class RandomChooser:
+class RandomSelector:
     """Chunks at random: the paper's baseline, and its fine-tuning before the policy (A.1).
 
     Parameters
@@ -73,7 +73,7 @@ class RandomChooser:
         return torch.randperm(len(chunks), generator=self.generator)[: _given(self, count)].tolist()
 
 
-class CosineChooser:
+class CosineSelector:
     """The chunks whose embedding is nearest to the question's, by cosine.
 
     Parameters
@@ -90,13 +90,13 @@ class CosineChooser:
         return _cosines(self.embed, question, chunks).topk(count).indices.tolist() if count else []
 
 
-class ThresholdChooser:
+class ThresholdSelector:
     """Every chunk whose cosine to the question reaches a threshold, however many they are.
 
     Parameters
     ----------
     embed : callable
-        As for CosineChooser.
+        As for CosineSelector.
     threshold : float
         From -1 to 1.
 
@@ -120,7 +120,7 @@ class ThresholdChooser:
         return order[best >= self.threshold][:count].tolist()
 
 
-class PerplexityChooser:
+class PerplexitySelector:
     """Chunks by how well the decoder foresees them: the paper's two baselines beside the random one (A.1).
 
     The paper doesn't say what a chunk is read after. Here each is read alone, after one start token, so that all take
@@ -193,7 +193,7 @@ class PerplexityChooser:
         return torch.stack([loss.mean() for loss in losses]).cpu()
 
 
-class PolicyChooser:
+class PolicySelector:
     """The chunks that a trained policy scores highest, or a draw from it (REFRAG, A.1).
 
     Parameters
@@ -232,7 +232,7 @@ def by_name(
     threshold: float | None = None,
     policy: ExpansionPolicy | None = None,
     seed: int = 0,
-) -> Chooser:
+) -> Selector:
     """Make a chooser by the name that the command line gives it.
 
     Parameters
@@ -277,15 +277,15 @@ def by_name(
         if value is None:
             raise ValueError(f"{argument}: got None, the chooser {name!r} needs it")
     if name.startswith("perplexity"):
-        return PerplexityChooser(model, name.removeprefix("perplexity-"))
-    makers: dict[str, Callable[..., Chooser]] = {
-        "nothing": NoChunks, "everything": AllChunks, "cosine": CosineChooser, "threshold": ThresholdChooser,
-        "policy": PolicyChooser,
+        return PerplexitySelector(model, name.removeprefix("perplexity-"))
+    makers: dict[str, Callable[..., Selector]] = {
+        "nothing": NoChunks, "everything": AllChunks, "cosine": CosineSelector, "threshold": ThresholdSelector,
+        "policy": PolicySelector,
     }  # fmt: skip
-    return RandomChooser(seed) if name == "random" else makers[name](**needs)
+    return RandomSelector(seed) if name == "random" else makers[name](**needs)
 
 
-def _given(chooser: Chooser, count: int | None) -> int:
+def _given(chooser: Selector, count: int | None) -> int:
     if count is None:
         raise ValueError(f"expand: got None, {type(chooser).__name__} needs a share or a number of chunks to pick")
     return count

@@ -35,7 +35,7 @@ class TextInputs(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class ChunkRecipe:
+class Fingerprint:
     """How passages become chunk embeddings: everything but the text.
 
     Attributes
@@ -68,7 +68,7 @@ class ChunkRecipe:
     width: int
 
     @classmethod
-    def of(cls, encoder: PreTrainedModel, processor: TextInputs, config: RefragConfig) -> ChunkRecipe:
+    def of(cls, encoder: PreTrainedModel, processor: TextInputs, config: RefragConfig) -> Fingerprint:
         """Take the recipe of an encoder and a processor as they are now.
 
         Reads all of the encoder's weights, to tell them from others'.
@@ -96,7 +96,7 @@ class ChunkRecipe:
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "encoder"}
         return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=32).digest()
 
-    def differences(self, other: ChunkRecipe) -> list[str]:
+    def differences(self, other: Fingerprint) -> list[str]:
         """Return what tells ``other`` from this recipe, a phrase for each field: what is here, what is there."""
         found = []
         if self.revision != other.revision:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from refrag.model.inputs import Chunk, Passage
-from refrag.store.fingerprint import ChunkRecipe
+from refrag.store.fingerprint import Fingerprint
 from refrag.store.key_index import KEY_BYTES
 from refrag.store.shard import Shard, StoreError, encode_text, publish, write_shard
 from refrag.store.store_state import StoreState, key_of_id
@@ -57,7 +57,7 @@ class PutCounts(NamedTuple):
 class ChunkStore:
     """Chunk embeddings of passages, kept in immutable safetensors shards that are mapped into memory.
 
-    A passage's key is blake2b over its text, keyed by the digest of the ``ChunkRecipe``: the encoder's weights, the
+    A passage's key is blake2b over its text, keyed by the digest of the ``Fingerprint``: the encoder's weights, the
     tokenizers, the chunker with its k, the pooling. So a passage is encoded once however often it is met, and what
     another encoder made is never found. The rows are those before the projector, which can be trained on without
     making them stale. Beside them stand the chunks' text and tokens, so that ``Passage(id=...)`` is all that a prompt
@@ -72,7 +72,7 @@ class ChunkStore:
     Examples
     --------
     >>> import tempfile
-    >>> recipe = ChunkRecipe("tiny", "1", "2", "3", "fixed, k = 2", "first", True, width=4)
+    >>> recipe = Fingerprint("tiny", "1", "2", "3", "fixed, k = 2", "first", True, width=4)
     >>> folder = tempfile.TemporaryDirectory()
     >>> store = ChunkStore.create(folder.name, recipe)
     >>> chunks = [Chunk("It ra", (5, 6)), Chunk("ined.", (7, 8))]
@@ -84,7 +84,7 @@ class ChunkStore:
     'It rained.'
     """
 
-    def __init__(self, folder: Path, recipe: ChunkRecipe, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, recipe: Fingerprint, dtype: torch.dtype) -> None:
         self.folder = folder.absolute()  # the same from any working directory
         self.recipe = recipe
         self.dtype = dtype
@@ -94,7 +94,7 @@ class ChunkStore:
 
     @classmethod
     def create(
-        cls, folder: str | os.PathLike[str], recipe: ChunkRecipe, dtype: torch.dtype = torch.float32
+        cls, folder: str | os.PathLike[str], recipe: Fingerprint, dtype: torch.dtype = torch.float32
     ) -> ChunkStore:
         """Make an empty store.
 
@@ -102,7 +102,7 @@ class ChunkStore:
         ----------
         folder : path
             Made when it isn't there.
-        recipe : ChunkRecipe
+        recipe : Fingerprint
         dtype : {torch.float32, torch.bfloat16, torch.float16}
             Of the rows on disk.
 
@@ -129,13 +129,13 @@ class ChunkStore:
         return cls(root, recipe, dtype)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], recipe: ChunkRecipe | None = None) -> ChunkStore:
+    def open(cls, folder: str | os.PathLike[str], recipe: Fingerprint | None = None) -> ChunkStore:
         """Open a store.
 
         Parameters
         ----------
         folder : path
-        recipe : ChunkRecipe, optional
+        recipe : Fingerprint, optional
             What the store must have been made by. Without it nothing is compared: for a program that has no encoder,
             only a projector that was trained for this one.
 
@@ -149,7 +149,7 @@ class ChunkStore:
             manifest = json.loads((root / _MANIFEST).read_text())
             if manifest["format"] != _FORMAT:
                 raise StoreError(f"store {root}: has format {manifest['format']}, needs {_FORMAT}")
-            held, dtype = ChunkRecipe(**manifest["recipe"]), DTYPES[manifest["dtype"]]
+            held, dtype = Fingerprint(**manifest["recipe"]), DTYPES[manifest["dtype"]]
         except FileNotFoundError:
             raise _none(root) from None
         except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -157,7 +157,7 @@ class ChunkStore:
         _require(root, held, recipe or held)
         return cls(root, held, dtype)
 
-    def require(self, recipe: ChunkRecipe) -> None:
+    def require(self, recipe: Fingerprint) -> None:
         """Refuse another recipe than the store's.
 
         Raises
@@ -413,7 +413,7 @@ def _none(folder: Path) -> StoreError:
     return StoreError(f"store {folder}: is none, it has no {_MANIFEST}")
 
 
-def _require(folder: Path, held: ChunkRecipe, got: ChunkRecipe) -> None:
+def _require(folder: Path, held: Fingerprint, got: Fingerprint) -> None:
     if held.digest != got.digest:
         raise StoreError(f"store {folder}: " + "; ".join(held.differences(got)))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from refrag.bundle import Parts
+from refrag.bundle import ModelBundle
 from refrag.data.documents import Documents, prefix_ids
 from refrag.model.modeling import RefragForCausalLM
 from refrag.training.likelihood import hidden_rows, logits_of, target_log_probs
@@ -19,7 +19,7 @@ _SEED = 20_250_912  # of the measured samples: the same in every run
 
 @torch.no_grad()
 def reconstruction_accuracy(
-    model: RefragForCausalLM, *, parts: Parts, documents: Documents, samples: int = 256, chunks: int = 1
+    model: RefragForCausalLM, *, parts: ModelBundle, documents: Documents, samples: int = 256, chunks: int = 1
 ) -> dict[str, Any]:
     """Measure how exactly text is written again from its slots.
 
@@ -52,7 +52,13 @@ def reconstruction_accuracy(
 
 @torch.no_grad()
 def next_paragraph_loss(
-    model: RefragForCausalLM, *, parts: Parts, documents: Documents, chunks: int, output_tokens: int, samples: int = 64
+    model: RefragForCausalLM,
+    *,
+    parts: ModelBundle,
+    documents: Documents,
+    chunks: int,
+    output_tokens: int,
+    samples: int = 64,
 ) -> dict[str, Any]:
     """Measure the log-perplexity of what follows a compressed context; ``held_out_loss`` per token."""
     context = chunks * parts.k
@@ -66,7 +72,7 @@ def next_paragraph_loss(
 
 
 @torch.no_grad()
-def target_loss(model: RefragForCausalLM, *, parts: Parts, samples: Sequence[Sample]) -> dict[str, Any]:
+def target_loss(model: RefragForCausalLM, *, parts: ModelBundle, samples: Sequence[Sample]) -> dict[str, Any]:
     """Measure the log-perplexity of samples' targets; ``held_out_loss`` per token."""
     total = 0.0
     for start in range(0, len(samples), 8):

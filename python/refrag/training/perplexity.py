@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from refrag.bundle import Parts
+from refrag.bundle import ModelBundle
 from refrag.data.documents import Documents, prefix_ids
 from refrag.model.inputs import Chunk
 from refrag.model.modeling import RefragForCausalLM
@@ -65,7 +65,7 @@ def value_kept(scores: Mapping[str, float], condition: str) -> float:
 
 @torch.no_grad()
 def measure(
-    parts: Parts,
+    parts: ModelBundle,
     documents: Documents,
     conditions: Conditions,
     *,
@@ -79,7 +79,7 @@ def measure(
 
     Parameters
     ----------
-    parts : Parts
+    parts : ModelBundle
     documents : Documents
         Held out.
     conditions : Conditions
@@ -216,7 +216,7 @@ def _text_sample(before: Sequence[int], output: Sequence[int]) -> Sample:
 
 
 def _losses(
-    parts: Parts, model: RefragForCausalLM, samples: Sequence[Sample], embeds: torch.Tensor | None = None
+    parts: ModelBundle, model: RefragForCausalLM, samples: Sequence[Sample], embeds: torch.Tensor | None = None
 ) -> list[float]:
     prompt, labels = collate_for(parts, samples)
     log_probs, _ = target_log_probs(model, prompt, labels, embeds)

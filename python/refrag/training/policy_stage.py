@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from refrag.adapters import add_policy
-from refrag.bundle import Parts
+from refrag.bundle import ModelBundle
 from refrag.data.documents import Documents, prefix_ids
 from refrag.model.policy import ExpansionPolicy
 from refrag.training.policy_gradient import PolicySettings, policy_optimizer, rollout_rewards, train_policy
@@ -54,7 +54,7 @@ class PolicyStage:
 
 
 def run_policy_stage(
-    parts: Parts,
+    parts: ModelBundle,
     stage: PolicyStage,
     documents: Documents,
     adapter: str | os.PathLike[str],
@@ -66,7 +66,7 @@ def run_policy_stage(
 
     Parameters
     ----------
-    parts : Parts
+    parts : ModelBundle
         With the adapter loaded.
     stage : PolicyStage
     documents : Documents

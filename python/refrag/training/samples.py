@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from refrag.bundle import Parts
+from refrag.bundle import ModelBundle
 from refrag.data.chunking import end_of_chunk
 from refrag.data.documents import Windows
 from refrag.model.inputs import Chunk, MixedPrompt, Passage
@@ -281,7 +281,7 @@ def collate(
     return prompt, prompt.token_ids.masked_fill(~is_target, -100)
 
 
-def collate_for(parts: Parts, samples: Sequence[Sample]) -> tuple[MixedPrompt, torch.Tensor]:
+def collate_for(parts: ModelBundle, samples: Sequence[Sample]) -> tuple[MixedPrompt, torch.Tensor]:
     """Pack samples as a model's configuration wants them; see ``collate``."""
     config = parts.model.config
     return collate(

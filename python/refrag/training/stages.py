@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from refrag.adapters import Trained, merge_state, prepare, save_adapter, trained_state
-from refrag.bundle import Parts
+from refrag.adapters import TrainableSpec, merge_state, prepare, save_adapter, trained_state
+from refrag.bundle import ModelBundle
 from refrag.data.documents import Documents, prefix_ids
 from refrag.model.modeling import RefragForCausalLM
 from refrag.processing.processor import RefragProcessor
@@ -38,7 +38,7 @@ class Stage:
     Attributes
     ----------
     objective : {"reconstruction", "next_paragraph", "answers"}
-    trained : Trained
+    trained : TrainableSpec
     settings : TrainSettings
     max_chunks : int
         The longest context, in chunks.
@@ -53,7 +53,7 @@ class Stage:
     """
 
     objective: str
-    trained: Trained
+    trained: TrainableSpec
     settings: TrainSettings
     max_chunks: int = 256
     curriculum: bool = True
@@ -67,7 +67,7 @@ class Stage:
 
 
 def run_stage(
-    parts: Parts,
+    parts: ModelBundle,
     stage: Stage,
     documents: Documents,
     held_out: Documents,
@@ -80,7 +80,7 @@ def run_stage(
 
     Parameters
     ----------
-    parts : Parts
+    parts : ModelBundle
     stage : Stage
     documents, held_out : Documents
         To train on, and to measure on; disjoint.
@@ -124,7 +124,7 @@ def run_stage(
 
 
 def run_fine_tuning(
-    parts: Parts,
+    parts: ModelBundle,
     stage: Stage,
     questions: Sequence[Mapping[str, Any]],
     held_out: Sequence[Mapping[str, Any]],
@@ -154,7 +154,7 @@ def run_fine_tuning(
 
 
 def _train(
-    parts: Parts,
+    parts: ModelBundle,
     stage: Stage,
     sampler: Sampler,
     evaluate: Callable[[RefragForCausalLM], dict[str, Any]] | None,

@@ -27,7 +27,7 @@ from refrag.integrations.vllm.passages import MARK, MODALITY, GivenPassage, pars
 from refrag.integrations.vllm.reading import ReadPassage, read_passages
 from refrag.model.encoder import TextEmbedder
 from refrag.processing.processor import RefragProcessor
-from refrag.store.fingerprint import ChunkRecipe
+from refrag.store.fingerprint import Fingerprint
 from refrag.store.store import ChunkStore
 
 ENCODER_ROWS = 8192  # of one pass of the encoder: bounds its memory whatever a request holds
@@ -113,7 +113,7 @@ class PassageInfo(BaseProcessingInfo):
         folder = (self.ctx.get_mm_config().mm_processor_kwargs or {}).get("store")
         if folder is None:
             return None
-        recipe = ChunkRecipe.of(self._encoder.encoder, self.processor, self.get_hf_config())
+        recipe = Fingerprint.of(self._encoder.encoder, self.processor, self.get_hf_config())
         return ChunkStore.open(folder, recipe)
 
     def options(self, asked: Mapping[str, Any]) -> dict[str, Any]:
