@@ -119,7 +119,7 @@ def test_standard_input(saved, files):
     ],
 )  # fmt: skip
 def test_every_chooser(saved, files, how):
-    result = run("inspect", files / "bridge.txt", "--model", saved, "--chooser", *how)
+    result = run("inspect", files / "bridge.txt", "--model", saved, "--selector", *how)
     assert result.exit_code == 0, result.output
     expanded, total = map(int, re.search(r"(\d+) of (\d+) chunks", result.stdout).groups())
     share = {
@@ -169,10 +169,10 @@ def test_the_folder_of_a_training_stage(stage, files):
         (("bridge.txt", "--expand", "99"), "--expand: got 99 for prompt 0, needs 0 to "),
         (("bridge.txt", "--expand", "1.5"), "--expand: got '1.5', needs a share such as 0.25"),
         (("bridge.txt", "--expand", "half"), "--expand: got 'half'"),
-        (("bridge.txt", "--chooser", "best"), "--chooser: got 'best', needs one of nothing, everything"),
-        (("bridge.txt", "--chooser", "cosine"), "--expand: got nothing, --chooser cosine needs a share"),
+        (("bridge.txt", "--selector", "best"), "--selector: got 'best', needs one of nothing, everything"),
+        (("bridge.txt", "--chooser", "cosine"), "--expand: got nothing, --selector cosine needs a share"),
         (("bridge.txt", "--chooser", "threshold"), "--threshold: got nothing"),
-        (("bridge.txt", "--threshold", "0.5"), "--threshold: got 0.5, needs --chooser threshold"),
+        (("bridge.txt", "--threshold", "0.5"), "--threshold: got 0.5, needs --selector threshold"),
         (("bridge.txt", "--chooser", "policy", "--expand", "1"), "--policy: got None, needs the folder"),
         (("bridge.txt", "--k", "8"), "--k: got 8, needs 4, which the model was made for"),
         (("missing.txt",), "missing.txt"),

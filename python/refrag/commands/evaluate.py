@@ -35,9 +35,12 @@ def perplexity(
     context: Annotated[int, typer.Option(help="s, the tokens of a context.")] = 256,
     output_tokens: Annotated[int, typer.Option(help="o, the tokens that follow it.")] = 64,
     samples: Annotated[int, typer.Option(help="Contexts of each domain.")] = 128,
-    rates: Annotated[str, typer.Option(help="Compression rates at which choosers expand, separated by commas.")] = "4",
-    choosers: Annotated[
-        str, typer.Option(help="Separated by commas; policy is added where the adapter holds one.")
+    rates: Annotated[str, typer.Option(help="Compression rates at which selectors expand, separated by commas.")] = "4",
+    selectors: Annotated[
+        str,
+        typer.Option(
+            "--selectors", "--choosers", help="Separated by commas; policy is added where the adapter holds one."
+        ),
     ] = "random,perplexity-desc,perplexity-asc,cosine",
     held_out: Annotated[
         float, typer.Option(help="Share of the documents, by content: that of training for a domain it saw, or 1.")
@@ -62,7 +65,7 @@ def perplexity(
             raise ValueError(f"--precision: got {precision!r}, needs bf16 or no")
         parts, policy = load_trained_parts(console, adapter, encoder, decoder)
         parts.model.eval()
-        names = [name.strip() for name in choosers.split(",") if name.strip()]
+        names = [name.strip() for name in selectors.split(",") if name.strip()]
         if policy is not None and "policy" not in names:
             names.append("policy")
         numbers = tuple(float(rate) for rate in rates.split(",") if rate.strip())

@@ -24,7 +24,7 @@ def generate(
     model: options.Model = None,
     k: options.K = None,
     chunker: options.Chunker = "fixed",
-    chooser: options.ChooserName = None,
+    selector: options.SelectorName = None,
     expand: options.Expand = None,
     threshold: options.Threshold = None,
     policy: options.Policy = None,
@@ -47,7 +47,7 @@ def generate(
         if temperature < 0:
             raise ValueError(f"--temperature: got {temperature}, needs 0 or more")
         chosen = options.PromptOptions(
-            passages or [], question, model, k, chunker, chooser, expand, threshold, policy, seed, encoder, decoder,
+            passages or [], question, model, k, chunker, selector, expand, threshold, policy, seed, encoder, decoder,
             store, ids,
         )  # fmt: skip
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -72,7 +72,7 @@ def generate(
         notes.print(_summary(prompt, tokens, streamer.times, start), style="dim", highlight=False, soft_wrap=True)
         warning = caution(model, processor.k)
         if warning is not None and len(prompt.expanded) < len(prompt.chunks):
-            advice = " Take --k 8, a trained --model, or --chooser everything." if warning == UNTRAINED else ""
+            advice = " Take --k 8, a trained --model, or --selector everything." if warning == UNTRAINED else ""
             notes.print(warning + advice, style="yellow", highlight=False, soft_wrap=True)
 
 

@@ -18,7 +18,7 @@ def inspect(
     model: options.Model = None,
     k: options.K = None,
     chunker: options.Chunker = "fixed",
-    chooser: options.ChooserName = None,
+    selector: options.SelectorName = None,
     expand: options.Expand = None,
     threshold: options.Threshold = None,
     policy: options.Policy = None,
@@ -36,7 +36,7 @@ def inspect(
     console = Console()
     with clear_errors(console):
         chosen = options.PromptOptions(
-            passages or [], question, model, k, chunker, chooser, expand, threshold, policy, seed, encoder, decoder,
+            passages or [], question, model, k, chunker, selector, expand, threshold, policy, seed, encoder, decoder,
             store, ids,
         )  # fmt: skip
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

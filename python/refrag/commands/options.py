@@ -39,9 +39,10 @@ Encoder = Annotated[
 Decoder = Encoder
 K = Annotated[int | None, typer.Option("--k", help="Tokens of a chunk; 8, or what the model was made for.")]
 Chunker = Annotated[str, typer.Option(help="How passages are cut: fixed or sentence.")]
-ChooserName = Annotated[
+SelectorName = Annotated[
     str | None,
     typer.Option(
+        "--selector",
         "--chooser",
         help="What picks the chunks to expand: nothing, everything, random, cosine, threshold, perplexity-asc, "
         "perplexity-desc or policy. Cosine when --expand is given alone.",
@@ -51,17 +52,17 @@ Expand = Annotated[
     str | None,
     typer.Option(help="How much to expand: a share of the chunks such as 0.25 or 25%, or a whole number of them."),
 ]
-Threshold = Annotated[float | None, typer.Option(help="For the chooser threshold: cosine to the question, -1 to 1.")]
+Threshold = Annotated[float | None, typer.Option(help="For the selector threshold: cosine to the question, -1 to 1.")]
 Policy = Annotated[
     Path | None,
-    typer.Option(help="For the chooser policy: folder of a saved ExpansionPolicy; the demo's model has its own."),
+    typer.Option(help="For the selector policy: folder of a saved ExpansionPolicy; the demo's model has its own."),
 ]
 Store = Annotated[
     Path | None,
     typer.Option(help="Store that `refrag encode` filled with the passages: their chunks aren't encoded again."),
 ]
 Ids = Annotated[list[str] | None, typer.Option("--id", help="Passage of the store, by its id; may be repeated.")]
-Seed = Annotated[int, typer.Option(help="For the chooser random, and for sampling.")]
+Seed = Annotated[int, typer.Option(help="For the selector random, and for sampling.")]
 
 
 @dataclasses.dataclass
@@ -73,7 +74,7 @@ class PromptOptions:
     model_folder: Path | None
     k: int | None
     chunker: str
-    chooser: str | None
+    selector: str | None
     expand: str | None
     threshold: float | None
     policy: Path | None
@@ -94,10 +95,10 @@ class PromptOptions:
             raise ValueError(f"--id: got {self.ids[0]}, needs --store beside it")
         if not self.files and not self.ids:
             raise ValueError("passages: got none, needs files, or - for standard input, or --id with --store")
-        if self.threshold is not None and self.chooser != "threshold":
-            raise ValueError(f"--threshold: got {self.threshold}, needs --chooser threshold beside it")
-        if self.policy is not None and self.chooser != "policy":
-            raise ValueError(f"--policy: got {self.policy}, needs --chooser policy beside it")
+        if self.threshold is not None and self.selector != "threshold":
+            raise ValueError(f"--threshold: got {self.threshold}, needs --selector threshold beside it")
+        if self.policy is not None and self.selector != "policy":
+            raise ValueError(f"--policy: got {self.policy}, needs --selector policy beside it")
         if self.k is not None and self.k < 1:
             raise ValueError(f"--k: got {self.k}, needs 1 or more")
         self.amount = amount(self.expand)
@@ -137,10 +138,10 @@ class PromptOptions:
         parts.append(self.question.strip())
         if processor.tokenizer.chat_template:
             parts = processor.apply_chat_template([{"role": "user", "content": parts}])
-        chooser, store = self._chooser(processor), self._open_store(processor)
+        selector, store = self._selector(processor), self._open_store(processor)
         try:
             prompt = processor(
-                parts, chooser=chooser, question=self.question.strip(), max_new_tokens=max_new_tokens, store=store,
+                parts, chooser=selector, question=self.question.strip(), max_new_tokens=max_new_tokens, store=store,
                 **self.amount,
             )  # fmt: skip
         except ValueError as error:
@@ -158,26 +159,26 @@ class PromptOptions:
         return ChunkStore.open(self.store, Fingerprint.of(model.encoder, processor, model.config))
 
     def chunk_embeds(self, prompt: MixedPrompt) -> Any:
-        """Return the embeddings that a chooser has made of the prompt's chunks already, or None."""
+        """Return the embeddings that a selector has made of the prompt's chunks already, or None."""
         if self._embedder is None or prompt.chunk_embeds is not None:
             return None
         return self._embedder([chunk.text for chunk in prompt.chunks])
 
-    def _chooser(self, processor: RefragProcessor) -> Selector | None:
+    def _selector(self, processor: RefragProcessor) -> Selector | None:
         from refrag.model.encoder import TextEmbedder
         from refrag.processing import selectors
 
-        name = self.chooser
+        name = self.selector
         if name is None and self.expand is not None:
             name = "cosine"
         if name is None:
             return None
         if name not in selectors.NAMES:
-            raise ValueError(f"--chooser: got {name!r}, needs one of {', '.join(selectors.NAMES)}")
+            raise ValueError(f"--selector: got {name!r}, needs one of {', '.join(selectors.NAMES)}")
         if name in ("random", "cosine", "perplexity-asc", "perplexity-desc", "policy") and self.expand is None:
-            raise ValueError(f"--expand: got nothing, --chooser {name} needs a share or a number of chunks")
+            raise ValueError(f"--expand: got nothing, --selector {name} needs a share or a number of chunks")
         if name == "threshold" and self.threshold is None:
-            raise ValueError("--threshold: got nothing, --chooser threshold needs a cosine from -1 to 1")
+            raise ValueError("--threshold: got nothing, --selector threshold needs a cosine from -1 to 1")
         policy = self._policy(processor.k) if name == "policy" else None
         if name in ("cosine", "threshold", "policy"):
             self._embedder = TextEmbedder(self.model(), processor.encoder_tokenizer)
