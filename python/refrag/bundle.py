@@ -39,17 +39,17 @@ class ModelBundle:
 
         With the preset "tokens" there is no encoder to load: it is made by ``token_encoder``.
         """
-        reader = AutoModelForCausalLM.from_pretrained(decoder)
+        language_model = AutoModelForCausalLM.from_pretrained(decoder)
         tokenizer = encoder_tokenizer = AutoTokenizer.from_pretrained(decoder)
         if preset == "tokens":
             if encoder is not None:
                 raise ValueError(f"encoder: got {encoder}, needs None: preset tokens reads by the decoder's embeddings")
-            writer = token_encoder(reader)
+            text_model = token_encoder(language_model)
         else:
             if encoder is None:
                 raise ValueError(f"encoder: got None, needs a folder or name with preset {preset}")
-            writer, encoder_tokenizer = AutoModel.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
-        model = RefragForCausalLM.from_parts(writer, reader, k, preset=preset, **fields)
+            text_model, encoder_tokenizer = AutoModel.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
+        model = RefragForCausalLM.from_parts(text_model, language_model, k, preset=preset, **fields)
         start_projector(model)
         return cls(model, tokenizer, encoder_tokenizer)
 
@@ -62,12 +62,12 @@ class ModelBundle:
         encoder: str | os.PathLike[str] | None = None,
     ) -> tuple[ModelBundle, ExpansionPolicy | None]:
         """Load the model of an adapter, with the encoder and decoder that it was trained on, and its policy."""
-        reader = AutoModelForCausalLM.from_pretrained(decoder)
+        language_model = AutoModelForCausalLM.from_pretrained(decoder)
         tokenizer = encoder_tokenizer = AutoTokenizer.from_pretrained(decoder)
-        writer = None
+        text_model = None
         if encoder is not None:
-            writer, encoder_tokenizer = AutoModel.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
-        model, policy = load_adapter(adapter, reader, writer)
+            text_model, encoder_tokenizer = AutoModel.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder)
+        model, policy = load_adapter(adapter, language_model, text_model)
         return cls(model, tokenizer, encoder_tokenizer), policy
 
     @property
