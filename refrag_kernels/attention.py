@@ -178,12 +178,12 @@ def mixed_attention(
     """Attention over the packed rows of a batch, restricted to the pairs of rows that a plan allows.
 
     With ``s[i, j] = scale * q[i] . k[j]`` over the allowed pairs, ``out[i]`` is the sum over j of
-    ``softmax_j(s[i, j]) * v[j]``. A row that sees nothing gives 0.
+    ``softmax_j(s[i, j]) * v[j]``. A fully masked row gives 0.
 
     Parameters
     ----------
     q : Tensor [T_q, H_q, D]
-        Query rows of all sequences, one after another: float32, bfloat16 or float16 (the reference also float64). D is
+        Packed query rows of all sequences: float32, bfloat16 or float16 (the reference also float64). D is
         a multiple of 8 up to 256. The last dimension must be contiguous; the others may have any stride.
     k, v : Tensor [T_kv, H_kv, D]
         Keys and values, same dtype and device. H_q must be a multiple of H_kv: query head h reads key/value head
@@ -206,13 +206,13 @@ def mixed_attention(
     out : Tensor [T_q, H_q, D]
         In the dtype of q; computed in float32 (float64 for float64).
     lse : Tensor [T_q, H_q], float32
-        Natural log of the denominator, -inf for a row that sees nothing; only with ``return_lse``. Gradients flow
+        Natural log of the denominator, -inf for a fully masked row; only with ``return_lse``. Gradients flow
         through it.
 
     Raises
     ------
     TypeError, ValueError
-        If dtypes, devices, shapes or strides don't fit, or the plan was made for other row counts.
+        If dtypes, devices, shapes or strides don't match, or the plan was made for other row counts.
 
     Notes
     -----

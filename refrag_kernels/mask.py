@@ -1,4 +1,4 @@
-"""ChunkMask: which chunk may look at which chunk."""
+"""ChunkMask: which chunk may attend to which chunk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 class MaskKind(enum.IntEnum):
-    """How a mask is held; the numbers are the planner's."""
+    """How a mask is represented; the numbers are the planner's."""
 
     FULL = 0
     PASSAGES = 1
@@ -22,20 +22,19 @@ class MaskKind(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChunkMask:
-    """The answer to "may chunk a look at chunk b?", without a dense rows x rows tensor.
+    """Which chunk may attend to which chunk, without a dense rows x rows tensor.
 
-    Make one with ``full``, ``passages``, ``diagonal``, ``from_dense`` or ``from_csr``. A mask says nothing of
-    causality or windows: those are arguments of ``plan_attention``, and a pair of rows is allowed only where all of
-    them allow it.
+    Create one with ``full``, ``passages``, ``diagonal``, ``from_dense`` or ``from_csr``. Causality and windows are not
+    part of a mask but arguments of ``plan_attention``; a pair of rows is allowed only where all of them allow it.
 
     Attributes
     ----------
     kind : MaskKind
-        Which of the tensors the mask has.
+        Determines which of the tensors are set.
     passage_of_chunk : Tensor, int32 [C]
-        Of ``passages`` alone.
+        Set for ``passages`` only.
     indptr, indices : Tensor, int32 [C + 1], [nnz]
-        Of ``from_csr`` and ``from_dense`` alone.
+        Set for ``from_csr`` and ``from_dense`` only.
 
     Examples
     --------
@@ -72,17 +71,17 @@ class ChunkMask:
 
     @staticmethod
     def full() -> ChunkMask:
-        """Every chunk sees every chunk of its own sequence; with ``causal=True`` this is the paper's decoder."""
+        """Every chunk attends to every chunk of its own sequence; with ``causal=True`` this is the paper's decoder."""
         return ChunkMask(MaskKind.FULL)
 
     @staticmethod
     def diagonal() -> ChunkMask:
-        """A chunk sees only itself: the chunk encoder's mask (REFRAG, section 2)."""
+        """A chunk attends only to itself: the chunk encoder's mask (REFRAG, section 2)."""
         return ChunkMask(MaskKind.DIAGONAL)
 
     @staticmethod
     def passages(passage_of_chunk: torch.Tensor | Sequence[int]) -> ChunkMask:
-        """A chunk of a passage sees shared text and its own passage; shared text sees everything.
+        """A chunk of a passage attends to shared text and its own passage; shared text attends to everything.
 
         This is the pattern of Block-Attention (arXiv 2409.15355), an extension: REFRAG's own decoder is plain causal.
 
@@ -102,12 +101,12 @@ class ChunkMask:
 
     @staticmethod
     def from_dense(allowed: torch.Tensor | Sequence[torch.Tensor]) -> ChunkMask:
-        """Make a mask from bool matrices.
+        """Create a mask from bool matrices.
 
         Parameters
         ----------
         allowed : bool tensor [C, C], or one [c, c] per sequence
-            ``allowed[a, b]``: chunk a may look at chunk b. A row may be empty.
+            ``allowed[a, b]``: chunk a may attend to chunk b. A row may be all False.
 
         Raises
         ------
@@ -135,14 +134,14 @@ class ChunkMask:
 
     @staticmethod
     def from_csr(indptr: torch.Tensor | Sequence[int], indices: torch.Tensor | Sequence[int]) -> ChunkMask:
-        """Make a mask from compressed sparse rows.
+        """Create a mask from compressed sparse rows (CSR).
 
         Parameters
         ----------
         indptr : integer tensor [C + 1]
             Where each chunk's list starts in ``indices``.
         indices : integer tensor [nnz]
-            The chunks of the batch that each chunk may look at, ascending.
+            The chunks of the batch that each chunk may attend to, ascending.
 
         Raises
         ------
@@ -162,7 +161,7 @@ def _integers(name: str, values: torch.Tensor | Sequence[int]) -> torch.Tensor:
     if isinstance(values, torch.Tensor):
         tensor = values
     else:
-        # The device is named, as torch.set_default_device may say another one.
+        # The device is explicit, as torch.set_default_device may have set another one.
         tensor = torch.tensor(values, dtype=None if len(values) else torch.int32, device="cpu")
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name}: got dtype {str(tensor.dtype).removeprefix('torch.')}, needs integers")

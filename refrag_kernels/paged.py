@@ -39,9 +39,9 @@ def paged_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend from the last rows of each sequence to its keys and values in a paged cache.
 
-    Query row i of a sequence (counted from the sequence's start, as are its keys) sees key j when j <= i, the window
-    holds, and j lies in one of the row's visible ranges: ``out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]``. The
-    softmax runs over the keys that the row sees, and over its head's sink.
+    Query row i of a sequence attends to key j if j <= i, the window allows it, and j is in one of the row's visible
+    ranges; rows and keys count from the sequence's start. ``out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]``: the
+    softmax runs over the keys that the row attends to, and over its head's sink.
 
     Parameters
     ----------
@@ -53,19 +53,19 @@ def paged_attention(
     page_table : Tensor, int32 [B, max_pages]
         Page of each block of ``page`` rows. Entries beyond a sequence's length are never read.
     kv_lengths : Tensor, int32 [B]
-        Keys of each sequence in the cache, those of its query rows included. At length 0 the rows see nothing.
+        Keys of each sequence in the cache, those of its query rows included. At length 0 the rows are fully masked.
     q_offsets : Tensor, int32 [B + 1], optional
         First row of each sequence in ``q``: its rows are the last ones of the sequence. A sequence may have none.
         Without it each sequence has one row (decode), so T_q = B.
     visible : VisibleRanges, optional
-        ``(indptr, ranges)``, int32 [T_q + 1] and [R, 2]: the keys that the mask lets each query row see.
+        ``(indptr, ranges)``, int32 [T_q + 1] and [R, 2]: the keys that the mask lets each query row attend to.
     scale : float, optional
         Factor of the dot products; 1 / sqrt(D) by default.
     softcap : float, optional
         Positive. Scores become ``softcap * tanh(scale * q . k / softcap)``.
     window : int or (int, int), optional
-        int w: a row sees keys j > i - w. (left, right): j >= i - left, -1 for no bound; a bound to the right adds
-        nothing, for causality always holds.
+        int w: a row attends to keys j > i - w. (left, right): j >= i - left, -1 for no bound; a bound to the right has
+        no effect, as causality always holds.
     sinks : Tensor, float32 [H_q], optional
         Logits that join each head's denominator and lse, not its output.
     return_lse : bool
@@ -76,20 +76,20 @@ def paged_attention(
     Returns
     -------
     out : Tensor [T_q, H_q, D]
-        In the dtype of ``q``. 0 for a row that sees nothing.
+        In the dtype of ``q``. 0 for a fully masked row.
     lse : Tensor [T_q, H_q], if ``return_lse``
-        float32 (float64 for float64), natural log. For a row that sees nothing -inf, or its head's sink.
+        float32 (float64 for float64), natural log. For a fully masked row -inf, or its head's sink.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument's dtype, shape, device, stride or (on the CPU) value doesn't fit; names the argument.
+        If an argument's dtype, shape, device, stride or (on the CPU) value is wrong; names the argument.
     RuntimeError
         If no allowed backend can serve the call, or if the result is differentiated: this op is for inference.
 
     Notes
     -----
-    The cache's dtype decides under autocast: ``q`` is cast to it, the pages never are.
+    Under autocast ``q`` is cast to the dtype of the cache; the pages never are cast.
 
     Examples
     --------
@@ -151,10 +151,10 @@ def append_kv(
     Raises
     ------
     TypeError, ValueError
-        If an argument's dtype, shape, device, stride or (on the CPU) value doesn't fit; names the argument.
+        If an argument's dtype, shape, device, stride or (on the CPU) value is wrong; names the argument.
 
     RuntimeError
-        If pages require grad while gradients are recorded: the op has none to give.
+        If pages require grad while gradients are recorded: the op has no backward.
 
     Notes
     -----
@@ -188,7 +188,7 @@ def merge_states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge attention over two disjoint sets of keys into attention over both.
 
-    ``lse = log(exp(lse_a) + exp(lse_b))`` and ``out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b``; exact, for an
+    ``lse = log(exp(lse_a) + exp(lse_b))`` and ``out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b``; exact, as an
     lse is the log of a softmax's denominator.
 
     Parameters
@@ -210,7 +210,7 @@ def merge_states(
     Raises
     ------
     TypeError, ValueError
-        If an argument's dtype, shape, device or stride doesn't fit; names the argument.
+        If an argument's dtype, shape, device or stride is wrong; names the argument.
 
     Notes
     -----
@@ -256,7 +256,7 @@ def _check_cache(
     validation.check_dtype("k_pages", k_pages, rows.dtype)
     validation.check_dtype("v_pages", v_pages, rows.dtype)
     validation.check_shape(rows_name, rows, "T", "H", "D")
-    validation.check_head_width(rows_name, rows)
+    validation.check_head_dim(rows_name, rows)
     validation.check_shape("k_pages", k_pages, "P", "page", "H_kv", rows.shape[-1])
     validation.check_shape("v_pages", v_pages, *k_pages.shape)
     if k_pages.shape[1] == 0 or k_pages.shape[2] == 0:

@@ -1,4 +1,4 @@
-"""plan_attention: from a layout and a mask to the tiles that every backend's attention walks."""
+"""plan_attention: from a layout and a mask to the tiles that the attention kernels of all backends iterate over."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from refrag_kernels.validation import as_int, unchecked, window_bounds
 
 TILE = 16  # rows of a query block and keys of a tile, as in csrc/planner/planner.h
 
-# Each section of a plan starts at a multiple of 64 bytes: a cache line, and more than any vector load asks for.
+# Each section of a plan starts at a multiple of 64 bytes: a cache line, and more than any vector load needs.
 _ALIGNMENT = 16  # in int32 words
 
 
 def _field(*shape: int):
-    """Declare a field of the plan: the width of its rows in int32 words."""
+    """Declare a field of the plan: the shape of its rows, in int32 words."""
     return dataclasses.field(metadata={"row_shape": shape})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """What attention kernels walk: made once a batch by ``plan_attention``, used by every layer and the backward pass.
+    """What attention kernels iterate over: made once per batch by ``plan_attention``, used by all layers and backward.
 
     The rows of each sequence are cut into blocks of 16 query rows and tiles of 16 key rows, counted from the sequence's
-    first row. A pair of block and tile is skipped, full (every row sees every key) or partial. All fields are int32
-    tensors on one device. Under a ``capacity`` they are longer than what is used: ``sizes`` tells how much is.
+    first row. A pair of block and tile is skipped, full (every row attends to every key) or partial. All fields are
+    int32 tensors on one device. Under a ``capacity`` they are longer than what is used, which ``sizes`` holds.
 
     Attributes
     ----------
@@ -42,18 +42,18 @@ class AttentionPlan:
     q_blocks : [NB, 4]
         First query row, number of rows (1 to 16), first key row of its sequence, number of key rows of its sequence.
     full_offsets, full_ranges : [NB + 1], [F, 2]
-        Key rows [start, end) that every row of a block sees, whole tiles.
+        Key rows [start, end) that every row of a block attends to, whole tiles.
     partial_offsets, partial_keys, partial_bits : [NB + 1], [P], [P, 8]
-        First key row of a tile that some rows see in part; bit ``16 * (r % 2) + c`` of word ``r // 2``: row r of the
-        block sees key c of the tile. The bits hold mask, causality, window and the ends of the sequence.
+        First key row of a partial tile; bit ``16 * (r % 2) + c`` of word ``r // 2``: row r of the block attends to key
+        c of the tile. The bits combine mask, causality, window and the ends of the sequence.
     kv_blocks : [NK, 4]
         First key row, number of rows (1 to 16), first query row of its sequence, number of query rows of its sequence.
     full_t_offsets, full_t_ranges : [NK + 1], [FT, 2]
-        The transpose, for the backward pass: query rows [start, end), whole blocks, that see every key of a tile.
+        The transpose, for the backward pass: query rows [start, end), whole blocks, that attend to every key of a tile.
     partial_t_offsets, partial_t_tiles : [NK + 1], [P, 2]
         Query block, and index into ``partial_keys`` and ``partial_bits``.
     tiles : tuple of Tensor
-        The lists of ``refrag_kernels.tile_lists``, which GPU kernels walk; on the CPU there are none.
+        The lists of ``refrag_kernels.tile_lists``, which GPU kernels iterate over; empty on the CPU.
 
     Raises
     ------
@@ -79,7 +79,7 @@ class AttentionPlan:
     tiles: tuple[torch.Tensor, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check the tensors, and on the CPU their values: kernels follow them without another look."""
+        """Check the tensors, and on the CPU their values: kernels follow them unchecked."""
         plan_values.check({name: getattr(self, name) for name in _FIELDS}, list(_FIELDS.values()), self.tiles)
 
     def tensors(self) -> list[torch.Tensor]:
@@ -108,7 +108,7 @@ class AttentionPlan:
         return _from_buffer, (_buffer_of(self), _shapes(self))
 
     def stats(self) -> dict[str, int]:
-        """Count the pairs and tiles of the plan. Waits for the device, so it is for inspection, not for hot paths.
+        """Count the pairs and tiles of the plan. Synchronizes with the device: for inspection, not for hot paths.
 
         Returns
         -------
@@ -245,9 +245,9 @@ def plan_attention(
     out: AttentionPlan | None = None,
     device: torch.device | str | None = None,
 ) -> AttentionPlan:
-    """Make the plan of a batch: which tiles of rows and keys attention has to compute, and which pairs of a tile count.
+    """Plan the attention of a batch: which tiles of rows and keys have to be computed, and which pairs of a tile count.
 
-    With i and j the row numbers inside one sequence, query row i may look at key row j iff ``mask[chunk(i), chunk(j)]``
+    With i and j the row numbers within one sequence, query row i attends to key row j iff ``mask[chunk(i), chunk(j)]``
     and (not causal or j <= i) and the window holds.
 
     Parameters
@@ -257,7 +257,7 @@ def plan_attention(
     mask : ChunkMask, optional
         Default ``ChunkMask.full()``.
     causal : bool
-        Whether a row sees no later row.
+        Whether a row attends to no later row.
     window : int or (int, int), optional
         An int w allows j > i - w and needs ``causal``. A pair (left, right) allows i - left <= j <= i + right; -1 means
         no bound.
@@ -278,7 +278,7 @@ def plan_attention(
     Raises
     ------
     ValueError
-        If mask, layouts, window and capacity don't fit each other; the message names the argument.
+        If mask, layouts, window and capacity don't match; the message names the argument.
 
     Examples
     --------

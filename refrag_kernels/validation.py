@@ -20,16 +20,16 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT32_MAX = 2**31 - 1
 _PLAIN = frozenset((type(None), str, int, torch.device))
 _MOST_REMEMBERED = 1024  # kinds of arguments, of a few hundred bytes each
-MAX_HEAD_WIDTH = 256  # what the kernels' registers and shared memory are laid out for
+MAX_HEAD_DIM = 256  # what the kernels' registers and shared memory are laid out for
 
 
-# Where autocast works, and what it casts into each other; float64 it leaves alone.
+# The devices and dtypes of autocast, which leaves float64 alone.
 AUTOCAST_DEVICES = ("cpu", "cuda")
 AUTOCAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def autocast_is_on(device: torch.device) -> bool:
-    """Return whether ops on ``device`` run under autocast; torch knows no answer for some devices, such as meta."""
+    """Return whether ops on ``device`` run under autocast; torch can't say for some devices, such as meta."""
     return device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type)
 
 
@@ -145,16 +145,16 @@ def check_last_contiguous(**tensors: torch.Tensor) -> None:
             raise ValueError(f"{name}: got stride {tensor.stride(-1)} in its last dimension, needs 1 (contiguous)")
 
 
-def check_head_width(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError unless the last dimension of ``tensor`` is a head width that the kernels know."""
-    width = tensor.shape[-1]
-    if width % 8 or not 0 < width <= MAX_HEAD_WIDTH:
-        raise ValueError(f"{name}: got a head width D of {width}, needs a multiple of 8 up to {MAX_HEAD_WIDTH}")
+def check_head_dim(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError unless the last dimension of ``tensor`` is a head dimension that the kernels support."""
+    head_dim = tensor.shape[-1]
+    if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{name}: got head_dim {head_dim}, needs a multiple of 8 up to {MAX_HEAD_DIM}")
 
 
 def check_heads(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None) -> None:
-    """Check head counts and the head width of q [T_q, H_q, D] and of keys whose last two dimensions are H_kv, D."""
-    check_head_width("q", q)
+    """Check head counts and the head_dim of q [T_q, H_q, D] and of keys whose last two dimensions are H_kv, D."""
+    check_head_dim("q", q)
     heads = q.shape[1]
     if k.shape[-2] == 0 or heads % k.shape[-2]:
         raise ValueError(f"q: got {heads} heads, needs a multiple of the {k.shape[-2]} key/value heads")

@@ -1,4 +1,4 @@
-"""visible_ranges: the mask's row for a query, as ranges of key rows."""
+"""visible_ranges: the keys that a query row may attend to, as ranges."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from refrag_kernels.validation import check_dtype, check_shape
 
 
 class VisibleRanges(NamedTuple):
-    """The key rows that some query rows may look at, by the chunk mask alone.
+    """The key rows that some query rows may attend to, by the chunk mask alone.
 
     Attributes
     ----------
@@ -31,16 +31,16 @@ class VisibleRanges(NamedTuple):
 def visible_ranges(
     layout: ChunkLayout, mask: ChunkMask, rows: torch.Tensor, out: VisibleRanges | None = None
 ) -> VisibleRanges:
-    """Return the key rows that some rows of a layout may look at under a chunk mask, as ranges.
+    """Return the key rows that some rows of a layout may attend to under a chunk mask, as ranges.
 
-    This is what ``paged_attention`` takes as ``visible``: it adds causality and windows itself.
+    ``paged_attention`` takes the result as ``visible``, and applies causality and windows itself.
 
     Parameters
     ----------
     layout : ChunkLayout
         Chunks of the rows in the cache.
     mask : ChunkMask
-        Which chunk may look at which chunk.
+        Which chunk may attend to which chunk.
     rows : integer tensor [T_q]
         Packed rows of ``layout``: the query rows, in the order in which they are passed to ``paged_attention``.
     out : VisibleRanges, optional
@@ -57,7 +57,7 @@ def visible_ranges(
     IndexError
         If a row is outside the layout.
     ValueError
-        If the mask does not fit the layout or ``out`` is too small.
+        If the mask does not match the layout or ``out`` is too small.
 
     Examples
     --------

@@ -85,10 +85,10 @@ def by_triton(plan: rk.AttentionPlan, group: int, width: int) -> float:
     from refrag_kernels.triton_kernels import attention, launch
 
     tiles = attention.tiles_of("forward", _ARCHITECTURE, plan.tensors(), group, launch.width(width), 2, False)
-    units, _, _ = tile_lists.tensors_of(plan.tiles, tile_lists.TileList(False, tiles.blocks))
-    _, entries, full, _, _ = units.long().diff(dim=0).unbind(1)
+    work_items, _, _ = tile_lists.tensors_of(plan.tiles, tile_lists.TileList(False, tiles.blocks))
+    _, partial, full, _, _ = work_items.long().diff(dim=0).unbind(1)
     steps = tiles.block_n // TILE
-    keys = full * 64 + (entries + steps - 1) // steps * tiles.block_n
+    keys = full * 64 + (partial + steps - 1) // steps * tiles.block_n
     programs = -(-group // tiles.heads)  # of a tile; the last one may lack heads
     return float(keys.sum()) * 16 * tiles.blocks * tiles.heads * programs / group
 

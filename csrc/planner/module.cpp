@@ -139,22 +139,23 @@ Side side_of(const PlanArray<uintptr_t>& fields, bool keys) {
   return side;
 }
 
-// Rows of units, ranges, entries and slots.
+// Rows of work items, ranges, partial tiles and partials.
 std::array<int64_t, 4> rows_of(const TileLists& lists) {
-  return {static_cast<int64_t>(lists.units.size()), static_cast<int64_t>(lists.ranges.size()),
-          static_cast<int64_t>(lists.entries.size() / (2 + lists.group)), static_cast<int64_t>(lists.slots.size())};
+  return {static_cast<int64_t>(lists.work_items.size()), static_cast<int64_t>(lists.ranges.size()),
+          static_cast<int64_t>(lists.partial_tiles.size() / (2 + lists.group)),
+          static_cast<int64_t>(lists.partials.size())};
 }
 
-// Writes units, ranges, entries and slots to these words of the buffer, with room for `rows`. Units beyond the last one
-// have nothing to do, for groups beyond the last one; slots beyond the last one are of none, -1. With room for fewer
-// tensors only the first ones are written.
+// Writes work items, ranges, partial tiles and partials at these word offsets of the buffer, with room for `rows` of
+// each. Work items beyond the last one are empty, for groups beyond the last one; partials beyond the last one belong
+// to no group (-1). With room for fewer tensors only the first ones are written.
 void write_lists(const TileLists& lists, uintptr_t buffer, const std::vector<int64_t>& offsets,
                  const std::vector<int64_t>& rows) {
-  static_assert(sizeof(Unit) == 5 * sizeof(int32_t));
+  static_assert(sizeof(WorkItem) == 5 * sizeof(int32_t));
   const auto used = rows_of(lists);
   const std::array<int64_t, 4> widths{5, 2, 2 + lists.group, 1};
-  const std::array<const void*, 4> data{lists.units.data(), lists.ranges.data(), lists.entries.data(),
-                                        lists.slots.data()};
+  const std::array<const void*, 4> data{lists.work_items.data(), lists.ranges.data(), lists.partial_tiles.data(),
+                                        lists.partials.data()};
   if (offsets.size() != rows.size() || rows.size() > used.size())
     throw std::invalid_argument("tile list buffer is of no list");
   for (size_t i = 0; i < rows.size(); ++i) {
@@ -164,10 +165,10 @@ void write_lists(const TileLists& lists, uintptr_t buffer, const std::vector<int
     if (words) std::memcpy(out, data[i], words * sizeof(int32_t));
     std::fill(out + words, out + room, i == 3 ? -1 : 0);
   }
-  Unit* units = reinterpret_cast<Unit*>(reinterpret_cast<int32_t*>(buffer) + offsets[0]);
+  WorkItem* work_items = reinterpret_cast<WorkItem*>(reinterpret_cast<int32_t*>(buffer) + offsets[0]);
   for (int64_t i = used[0]; i < rows[0]; ++i) {
-    units[i] = units[i - 1];
-    ++units[i].group;
+    work_items[i] = work_items[i - 1];
+    ++work_items[i].group;
   }
 }
 

@@ -34,9 +34,9 @@ TileLists list_groups(const Side& side, int32_t group) {
   TileLists lists{group, {}, {}, {}, {}};
   int32_t steps = 0;
   const auto mark = [&] {
-    const int32_t number = static_cast<int32_t>(lists.units.size());
-    lists.units.push_back({static_cast<int32_t>(lists.ranges.size()),
-                           static_cast<int32_t>(lists.entries.size() / (2 + group)), steps, number, -1});
+    const int32_t number = static_cast<int32_t>(lists.work_items.size());
+    lists.work_items.push_back({static_cast<int32_t>(lists.ranges.size()),
+                                static_cast<int32_t>(lists.partial_tiles.size() / (2 + group)), steps, number, -1});
   };
   std::vector<Cursor> cursors;
   std::vector<int32_t> codes(group);
@@ -58,9 +58,9 @@ TileLists list_groups(const Side& side, int32_t group) {
       }
       const bool whole_group = begin == first && end == last;
       const auto emit = [&](int32_t row) {
-        lists.entries.push_back(row);
-        lists.entries.push_back(std::min(kTile, other_end - row));
-        lists.entries.insert(lists.entries.end(), codes.begin(), codes.end());
+        lists.partial_tiles.push_back(row);
+        lists.partial_tiles.push_back(std::min(kTile, other_end - row));
+        lists.partial_tiles.insert(lists.partial_tiles.end(), codes.begin(), codes.end());
       };
       int32_t row = other_start;
       for (;;) {
@@ -97,27 +97,27 @@ TileLists list_groups(const Side& side, int32_t group) {
   return lists;
 }
 
-// Steps of a unit's ranges and of its entries, which fill a step by fours.
-int32_t work_of(const Unit& unit, const Unit& next) {
-  constexpr int32_t kEntries = kStep / kTile;
-  return next.steps - unit.steps + (next.entry - unit.entry + kEntries - 1) / kEntries;
+// Steps of a work item's ranges and of its partial tiles, which fill a step by fours.
+int32_t work_of(const WorkItem& item, const WorkItem& next) {
+  constexpr int32_t kTilesPerStep = kStep / kTile;
+  return next.steps - item.steps + (next.partial_tile - item.partial_tile + kTilesPerStep - 1) / kTilesPerStep;
 }
 
-// Cuts groups into parts of up to `most` steps: ranges at their steps, entries by fours.
+// Cuts groups into parts of up to `most` steps: ranges at their steps, partial tiles by fours.
 void split_groups(TileLists& lists, int32_t most) {
-  const std::vector<Unit> groups = std::move(lists.units);
+  const std::vector<WorkItem> groups = std::move(lists.work_items);
   const std::vector<Interval> ranges = std::move(lists.ranges);
-  lists.units.clear();
+  lists.work_items.clear();
   lists.ranges.clear();
   int32_t steps = 0;
   for (size_t i = 0; i + 1 < groups.size(); ++i) {
-    const Unit &group = groups[i], &next = groups[i + 1];
+    const WorkItem &group = groups[i], &next = groups[i + 1];
     const bool cut = work_of(group, next) > most;
-    int32_t left = 0, entry = group.entry;  // steps that the current part may still take
+    int32_t left = 0, tile = group.partial_tile;  // steps that the current part may still take
     const auto start = [&] {
-      const int32_t slot = cut ? static_cast<int32_t>(lists.slots.size()) : -1;
-      if (cut) lists.slots.push_back(group.group);
-      lists.units.push_back({static_cast<int32_t>(lists.ranges.size()), entry, steps, group.group, slot});
+      const int32_t partial = cut ? static_cast<int32_t>(lists.partials.size()) : -1;
+      if (cut) lists.partials.push_back(group.group);
+      lists.work_items.push_back({static_cast<int32_t>(lists.ranges.size()), tile, steps, group.group, partial});
       left = cut ? most : kNever;
     };
     start();
@@ -131,23 +131,23 @@ void split_groups(TileLists& lists, int32_t most) {
         left -= taken;
       }
     }
-    for (; cut && entry < next.entry; --left) {
+    for (; cut && tile < next.partial_tile; --left) {
       if (left == 0) start();
-      entry = std::min(entry + kStep / kTile, next.entry);
+      tile = std::min(tile + kStep / kTile, next.partial_tile);
     }
   }
-  lists.units.push_back(groups.back());
-  lists.units.back().range = static_cast<int32_t>(lists.ranges.size());
+  lists.work_items.push_back(groups.back());
+  lists.work_items.back().range = static_cast<int32_t>(lists.ranges.size());
 }
 
 }  // namespace
 
 TileLists make_tile_lists(const Side& side, int32_t group, bool split) {
   TileLists lists = list_groups(side, group);
-  const int64_t groups = static_cast<int64_t>(lists.units.size()) - 1;
+  const int64_t groups = static_cast<int64_t>(lists.work_items.size()) - 1;
   if (!split || groups == 0) return lists;
   int64_t work = 0;
-  for (int64_t i = 0; i < groups; ++i) work += work_of(lists.units[i], lists.units[i + 1]);
+  for (int64_t i = 0; i < groups; ++i) work += work_of(lists.work_items[i], lists.work_items[i + 1]);
   split_groups(lists, static_cast<int32_t>(std::max<int64_t>(kLeastSplit, 2 * work / groups)));
   return lists;
 }

@@ -24,7 +24,7 @@ _SUM_ROWS = 16  # of a tile's 64, whose parts are added up by one program
 
 
 def _list(plan: Sequence[torch.Tensor], which: TileList) -> Sequence[torch.Tensor]:
-    """Return units, ranges, entries and slots of a tile list."""
+    """Return the work items, ranges, partial tiles and partials of a tile list."""
     return tensors_of(plan[len(PlanField) :], which)
 
 
@@ -39,21 +39,21 @@ class Tiles(NamedTuple):
 
 
 def tiles_of(
-    kernel: str, target: str, plan: Sequence[torch.Tensor], group: int, width: int, element_size: int, softcap: bool
+    kernel: str, target: str, plan: Sequence[torch.Tensor], group: int, head_dim: int, element_size: int, softcap: bool
 ) -> Tiles:
     """Return how ``kernel`` ("forward", "dq") divides a plan's work for ``group`` query heads per key/value head.
 
-    Four heads and more fill a tile with the rows of one block, whose keys are exactly those that the plan lists; fewer
-    take the rows of four blocks, which share most of their keys, as do heads that would leave a quarter of a tile
-    empty. Where blocks see few keys they don't: each is a tile, as it is where 64 rows don't fit in shared memory.
+    Four heads and more fill a tile with the rows of one block, whose keys are exactly those that the plan lists. Fewer
+    heads, and heads that would leave a quarter of a tile empty, take the rows of four blocks, which share most of their
+    keys. With short KV they don't share them: each block is a tile, as it is where 64 rows don't fit in shared memory.
     """
     heads = min(8, launch.power_of_2(group))
     if 4 * group <= 3 * heads:
         heads = group & -group  # the largest power of 2 that divides it
     if _short_kv(plan):
-        config = configs.short_kv(heads, target, width, element_size, softcap)
+        config = configs.short_kv(heads, target, head_dim, element_size, softcap)
         return Tiles(config.block_m // 16, 1, config.block_n, config.num_warps, config.num_stages)
-    config = configs.attention(kernel, target, width, element_size, softcap)
+    config = configs.attention(kernel, target, head_dim, element_size, softcap)
     blocks = 4 if heads <= 2 and config.block_m >= 64 else 1
     heads = max(1, min(heads, config.block_m // (16 * blocks)))
     # A tile that is smaller than the configuration allows needs fewer warps; four share a matrix unit's work evenly.
@@ -62,38 +62,40 @@ def tiles_of(
 
 
 def _short_kv(plan: Sequence[torch.Tensor]) -> bool:
-    """Whether blocks of 16 rows see fewer than 64 keys on average, as in the encoder, whose chunks see themselves.
+    """Return whether blocks of 16 rows attend to fewer than 64 keys on average, as in the encoder.
 
-    Four blocks that share a tile would then share few of them, and 64 keys are what other tiles take at a time. Chunks
-    of up to 32 rows are such, wherever they begin: a block of 16 rows lies in two or three of them.
+    Four blocks that share a tile would then have few keys in common, and other tiles take 64 keys per iteration. Chunks
+    of up to 32 rows that attend to themselves are such a case, wherever they begin: a block of 16 rows lies in two or
+    three of them.
 
-    Told from the sizes of lists, so nothing is read from the device. Lists are never shorter than 2, so plans of a few
-    blocks don't tell; and under a capacity they are as long as any batch needs.
+    Decided by the sizes of lists, so nothing is read from the device. Lists never have fewer than 2 rows, so plans of a
+    few blocks can't be judged; and under a capacity lists are as long as any batch needs.
     """
     blocks = plan[PlanField.Q_BLOCKS].shape[0]
-    _, ranges, entries = _list(plan, TileList(False, 1))
-    return blocks >= 8 and ranges.shape[0] <= 2 and entries.shape[0] < 4 * blocks
+    _, ranges, partial_tiles = _list(plan, TileList(False, 1))
+    return blocks >= 8 and ranges.shape[0] <= 2 and partial_tiles.shape[0] < 4 * blocks
 
 
 def _query_tiles(kernel, q, k, v, plan: Sequence[torch.Tensor], softcap: float):
     """Return grid, plan arguments, order, constants and options of a kernel that works by tiles of query rows."""
     target = launch.architecture(q.device)
-    group, width = q.shape[1] // k.shape[1], launch.width(q.shape[2])
-    tiles = tiles_of(kernel, target, plan, group, width, q.element_size(), softcap > 0)
-    units, ranges, entries = _list(plan, TileList(False, tiles.blocks))
-    grid = (units.shape[0] - 1, k.shape[1] * -(-group // tiles.heads))
+    group, block_d = q.shape[1] // k.shape[1], launch.width(q.shape[2])
+    tiles = tiles_of(kernel, target, plan, group, block_d, q.element_size(), softcap > 0)
+    work_items, ranges, partial_tiles = _list(plan, TileList(False, tiles.blocks))
+    grid = (work_items.shape[0] - 1, k.shape[1] * -(-group // tiles.heads))
     constants = dict(
         GROUP=group,
         HEADS=tiles.heads,
         BLOCKS=tiles.blocks,
         STEP=tiles.block_n,
         D=q.shape[2],
-        BD=width,
+        BD=block_d,
         WIDE=launch.wide(tiles.block_n, k.stride(0), v.stride(0)),
         PRECISION=launch.precision(q.dtype, target),
     )
     options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    walk = (plan[PlanField.SIZES], plan[PlanField.Q_BLOCKS], plan[PlanField.PARTIAL_BITS], units, ranges, entries)
+    fields = (plan[field] for field in (PlanField.SIZES, PlanField.Q_BLOCKS, PlanField.PARTIAL_BITS))
+    walk = (*fields, work_items, ranges, partial_tiles)
     return grid, walk, grid_order.order_of(k).columns(grid[1], k.shape[1]), constants, options
 
 
@@ -171,30 +173,30 @@ def _delta(grad_out, grad_lse, out, lse, sizes, sinks) -> tuple[torch.Tensor, to
 
 def _key_gradients(inputs, dk, dv, plan, scale, softcap) -> None:
     q, k, v, grad_out, lse, _ = inputs
-    target, width, columns = launch.architecture(q.device), launch.width(q.shape[2]), q.shape[2]
-    config = configs.attention("dkv", target, width, q.element_size(), softcap > 0)
-    units, ranges, entries, slots = _list(plan, TileList(True, 4))
+    target, block_d, columns = launch.architecture(q.device), launch.width(q.shape[2]), q.shape[2]
+    config = configs.attention("dkv", target, block_d, q.element_size(), softcap > 0)
+    work_items, ranges, partial_tiles, partials = _list(plan, TileList(True, 4))
     kv_blocks = plan[PlanField.KV_BLOCKS]
-    parts, kv_heads, num_slots = 64 // config.block_m, k.shape[1], slots.shape[0]
-    sums = lse  # not written: no unit has a slot
-    programs = (units.shape[0] - 1) * parts
-    # Units are alike in work, and share so much of what they read that heads need no sections. An axis of the grid but
-    # the first has 65,535 programs at most.
+    parts, kv_heads, num_partials = 64 // config.block_m, k.shape[1], partials.shape[0]
+    sums = lse  # not written: no work item has a partial
+    programs = (work_items.shape[0] - 1) * parts
+    # Work items are alike in cost, and share so much of what they read that heads need no sections. All axes of the
+    # grid but the first have at most 65,535 programs.
     heads_first = grid_order.heads_first() and programs < 2**16
-    split = num_slots > 2  # two are what a list without any has
+    split = num_partials > 2  # a list without partials has two rows
     if split:
-        sums = torch.empty(2, num_slots, kv_heads, 64, columns, dtype=torch.float32, device=q.device)
+        sums = torch.empty(2, num_partials, kv_heads, 64, columns, dtype=torch.float32, device=q.device)
     mixed_attention_bwd_dkv_kernel[(kv_heads, programs) if heads_first else (programs, kv_heads)](
-        *inputs, dk, dv, sums, plan[PlanField.SIZES], kv_blocks, plan[PlanField.PARTIAL_BITS], units, ranges, entries,
-        scale, softcap, k.shape[0], kv_blocks.shape[0], num_slots, *_strides(q, k, v, grad_out, dk),
+        *inputs, dk, dv, sums, plan[PlanField.SIZES], kv_blocks, plan[PlanField.PARTIAL_BITS], work_items, ranges,
+        partial_tiles, scale, softcap, k.shape[0], kv_blocks.shape[0], num_partials, *_strides(q, k, v, grad_out, dk),
         GROUP=q.shape[1] // kv_heads, KEYS=config.block_m,
-        STEP=config.block_n, D=columns, BD=width,
+        STEP=config.block_n, D=columns, BD=block_d,
         WIDE=launch.wide(config.block_n, q.stride(0), grad_out.stride(0)), SOFTCAP=softcap > 0,
         PRECISION=launch.precision(q.dtype, target), TILES=int(heads_first),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if split:
-        mixed_attention_bwd_sum_kernel[(num_slots, kv_heads, 64 // _SUM_ROWS)](
-            sums, slots, kv_blocks, dk, dv, num_slots, kv_blocks.shape[0], *dk.stride()[:2], ROWS=_SUM_ROWS, D=columns,
-            BD=width,
+        mixed_attention_bwd_sum_kernel[(num_partials, kv_heads, 64 // _SUM_ROWS)](
+            sums, partials, kv_blocks, dk, dv, num_partials, kv_blocks.shape[0], *dk.stride()[:2], ROWS=_SUM_ROWS,
+            D=columns, BD=block_d,
         )  # fmt: skip

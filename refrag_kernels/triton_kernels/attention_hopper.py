@@ -16,7 +16,7 @@ from refrag_kernels.triton_kernels import launch
 WIDTH = 128  # of a head
 _ROWS = 64  # of a consumer
 _ITEM_COST = 1  # of an item's first and last instructions, in pieces of 64 keys
-_ENTRY_COST = 0.4  # of a tile of 16 keys that a block sees in part: more than a quarter, for its mask
+_PARTIAL_COST = 0.4  # of a partial tile of 16 keys: more than a quarter, for its mask
 _VERSIONS = ((3, 6), (3, 7))  # of Triton, whose Gluon the kernel is written in
 _ALIGNMENT = 16  # bytes, of what TMA copies
 
@@ -31,10 +31,10 @@ class Config(NamedTuple):
     block_n: int = 128  # keys per iteration: 64 or 128
     num_stages: int = 2  # blocks of keys, and as many of values, in shared memory
     blocks: int = 4
-    warpgroups: int = 2  # consumers: two in a block of threads, or one in each of two blocks
+    warpgroups: int = 2  # consumers: two in a CTA, or one in each of two CTAs
     consumer_registers: int = 232  # of a thread of two consumers; a single one has what the producer leaves
     producer_registers: int = 40
-    masks: bool = False  # whether tiles may see keys in part
+    masks: bool = False  # whether there may be partial tiles
     in_turn: bool = False  # whether two consumers issue their products one after the other
 
     @property
@@ -54,7 +54,7 @@ class Config(NamedTuple):
 
     @property
     def resident(self) -> int:
-        """Blocks of threads of a multiprocessor."""
+        """CTAs of a multiprocessor (the occupancy)."""
         return 2 // self.warpgroups
 
     @property
@@ -88,8 +88,8 @@ def divide(
     Parameters
     ----------
     plan : AttentionPlan
-        Without ``config.masks``, its tiles of ``config.blocks`` blocks must see whole ranges of 64 keys and nothing
-        else, as they do where chunks are multiples of 64 rows long and the mask is not causal.
+        Without ``config.masks``, its tiles of ``config.blocks`` blocks must attend to whole ranges of 64 keys alone, as
+        they do where chunks are multiples of 64 rows long and the mask is not causal.
     q_heads, kv_heads : int
         H_q and H_kv.
     programs : int, optional
@@ -130,7 +130,7 @@ def divide(
         raise ValueError(
             f"plan: got one with a capacity of {rows[0]} rows, needs one of the {sizes[PlanSize.Q_ROWS]} rows alone"
         )
-    units, ranges, entries = _tile_list(host, config.blocks)
+    work_items, ranges, entries = _tile_list(host, config.blocks)
     if entries.shape[0] and not config.masks:
         raise ValueError(
             f"plan: got {entries.shape[0]} partial tiles in groups of {config.blocks} blocks, needs none, or "
@@ -138,14 +138,14 @@ def divide(
         )
     if programs is None:
         programs = _multiprocessors(plan.device) * config.resident
-    starts, items = _items(units, kv_heads * (group // config.heads), programs)
+    starts, items = _items(work_items, kv_heads * (group // config.heads), programs)
     starts, items, ranges, entries = (tensor.to(plan.device) for tensor in (starts, items, ranges, entries))
     blocks, shapes = plan.q_blocks[: sizes[PlanSize.Q_BLOCKS]], ((rows[0], q_heads), (rows[1], kv_heads))
     return Work(starts, items, ranges, entries, plan.partial_bits, blocks, *shapes, config)
 
 
 def _tile_list(plan: AttentionPlan, group: int) -> list[torch.Tensor]:
-    """Return units, ranges and entries of a plan on the CPU, by groups of so many blocks."""
+    """Return work items, ranges and partial tiles of a plan on the CPU, by groups of so many blocks."""
     built = extension.planner().tile_lists(
         [tensor.data_ptr() for tensor in plan.tensors()[: len(PlanField)]], False, group, False
     )
@@ -160,12 +160,12 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _items(units: torch.Tensor, heads: int, programs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``Work.starts`` and ``Work.items``: every unit for each of ``heads``."""
-    first_range, first_entry = units[:-1, 0].tolist(), units[:-1, 1].tolist()
-    pieces, entries = units[:, 2].diff().tolist(), units[:, 1].diff().tolist()
+def _items(work_items: torch.Tensor, heads: int, programs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``Work.starts`` and ``Work.items``: every work item for each of ``heads``."""
+    first_range, first_entry = work_items[:-1, 0].tolist(), work_items[:-1, 1].tolist()
+    pieces, entries = work_items[:, 2].diff().tolist(), work_items[:, 1].diff().tolist()
     # Equal items go head by head, so that what runs at one time reads the same keys.
-    cost = [keys + _ENTRY_COST * count + _ITEM_COST for keys, count in zip(pieces, entries)]
+    cost = [keys + _PARTIAL_COST * count + _ITEM_COST for keys, count in zip(pieces, entries)]
     order = sorted((-cost[tile], head, tile) for head in range(heads) for tile in range(len(cost)))
     programs = max(1, min(programs, len(order)))
     of_program: list[list[tuple[int, ...]]] = [[] for _ in range(programs)]

@@ -267,8 +267,8 @@ q, kv = torch.randn(rows, 4, 16), torch.randn(rows, 2, 16)
     ("args", "options", "error", "message"),
     [
         ((q, kv[:, [0, 0, 1]], kv[:, [0, 0, 1]]), {}, ValueError, "q: got 4 heads, needs a multiple of the 3"),
-        ((kv[:, :, :12],) * 3, {}, ValueError, "q: got a head width D of 12, needs a multiple of 8 up to 256"),
-        ((torch.randn(rows, 1, 264),) * 3, {}, ValueError, "head width D of 264"),
+        ((kv[:, :, :12],) * 3, {}, ValueError, "q: got head_dim 12, needs a multiple of 8 up to 256"),
+        ((torch.randn(rows, 1, 264),) * 3, {}, ValueError, "head_dim 264"),
         ((q, kv.half(), kv), {}, TypeError, "k: got dtype float16, needs float32, the dtype of q"),
         ((q.int(), kv, kv), {}, TypeError, "q: got dtype int32, needs float32 or bfloat16"),
         ((q, kv.to("meta"), kv), {}, ValueError, "k: got device meta, needs cpu, the device of q"),

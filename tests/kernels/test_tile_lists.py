@@ -23,7 +23,9 @@ def tile_lists_on_the_cpu(monkeypatch):
 def expand(plan, index):
     """Expand a tile list to a bool matrix [T_q, T_kv], in plain Python."""
     tile_list = TILE_LISTS[index]
-    units, ranges, entries, *slots = (tensor.tolist() for tensor in tile_lists.tensors_of(plan.tiles, tile_list))
+    items, ranges, partial_tiles, *partials = (
+        tensor.tolist() for tensor in tile_lists.tensors_of(plan.tiles, tile_list)
+    )
     sizes = plan.sizes.tolist()
     allowed = torch.zeros(sizes[PlanSize.Q_ROWS], sizes[PlanSize.KV_ROWS], dtype=torch.bool)
     seen = allowed.T if tile_list.keys else allowed
@@ -32,28 +34,30 @@ def expand(plan, index):
     blocks = blocks.tolist()[:count]
     shifts = torch.arange(32)
     groups = -(-len(blocks) // tile_list.group)
-    assert [unit[3] for unit in units] == sorted(unit[3] for unit in units)
-    assert {unit[3] for unit in units} >= set(range(groups + 1))
-    slot_of = [unit[4] for unit in units[:-1] if unit[4] >= 0]
-    assert slot_of == list(range(len(slot_of)))
+    assert [item[3] for item in items] == sorted(item[3] for item in items)
+    assert {item[3] for item in items} >= set(range(groups + 1))
+    partial_of = [item[4] for item in items[:-1] if item[4] >= 0]
+    assert partial_of == list(range(len(partial_of)))
     if tile_list.keys:
-        in_slots = [group for group in slots[0] if group >= 0]
-        assert in_slots == [unit[3] for unit in units[:-1] if unit[4] >= 0] and (len(slots[0]) > 2) == bool(slot_of)
-    for unit, after in zip(units, units[1:]):
-        group, split = unit[3], unit[4] >= 0
-        assert split == (sum(other[3] == group for other in units[:-1]) > 1)
+        of_partials = [group for group in partials[0] if group >= 0]
+        assert of_partials == [item[3] for item in items[:-1] if item[4] >= 0] and (len(partials[0]) > 2) == bool(
+            partial_of
+        )
+    for item, after in zip(items, items[1:]):
+        group, split = item[3], item[4] >= 0
+        assert split == (sum(other[3] == group for other in items[:-1]) > 1)
         first = group * tile_list.group
         mine = [slice(start, start + count) for start, count, *_ in blocks[first : first + tile_list.group]]
-        first_range, first_entry, first_step, *_ = unit
-        last_range, last_entry, last_step, *_ = after
+        first_range, first_tile, first_step, *_ = item
+        last_range, last_tile, last_step, *_ = after
         assert last_step - first_step == sum(end - start for start, end in ranges[first_range:last_range]) // STEP
         for start, end in ranges[first_range:last_range]:
             assert end > start and (end - start) % STEP == 0
             for rows in mine:
                 assert not seen[rows, start:end].any()
                 seen[rows, start:end] = True
-        assert entries[first_entry:last_entry] == sorted(entries[first_entry:last_entry])
-        for start, count, *codes in entries[first_entry:last_entry]:
+        assert partial_tiles[first_tile:last_tile] == sorted(partial_tiles[first_tile:last_tile])
+        for start, count, *codes in partial_tiles[first_tile:last_tile]:
             assert 1 <= count <= 16 and max(codes) > -1 or -2 in codes
             for rows, code in zip(mine, codes):
                 if code == -1:
@@ -106,10 +110,10 @@ def test_a_refilled_plan_keeps_its_buffers():
 
 def work(plan, index):
     """Return the pairs that a kernel computes: whole tiles of rows, whole steps."""
-    units, ranges, *_ = tile_lists.tensors_of(plan.tiles, TILE_LISTS[index])
+    items, ranges, *_ = tile_lists.tensors_of(plan.tiles, TILE_LISTS[index])
     steps = (ranges[:, 1] - ranges[:, 0]).sum().item() // STEP
-    assert units[-1, 2] == steps
-    steps += (-(-units[:, 1].diff() // (STEP // 16))).sum().item()
+    assert items[-1, 2] == steps
+    steps += (-(-items[:, 1].diff() // (STEP // 16))).sum().item()
     return steps * STEP * 16 * TILE_LISTS[index].group
 
 

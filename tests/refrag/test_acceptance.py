@@ -112,7 +112,7 @@ REFUSED = {
     "Qwen3Next": ({"num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2}, "keeps state besides"),
     "Jamba": ({"num_hidden_layers": 8, "use_mamba_kernels": False, "num_experts": 2}, "keeps state besides the keys"),
     "Mamba": ({}, "code of its own"),
-    "Gemma4Text": ({"vocab_size_per_layer_input": 97}, "head width D of 512, needs a multiple of 8 up to 256"),
+    "Gemma4Text": ({"vocab_size_per_layer_input": 97}, "head_dim 512, needs a multiple of 8 up to 256"),
 }  # fmt: skip
 
 
