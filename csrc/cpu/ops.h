@@ -22,8 +22,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_attention_backward(const Tensor
                                                                     double softcap,
                                                                     const std::optional<Tensor>& sinks);
 
-Tensor linear_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
-
 Tensor pool_chunks(const Tensor& hidden, const Tensor& chunk_offsets, std::string mode);
 
 // Copies of the weights in the form that the kernels read; empty where they read the tensors themselves.
