@@ -1,12 +1,13 @@
-// The backends' private ops. The public ops, with autograd and fake kernels, are in Python; refrag_kernels/cpu_kernels and
-// refrag_kernels/cuda_kernels call these. Each backend has a namespace, because two backends serve the CUDA key. An op of
-// one backend alone may be registered where it is implemented, as in cpu/linear.cpp.
+// The backends' private ops. The public ops, with autograd and fake kernels, are in Python; refrag_kernels/cpu_kernels
+// and refrag_kernels/cuda_kernels call these. Each backend has a namespace, because two backends serve the CUDA key. An
+// op of one backend alone may be registered where it is implemented, as in cpu/linear.cpp.
+#include "cpu/ops.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 
 #include "cpu/isa.h"
-#include "cpu/ops.h"
 #include "schemas.h"
 
 namespace {
