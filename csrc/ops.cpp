@@ -1,11 +1,13 @@
-// The backends' private ops. The public ops, with autograd and fake kernels, are in Python; refrag_kernels/cpu_kernels and
-// refrag_kernels/cuda_kernels call these. Each backend has a namespace, because two backends serve the CUDA key.
+// The backends' private ops. The public ops, with autograd and fake kernels, are in Python; refrag_kernels/cpu_kernels
+// and refrag_kernels/cuda_kernels call these. Each backend has a namespace, because two backends serve the CUDA key. An
+// op of one backend alone may be registered where it is implemented, as in cpu/linear.cpp.
+#include "cpu/ops.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <string>
 
 #include "cpu/isa.h"
-#include "cpu/ops.h"
 #include "schemas.h"
 
 namespace {
@@ -44,7 +46,6 @@ STABLE_TORCH_LIBRARY_IMPL(refrag_cuda, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(refrag_cpu, CPU, m) {
   m.impl("mixed_attention", TORCH_BOX(&refrag::cpu::mixed_attention));
-  m.impl("linear_rows", TORCH_BOX(&refrag::cpu::linear_rows));
   m.impl("pool_chunks", TORCH_BOX(&refrag::cpu::pool_chunks));
   m.impl("pack_projection", TORCH_BOX(&refrag::cpu::pack_projection));
   m.impl("project_chunks", TORCH_BOX(&refrag::cpu::project_chunks));

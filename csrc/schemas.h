@@ -15,7 +15,6 @@ inline constexpr const char* kSchemas[] = {
     "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
     "merge_states_backward(Tensor grad_out, Tensor grad_lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
     "-> (Tensor grad_out_a, Tensor grad_lse_a, Tensor grad_out_b, Tensor grad_lse_b)",
-    "linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "pool_chunks(Tensor hidden, Tensor chunk_offsets, str mode) -> Tensor",
     "project_chunks(Tensor chunks, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str activation, Tensor? packed) "
     "-> Tensor",

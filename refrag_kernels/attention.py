@@ -53,13 +53,9 @@ def _check(
             )
 
 
-def _check_with_plan(q, k, v, plan, sinks) -> None:
-    q_row_block, kv_row_block = plan[PlanField.Q_ROW_BLOCK], plan[PlanField.KV_ROW_BLOCK]
-    _check(q, k, v, sinks, q_row_block.device, q_row_block.shape[0], kv_row_block.shape[0])
-
-
 def _fake(q, k, v, plan, scale, softcap, sinks, *, backend=None):
-    _check_with_plan(q, k, v, plan, sinks)
+    q_rows, kv_rows = plan[PlanField.Q_ROW_BLOCK].shape[0], plan[PlanField.KV_ROW_BLOCK].shape[0]
+    _check(q, k, v, sinks, plan[PlanField.SIZES].device, q_rows, kv_rows)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:2], dtype=lse_dtype)
 
@@ -234,7 +230,7 @@ def mixed_attention(
     if not isinstance(plan, AttentionPlan):
         raise TypeError(f"plan: got {type(plan).__name__}, needs an AttentionPlan")
     tensors = plan.tensors()
-    _check_with_plan(q, k, v, tensors, sinks)
+    _check(q, k, v, sinks, plan.sizes.device, plan.q_row_block.shape[0], plan.kv_row_block.shape[0])
     if scale is not None or softcap is not None:
         check_score_options(scale, softcap)
     if scale is None:

@@ -1,4 +1,4 @@
-"""Load the two compiled modules, and tell what they hold.
+"""Load the two compiled modules, and report what they contain.
 
 ``_C``, the kernels, has no Python symbols (LibTorch stable ABI), so it is loaded as a torch library, not imported.
 ``_planner`` is a Python module. Both are loaded on first use: the package imports without them, and reports

@@ -1,10 +1,10 @@
 """The order in which the programs of a tile kernel start.
 
 A GPU starts programs by their numbers. Each takes a tile of rows and a column: some query heads of one key/value head.
-A tile that sees many keys does so for every head, so a column that starts last with all its tiles leaves the device to
-its longest tile. Instead, columns are numbered before tiles: the first tiles of all columns, enough to fill the device,
-then one section of key/value heads after the other. The keys and values of a section fit in the L2 cache, where its
-tiles share them. The order doesn't change results.
+A tile that attends to many keys does so for every head, so if a column started last with all its tiles, the device
+would wait for its longest tile. Instead, columns are numbered before tiles: the first tiles of all columns, enough to
+fill the device, then one section of key/value heads after the other. The keys and values of a section fit in the L2
+cache, where its tiles share them. The order doesn't change results.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from refrag_kernels.validation import INT32_MAX, as_int, check_dtype, check_shap
 class ChunkLayout:
     """The chunks and sequences of a packed batch.
 
-    Rows of all sequences stand one after another, without padding. A span of text is a chunk like any other: a slot is
+    Rows of all sequences are packed, without padding. A span of text is a chunk like any other: a slot is
     a chunk of 1 row, an expanded chunk one of k rows, a question one of as many rows as it has tokens.
 
     Attributes

@@ -54,7 +54,7 @@ _linear_rows = register_op(
 def linear_rows(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None
 ) -> torch.Tensor:
-    """Apply a linear layer to a few rows: y = x W^T + b, with the weights read once, as they lie, by all threads.
+    """Apply a linear layer to a few rows: y = x W^T + b, with the weights read once, unpacked, by all threads.
 
     With a row or two the time is that of reading the weights. torch reads them with one thread there; so this is for
     the steps of a generation on the CPU. With more than about 16 rows ``torch.nn.functional.linear`` is as fast or
@@ -78,7 +78,7 @@ def linear_rows(
     Raises
     ------
     TypeError, ValueError
-        If a dtype, shape, stride or device doesn't fit.
+        If a dtype, shape, stride or device is wrong.
 
     Examples
     --------

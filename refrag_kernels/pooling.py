@@ -105,7 +105,7 @@ def pool_chunks(
     Raises
     ------
     TypeError, ValueError
-        If a dtype, shape, stride, device or ``mode`` doesn't fit, or, on the CPU, the offsets don't ascend from 0 to at
+        If a dtype, shape, stride, device or ``mode`` is wrong, or, on the CPU, the offsets don't ascend from 0 to at
         most T.
 
     Examples

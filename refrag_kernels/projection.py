@@ -45,7 +45,7 @@ class PackedProjection:
     Raises
     ------
     TypeError, ValueError
-        If dtypes, shapes, strides, devices or the activation don't fit.
+        If dtypes, shapes, strides, devices or the activation are wrong.
 
     Examples
     --------
@@ -274,7 +274,7 @@ def project_chunks(
         Chunk embeddings: float32, bfloat16 or float16 (the reference also float64). The last dimension must be
         contiguous, here and in the weights.
     w1 : Tensor [h, d_enc], or PackedProjection
-        First layer, in the order of torch.nn.Linear. A PackedProjection stands for all weights and the activation.
+        First layer, in the order of torch.nn.Linear. A PackedProjection replaces all weights and the activation.
     b1 : Tensor [h], optional
     w2 : Tensor [d_dec, h]
         Second layer.
@@ -291,7 +291,7 @@ def project_chunks(
     Raises
     ------
     TypeError, ValueError
-        If dtypes, shapes, strides, devices or the activation don't fit.
+        If dtypes, shapes, strides, devices or the activation are wrong.
 
     Examples
     --------
@@ -331,7 +331,7 @@ def embed_mixed(
     token_table : Tensor [V, d_dec]
         The decoder's token embeddings, in the dtype of the weights.
     chunks : Tensor [N, d_enc]
-        Chunk embeddings. A chunk may stand in any number of slots, or none.
+        Chunk embeddings. A chunk may be in any number of slots, or none.
     slot_of_row : Tensor [T], int32
         -1 for text, else a row of ``chunks``.
     w1, b1, w2, b2, activation
@@ -349,7 +349,7 @@ def embed_mixed(
     Raises
     ------
     TypeError, ValueError
-        If dtypes, shapes, strides, devices or the activation don't fit.
+        If dtypes, shapes, strides, devices or the activation are wrong.
     IndexError
         On the CPU, if a slot is not a row of ``chunks`` or the token of a text row is not in the table.
 

@@ -151,5 +151,5 @@ def _build() -> dict[str, str]:
 
 
 def _without_paths(text: str) -> str:
-    """Return ``text`` with the last part of each absolute path only: folders tell about the machine's owner."""
+    """Return ``text`` with the last part of each absolute path only: folders may name the machine's owner."""
     return re.sub(r"(?<![\w.])(?:/[^\s/:'\",;]+)+/([^\s/:'\",;]+)", r"\1", text)

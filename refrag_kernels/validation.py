@@ -127,7 +127,7 @@ def check_same_device(**tensors: torch.Tensor | None) -> None:
 
 
 def check_shape(name: str, tensor: torch.Tensor, *shape: int | str) -> None:
-    """Raise ValueError unless ``tensor`` has this shape; a string stands for a free dimension and names it."""
+    """Raise ValueError unless ``tensor`` has this shape; a string names a free dimension."""
     # A loop, not all() over a generator: each decoding step runs a dozen of these checks.
     sizes = tensor.shape
     fits = len(sizes) == len(shape)

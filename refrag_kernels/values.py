@@ -22,7 +22,7 @@ def check_paged_attention(
     """Raise ValueError unless the tables of a ``paged_attention`` call agree with each other."""
     _check_lengths(k_pages, page_table, kv_lengths)
     if q_offsets is not None:
-        # With no keys at all the rows see nothing; else each row is one of the keys' rows.
+        # Without keys the rows are fully masked; otherwise each row is one of the keys' rows.
         _check_offsets(q.shape[0], kv_lengths, q_offsets, kv_lengths > 0)
     _check_pages(k_pages, page_table, torch.zeros_like(kv_lengths), kv_lengths)
     if visible_indptr is not None and visible_ranges is not None:

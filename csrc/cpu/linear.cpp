@@ -1,6 +1,8 @@
 // linear_rows on the CPU: checks arguments and runs csrc/cpu/kernels/linear.cpp on torch's threads.
 #include "cpu/linear_kernels.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include <algorithm>
 
 #include "cpu/ops.h"
@@ -48,3 +50,7 @@ Tensor linear_rows(const Tensor& x, const Tensor& weight, const std::optional<Te
 }
 
 }  // namespace refrag::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(refrag_cpu, m) { m.def("linear_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor"); }
+
+STABLE_TORCH_LIBRARY_IMPL(refrag_cpu, CPU, m) { m.impl("linear_rows", TORCH_BOX(&refrag::cpu::linear_rows)); }

@@ -22,8 +22,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_attention_backward(const Tensor
                                                                     double softcap,
                                                                     const std::optional<Tensor>& sinks);
 
-Tensor linear_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
-
 Tensor pool_chunks(const Tensor& hidden, const Tensor& chunk_offsets, std::string mode);
 
 // Packs the weights into the layout that the kernels read; empty if they read the tensors themselves.

@@ -1,7 +1,7 @@
 """paged_attention, append_kv and merge_states by the CUDA kernels of csrc/cuda.
 
-The kernels check each index against the sizes of the tables. A bad one counts as a key that no row sees, or as a row
-that has no place; with REFRAG_KERNELS_CHECK=1 it raises instead.
+The kernels check each index against the sizes of the tables. A bad one counts as a key that no row attends to, or as a
+row to drop; with REFRAG_KERNELS_CHECK=1 it raises instead.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ With s_ij = scale * q_i . k_j, or softcap * tanh(s_ij / softcap) of it, over the
 
     lse_i = log(sum_j exp(s_ij) + exp(sink)),    p_ij = exp(s_ij - lse_i),    out_i = sum_j p_ij v_j
 
-A row that sees nothing has out 0 and lse -inf (or the sink). The sums run over the allowed pairs alone: a NaN or inf in
+A fully masked row has out 0 and lse -inf (or the sink). The sums run over the allowed pairs alone: a NaN or inf in
 q, k or v is in the results of the rows that attend to it, and in the gradients of what those attend to, nowhere else.
 """
 

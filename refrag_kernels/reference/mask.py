@@ -12,7 +12,7 @@ from refrag_kernels.plan_fields import PlanField
 
 
 def chunk_pairs(layout: ChunkLayout, mask: ChunkMask) -> torch.Tensor:
-    """Return the bool matrix [C, C] of which chunk may look at which chunk."""
+    """Return the bool matrix [C, C] of which chunk may attend to which chunk."""
     layout = layout.host()
     chunks = torch.arange(layout.num_chunks, device="cpu")
     sequence = torch.bucketize(chunks, layout.sequence_chunks[1:].long(), right=True)
@@ -40,7 +40,7 @@ def allowed_pairs(
     window: int | tuple[int, int] | None = None,
     kv_layout: ChunkLayout | None = None,
 ) -> torch.Tensor:
-    """Return the bool matrix [T_q, T_kv] that ``plan_attention`` of the same arguments stands for."""
+    """Return the bool matrix [T_q, T_kv] that ``plan_attention`` allows for the same arguments."""
     keys = (layout if kv_layout is None else kv_layout).host()
     layout = layout.host()
     key_rows = torch.arange(keys.total_rows, device="cpu")
@@ -72,7 +72,7 @@ def allowed_pairs(
 
 
 def pairs_of_plan(plan: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the bool matrix [T_q, T_kv] that a plan's tensors stand for, without waiting for the device."""
+    """Return the bool matrix [T_q, T_kv] that a plan allows, without synchronizing with the device."""
     q_row_block, q_blocks = plan[PlanField.Q_ROW_BLOCK], plan[PlanField.Q_BLOCKS]
     full_ranges, partial_keys = plan[PlanField.FULL_RANGES], plan[PlanField.PARTIAL_KEYS]
     device, num_blocks, num_keys = q_blocks.device, q_blocks.shape[0], plan[PlanField.KV_ROW_BLOCK].shape[0]
@@ -92,7 +92,7 @@ def pairs_of_plan(plan: Sequence[torch.Tensor]) -> torch.Tensor:
     row_block = q_row_block.long()
     in_batch = row_block >= 0
     row_block = row_block.clamp(min=0)
-    # Rows beyond the batch are cut off below; until then they stand in for a row of block 0.
+    # Rows beyond the batch are cut off below; until then they count as rows of block 0.
     row_in_block = (torch.arange(q_row_block.shape[0], device=device) - q_blocks[row_block, 0]).clamp(max=15)
     allowed = full[row_block]
 

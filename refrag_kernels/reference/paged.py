@@ -58,7 +58,7 @@ def _rows(num_rows: int, kv_lengths: torch.Tensor, q_offsets: torch.Tensor | Non
 
 
 def _visible(rows, sequence, position, num_keys, kv_lengths, indptr, ranges, window_left) -> torch.Tensor:
-    """Return which of the keys each row sees, bool [rows, num_keys]."""
+    """Return which of the keys each row attends to, bool [rows, num_keys]."""
     key = torch.arange(num_keys, device=rows.device)
     i = position[rows, None]
     # A row's position is below its sequence's length, except in an empty sequence.
@@ -79,10 +79,10 @@ def _visible(rows, sequence, position, num_keys, kv_lengths, indptr, ranges, win
 
 
 def _attend(q, k_pages, v_pages, page_table, visible, scale, softcap) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend from each row of ``q`` to the keys of its row of ``page_table`` that it sees."""
+    """Attend from each row of ``q`` to the keys of its row of ``page_table`` that are visible to it."""
     page, kv_heads = k_pages.shape[1], k_pages.shape[2]
     rows, heads, dim = q.shape
-    # Pages and rows of pages that no row sees may hold anything, so neither their ids nor their values are used.
+    # Pages and rows of pages that no row attends to may hold anything, so neither their ids nor their values are used.
     needed = visible.unflatten(1, (-1, page)).any(2)
     pages = torch.where(needed, page_table, 0).long()
     k, v = (

@@ -13,6 +13,7 @@ import refrag_kernels as rk
 from refrag_kernels import extension, grid_order
 from refrag_kernels.cuda_kernels import attention, paged, pooling, projection
 from refrag_kernels.grid_order import TILES_FIRST, Order
+from refrag_kernels.support import OPS
 from tests.cuda_host import host_library
 from tests.support.accuracy import DTYPES, LSE, OUTPUT, relative_error
 from tests.support.factory import random_attention_problem
@@ -105,7 +106,7 @@ def test_attention(seed, kilobytes):
     problem = random_attention_problem(seed, HALF[seed % 2], widths=(64, 96, 128))
     options = problem.options
     q, k, v = problem.q, problem.k, problem.v
-    reason = attention.mixed_attention.unsupported(q, k, v)
+    reason = OPS["mixed_attention"].implementations["cuda"].unsupported([q, k, v])
     if reason:  # what the backend leaves to others the launcher refuses as well
         with pytest.raises(RuntimeError, match="need"):
             torch.ops.refrag_cuda.mixed_attention(q, k, v, problem.plan_problem.plan().tensors(), 1.0, 0.0, None, 0, 0)

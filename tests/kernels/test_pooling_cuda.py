@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import refrag_kernels as rk
-from refrag_kernels.cuda_kernels import pooling
+from refrag_kernels.support import OPS
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -21,7 +21,8 @@ def test_fake_cuda_tensors(dtype):
 
 
 def test_float64_is_left_to_the_reference():
-    assert pooling.pool_chunks.unsupported(torch.zeros(1, 1, dtype=torch.float64), None, "mean") == "dtype float64"
+    double = [torch.zeros(1, 1, dtype=torch.float64), None, "mean"]
+    assert OPS["pool_chunks"].implementations["cuda"].unsupported(double) == "dtype float64"
 
 
 @needs_gpu
