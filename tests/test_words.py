@@ -243,6 +243,11 @@ ALLOWED: dict[str, list[tuple[str, str, str]]] = {
     "fingerprint": [
         (r"python/refrag/__init__\.py", r"ChunkRecipe", "the old name warns for a release"),
         (r"tests/.*test_(deprecat|old_names|moved)\w*\.py", r"ChunkRecipe", "tests that old names warn"),
+        (
+            r".*",
+            r"\bchooser=|`chooser`|\"chooser\":|\bchooser: Selector|^ +chooser : Selector",
+            "an argument of public functions",
+        ),
         (r"CHANGELOG\.md", r"`ChunkRecipe`", "says what was renamed"),
     ],
     "tile configuration": [],
