@@ -135,23 +135,24 @@ def table() -> list[str]:
 
 _BEFORE = """# Work that GPU kernels issue
 
-The ratio of the matrix work issued (whole tiles) to the work that a mask needs (the pairs of rows it allows). These are
-counts, not times; for times, see [GPU results](gpu-results.md). `python -m bench.work` writes this page and documents how
-each column is counted; `test_work.py` checks the counts.
+The ratio of the matrix work issued (whole tiles) to the work that a mask needs (the pairs of rows it allows). These
+are counts, not times; for times, see [GPU results](gpu-results.md). `python -m bench.work` writes this page and
+documents how each column is counted; `test_work.py` checks the counts.
 
 """
 _AFTER = """
-C++ refers to the kernels of `csrc/cuda`, Triton to the 16-bit forward kernel in its configuration for sm_90. With up to
-three query heads per key head, a Triton tile has the rows of four blocks of 16 and reads up to 64 keys at a time. If
-blocks attend to fewer than 64 keys on average, as in the chunk encoder, a tile has one block and reads 16 keys. Two chunks
-of 8 share a tile, which doubles their work: matrix instructions (m16n8k16; 16 x 16 on AMD) have 16 rows. Chunks of uneven
-lengths begin inside blocks of 16 rows, which then attend to the keys of two or three chunks. FlashInfer refers to
-VariableBlockSparseAttentionWrapper with rows of equal masks as blocks and keys rounded to 16, a lower bound of its work.
-For flex_attention, the count is that of its own `create_block_mask`.
+C++ refers to the kernels of `csrc/cuda`, Triton to the 16-bit forward kernel in its configuration for sm_90. With up
+to three query heads per key head, a Triton tile has the rows of four blocks of 16 and reads up to 64 keys at a time.
+If blocks attend to fewer than 64 keys on average, as in the chunk encoder, a tile has one block and reads 16 keys.
+Two chunks of 8 share a tile, which doubles their work: matrix instructions (m16n8k16; 16 x 16 on AMD) have 16 rows.
+Chunks of uneven lengths begin inside blocks of 16 rows, which then attend to the keys of two or three chunks.
+FlashInfer refers to VariableBlockSparseAttentionWrapper with rows of equal masks as blocks and keys rounded to 16, a
+lower bound of its work. For flex_attention, the count is that of its own `create_block_mask`.
 
 `embed_mixed` moves at most 1.1 times the bytes it needs (weights, chunks, token rows and output once each, the hidden
 layer twice), counted from the memory accesses of its kernels in Triton's interpreter, each address once per launch
-(`test_interpreted_work.py`). `python -m bench.roofline` combines such counts with published rates of GPUs into a model.
+(`test_interpreted_work.py`). `python -m bench.roofline` combines such counts with published rates of GPUs into a
+model.
 """
 
 
