@@ -76,7 +76,7 @@ def _shape(case: launches.Case, recorded: ahead_of_time.Launch) -> tuple[str, st
     if "GROUP" in a and "STEP" in a:
         tile = f"{tile_rows(recorded)} x {a['STEP']}"
         parts += [f"{a['GROUP']} heads a key", *(["softcap"] if a["SOFTCAP"] else [])]
-        parts += ["few keys"] if a.get("BLOCKS") == 1 and a["STEP"] == 16 else []
+        parts += ["short KV"] if a.get("BLOCKS") == 1 and a["STEP"] == 16 else []
     elif "BM" in a:
         tile = f"{a['BM']} x {a['BN']} x {a['BK']}"
         parts += [case.name.split("-")[2].replace("N", "N "), *(["listed rows"] if a["LISTED"] else [])]
@@ -146,8 +146,8 @@ def page(sections: dict[str, str]) -> str:
         "Resources of the compiled kernels, read from their code. For times, see [GPU results](gpu-results.md).",
         "Written by `python -m bench.resources --release`; `make test-gpu-proof` checks that it is up to date.",
         "",
-        "The first table is a summary: the number of compiled variants (shapes and dtypes), how many of them spill,",
-        "and the lowest occupancy in warps per multiprocessor (AMD: compute unit).",
+        "The first table sums up: the number of compiled variants (shapes and dtypes), how many of them spill, and",
+        "the lowest occupancy in warps per multiprocessor (AMD: compute unit).",
         "",
         "Cells of Triton's tables: registers per thread / spills, in bold if there are any / bytes of shared memory",
         "per CTA / resident CTAs per multiprocessor x warps per CTA / matrix instructions / the tile selected for the",
