@@ -67,7 +67,7 @@ def room_of(module):
     "package",
     [
         "refrag",
-        pytest.param("refrag_kernels", marks=pytest.mark.xfail(strict=True, reason="backends and registration")),
+        "refrag_kernels",
     ],
 )
 def test_no_circles(package):
