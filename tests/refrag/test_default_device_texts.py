@@ -1,11 +1,13 @@
 """What holds texts and their embeddings is made on the CPU, whatever torch.set_default_device says."""
 
 import pytest
-import tiny
 import torch
-from refrag import ChunkStore, Passage, PassageEncoder, RefragForCausalLM, RefragProcessor, passage_encoder
-from refrag.encoder import pack_texts
-from refrag.token_scale import token_scale_of
+from refrag import ChunkStore, Passage, PassageEncoder, RefragForCausalLM, RefragProcessor
+from refrag.encoding import passage_encoder
+from refrag.model.encoder import pack_texts
+from refrag.model.token_scale import token_scale_of
+
+from tests.refrag import tiny
 
 
 def test_texts_for_the_encoder(encoder_tokenizer):

@@ -36,7 +36,7 @@ def test_a_result_is_kept_until_the_source_changes(tmp_path, monkeypatch):
     case = next(case for case in CASES if case.name == "pooling-bfloat16")
     recorded = ahead_of_time.record(case.call, "sm_90")[0]
     built = ahead_of_time.build(recorded, "sm_90", tmp_path)
-    assert 0 < built.registers <= 255 and built.warps == 4 and not built.matrix and len(list(tmp_path.iterdir())) == 1
+    assert 0 < built.registers <= 255 and built.warps == 4 and not built.matrix
 
     def refuse(*args, **options):
         raise AssertionError("compiled again")
@@ -63,7 +63,7 @@ def test_other_backends_join_the_page_by_a_call():
     cell = "255 / 0 / 4096 / 2 x 4 / 8 HMMA / 64 x 32"
     assert f"| D 64 | bfloat16 | {cell} |\n" in text
     assert f"| D 64 | bfloat16 | {cell} | {cell.replace(' 0 ', ' **7** ')} |\n| D 64 | float32 | {cell} | - |\n" in text
-    assert "No figure here is a time" in text
+    assert "For times, see" in text
     wide = dataclasses.replace(row, shape="D 256", spilled=3, warps=8)
     assert resources.summary([*rows, wide, dataclasses.replace(wide, spilled=0)]).splitlines()[2:] == [
         "| 16 bits | 1 / 0 / 8 | 1 / 1 / 8 |",

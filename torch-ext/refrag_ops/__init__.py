@@ -41,9 +41,9 @@ def paged_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attend from the last rows of each sequence to its keys and values in a paged cache.
 
-    Query row i of a sequence (counted from the sequence's start, as are its keys) sees key j when j <= i, the window
-    holds, and j lies in one of the row's visible ranges: ``out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]``. The
-    softmax runs over the keys that the row sees, and over its head's sink.
+    Query row i of a sequence attends to key j if j <= i, the window allows it, and j is in one of the row's visible
+    ranges; rows and keys count from the sequence's start. ``out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j]``: the
+    softmax runs over the keys that the row attends to, and over its head's sink.
 
     Parameters
     ----------
@@ -54,19 +54,19 @@ def paged_attention(
     page_table : Tensor, int32 [B, max_pages]
         Page of each block of ``page`` rows. Entries beyond a sequence's length are never read.
     kv_lengths : Tensor, int32 [B]
-        Keys of each sequence in the cache, those of its query rows included. At length 0 the rows see nothing.
+        Keys of each sequence in the cache, those of its query rows included. At length 0 the rows are fully masked.
     q_offsets : Tensor, int32 [B + 1], optional
         First row of each sequence in ``q``: its rows are the last ones of the sequence. A sequence may have none.
         Without it each sequence has one row (decode), so T_q = B.
     visible : VisibleRanges, optional
-        ``(indptr, ranges)``, int32 [T_q + 1] and [R, 2]: the keys that the mask lets each query row see.
+        ``(indptr, ranges)``, int32 [T_q + 1] and [R, 2]: the keys that the mask lets each query row attend to.
     scale : float, optional
         Factor of the dot products; 1 / sqrt(D) by default.
     softcap : float, optional
         Positive. Scores become ``softcap * tanh(scale * q . k / softcap)``.
     window : int or (int, int), optional
-        int w: a row sees keys j > i - w. (left, right): j >= i - left, -1 for no bound; a bound to the right adds
-        nothing, for causality always holds.
+        int w: a row attends to keys j > i - w. (left, right): j >= i - left, -1 for no bound; a bound to the right has
+        no effect, as causality always holds.
     sinks : Tensor, float32 [H_q], optional
         Logits that join each head's denominator and lse, not its output.
     return_lse : bool
@@ -75,9 +75,9 @@ def paged_attention(
     Returns
     -------
     out : Tensor [T_q, H_q, D]
-        In the dtype of ``q``. 0 for a row that sees nothing.
+        In the dtype of ``q``. 0 for a fully masked row.
     lse : Tensor [T_q, H_q], if ``return_lse``
-        float32 (float64 for float64), natural log. For a row that sees nothing -inf, or its head's sink.
+        float32 (float64 for float64), natural log. For a fully masked row -inf, or its head's sink.
     """
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: got {softcap}, needs a positive number or None")
@@ -129,7 +129,7 @@ def merge_states(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge attention over two disjoint sets of keys into attention over both.
 
-    ``lse = log(exp(lse_a) + exp(lse_b))`` and ``out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b``; exact, for an
+    ``lse = log(exp(lse_a) + exp(lse_b))`` and ``out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b``; exact, as an
     lse is the log of a softmax's denominator.
 
     Parameters
@@ -242,7 +242,7 @@ def embed_mixed(
     token_table : Tensor [V, d_dec]
         The decoder's token embeddings, in the dtype of the weights.
     chunks : Tensor [N, d_enc]
-        Chunk embeddings. A chunk may stand in any number of slots, or none.
+        Chunk embeddings. A chunk may be in any number of slots, or none.
     slot_of_row : Tensor [T], int32
         -1 for text, else a row of ``chunks``.
     w1, b1, w2, b2, activation
