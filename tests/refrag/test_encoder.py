@@ -75,7 +75,7 @@ def test_a_text_longer_than_the_encoders_positions(kind):
     with pytest.raises(ValueError, match=f"texts: text 1 has {most + 1} tokens for the encoder, needs at most {most}"):
         model.encode_chunks(pack_texts(_NoLimit(), ["a", words, "a"]))
     windows = pack_texts(_NoLimit(), ["a", "a " * 60, "a " * 50], window=1000, passages=[0, 1, 1])
-    with pytest.raises(ValueError, match=f"texts: window 1 has 110 tokens .* needs at most {most}; take a smaller enc"):
+    with pytest.raises(ValueError, match=f"texts: window 1 has 110 tokens .* needs at most {most}; use a smaller enc"):
         model.encode_chunks(windows)
 
 

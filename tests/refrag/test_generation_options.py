@@ -48,10 +48,10 @@ def test_hidden_states_of_generation_are_those_of_the_plain_decoder(beams):
 def test_what_packed_rows_have_nothing_for_is_refused():
     model, prompt = tiny.refrag(), text([9])
     refused = {
-        "assistant_model": (tiny.decoder("llama"), "a packed prompt can't be drafted for"),
-        "prompt_lookup_num_tokens": (3, "a packed prompt can't be drafted for"),
+        "assistant_model": (tiny.decoder("llama"), "packed prompts don't support assisted decoding"),
+        "prompt_lookup_num_tokens": (3, "packed prompts don't support assisted decoding"),
         "guidance_scale": (1.5, "got 1.5, needs negative_prompt_ids"),
-        "output_attentions": (True, "packed rows form no attention weights"),
+        "output_attentions": (True, "packed rows never materialize attention weights"),
     }
     for name, (value, why) in refused.items():
         for more in ({}, {"state": model.read(prompt)}):
