@@ -233,7 +233,7 @@ def test_an_encoder_whose_rows_depend_on_padding_is_refused():
 def test_a_model_that_could_not_be_reloaded_is_refused():
     config = transformers.T5Config(vocab_size=97, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4)
     encoder = transformers.T5EncoderModel(config).eval()
-    with pytest.raises(FamilyError, match="encoder: got T5EncoderModel, needs T5Model, which is made of its config"):
+    with pytest.raises(FamilyError, match="encoder: got T5EncoderModel, needs T5Model, which its config builds"):
         RefragForCausalLM.from_parts(encoder, tiny.decoder("llama"))
 
 

@@ -1,4 +1,4 @@
-"""Several slots a chunk (RefragConfig.latents): rows, reading, generation, caches, stores, saving and training."""
+"""Several slots per chunk (RefragConfig.latents): rows, reading, generation, caches, stores, saving and training."""
 
 import dataclasses
 
@@ -200,5 +200,5 @@ def test_refuses(latents):
 def test_refuses_a_prompt_of_another_number(make, tokenizer, encoder_tokenizer):
     model, _, _ = make()
     prompt = RefragProcessor(tokenizer, encoder_tokenizer, K)(PARTS)
-    with pytest.raises(ValueError, match="prompt: got 1 slots a chunk, needs 3, the config's latents"):
+    with pytest.raises(ValueError, match="prompt: got 1 slots per chunk, needs 3, the config's latents"):
         model(prompt=prompt)

@@ -53,7 +53,7 @@ def test_equals_the_eager_prefill(name, mask):
 def test_latents():
     model = tiny.refrag(latents=2)
     graph = _graph(model)
-    with pytest.raises(ValueError, match="of 1 slots a chunk, needs at most 64, 8 and 2 of 2"):
+    with pytest.raises(ValueError, match="of 1 slots per chunk, needs at most 64, 8 and 2 of 2"):
         graph.read(tiny.prompt(tiny.MIXED))
 
 

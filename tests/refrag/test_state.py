@@ -190,7 +190,7 @@ def test_refuses():
         model.read(tiny.prompt([[]]), state)
     with pytest.raises(ValueError, match="prompt: got a tensor beside a state, needs a MixedPrompt"):
         model.generate(torch.tensor([[1, 2]]), state=state)
-    with pytest.raises(ValueError, match="state: holds nothing, needs a prompt"):
+    with pytest.raises(ValueError, match="state: is empty, needs a prompt"):
         model.generate(state=GenerationState(), max_new_tokens=1)
     for option in (
         {"num_beams": 2},
@@ -201,11 +201,11 @@ def test_refuses():
         with pytest.raises(ValueError, match=f"{next(iter(option))}: got .* state"):
             model.generate(state=state, max_new_tokens=1, **option)
     before = snapshot(state)
-    with pytest.raises(PromptTooLongError, match="prompt: 250 rows behind the 18 .* are 12 over .* 256; 238 would fit"):
+    with pytest.raises(PromptTooLongError, match="prompt: 250 rows after the 18 .* are 12 over .* 256; 238 would fit"):
         model.read(tiny.prompt([[("text", 250)]]), state)
     unchanged(state, before)
     model.read(tiny.prompt([[("text", 238)]]), state)
-    with pytest.raises(PromptTooLongError, match="4 rows behind the 256 .* are 4 over .* 256; 0 would fit"):
+    with pytest.raises(PromptTooLongError, match="4 rows after the 256 .* are 4 over .* 256; 0 would fit"):
         model.expand(state, 0)
 
 
@@ -218,7 +218,7 @@ def test_an_answer_that_does_not_fit_the_window_is_refused(decoder):
         with pytest.raises(PromptTooLongError, match=rf"max_new_tokens: {new} tokens .* 250 rows .* 256; 6 would fit"):
             model.generate(state=state, do_sample=False, **options)
         unchanged(state, before)
-    with pytest.raises(PromptTooLongError, match="max_new_tokens: 3 tokens behind the 254 rows"):
+    with pytest.raises(PromptTooLongError, match="max_new_tokens: 3 tokens after the 254 rows"):
         model.generate(tiny.prompt([[("text", 4)]]), state=state, max_new_tokens=3)
     unchanged(state, before)
     assert model.generate(state=state, max_new_tokens=6, do_sample=False).shape == (1, 6)

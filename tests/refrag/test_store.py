@@ -117,7 +117,7 @@ def test_unknown_passages_are_named(store):
         UnknownPassageError, match=r"passage 'x': its text is not in .*12 passages \(nor are 1 others\)"
     ):
         store.get_many([Passage("new", "x"), passage(1), Passage(id="y")])
-    with pytest.raises(UnknownPassageError, match="passage 'id 3': .*; under its id stands another text"):
+    with pytest.raises(UnknownPassageError, match="passage 'id 3': .*; its id belongs to another text"):
         store.get(Passage("Edited.", "id 3"))
     with pytest.raises(UnknownPassageError, match="'gone'"):
         store.passage("gone")
@@ -202,7 +202,7 @@ def test_a_full_disk_leaves_the_store_as_it_was(store, monkeypatch, failing):
 
 
 def test_what_is_no_store(store, tmp_path):
-    with pytest.raises(StoreError, match="store .*none: is none, it has no store.json"):
+    with pytest.raises(StoreError, match="store .*none: is not a store, it has no store.json"):
         ChunkStore.open(tmp_path / "none")
     with pytest.raises(StoreError, match="exists already"):
         ChunkStore.create(store.folder, FINGERPRINT)
@@ -241,7 +241,7 @@ def test_a_store_that_is_gone_is_an_error(store):
     pickled = pickle.dumps(store)
     (store.folder / "store.json").unlink()
     for call in (store.refresh, lambda: pickle.loads(pickled), lambda: put(store, [2])):
-        with pytest.raises(StoreError, match=f"store {store.folder}: is none, it has no store.json"):
+        with pytest.raises(StoreError, match=f"store {store.folder}: is not a store, it has no store.json"):
             call()
     shutil.rmtree(store.folder)
     for call in (store.refresh, lambda: pickle.loads(pickled), lambda: put(store, [2])):
@@ -268,7 +268,7 @@ def test_damaged_and_foreign_shards_are_named(store, tmp_path):
     whole = shard.read_bytes()
     for cut in (0, 7, 100, len(whole) // 2, len(whole) - 1):
         shard.write_bytes(whole[:cut])
-        with pytest.raises(StoreError, match="shard-00000000.safetensors: is not a whole shard"):
+        with pytest.raises(StoreError, match="shard-00000000.safetensors: is damaged"):
             ChunkStore.open(store.folder)
 
 

@@ -144,7 +144,7 @@ def test_bad_input_is_one_clear_line(store, corpus, tmp_path):
     for arguments, message in [
         ((corpus, "--id", "rain"), "--id: got rain, needs --store beside it"),
         ((), "passages: got none, needs files, or - for standard input, or --id with --store"),
-        ((corpus, "--store", tmp_path), "is none, it has no store.json"),
+        ((corpus, "--store", tmp_path), "is not a store, it has no store.json"),
         ((tmp_path / "other.txt", "--store", store), "passage 'other.txt': its text is not in store"),
     ]:
         result = run("inspect", *QUESTION, *arguments)

@@ -103,7 +103,7 @@ def refuse_options(config: Any, options: Mapping[str, Any], *, state: bool) -> N
     scale = given("guidance_scale")
     if scale not in (None, 1) and options.get("negative_prompt_ids") is None:
         raise ValueError(
-            f"guidance_scale: got {scale}, needs negative_prompt_ids with it: a packed prompt has no last token to "
+            f"guidance_scale: got {scale}, needs negative_prompt_ids beside it: a packed prompt has no last token to "
             "start from"
         )
     if given("output_attentions"):
