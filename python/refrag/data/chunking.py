@@ -268,7 +268,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[T
 
 
 def end_of_chunk(cuttable: Sequence[bool], first: int, count: int) -> int:
-    """Return where a chunk that starts at token ``first`` ends: after ``count`` tokens, or at the nearest permitted end.
+    """Return the end of a chunk that starts at token ``first``: ``count`` tokens on, or the nearest permitted end.
 
     Examples
     --------
