@@ -1,4 +1,4 @@
-"""What holds texts and their embeddings is made on the CPU, whatever torch.set_default_device says."""
+"""Texts and their embeddings are created on the CPU, regardless of torch.set_default_device."""
 
 import pytest
 import tiny

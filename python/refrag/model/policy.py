@@ -228,7 +228,7 @@ class ExpansionPolicy(nn.Module, PyTorchModelHubMixin):
         if not batch or not length:
             return chunk_embeds.new_zeros(batch, length)
         absent = torch.arange(length, device=chunk_embeds.device) >= counts[:, None]
-        # Zeros instead of NaN, which would survive attention's multiplication by 0.
+        # Zeros instead of NaN: attention multiplies padding by 0, but 0 * NaN is NaN.
         normed = self.norm(chunk_embeds.masked_fill(absent[..., None], 0.0).to(self.input.weight.dtype))
         # Normalize to length 1, not to variance 1 per dimension: an optimizer's step has the same size for all weights
         # and would otherwise move the scores further for larger embeddings. With thousands of dimensions, it would undo
