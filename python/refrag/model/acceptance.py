@@ -1,7 +1,8 @@
-"""Which encoders and decoders are accepted: each is probed on a few rows when a model is built, and refused by name.
+"""Which encoders and decoders are accepted: each is probed on a few rows when a model is built.
 
 Families differ in the arguments that their layers pass to attention, and so do releases of transformers; therefore a
-model is probed instead of looked up in a list. ``docs/families.md`` lists the tests' results.
+model is probed instead of looked up in a list, and an unsuitable one is refused by name. ``docs/families.md`` lists the
+tests' results.
 """
 
 from __future__ import annotations

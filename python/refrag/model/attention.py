@@ -85,7 +85,7 @@ class AttentionPlans:
     def for_window(self, window: int | None) -> AttentionPlan:
         """Return the plan for layers with this window: transformers' ``sliding_window``, or None.
 
-        A row attends to ``window`` rows, itself the last; in an encoder, to as many on either side.
+        A row attends to the ``window`` rows that end with itself; in an encoder, to as many on either side.
         """
         self.used = True
         if window is not None and window >= self._longest:

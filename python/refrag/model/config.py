@@ -122,7 +122,7 @@ class RefragConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _own_config("text_config", self.text_config, "llama")
         self.encoder_config = _own_config("encoder_config", self.encoder_config, "roberta")
-        # It applies to the whole model, and transformers looks for it in the composite config.
+        # tie_word_embeddings applies to the whole model: transformers looks for it in the composite config.
         self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
         kwargs.pop("tie_word_embeddings", None)
         super().__post_init__(**kwargs)
