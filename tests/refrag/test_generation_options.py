@@ -41,7 +41,7 @@ def test_hidden_states_of_generation_equal_the_plain_decoders(beams):
             for beam in range(beams):
                 assert relative_error(mine[index * beams + beam, -len(ids) :], theirs[beam]) < 1e-5
     model = tiny.refrag("mistral")
-    with pytest.raises(ValueError, match="output_hidden_states: got True, needs False: a state keeps none"):
+    with pytest.raises(ValueError, match="output_hidden_states: got True, needs False: a state keeps no hidden states"):
         model.generate(text([9]), state=model.read(text([5])), output_hidden_states=True, **HOW)
 
 

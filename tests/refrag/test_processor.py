@@ -227,7 +227,7 @@ def test_a_long_prompt_error_states_the_excess_and_what_fits(tokenizer, encoder_
     with pytest.raises(PromptTooLongError, match="no k fits: .* tokens are text"):
         processor([passage, question], expand=1.0)
     original = RefragProcessor(tokenizer, encoder_tokenizer, 64, window=window, position_ids="original")
-    with pytest.raises(PromptTooLongError, match="original position ids run on"):
+    with pytest.raises(PromptTooLongError, match="original position ids also count"):
         original([passage, question])
 
 

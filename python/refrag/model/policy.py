@@ -218,7 +218,7 @@ class ExpansionPolicy(nn.Module, PyTorchModelHubMixin):
         """
         if chunk_embeds.dim() != 3 or chunk_embeds.shape[2] != self.embedding_size:
             raise ValueError(
-                f"chunk_embeds: got {list(chunk_embeds.shape)}, needs [B, L, {self.embedding_size}], the policy's size"
+                f"chunk_embeds: got {list(chunk_embeds.shape)}, needs [B, L, {self.embedding_size}]"
             )
         batch, length, _ = chunk_embeds.shape
         if counts is None:
