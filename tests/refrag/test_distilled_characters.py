@@ -9,7 +9,7 @@ import pytest
 import torch
 from refrag import FixedChunks
 from refrag.cli import app
-from refrag.encoder import encode_packed
+from refrag.model.encoder import encode_packed
 from refrag.model.inputs import PackedTexts
 from refrag.training.distill import batches
 from refrag.training.distill.evaluation import _alone, _last

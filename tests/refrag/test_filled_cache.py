@@ -40,5 +40,5 @@ def test_tokens_are_appended_as_usual():
 
 
 def test_generate_names_an_empty_sequence():
-    with pytest.raises(ValueError, match="prompt: sequence 1 is empty, needs a row"):
+    with pytest.raises(ValueError, match="prompt: sequence 1 is empty, needs at least one row"):
         tiny.refrag().generate(tiny.prompt([[("text", 5)], [], [("text", 3)]]), max_new_tokens=2)

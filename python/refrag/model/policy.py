@@ -217,9 +217,7 @@ class ExpansionPolicy(nn.Module, PyTorchModelHubMixin):
             If the shapes don't fit.
         """
         if chunk_embeds.dim() != 3 or chunk_embeds.shape[2] != self.embedding_size:
-            raise ValueError(
-                f"chunk_embeds: got {list(chunk_embeds.shape)}, needs [B, L, {self.embedding_size}]"
-            )
+            raise ValueError(f"chunk_embeds: got {list(chunk_embeds.shape)}, needs [B, L, {self.embedding_size}]")
         batch, length, _ = chunk_embeds.shape
         if counts is None:
             counts = torch.full((batch,), length, device=chunk_embeds.device)
