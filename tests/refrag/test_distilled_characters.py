@@ -3,7 +3,6 @@
 import json
 import unicodedata
 
-import distill_files
 import numpy as np
 import pytest
 import torch
@@ -16,12 +15,13 @@ from refrag.training.distill.evaluation import _alone, _last
 from refrag.training.distill.loop import distill, read_files
 from refrag.training.distill.models import Distillation
 from refrag.training.token_files import load_tokens, tokens_inside_characters
-from test_whole_characters import DOCUMENTS, byte_level, texts
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from refrag_kernels import ChunkLayout
+from tests.refrag import distill_files
+from tests.refrag.test_whole_characters import DOCUMENTS, byte_level, texts
 
 CPU = torch.device("cpu")
 

@@ -65,10 +65,7 @@ def room_of(module):
 
 @pytest.mark.parametrize(
     "package",
-    [
-        "refrag",
-        pytest.param("refrag_kernels", marks=pytest.mark.xfail(strict=True, reason="backends and registration")),
-    ],
+    ["refrag", "refrag_kernels"],
 )
 def test_no_circles(package):
     graph = imports(package)
