@@ -65,10 +65,7 @@ def room_of(module):
 
 @pytest.mark.parametrize(
     "package",
-    [
-        "refrag",
-        "refrag_kernels",
-    ],
+    ["refrag", "refrag_kernels"],
 )
 def test_no_circles(package):
     graph = imports(package)
