@@ -225,7 +225,7 @@ def test_a_batch_that_does_not_divide_by_the_processes(tmp_path):
 
 def test_a_batch_of_fewer_samples_than_processes_is_one_error(tmp_path, parts):
     processes = types.SimpleNamespace(num_processes=3, process_index=0, device=torch.device("cpu"))
-    with pytest.raises(TrainingError, match="^batch_size: got 2, needs 3 or more, a sample for each process$"):
+    with pytest.raises(TrainingError, match="^batch_size: got 2, needs 3 or more, one sample for each process$"):
         trainer_of(parts, tmp_path, processes, batch_size=2)
 
 
@@ -390,7 +390,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, tokenizer, encoder_tok
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, parts):
     with torch.no_grad():
         parts.model.projector.up.weight[0, 0] = float("nan")
-    with pytest.raises(TrainingError, match="loss: is nan in step 1, samples 0 to 5; the newest checkpoint is none"):
+    with pytest.raises(TrainingError, match="loss: got nan in step 1, samples 0 to 5; the newest checkpoint is none"):
         train(tmp_path, model=parts)
     assert not (tmp_path / "adapter.safetensors").exists()
 
