@@ -80,7 +80,7 @@ def renamed(module: str) -> Callable[[str], Any]:
 
 
 def renamed_keyword(old: str, new: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
-    """Return a decorator that accepts the keyword ``old`` for ``new``, with a warning."""
+    """Return a decorator that accepts the keyword ``old`` in place of ``new``, with a warning."""
 
     def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
         @functools.wraps(function)

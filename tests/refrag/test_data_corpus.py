@@ -119,7 +119,7 @@ def test_no_source_has_more_than_its_share(archive, tmp_path):
             "cap: got 0.25, which needs more sources of like size; there are 2",
         ),
         ([*names("red"), "--cap", "1", "--min-characters", "99999"], "none has 99999 characters of new prose"),
-        (["--output", "."], "--output: . is there already; a new folder is needed"),
+        (["--output", "."], "--output: . exists, needs a new folder"),
     ],
 )
 def test_bad_input_is_one_clear_line(archive, tmp_path, arguments, message):

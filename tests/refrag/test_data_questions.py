@@ -317,9 +317,9 @@ def test_the_glossary_command(tmp_path, monkeypatch):
     questions += read_questions(tmp_path / "out" / "glossary-test.jsonl")
     assert len(questions) == 40 and {question["source"] for question in questions} == {"gcide", "wn", "foldoc"}
     for extra, message in (
-        (["--held-out-domain", "alchemy"], "--held-out-domain: got alchemy, which no entry is marked with"),
+        (["--held-out-domain", "alchemy"], "--held-out-domain: got alchemy, which marks no entry"),
         (["--questions", "9999"], "questions: got 9,999, the dictionaries have"),
-        (["--test", "0"], "glossary: there is no test question"),
+        (["--test", "0"], "glossary: got no test question"),
     ):
         result = CliRunner().invoke(app, [*arguments[:-3], "--output", "bad", *extra])
         assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.output
