@@ -142,7 +142,7 @@ def test_wordnet_and_foldoc(tmp_path):
 
 
 def test_dictionaries_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match="gcide.index: is not there, needs dictionary gcide"):
+    with pytest.raises(ValueError, match="gcide.index: doesn't exist, needs dictionary gcide"):
         read_dictionary(tmp_path, "gcide")
     write(tmp_path, "gcide", GCIDE)
     (tmp_path / "gcide.dict.dz").write_bytes(b"no gzip")
@@ -237,7 +237,7 @@ def test_bad_settings(options, message):
 
 
 def test_too_few_passages():
-    with pytest.raises(ValueError, match="passages: got 300, there are too few others"):
+    with pytest.raises(ValueError, match="passages: got 300, needs more than"):
         glossary_questions(entries(), embed, QuestionSettings(passages=300, hard=0, unanswerable=0))
 
 
