@@ -113,8 +113,8 @@ def licences(package: Package, folder: Path) -> list[str]:
 
     For a file in the machine-readable format (``License: GPL-2+``), these are its names in order, but the main licence
     (``Files: *``) first; for a file in free form, "in free form" and the licences in ``/usr/share/common-licenses``
-    that it refers to. If the package's documentation folder is a link to that of another package, this downloads the other
-    package.
+    that it refers to. If the package's documentation folder is a link to that of another package, this downloads
+    the other package.
 
     Parameters
     ----------
