@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,26 +45,54 @@ class TrainableSpec:
 
     Attributes
     ----------
-    encoder, decoder : {"all", "lora", "none"}
+    train_encoder, train_decoder : {"all", "lora", "none"}
         The paper trains the whole encoder throughout, and the whole decoder after reconstruction.
     rank : int
         Rank of the low-rank adapters (LoRA, arXiv 2106.09685); their scale is ``LORA_SCALE``.
     """
 
-    encoder: str = "all"
-    decoder: str = "none"
+    train_encoder: str = "all"
+    train_decoder: str = "none"
     rank: int = 32
 
+    # Without annotations, so these are not fields.
+    encoder = deprecated.renamed_attribute("encoder", "train_encoder")
+    decoder = deprecated.renamed_attribute("decoder", "train_decoder")
+
     def __post_init__(self) -> None:
-        for name in ("encoder", "decoder"):
+        for name in ("train_encoder", "train_decoder"):
             if getattr(self, name) not in ("all", "lora", "none"):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, needs all, lora or none")
         if self.rank < 1:
             raise ValueError(f"rank: got {self.rank}, needs 1 or more")
 
 
-def prepare(model: RefragForCausalLM, trained: TrainableSpec) -> RefragForCausalLM:
-    """Set ``requires_grad`` as the specification says, and add low-rank adapters; trained weights become float32.
+for _part in ("encoder", "decoder"):
+    TrainableSpec.__init__ = deprecated.renamed_keyword(_part, f"train_{_part}")(  # type: ignore[method-assign]
+        TrainableSpec.__init__
+    )
+
+
+class Trainable(Protocol):
+    """A TrainableSpec, or options with its fields, such as those of a training stage."""
+
+    @property
+    def train_encoder(self) -> str: ...
+
+    @property
+    def train_decoder(self) -> str: ...
+
+    @property
+    def rank(self) -> int: ...
+
+
+def prepare(model: RefragForCausalLM, trained: Trainable) -> RefragForCausalLM:
+    """Set ``requires_grad`` as specified, and add low-rank adapters; trained weights become float32.
+
+    Parameters
+    ----------
+    model : RefragForCausalLM
+    trained : TrainableSpec or options of a training stage
 
     Returns
     -------
@@ -73,7 +101,7 @@ def prepare(model: RefragForCausalLM, trained: TrainableSpec) -> RefragForCausal
     """
     model.requires_grad_(False)
     for name, layers in (("encoder", _ENCODER_LAYERS), ("decoder", _DECODER_LAYERS)):
-        how, part = getattr(trained, name), getattr(model, name)
+        how, part = getattr(trained, f"train_{name}"), getattr(model, name)
         if how == "all":
             part.requires_grad_(True)
         elif how == "lora":

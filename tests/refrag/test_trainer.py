@@ -79,7 +79,7 @@ def test_passes_make_no_difference(tmp_path, tokenizer, encoder_tokenizer):
 
 
 def test_the_loss_is_that_of_the_model(tmp_path, parts, tokenizer):
-    prepare(parts.model, TrainableSpec(encoder="all", decoder="all")).eval()
+    prepare(parts.model, TrainableSpec(train_encoder="all", train_decoder="all")).eval()
     ids = training_parts.documents(tokenizer).token_ids
     samples = [next_paragraph(ids[start : start + 14].tolist(), 8, 4, tokenizer, [1]) for start in (0, 50)]
     prompt, labels = collate_for(parts, samples)
@@ -101,7 +101,7 @@ def test_the_loss_is_that_of_the_model(tmp_path, parts, tokenizer):
 
 def trainer_of(parts, tmp_path, accelerator=None, **settings):
     """Return a trainer of the projector, the encoder and the decoder, which are three groups of the optimizer."""
-    prepare(parts.model, TrainableSpec(encoder="all", decoder="all"))
+    prepare(parts.model, TrainableSpec(train_encoder="all", train_decoder="all"))
     ids = training_parts.documents(parts.tokenizer).token_ids
     settings = {"steps": 2, "batch_size": 4, "max_rows": 40, "projector_rate": 1e-3, "encoder_rate": 1e-4, **settings}
 
@@ -322,7 +322,7 @@ def test_a_devices_generator_goes_on(monkeypatch):
 def test_low_rank_updates_have_one_scale(tmp_path, tokenizer, encoder_tokenizer, parts, monkeypatch):
     """That which they are trained with is that which they are merged with."""
     monkeypatch.setattr("refrag.adapters.LORA_SCALE", 3)
-    prepare(parts.model, TrainableSpec(encoder="lora", decoder="lora", rank=2)).eval()
+    prepare(parts.model, TrainableSpec(train_encoder="lora", train_decoder="lora", rank=2)).eval()
     for name, value in parts.model.named_parameters():
         if ".lora_B." in name:
             value.data.normal_(0, 0.1).copy_(value.data.bfloat16())  # the file holds bfloat16
@@ -453,7 +453,7 @@ def test_bad_settings(field):
     with pytest.raises(ValueError, match=f"{field}: got 0"):
         LoopOptions(**{"steps": 1, field: 0})
     with pytest.raises(ValueError, match="decoder: got 'some'"):
-        TrainableSpec(decoder="some")
+        TrainableSpec(train_decoder="some")
 
 
 def test_the_log_is_json_lines(tmp_path):

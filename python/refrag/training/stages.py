@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from refrag.adapters import TrainableSpec, merge_state, prepare, save_adapter, trained_state
+from refrag.adapters import merge_state, prepare, save_adapter, trained_state
 from refrag.bundle import ModelBundle
 from refrag.data.documents import Documents, prefix_ids
 from refrag.model.modeling import RefragForCausalLM
@@ -53,12 +53,13 @@ def run_stage(
         The log.
     """
     accelerator = accelerator or Accelerator(mixed_precision=options.precision)
-    trained = TrainableSpec(encoder=options.train_encoder, decoder=options.train_decoder, rank=options.rank)
-    prepare(parts.model, trained)
+    prepare(parts.model, options)
     if options.start is not None:
         load_trained(parts.model, options.start)
     sampler, evaluate = _SAMPLES[options.objective](parts, options, documents, held_out)
     latents = parts.model.config.latents
+    # A checkpoint's signature has the parts' names as keys.
+    trained = {"encoder": options.train_encoder, "decoder": options.train_decoder, "rank": options.rank}
 
     def counted(index: int) -> Sample:  # batches are cut by the samples' number of rows, which depends on latents
         return dataclasses.replace(sampler(index), latents=latents)
@@ -66,7 +67,7 @@ def run_stage(
     trainer = Trainer(
         parts.model, counted, functools.partial(collate_for, parts), options, options.output,
         evaluate=evaluate,
-        signature={**parts.signature(), "objective": options.objective, "trained": dataclasses.asdict(trained)},
+        signature={**parts.signature(), "objective": options.objective, "trained": trained},
         accelerator=accelerator,
     )  # fmt: skip
     log = trainer.train()
