@@ -245,7 +245,7 @@ ALLOWED: dict[str, list[tuple[str, str, str]]] = {
     ],
     "pinned": [(r"refrag_kernels/.*\.py", r"def pinned\(|deprecat", "the old name warns for a release")],
     "fingerprint": [
-        (r"python/refrag/__init__\.py", r"ChunkRecipe", "the old name warns for a release"),
+        (r"python/refrag/(__init__|deprecated)\.py", r"ChunkRecipe", "the old name warns for a release"),
         (r"tests/.*test_(deprecat|old_names|moved)\w*\.py", r"ChunkRecipe|\.recipe\b", "tests that old names warn"),
         (r"CHANGELOG\.md", r"`ChunkRecipe`", "says what was renamed"),
     ],

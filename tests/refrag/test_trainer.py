@@ -203,7 +203,7 @@ def test_two_processes_take_the_same_steps(tmp_path, options):
     adapter = load_file(tmp_path / "alone" / "adapter.safetensors")
     close = [tuple(value and pytest.approx(value, rel=2e-4) for value in one) for one in alone]
     assert len(close) == 12 and trained_in_two_processes(tmp_path / "both", *options) == close
-    # Checkpoints are whole: one process's is gone on from in two.
+    # Checkpoints are not sharded: two processes resume from a single process's.
     shutil.rmtree(max((tmp_path / "alone" / "checkpoints").iterdir()))
     (tmp_path / "alone" / "adapter.safetensors").unlink()
     assert trained_in_two_processes(tmp_path / "alone", *options) == close

@@ -87,7 +87,7 @@ class Answerer:
         max_new_tokens: int = 256,
         **generation: Any,
     ) -> None:
-        self._frame = _frame(template)
+        self._frame = _split_template(template)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, needs 1 or more")
         if expand_count is not None and (expand is not None or expand_count < 0):
@@ -289,7 +289,7 @@ def _generate_into(
         streamer.on_finalized_text("", stream_end=True)  # release a waiting caller in any case
 
 
-def _frame(template: str) -> tuple[str, str, str]:
+def _split_template(template: str) -> tuple[str, str, str]:
     """Split a template into the text before the passages, before the question, and after it."""
     before, passages, rest = template.partition("{passages}")
     between, question, after = rest.partition("{question}")

@@ -64,13 +64,15 @@ class RefragChain(Runnable[dict[str, Any], str]):
         TypeError
             If an item is not a Document.
         """
-        return self._call_with_config(lambda asked: self.answerer.answer(*self._asked(asked)), input, config)
+        return self._call_with_config(
+            lambda asked: self.answerer.answer(*self._question_and_passages(asked)), input, config
+        )
 
     async def ainvoke(self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any) -> str:
         """Answer as ``invoke`` does, with the model in a thread."""
 
         async def answer(asked: dict[str, Any]) -> str:
-            return await self.answerer.aanswer(*self._asked(asked))
+            return await self.answerer.aanswer(*self._question_and_passages(asked))
 
         return await self._acall_with_config(answer, input, config)
 
@@ -79,7 +81,7 @@ class RefragChain(Runnable[dict[str, Any], str]):
 
         def pieces(inputs: Iterator[dict[str, Any]]) -> Iterator[str]:
             for asked in inputs:
-                yield from self.answerer.stream(*self._asked(asked))
+                yield from self.answerer.stream(*self._question_and_passages(asked))
 
         yield from self._transform_stream_with_config(iter([input]), pieces, config)
 
@@ -93,13 +95,13 @@ class RefragChain(Runnable[dict[str, Any], str]):
 
         async def pieces(given: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
             async for asked in given:
-                async for piece in self.answerer.astream(*self._asked(asked)):
+                async for piece in self.answerer.astream(*self._question_and_passages(asked)):
                     yield piece
 
         async for piece in self._atransform_stream_with_config(inputs(), pieces, config):
             yield piece
 
-    def _asked(self, asked: dict[str, Any]) -> tuple[str, list[Passage]]:
+    def _question_and_passages(self, asked: dict[str, Any]) -> tuple[str, list[Passage]]:
         if not isinstance(asked, dict):
             raise TypeError(f"input: got {type(asked).__name__}, needs a dict")
         for key in (self.question_key, self.documents_key):

@@ -54,7 +54,7 @@ def read_config(path: str | os.PathLike[str], options: type[Options]) -> dict[st
     known = {argument.name: argument for argument in arguments(options)}
     former = {argument.formerly: argument.name for argument in known.values()}
     if "objective" in values:
-        values = _of_stage(values, path, options)
+        values = _options_of_stage(values, path, options)
     values = {former.get(name, name): value for name, value in values.items()}
     for name in values:
         if name not in known:
@@ -74,7 +74,7 @@ def write_config(options: Options, output: str | os.PathLike[str]) -> None:
     write_whole(Path(output) / CONFIG_NAME, "".join(lines).encode())
 
 
-def _of_stage(values: dict[str, Any], path: Path, options: type[Options]) -> dict[str, Any]:
+def _options_of_stage(values: dict[str, Any], path: Path, options: type[Options]) -> dict[str, Any]:
     """Return the options in a ``stage.json``, which nests some of them and has the same fields for every stage."""
     objective = getattr(options, "objective", None)
     if values["objective"] != objective:

@@ -97,7 +97,7 @@ def logits_of(decoder: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     Runs a shallow copy of the decoder in which the base model is replaced by one that returns the hidden states.
     """
     head = copy.copy(decoder)
-    head.__dict__["_modules"] = {**decoder._modules, _inner(decoder): _AsGiven(hidden[None])}
+    head.__dict__["_modules"] = {**decoder._modules, _inner(decoder): _GivenHidden(hidden[None])}
     logits: torch.Tensor = head(inputs_embeds=hidden[None], use_cache=False, return_dict=True).logits[0]
     return logits
 
@@ -112,7 +112,7 @@ def _inner(decoder: PreTrainedModel) -> str:
 
 
 @dataclasses.dataclass
-class _Rows(MoeModelOutputWithPast):
+class _BaseOutput(MoeModelOutputWithPast):
     """A base model's output, in which all other fields that a decoder may read (cross attentions, say) are None."""
 
     def __getattr__(self, name: str) -> None:
@@ -120,7 +120,7 @@ class _Rows(MoeModelOutputWithPast):
             raise AttributeError(name)
 
 
-class _AsGiven(nn.Module):
+class _GivenHidden(nn.Module):
     """Replaces a decoder's base model, or the submodule of it that the decoder calls (OPT's ``model.decoder``)."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
@@ -130,8 +130,8 @@ class _AsGiven(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return self if name in ("decoder", "language_model") else super().__getattr__(name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> _Rows:
-        return _Rows(last_hidden_state=self.hidden)
+    def forward(self, *args: Any, **kwargs: Any) -> _BaseOutput:
+        return _BaseOutput(last_hidden_state=self.hidden)
 
 
 def share_beginning(prompt: MixedPrompt, labels: torch.Tensor) -> tuple[MixedPrompt, torch.Tensor, ChunkMask] | None:
@@ -158,15 +158,15 @@ def share_beginning(prompt: MixedPrompt, labels: torch.Tensor) -> tuple[MixedPro
     """
     lengths = prompt.layout.lengths()
     starts = prompt.layout.sequence_offsets.tolist()
-    alike = _spans_alike(prompt, labels, lengths, starts)
-    shared = sum(lengths[0][:alike]) if lengths else 0
+    common = _num_common_spans(prompt, labels, lengths, starts)
+    shared = sum(lengths[0][:common]) if lengths else 0
     if shared * (len(lengths) - 1) <= 0.1 * prompt.layout.total_rows:
         return None
     rows = torch.cat(
         [torch.arange(0 if not index else start + shared, end) for index, (start, end) in enumerate(pairwise(starts))]
     ).to(prompt.device)
-    spans = [*lengths[0][:alike], *(rows for own in lengths for rows in own[alike:])]
-    passages = [-1] * alike + [branch for branch, own in enumerate(lengths) for _ in own[alike:]]
+    spans = [*lengths[0][:common], *(rows for own in lengths for rows in own[common:])]
+    passages = [-1] * common + [branch for branch, own in enumerate(lengths) for _ in own[common:]]
     joined = dataclasses.replace(
         prompt,
         token_ids=prompt.token_ids[rows],
@@ -178,13 +178,13 @@ def share_beginning(prompt: MixedPrompt, labels: torch.Tensor) -> tuple[MixedPro
     return joined, labels[rows], ChunkMask.passages(passages)
 
 
-def _spans_alike(prompt: MixedPrompt, labels: torch.Tensor, lengths: list[list[int]], starts: list[int]) -> int:
+def _num_common_spans(prompt: MixedPrompt, labels: torch.Tensor, lengths: list[list[int]], starts: list[int]) -> int:
     """Return the number of common spans; each sequence keeps at least one own row before its first label."""
     if len(lengths) < 2:
         return 0
     chunks = len(prompt.chunks) // len(lengths)
     unlike = prompt.slot_of_row.new_tensor([chunks * prompt.latents])
-    alike = 0
+    common = 0
     row = 0
     for span, own in enumerate(zip(*lengths)):
         end = row + own[0]
@@ -206,8 +206,8 @@ def _spans_alike(prompt: MixedPrompt, labels: torch.Tensor, lengths: list[list[i
         ]
         if any(not torch.equal(pieces[0], other) for other in pieces[1:]):
             break
-        alike, row = span + 1, end
-    return alike
+        common, row = span + 1, end
+    return common
 
 
 def _log_probs(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

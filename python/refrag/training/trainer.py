@@ -32,7 +32,7 @@ from refrag.training.passes import cut_passes, make_passes
 from refrag.training.samples import Sample, Sampler
 
 # Full trained parameters by the model's own names, however Accelerate wraps or shards the model.
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+_FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 Collate = Callable[[Sequence[Sample]], tuple[MixedPrompt, torch.Tensor]]
 
@@ -178,7 +178,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise TrainingError(
                 f"loss: got {loss} in step {self.step + 1}, samples {first} to {first + self.options.batch_size - 1}; "
-                f"the newest checkpoint is {self._newest() or 'none'}"
+                f"the newest checkpoint is {self._newest_checkpoint() or 'none'}"
             )
         # One call over all parameter groups, since Accelerate unscales float16 gradients in it; and the parameters of
         # the wrapped model, since it compares them with those of sharded models.
@@ -199,7 +199,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast(), _gathered(self.plain):
+        with torch.no_grad(), self.accelerator.autocast(), _unsharded(self.plain):
             return self.evaluate(self.plain)  # type: ignore[misc]
 
     def _log(self, entry: dict[str, Any]) -> None:
@@ -212,7 +212,7 @@ class Trainer:
 
     def _save(self) -> None:
         # All processes take part: sharded parameters are gathered to the main process.
-        trained, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=_WHOLE)
+        trained, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=_FULL_STATE)
         generators = generator_states(self.accelerator)
         if not self.accelerator.is_main_process:
             return
@@ -235,11 +235,11 @@ class Trainer:
         for old in sorted(final.parent.glob("step-*"))[:-2]:
             shutil.rmtree(old)
 
-    def _newest(self) -> Path | None:
+    def _newest_checkpoint(self) -> Path | None:
         return max((self.output / "checkpoints").glob("step-*"), default=None)
 
     def _resume(self) -> None:
-        checkpoint = self._newest()
+        checkpoint = self._newest_checkpoint()
         log = self.output / "log.jsonl"
         if checkpoint is None:
             log.unlink(missing_ok=True)
@@ -258,7 +258,7 @@ class Trainer:
         trained: dict[str, Any] = load_file(checkpoint / "trained.safetensors")
         set_state_dict(
             self.model, self.optimizer.optimizer, model_state_dict=trained, optim_state_dict=state["optimizer"],
-            options=dataclasses.replace(_WHOLE, strict=False),  # checkpoints omit frozen parameters
+            options=dataclasses.replace(_FULL_STATE, strict=False),  # checkpoints omit frozen parameters
         )  # fmt: skip
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.tokens = state["step"], state["tokens"]
@@ -272,7 +272,7 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _gathered(model: RefragForCausalLM) -> Iterator[None]:
+def _unsharded(model: RefragForCausalLM) -> Iterator[None]:
     """Gather the FSDP-sharded parameters that are used outside ``forward``; layers gather their own when they run."""
     sharded: list[Any] = [part for part in (model, model.get_input_embeddings()) if hasattr(part, "unshard")]
     for part in sharded:

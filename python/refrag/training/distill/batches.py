@@ -184,12 +184,14 @@ class Rows:
     """
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
-        each, again = shape.continuations, shape.reconstructions
+        continued, rewritten = shape.continuations, shape.reconstructions
         self.encoder = Packed.of(
-            [(each, shape.context), (again, shape.chunks * shape.k)], device, causal=False
+            [(continued, shape.context), (rewritten, shape.chunks * shape.k)], device, causal=False
         )  # fmt: skip
-        self.teacher = Packed.of([(each, 1 + shape.context + shape.output)], device)
-        self.student = Packed.of([(each, shape.continuation_rows), (again, shape.reconstruction_rows)], device)
+        self.teacher = Packed.of([(continued, 1 + shape.context + shape.output)], device)
+        self.student = Packed.of(
+            [(continued, shape.continuation_rows), (rewritten, shape.reconstruction_rows)], device
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,13 +278,14 @@ def make_batch(
     device : torch.device
         Device to copy the batch to, in one non-blocking copy.
     """
-    k, each, again, s, o = shape.k, shape.continuations, shape.reconstructions, shape.context, shape.output
+    k, s, o = shape.k, shape.context, shape.output
+    num_continued, num_rewritten = shape.continuations, shape.reconstructions
     per, contexts, within = s // k, continued.contexts, np.arange(k)
     outputs = np.take_along_axis(continued.tokens, contexts[:, None] + np.arange(o), 1)
     lengths = np.where(picks, continued.lengths, 1)
     starts = np.cumsum(lengths, 1) - lengths + 1  # after the first token
     begins = np.cumsum(continued.lengths, 1) - continued.lengths
-    student = np.zeros((each, shape.continuation_rows), np.int32)
+    student = np.zeros((num_continued, shape.continuation_rows), np.int32)
     student[:, 0] = first_token
     written = 1 + lengths.sum(1)[:, None] + np.arange(o)
     np.put_along_axis(student, written, outputs, 1)
@@ -291,27 +294,29 @@ def make_batch(
     sample, chunk = sample[own], chunk[own]
     student[sample, starts[sample, chunk] + place] = continued.tokens[sample, begins[sample, chunk] + place]
     sample, chunk = np.nonzero(~picks)
-    again_rows = np.zeros((again, shape.reconstruction_rows), np.int32)
-    again_rows[:, 0] = first_token
-    again_rows[:, 1 + shape.chunks] = task_token
-    again_rows[:, 2 + shape.chunks :] = rewritten.tokens
+    rewritten_rows = np.zeros((num_rewritten, shape.reconstruction_rows), np.int32)
+    rewritten_rows[:, 0] = first_token
+    rewritten_rows[:, 1 + shape.chunks] = task_token
+    rewritten_rows[:, 2 + shape.chunks :] = rewritten.tokens
     real = np.arange(shape.chunks * k) < rewritten.contexts[:, None]
-    first_again = each * shape.continuation_rows + np.arange(again)[:, None] * shape.reconstruction_rows
+    rewritten_start = (
+        num_continued * shape.continuation_rows + np.arange(num_rewritten)[:, None] * shape.reconstruction_rows
+    )
     teacher_rows = 1 + s + o
-    starts_again = np.cumsum(rewritten.lengths, 1) - rewritten.lengths
+    rewritten_begins = np.cumsum(rewritten.lengths, 1) - rewritten.lengths
     pieces = {
         "encoder_ids": [np.where(np.arange(s) < contexts[:, None], continued.tokens[:, :s], 0), rewritten.tokens],
-        "teacher_ids": [np.concatenate([np.full((each, 1), first_token, np.int32), continued.tokens], 1)],
-        "student_ids": [student, again_rows],
+        "teacher_ids": [np.concatenate([np.full((num_continued, 1), first_token, np.int32), continued.tokens], 1)],
+        "student_ids": [student, rewritten_rows],
         "slot_rows": [sample * shape.continuation_rows + starts[sample, chunk],
-                      first_again + 1 + np.arange(shape.chunks)],
-        "slot_chunks": [sample * per + chunk, each * per + np.arange(again * shape.chunks)],
-        "teacher_outputs": [np.arange(each)[:, None] * teacher_rows + contexts[:, None] + np.arange(o)],
-        "student_outputs": [np.arange(each)[:, None] * shape.continuation_rows + written - 1,
-                            (first_again + 1 + shape.chunks + np.arange(shape.chunks * k))[real]],
+                      rewritten_start + 1 + np.arange(shape.chunks)],
+        "slot_chunks": [sample * per + chunk, num_continued * per + np.arange(num_rewritten * shape.chunks)],
+        "teacher_outputs": [np.arange(num_continued)[:, None] * teacher_rows + contexts[:, None] + np.arange(o)],
+        "student_outputs": [np.arange(num_continued)[:, None] * shape.continuation_rows + written - 1,
+                            (rewritten_start + 1 + shape.chunks + np.arange(shape.chunks * k))[real]],
         "targets": [outputs, rewritten.tokens[real]],
-        "chunk_starts": [np.arange(each)[:, None] * s + begins,
-                         each * s + np.arange(again)[:, None] * shape.chunks * k + starts_again],
+        "chunk_starts": [np.arange(num_continued)[:, None] * s + begins,
+                         num_continued * s + np.arange(num_rewritten)[:, None] * shape.chunks * k + rewritten_begins],
         "chunk_lengths": [continued.lengths, rewritten.lengths],
     }  # fmt: skip
     parts = [np.concatenate([piece.ravel() for piece in own]).astype(np.int64) for own in pieces.values()]
@@ -320,9 +325,9 @@ def make_batch(
         whole = whole.pin_memory().to(device, non_blocking=True)
     used, encoder = np.concatenate([contexts, rewritten.contexts]), None
     if (continued.lengths < k).any() or (rewritten.lengths < k).any():
-        groups = [(each, s), (again, shape.chunks * k)]
+        groups = [(num_continued, s), (num_rewritten, shape.chunks * k)]
         encoder = Packed.of(groups, device, causal=False, used=used)
-    tokens = int(used.sum()) + each * o
+    tokens = int(used.sum()) + num_continued * o
     tensors = dict(zip(pieces, whole.split([len(part) for part in parts])))
     return Batch(shape, **tensors, encoder=encoder, text_tokens=tokens)
 

@@ -13,7 +13,7 @@ from refrag.training.distill.models import Distillation, hidden_of
 
 CONTEXT, OUTPUT = 256, 64  # s and o in the paper: tokens of the context and of the output
 _SEED = 20_251_127
-_AT_ONCE = 64  # samples per pass
+_SAMPLES_PER_PASS = 64
 
 
 class Evaluator:
@@ -163,8 +163,8 @@ def _kept(none: float, compressed: float, full: float) -> float:
 
 
 def _slices(samples: int) -> list[slice]:
-    """Split the samples evenly into passes of at most ``_AT_ONCE``."""
-    edges = np.cumsum([0, *map(len, np.array_split(np.arange(samples), -(-samples // _AT_ONCE)))]).tolist()
+    """Split the samples evenly into passes of at most ``_SAMPLES_PER_PASS``."""
+    edges = np.cumsum([0, *map(len, np.array_split(np.arange(samples), -(-samples // _SAMPLES_PER_PASS)))]).tolist()
     return [slice(start, end) for start, end in zip(edges, edges[1:])]
 
 

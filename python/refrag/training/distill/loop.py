@@ -186,11 +186,11 @@ class _Run:
         self.model.use_attention("torch" if wanted == "torch" else "refrag")
         while True:
             try:
-                batches = [self._batch(index, shape) for index, shape in enumerate(self._largest())]
+                batches = [self._batch(index, shape) for index, shape in enumerate(self._largest_shapes())]
                 if self.step == 0 and self.options.start is None:
                     self.model.fit_scale(batches[0])
                 if wanted == "faster":
-                    self.model.use_attention(self._faster(batches[0]))
+                    self.model.use_attention(self._choose_attention(batches[0]))
                 for batch in batches:
                     self._gradient(batch)
                 break
@@ -200,7 +200,7 @@ class _Run:
                 torch.cuda.empty_cache()
         return time.monotonic() - began
 
-    def _largest(self) -> list[Shape]:
+    def _largest_shapes(self) -> list[Shape]:
         """Return the largest shape of each context length, in descending order."""
         shapes = all_shapes(self.options)
         each = [max((shape for shape in shapes if shape.context == context), key=_size)
@@ -215,7 +215,7 @@ class _Run:
         self.optimizer.zero_grad()
         return float(loss.detach()), gradient
 
-    def _faster(self, batch: Batch) -> str:
+    def _choose_attention(self, batch: Batch) -> str:
         """Return the attention to use: refrag_kernels' unless it fails, differs from torch's, or is slower."""
         losses, gradients, seconds, errors = {}, {}, {}, {}
         for name in ("refrag", "torch"):
@@ -236,11 +236,12 @@ class _Run:
             taken = next(iter(seconds))
             self.note("attention", taken=taken, errors=errors)
             return taken
-        alike = float(torch.nn.functional.cosine_similarity(gradients["refrag"], gradients["torch"], 0))
+        similarity = float(torch.nn.functional.cosine_similarity(gradients["refrag"], gradients["torch"], 0))
         gap = abs(losses["refrag"] - losses["torch"])
-        agree = alike > 0.98 and gap < 0.02 * abs(losses["torch"])
+        agree = similarity > 0.98 and gap < 0.02 * abs(losses["torch"])
         taken = "refrag" if agree and seconds["refrag"] <= seconds["torch"] else "torch"
-        self.note("attention", taken=taken, agree=agree, cosine=round(alike, 5) if math.isfinite(alike) else None,
+        self.note("attention", taken=taken, agree=agree,
+                  cosine=round(similarity, 5) if math.isfinite(similarity) else None,
                   losses={name: round(value, 5) if math.isfinite(value) else None for name, value in losses.items()},
                   seconds={name: round(value, 4) for name, value in seconds.items()})  # fmt: skip
         return taken
@@ -373,10 +374,10 @@ class _Meter:
                 return
             event.synchronize()
         self._waiting = None
-        kl, entropy, again, norm, in_a_row = host.tolist()
+        kl, cross_entropy, reconstruction, norm, in_a_row = host.tolist()
         taught, rewritten = (max(1, count) for count in values.pop("rows"))
-        losses = {"kl": kl / taught, "cross_entropy": entropy / taught, "reconstruction": again / rewritten,
-                  "norm": norm}  # fmt: skip
+        losses = {"kl": kl / taught, "cross_entropy": cross_entropy / taught,
+                  "reconstruction": reconstruction / rewritten, "norm": norm}  # fmt: skip
         shown = {name: round(value, 4) if math.isfinite(value) else None for name, value in losses.items()}
         self._run.note("step", **values, **shown)
         self._run.stop_if_broken(int(in_a_row))
