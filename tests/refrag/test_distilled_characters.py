@@ -3,25 +3,25 @@
 import json
 import unicodedata
 
-import distill_files
 import numpy as np
 import pytest
 import torch
 from refrag import FixedChunks
 from refrag.cli import app
-from refrag.encoder import encode_packed
+from refrag.model.encoder import encode_packed
 from refrag.model.inputs import PackedTexts
 from refrag.training.distill import batches
 from refrag.training.distill.evaluation import _alone, _last
 from refrag.training.distill.loop import distill, read_files
 from refrag.training.distill.models import Distillation
 from refrag.training.token_files import load_tokens, tokens_inside_characters
-from test_whole_characters import DOCUMENTS, byte_level, texts
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from refrag_kernels import ChunkLayout
+from tests.refrag import distill_files
+from tests.refrag.test_whole_characters import DOCUMENTS, byte_level, texts
 
 CPU = torch.device("cpu")
 

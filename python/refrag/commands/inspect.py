@@ -1,4 +1,4 @@
-"""`refrag inspect`: draw a prompt as the decoder will read it."""
+"""`refrag inspect`: draw a prompt as the decoder reads it."""
 
 from __future__ import annotations
 

@@ -39,14 +39,14 @@ def reconstruct(options: ReconstructOptions, console: Console) -> None:
 @train.command()
 @option_command(PretrainOptions)
 def pretrain(options: PretrainOptions, console: Console) -> None:
-    """Stage 2: train it to continue the text after the chunks (REFRAG, 3.1); with ``--expand 0.1``, on mixed input."""
+    """Stage 2: train the model to continue the text after its chunks (REFRAG, 3.1); ``--expand 0.1`` mixes text in."""
     _train(options, console)
 
 
 @train.command()
 @option_command(FinetuneOptions)
 def finetune(options: FinetuneOptions, console: Console) -> None:
-    """Stage 3: train it to answer questions from passages (REFRAG, 3.1)."""
+    """Stage 3: train the model to answer questions from passages (REFRAG, 3.1)."""
     _train(options, console)
 
 

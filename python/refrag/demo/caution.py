@@ -14,11 +14,11 @@ UNTRAINED = (
 # The shares are relative to the trained decoder without and with the full context: docs/results.md.
 TRAINED = (
     "The adapter that reads compressed chunks was trained for about an hour on one CPU core: its slots keep 4 to 12 % "
-    "of what a context is worth, so expect the topic at best. docs/results.md has its figures."
+    "of a context's value, so expect the topic of an answer at best. docs/results.md has the figures."
 )
 DISTILLED = (
     "The adapter that reads compressed chunks was trained on manuals, for six minutes on one H200: its slots keep 32 "
-    "to 41 % of what a context of another manual is worth, of a story next to nothing. docs/results.md has its figures."
+    "to 41 % of the value of a context from other manuals, almost none of a story's. docs/results.md has the figures."
 )
 
 

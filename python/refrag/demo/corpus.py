@@ -49,7 +49,7 @@ def _new_paragraphs(text: str, seen: set[str]) -> Iterator[list[str]]:
 
 
 def _blocks(paragraphs: list[str]) -> Iterator[str]:
-    """Join paragraphs into passages of at least ``PASSAGE_WORDS`` words."""
+    """Join paragraphs until each passage has ``PASSAGE_WORDS`` words or more."""
     block: list[str] = []
     words = 0
     for paragraph in paragraphs:
