@@ -150,7 +150,7 @@ def test_dictionaries_that_are_none(tmp_path):
         read_dictionary(tmp_path, "gcide")
     write(tmp_path, "gcide", GCIDE)
     (tmp_path / "gcide.index").write_text("a line without numbers\n")
-    with pytest.raises(ValueError, match="gcide.index: is no index"):
+    with pytest.raises(ValueError, match="gcide.index: is not the index"):
         read_dictionary(tmp_path, "gcide")
 
 

@@ -421,4 +421,4 @@ def test_refused_files(place):
     copied = distill_files.write_tokens(place / "copied.tok", distill_files.documents(2, 0))
     refused("document 0 of .*copied.tok is also a training document", heldout=(copied,))
     foreign = distill_files.write_tokens(place / "foreign.tok", [np.full(200, 99)])
-    refused("tokens: got token 99, needs those of the decoder, below 40", tokens=(foreign,))
+    refused("tokens: got token 99, needs tokens of the decoder, below 40", tokens=(foreign,))
