@@ -118,7 +118,7 @@ def test_no_source_has_more_than_its_share(archive, tmp_path):
             [*names("red", "green"), "--cap", "0.25"],
             "cap: got 0.25 with 2 sources, needs more sources of similar size",
         ),
-        ([*names("red"), "--cap", "1", "--min-characters", "99999"], "none of its 12 files has 99999 characters of new prose"),
+        ([*names("red"), "--cap", "1", "--min-characters", "99999"], "none of its 12 files has 99999 characters"),
         (["--output", "."], "--output: . exists, needs a new folder"),
     ],
 )

@@ -209,9 +209,7 @@ def test_what_cannot_be_cut_is_refused_by_name(japanese, tmp_path, tokenizer):
     distill_files.write(tmp_path)
     for file in (tmp_path / "decoder").glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(
-        ValueError, match="decoder: .* has no readable tokenizer, needs the one of the token files"
-    ):
+    with pytest.raises(ValueError, match="decoder: .* has no readable tokenizer, needs the one of the token files"):
         read_files(distill_files.options(tmp_path))
 
 
