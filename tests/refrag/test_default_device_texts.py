@@ -1,11 +1,13 @@
-"""What holds texts and their embeddings is made on the CPU, whatever torch.set_default_device says."""
+"""Texts and their embeddings are created on the CPU, regardless of torch.set_default_device."""
 
 import pytest
-import tiny
 import torch
-from refrag import ChunkStore, Passage, PassageEncoder, RefragForCausalLM, RefragProcessor, passage_encoder
-from refrag.encoder import pack_texts
-from refrag.token_scale import token_scale_of
+from refrag import ChunkStore, Passage, PassageEncoder, RefragForCausalLM, RefragProcessor
+from refrag.encoding import passage_encoder
+from refrag.model.encoder import pack_texts
+from refrag.model.token_scale import token_scale_of
+
+from tests.refrag import tiny
 
 
 def test_texts_for_the_encoder(encoder_tokenizer):
@@ -31,7 +33,7 @@ def test_embeddings_of_passages(tmp_path, monkeypatch, tokenizer, encoder_tokeni
     encoder = PassageEncoder.from_model(model, RefragProcessor.from_config(model.config, tokenizer, encoder_tokenizer))
 
     def encode_packed(encoder, texts, *pooling):
-        """Let no encoder run: transformers' own tensors go where the default device says."""
+        """Skip the encoder: transformers creates its own tensors on the default device."""
         lengths = texts.layout.chunk_offsets.diff()
         return lengths[:, None].expand(-1, encoder.config.hidden_size).to(encoder.dtype)
 

@@ -10,7 +10,7 @@ from tests.refrag.test_acceptance import made
 from tests.support.accuracy import relative_error
 
 FAMILIES = {
-    # name: what its attention has
+    # name: features of its attention
     "Gemma2": dict(attn_logit_softcapping=2.0, sliding_window=9, head_dim=16),
     "GptOss": dict(sliding_window=9, head_dim=16, num_local_experts=2, num_experts_per_tok=1),
     "GraniteSWA": dict(sliding_window=9, head_dim=16),
@@ -53,9 +53,9 @@ def ours(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generation_equals_eagers_at_every_step(name, steps):
-    prompt = tiny.prompt([[("text", 20)], [("text", 13)]])  # of two lengths: padded on the left, beyond the window
+    prompt = tiny.prompt([[("text", 20)], [("text", 13)]])  # two lengths: left padding longer than the window
     plain, model = eager(name), ours(name)
-    steps.clear()  # of the trial
+    steps.clear()  # calls of the probe
     got = model.generate(prompt, **HOW)
     layers, new = model.decoder.config.num_hidden_layers, HOW["max_new_tokens"]
     assert len(steps) == layers * (new - 1)

@@ -1,4 +1,4 @@
-"""Passages from files: slices that together are the file, and errors that say where."""
+"""Passages from files: slices cover the file, and errors state the location."""
 
 import io
 import json
@@ -16,7 +16,7 @@ PASSAGES = [Passage(record["text"], record["id"]) for record in RECORDS]
 
 
 def read(paths, count, fields=None, **options):
-    """Read through slices that have travelled, the last one first: each has to know its own place."""
+    """Read pickled slices in reverse order: each must contain its own location."""
     parts = pickle.loads(pickle.dumps(list(slices(paths, count, **options))))
     read = [list(part.read(fields or Fields())) for part in reversed(parts)]
     assert [len(own) for own in reversed(read)] == [part.count for part in parts]
@@ -37,7 +37,7 @@ def errors(read):
 def test_json_lines(tmp_path, count):
     lines = [json.dumps(record, ensure_ascii=index % 2 == 0) for index, record in enumerate(RECORDS)]
     plain = write_lines(tmp_path / "a.jsonl", lines)
-    # A byte order mark, Windows' line ends, blank lines, no end of line at the end.
+    # A byte order mark, Windows line endings, blank lines, no newline at the end.
     ends = [f"{line}\r\n \t" for line in lines[1:9]]
     odd = write_lines(tmp_path / "b.ndjson", [b"\xef\xbb\xbf", lines[0], *ends, "\r", lines[9].encode()])
     assert read([plain], count) == PASSAGES
@@ -111,7 +111,7 @@ def test_a_folder_of_text(tmp_path):
     ]
 
 
-def test_what_is_no_source(tmp_path):
+def test_unsupported_paths_are_refused(tmp_path):
     (tmp_path / "a.csv").touch()
     for name, kind, message in [
         ("a.csv", ValueError, r"a.csv: got .csv, needs .jsonl, .ndjson, .parquet or a folder"),
@@ -133,7 +133,7 @@ ODD_LINES = {
 
 @pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "-"])
 @pytest.mark.parametrize("content", ODD_LINES.values(), ids=ODD_LINES)
-def test_a_prompts_passages_are_those_that_were_encoded(tmp_path, monkeypatch, content, suffix):
+def test_prompts_read_the_passages_that_encode_reads(tmp_path, monkeypatch, content, suffix):
     """A store finds a passage by its text: a file must give the same one to `refrag generate` as to `refrag encode`."""
     path = tmp_path / f"odd.{suffix if suffix != '-' else 'jsonl'}"
     path.write_bytes(content)
@@ -144,7 +144,7 @@ def test_a_prompts_passages_are_those_that_were_encoded(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("line", [b'{"text": "x", "id": ""}', b'{"text": "\\ud800"}', b'{"text": "x", "id": true}'])
-def test_a_prompt_refuses_what_an_encoding_refuses(tmp_path, line):
+def test_prompts_refuse_what_encode_refuses(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(line)
     (refused,) = errors(read([path], 1))
@@ -153,7 +153,7 @@ def test_a_prompt_refuses_what_an_encoding_refuses(tmp_path, line):
     assert str(error.value) == refused
 
 
-def test_a_prompts_text_files_are_those_that_were_encoded(tmp_path):
+def test_prompts_read_the_text_files_that_encode_reads(tmp_path):
     contents = {"cr.txt": b"a\rb\r", "crlf.txt": b"a\r\nb\r\n", "mark.txt": b"\xef\xbb\xbfa\n", "two.txt": b"a\n\nb"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
@@ -169,7 +169,7 @@ def test_a_prompt_reads_parquet(tmp_path):
     assert read_passages([tmp_path / "a.parquet"]) == PASSAGES
 
 
-def test_questions_are_parted_at_the_ends_of_lines_only(tmp_path):
+def test_questions_are_split_at_newlines_only(tmp_path):
     path = tmp_path / "questions.jsonl"
     lines = [{"question": "a\u2028b\x85c"}, {"question": "d"}]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode())
