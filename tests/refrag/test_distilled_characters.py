@@ -201,7 +201,7 @@ def test_a_run_on_japanese(japanese):
 
 
 def test_what_cannot_be_cut_is_refused_by_name(japanese, tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"k: got 2, needs \d or more: tokens has a character of so many tokens"):
+    with pytest.raises(ValueError, match=r"k: got 2, needs \d or more: tokens has a character of that many tokens"):
         distill(distill_files.options(japanese, k=2, contexts=(16,), output=tmp_path / "k"))
     foreign = distill_files.write_tokens(tmp_path / "foreign.tok", distill_files.documents(2, 5))
     with pytest.raises(ValueError, match=r"foreign.tok: has tokens of tokenizer \w{12}, needs"):
@@ -209,9 +209,7 @@ def test_what_cannot_be_cut_is_refused_by_name(japanese, tmp_path, tokenizer):
     distill_files.write(tmp_path)
     for file in (tmp_path / "decoder").glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(
-        ValueError, match="decoder: .* has no tokenizer that can be read, needs that of the token files"
-    ):
+    with pytest.raises(ValueError, match="decoder: .* has no readable tokenizer, needs the one of the token files"):
         read_files(distill_files.options(tmp_path))
 
 

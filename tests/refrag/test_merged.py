@@ -13,7 +13,7 @@ from tests.support.accuracy import relative_error
 
 @pytest.mark.parametrize("encoder", ["lora", "all"])
 def test_a_model_with_lora_computes_the_same_after_loading(encoder, tmp_path):
-    model = prepare(tiny.refrag(), TrainableSpec(encoder=encoder, decoder="lora", rank=2))
+    model = prepare(tiny.refrag(), TrainableSpec(train_encoder=encoder, train_decoder="lora", rank=2))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(0, 0.3)

@@ -346,8 +346,8 @@ def test_passages_are_taken_out_of_messages():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f"a {MARK}", "message 0: its text holds"),
-        ([{"type": "text", "text": MARK}], "message 0: its text holds"),
+        (f"a {MARK}", "message 0: its text contains"),
+        ([{"type": "text", "text": MARK}], "message 0: its text contains"),
         ([{"type": "passage", "text": "a"}, {"type": "image_url", "image_url": {}}], "got a part 'image_url' beside"),
         ([{"type": "passage", "text": "a"}, 3], "got a part 'int' beside passages"),
     ],

@@ -134,9 +134,9 @@ def test_a_malformed_passage_is_a_bad_request(name, client):
 
 @pytest.mark.parametrize("text", [MARK, f"Read {MARK} and {MARK}"])
 def test_marks_in_text_are_bad_requests(text, client):
-    with pytest.raises(openai.BadRequestError, match="stands for a passage"):
+    with pytest.raises(openai.BadRequestError, match="reserved for passages"):
         client.chat.completions.create(model="refrag", messages=[{"role": "user", "content": text}], max_tokens=2)
-    with pytest.raises(openai.BadRequestError, match="stands for a passage"):
+    with pytest.raises(openai.BadRequestError, match="marks a passage"):
         client.completions.create(model="refrag", prompt=text, max_tokens=2)
     assert answer(client, {"text": about(3)}, 2)
 
