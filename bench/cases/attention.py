@@ -1,4 +1,4 @@
-"""Cases of mixed_attention: prompts, passages, the chunk encoder, the backward pass, and masks that others publish."""
+"""Cases of mixed_attention: prompts, passages, the chunk encoder, the backward pass, and other benchmarks' masks."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ def _passages(preset: str, context: int, k: int, density: float, dtype: torch.dt
         flops=4.0 * shape.heads * shape.width * plan.stats()["pairs_allowed"],
         limit="matmul",
         plans=plans,
-        notes="plans and block masks not counted",
+        notes="excludes plans and block masks",
     )
 
 
 def plans_of(problem: Problem, q, key, v, blocks: Sequence[int]) -> dict[str, Callable[[], object]]:
-    """Return what makes the plan of each contender that has one."""
+    """Return the functions that make each contender's plan or block mask."""
     device = q.device.type
     plans: dict[str, Callable[[], object]] = {OURS: lambda: problem.plan(device)}
     for block in blocks:
@@ -100,7 +100,7 @@ def plans_of(problem: Problem, q, key, v, blocks: Sequence[int]) -> dict[str, Ca
 def _masked(
     make: Callable[[int], Problem], preset: str, rows: int, dtype: torch.dtype, device: str, flex: bool
 ) -> Case:
-    """One of the masks of ``bench.cases.problems``."""
+    """Build the case of a mask from ``bench.cases.problems``."""
     shape, problem = PRESETS[preset], make(rows)
     q, key, v = tensors(shape.heads, shape.kv_heads, shape.width, rows, dtype, device)
     plan = problem.plan(device)
@@ -111,7 +111,7 @@ def _masked(
         others |= peers.dense_libraries(q, key, v, causal=True)
     elif pieces and problem.keys_of_pieces() is None:
         others["SDPA, document by document"] = peers.sdpa_in_pieces(q, key, v, problem)
-    elif rows <= 4096:  # beyond it, masks and scores of all pairs do not fit
+    elif rows <= 4096:  # beyond this, masks and scores of all pairs don't fit
         others["SDPA, bool mask"] = peers.sdpa(q, key, v, problem.visible(0, rows, device))
     others |= peers.masked_libraries(q, key, v, problem) if device == "cuda" else {}
     blocks = (128,) if flex else ()
@@ -124,14 +124,14 @@ def _masked(
         flops=4.0 * shape.heads * shape.width * plan.stats()["pairs_allowed"],
         limit="matmul",
         plans=plans_of(problem, q, key, v, blocks),
-        notes="plans and block masks not counted",
+        notes="excludes plans and block masks",
     )
 
 
 def _encoder(preset: str, context: int, k: int, dtype: torch.dtype, device: str) -> Case:
     shape, chunks = PRESETS[preset], context // k
     if chunks < 1:
-        raise Skip(f"a context of {context} holds no chunk of {k}")
+        raise Skip(f"a context of {context} has no chunk of {k}")
     heads, width = shape.encoder_heads, shape.encoder_hidden // shape.encoder_heads
     q, key, v = tensors(heads, heads, width, chunks * k, dtype, device)
     padded = [t.view(chunks, k, heads, width).transpose(1, 2) for t in (q, key, v)]

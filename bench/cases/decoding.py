@@ -1,4 +1,4 @@
-"""Cases of paged_attention: a step of decoding, of one sequence or many, in a page table that may be wider."""
+"""Cases of paged_attention: a decode step of one or many sequences, with a page table that may be wider than needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.engine.case import Case, Entry, Skip, Sweep, bound_of
 from refrag_kernels import backends
 
 PAGE = 16
-_COLD = 1 << 29  # bytes of keys and values in all: more than the caches hold
+_COLD = 1 << 29  # total bytes of keys and values: larger than the caches
 
 
 def cache(heads: int, width: int, pages: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +27,7 @@ def cache(heads: int, width: int, pages: int, dtype: torch.dtype, device: str) -
 
 
 def _decode(preset: str, context: int, batch: int, table: int, dtype: torch.dtype, device: str) -> Case:
-    """A row and ``context`` keys a sequence; batches are read in turns, so that keys come from memory, not a cache."""
+    """One row and ``context`` keys per sequence; calls rotate through batches, so that keys come from memory."""
     shape, blocks = PRESETS[preset], -(-context // PAGE)
     if 0 < table < context:
         raise Skip(f"{context} keys do not fit in a table for {table}")
@@ -49,10 +49,10 @@ def _decode(preset: str, context: int, batch: int, table: int, dtype: torch.dtyp
         return turns[name]
 
     def whole(pages: torch.Tensor, at: int) -> torch.Tensor:
-        """A batch's keys in one piece, [B, H_kv, T, D]."""
+        """Return a batch's contiguous keys, [B, H_kv, T, D]."""
         return pages[tables[at, :, :blocks].long()].flatten(1, 2)[:, :context].transpose(1, 2)
 
-    # SDPA has no pages: it is given each batch's keys in one piece.
+    # SDPA has no pages: it gets each batch's keys as one contiguous tensor.
     pieces = [[whole(pages, at) for pages in (k_pages, v_pages)] for at in range(batches)]
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def _decode(preset: str, context: int, batch: int, table: int, dtype: torch.dtyp
         return attend(q, whole(k_pages, at), whole(v_pages, at))
 
     def expected() -> torch.Tensor:
-        # Every contender's first call, which is the one that is checked, reads the first batch.
+        # Every contender's first call reads the first batch; that is the call that is checked.
         each = ((q[n : n + 1].double(), *(t[n : n + 1].double() for t in pieces[0])) for n in range(batch))
         return torch.cat([attend(*one) for one in each])
 
@@ -81,7 +81,7 @@ def _decode(preset: str, context: int, batch: int, table: int, dtype: torch.dtyp
         flops=4.0 * shape.heads * shape.width * context * batch,
         bytes=float(size),
         limit="read",
-        most_copies=1,  # it takes turns among its batches
+        max_copies=1,  # it rotates through its batches
     )
 
 

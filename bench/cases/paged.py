@@ -13,7 +13,7 @@ from bench.cases import decoding
 from bench.cases.presets import PRESETS
 from bench.engine.case import Case, Entry, Sweep, bound_of
 
-_ROWS = 64  # of a chunk of prefill, as append_kv writes them
+_ROWS = 64  # per prefill chunk written by append_kv
 
 
 def _append(preset: str, dtype: torch.dtype, device: str) -> Case:

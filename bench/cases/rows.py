@@ -1,4 +1,4 @@
-"""Cases of pool_chunks, project_chunks, embed_mixed and linear_rows: the ops on rows."""
+"""Cases of the row ops: pool_chunks, project_chunks, embed_mixed and linear_rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _weights(shape: Preset, dtype: torch.dtype, device: str) -> list[torch.Tenso
 
 def _count(context: int, k: int) -> int:
     if context < k:
-        raise Skip(f"a context of {context} holds no chunk of {k}")
+        raise Skip(f"a context of {context} has no chunk of {k}")
     return context // k
 
 
@@ -57,7 +57,7 @@ def _project(preset: str, context: int, k: int, dtype: torch.dtype, device: str)
 
 
 def _embed(preset: str, context: int, k: int, dtype: torch.dtype, device: str) -> Case:
-    """Chunks projected into a mixed sequence with half as many rows of text, and 64 more."""
+    """Chunks projected into a mixed sequence with text rows: half as many as chunks, plus 64."""
     shape, count = PRESETS[preset], _count(context, k)
     text = count // 2 + 64
     weights = _weights(shape, dtype, device)
@@ -135,7 +135,7 @@ def _pool(preset: str, context: int, k: int, dtype: torch.dtype, device: str) ->
 
 
 def _linear(preset: str, dtype: torch.dtype, device: str) -> Case:
-    """One row through the largest layer of a decoder, from its width to its vocabulary."""
+    """One row through a decoder's largest layer, from hidden_size to the vocabulary."""
     shape = PRESETS[preset]
     x = _random(1, shape.hidden, dtype=dtype, device=device, seed=0)
     weight = _random(shape.vocabulary, shape.hidden, dtype=dtype, device=device, seed=1, scale=_WEIGHT_SCALE)

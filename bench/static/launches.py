@@ -1,4 +1,4 @@
-"""Calls of the backend whose launches are compiled for every architecture."""
+"""Backend calls whose launches are compiled for every architecture."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
 @dataclasses.dataclass
 class Case:
-    """A call, and what is asked of the kernels that it launches."""
+    """A call, and the requirements on the kernels that it launches."""
 
     name: str
     dtype: torch.dtype
     call: Callable[[], object]
     always: bool = False  # part of `make test`
-    width: int = 0  # of a head
-    spills_reported: bool = False  # rather than refused
+    width: int = 0  # head_dim
+    spills_reported: bool = False  # rather than treated as an error
 
     def __str__(self):
         return self.name
 
 
 def _attention(width: int, group: int, dtype: torch.dtype, short_kv: bool = False, **options) -> Case:
-    # Softcap and sinks are the longest variant in their kernels, but the rarer one: it has cases of its own.
+    # Softcap and sinks give the largest variant of the kernels, but a rare one, which has separate cases.
     softcap, sinks = (30.0, torch.zeros(2 * group)) if options.pop("softcap", False) else (0.0, None)
 
     def call():
-        if short_kv:  # the chunk encoder's
+        if short_kv:  # as in the chunk encoder
             plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[16] * 8]), rk.ChunkMask.diagonal(), causal=False)
-        else:  # a prefix that many passages see: its keys are shared out to several units
+        else:  # a prefix that many passages attend to: its keys are split over several work items
             mask = rk.ChunkMask.passages(torch.tensor([-1, *range(15)]))
             plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[64] * 16]), mask)
         rows = plan.q_row_block.shape[0]
@@ -94,7 +94,7 @@ CASES = [
         _attention(width, group, dtype, always=dtype == _BF16 and width == 128 and group == 4)
         for width in (64, 96, 128, 256)
         for dtype in (_BF16, _FP16, _FP32)
-        # Each way in which heads fill tiles in bfloat16; float16 has the same kernels.
+        # Each way of filling tiles with heads, in bfloat16; float16 uses the same kernels.
         for group in {_BF16: (1, 2, 4, 8), _FP16: (4,), _FP32: (1, 4)}[dtype]
     ),
     *(

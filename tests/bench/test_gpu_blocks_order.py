@@ -1,4 +1,4 @@
-"""The blocks of the GPU report that compare orders of programs and ways to decode, rehearsed on the CPU."""
+"""Dry runs of the GPU report's blocks that compare program orders and decode variants."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def rehearse(name, tmp_path):
-    """Return the results of a block, run as the report runs it, by case and contender."""
+    """Run a block as the report does; return its results by case and contender."""
     file = tmp_path / "results.jsonl"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     for variable in [variable for variable in environment if variable.startswith("PYTEST_")]:

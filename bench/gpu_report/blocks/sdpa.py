@@ -1,4 +1,4 @@
-"""Which kernels torch's attention runs for causal prompts, each timed; and what a shape costs that is new to it."""
+"""Find and time the kernels of torch's attention for causal prompts, and time the first call of a new shape."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HEADS = ((32, 8), (32, 32))  # LLaMA-3-8B's, LLaMA-2-7B's
 
 
 def block(options: Options, results: Results) -> None:
-    """Compare backends row by row; what a new shape costs comes before the longest of them."""
+    """Compare backends case by case; the cost of a new shape comes before the longest case."""
     if options.rehearsal:
         _compare(options, results, 40, (4, 2), 16)
         return
@@ -80,7 +80,7 @@ def _compare(options: Options, results: Results, rows: int, heads: tuple[int, in
 
 
 def _new_shapes(results: Results) -> None:
-    """Time the first call of shapes that torch has not seen, on the host until the GPU is done, and later calls."""
+    """Time the first and later calls of shapes new to torch, on the host until the GPU is done."""
     for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
         first, later = [], []
         for rows in (381, 393, 407):
@@ -131,7 +131,7 @@ def _kernels(call: Callable[[], object]) -> list[str]:
             call()
             torch.cuda.synchronize()
         found = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    except RuntimeError as error:  # where counters are reserved for administrators
+    except RuntimeError as error:  # if profiling counters need administrator rights
         return [f"not known: {str(error).partition(chr(10))[0]}"]
     return [name[:160] for name in found]
 

@@ -1,4 +1,4 @@
-"""Every op against float64, on CUDA tensors, by Triton and by CUDA C++, in many processes."""
+"""Test every op against float64 on CUDA tensors, with Triton and CUDA C++, in many processes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 from bench.gpu_report import pytest_runs
 from bench.gpu_report.block import Options, Results, run
 
-_PROCESSES = 14  # their time goes into compiling, one kernel at a time each
-# The many cases last: they may be cut short.
+_PROCESSES = 14  # each spends its time compiling one kernel at a time
+# The largest group comes last, since it may be cut short.
 _FILES = ("tests/kernels/test_pooling_cuda.py", "tests/gpu/test_gpu_ops.py")
 _FEW = ("tests/gpu/test_gpu_ops.py", "-k", "pool_chunks-triton-float32-0] or merge_states-triton-float32-1]")
 
