@@ -75,7 +75,7 @@ def _shape(case: launches.Case, recorded: ahead_of_time.Launch) -> tuple[str, st
     tile = ""
     if "GROUP" in a and "STEP" in a:
         tile = f"{tile_rows(recorded)} x {a['STEP']}"
-        parts += [f"{a['GROUP']} heads a key", *(["softcap"] if a["SOFTCAP"] else [])]
+        parts += [f"{a['GROUP']} heads per key", *(["softcap"] if a["SOFTCAP"] else [])]
         parts += ["short KV"] if a.get("BLOCKS") == 1 and a["STEP"] == 16 else []
     elif "BM" in a:
         tile = f"{a['BM']} x {a['BN']} x {a['BK']}"

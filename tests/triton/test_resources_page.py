@@ -63,7 +63,7 @@ def test_other_backends_join_the_page_by_a_call():
     cell = "255 / 0 / 4096 / 2 x 4 / 8 HMMA / 64 x 32"
     assert f"| D 64 | bfloat16 | {cell} |\n" in text
     assert f"| D 64 | bfloat16 | {cell} | {cell.replace(' 0 ', ' **7** ')} |\n| D 64 | float32 | {cell} | - |\n" in text
-    assert "No figure here is a time" in text
+    assert "For times, see [GPU results]" in text
     wide = dataclasses.replace(row, shape="D 256", spilled=3, warps=8)
     assert resources.summary([*rows, wide, dataclasses.replace(wide, spilled=0)]).splitlines()[2:] == [
         "| 16 bits | 1 / 0 / 8 | 1 / 1 / 8 |",
