@@ -1,6 +1,6 @@
-"""The launchers of csrc/cuda as torch ops, on CPU tensors: their checks, choices and params, against float64.
+"""The launchers of csrc/cuda as torch ops on CPU tensors: their checks, choices and parameters, against float64.
 
-A runtime of our own (fake_runtime/) runs what they launch on the host of the other tests.
+Our own runtime (fake_runtime/) runs their launches on the host emulation.
 """
 
 import ctypes
@@ -23,8 +23,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 @functools.cache
 def load(family: str) -> ctypes.CDLL:
-    """Register the family's ops for the CPU; return the library, which tells the runtime what to do."""
-    assert extension.load_error() is None  # which defines the ops
+    """Register the family's ops for the CPU; return the library, which controls the fake runtime."""
+    assert extension.load_error() is None  # the extension defines the ops
     path = host_library.compile_torch_library(host_library.HERE / "launchers.cpp", f'-DLAUNCHER="cuda/{family}.cu"')
     torch.ops.load_library(str(path))
     library = ctypes.CDLL(str(path))
@@ -65,7 +65,7 @@ def test_arguments_that_launchers_refuse():
         pooling.pool_chunks(hidden.double(), torch.tensor([0, 4], dtype=torch.int32), "mean")
     weights = torch.ones(8, 8).half()
     with pytest.raises(RuntimeError, match="chunks: needs up to 64 rows"):
-        launcher = torch.ops.refrag_cuda.project_chunks.default  # the backend takes torch's products for so many
+        launcher = torch.ops.refrag_cuda.project_chunks.default  # the backend uses torch's matmul for that many rows
         launcher(torch.ones(65, 8).half(), weights, None, weights, None, "gelu", None)
     with pytest.raises(RuntimeError, match="activation: got sine, needs gelu"):
         projection.project_chunks(torch.ones(6, 8).half(), weights, None, weights, None, "sine", None)
@@ -92,7 +92,7 @@ def test_projection_and_assembly(chunks, dtype):
 
 
 def launched(library: ctypes.CDLL) -> tuple[int, int]:
-    """Return the threads and the bytes of shared memory of the last launch."""
+    """Return the number of threads and bytes of shared memory of the last launch."""
     _, block, shared = library.last_launch().decode().split()
     return int(block.split(",")[0]), int(shared)
 
@@ -106,7 +106,7 @@ def test_attention(seed, kilobytes):
     options = problem.options
     q, k, v = problem.q, problem.k, problem.v
     reason = attention.mixed_attention.unsupported(q, k, v)
-    if reason:  # what the backend leaves to others the launcher refuses as well
+    if reason:  # the launcher also rejects what the backend does not support
         with pytest.raises(RuntimeError, match="need"):
             torch.ops.refrag_cuda.mixed_attention(q, k, v, problem.plan_problem.plan().tensors(), 1.0, 0.0, None, 0, 0)
         return
@@ -117,7 +117,7 @@ def test_attention(seed, kilobytes):
     expected = problem.expected()
     assert relative_error(out, expected["out"]) <= OUTPUT[q.dtype]
     assert relative_error(lse, expected["lse"]) <= LSE[q.dtype]
-    if not len(q):  # nothing was launched: the library would tell of another test's launch
+    if not len(q):  # nothing was launched: the library would report another test's launch
         return
     threads, shared = launched(library)
     assert threads == (256 if q.shape[1] // k.shape[1] > 4 else 128)

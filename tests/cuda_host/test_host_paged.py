@@ -1,4 +1,4 @@
-"""The paged family's CUDA kernels, run on the CPU thread by thread, against float64."""
+"""The paged family's CUDA kernels, run thread by thread on the CPU, against float64."""
 
 import random
 
@@ -13,7 +13,7 @@ from tests.support.paged_problems import Problem, make_problem
 
 pytestmark = pytest.mark.device_code
 
-# Head width, and warps of a block: 2 where a multiprocessor has 100 KB of shared memory only.
+# head_dim, and warps per CTA: 2 on multiprocessors with only 100 KB of shared memory.
 VARIANTS = [
     (torch.bfloat16, 64, 4),
     (torch.float16, 64, 4),
@@ -91,7 +91,7 @@ def test_random_problems(seed):
 
 @pytest.mark.parametrize("seed", range(48 if host_library.ALL else 12))
 def test_where_nan_goes(seed):
-    """As tests/kernels/test_nonfinite.py says of the other backends."""
+    """The equivalent of tests/kernels/test_nonfinite.py for the other backends."""
     dtype, width, warps = VARIANTS[seed % len(VARIANTS)]
     spoilt = spoilt_paged(seed, dtype, dim=width, heads=HEADS[seed % len(HEADS)])
     spoilt.check(*run(spoilt.problem, warps=warps, splits=seed % 3, seed=seed))
@@ -125,7 +125,7 @@ def test_every_order_of_threads_gives_the_same_bits():
 
 
 def test_rows_of_no_sequence_and_pages_that_do_not_exist():
-    """Under a fixed capacity there are rows after the last sequence: they see nothing. A bad page counts as unseen."""
+    """With a fixed capacity, rows after the last sequence are fully masked. Invalid pages are masked."""
     problem = make_problem(1, [20, 33], [2, 3], heads=(2, 1), dim=64, page=16, dtype=torch.bfloat16)
     q, *cache = problem.args
     problem.args = (torch.cat([q, torch.full((4, 2, 64), torch.nan, dtype=q.dtype)]), *cache)

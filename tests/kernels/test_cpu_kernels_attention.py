@@ -1,4 +1,4 @@
-"""What is particular to the C++ attention: its instruction sets, its threads, and how it reads memory."""
+"""Tests specific to the C++ attention: instruction sets, threads, and memory access."""
 
 import random
 
@@ -35,7 +35,7 @@ def every_other_head(rows, dtype):
     return heads[:, 0:4:2], heads[:, 0:2]
 
 
-# Keys and values that begin at one address and differ in their strides.
+# Keys and values that start at the same address and differ in their strides.
 VIEWS = {views.__name__: views for views in (expanded_heads, expanded_rows, every_other_head)}
 
 
@@ -57,7 +57,7 @@ def check_views_of_one_storage(name, dtype):
 
 
 def check_all():
-    """Run in a process of its own, as the instruction set is chosen once per process."""
+    """Check all problems. Run in a new process, since the instruction set is chosen once per process."""
     for dtype in DTYPES:
         for seed in range(12):
             check(random_attention_problem(seed, dtype), dtype, f"random_attention_problem({seed}, {dtype})")
@@ -182,7 +182,7 @@ def test_a_skipped_tile_is_not_read(dtype):
     k[32:], v[32:] = float("nan"), float("inf")
     out, lse = rk.mixed_attention(q, k, v, plan, return_lse=True, backend="cpu")
     assert out[:32].isfinite().all() and lse[:32].isfinite().all()
-    assert out[32:].isnan().all()  # what a row does see is not hidden
+    assert out[32:].isnan().all()  # NaN that a row attends to is not hidden
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -1,4 +1,4 @@
-"""The CUDA backend: what it is registered for and what it leaves to others; its values where there is a GPU."""
+"""The CUDA backend: what it is registered for, what it leaves to others, and its values if there is a GPU."""
 
 import pytest
 import torch

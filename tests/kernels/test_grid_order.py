@@ -1,4 +1,4 @@
-"""The order of programs: how many heads go together."""
+"""The order of programs: how many heads form a section."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ def keys(rows, heads, width=128, dtype=torch.bfloat16):
 @pytest.mark.parametrize(
     ("rows", "heads", "section"),
     [
-        (4096, 8, 8),  # 2 MiB a head, of 25 MiB
-        (4096, 32, 11),  # 12 fit: three sections, of 11, 11 and 10
+        (4096, 8, 8),  # 2 MiB per head, of 25 MiB
+        (4096, 32, 11),  # 12 fit: three sections of 11, 11 and 10
         (4096, 25, 9),  # not 12, 12 and 1
         (16384, 8, 3),
         (65536, 8, 1),
