@@ -132,8 +132,8 @@ def tables(rows: Iterable[Row]) -> str:
 
 def cuda_section(release: bool = False) -> tuple[str, str]:
     """Return title and Markdown table of the CUDA C++ kernels, for this build's or a release's architectures."""
-    before = "Cells: registers per thread / spilled bytes / resident CTAs per multiprocessor; - if the launchers\n"
-    before += "select another variant for the architecture.\n\n"
+    before = "Cells: registers per thread / spilled bytes / resident CTAs per multiprocessor; - if the launchers select\n"
+    before += "another variant for the architecture.\n\n"
     binaries = [cuda_resources.compile_release()] if release else []
     return f"CUDA C++, {cuda_resources.compiler()}", before + cuda_resources.markdown(*binaries)
 
