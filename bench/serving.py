@@ -141,7 +141,7 @@ def fill(folder: str, store: str) -> None:
     from refrag.loading import load_model, load_processor
 
     encoder = PassageEncoder.from_model(load_model(Path(folder)), load_processor(Path(folder)))
-    encoder.fill(ChunkStore.create(store, encoder.recipe), python_reference())
+    encoder.fill(ChunkStore.create(store, encoder.fingerprint), python_reference())
 
 
 def main() -> None:

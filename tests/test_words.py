@@ -231,7 +231,11 @@ ALLOWED: dict[str, list[tuple[str, str, str]]] = {
             "old names warn for a release",
         ),
         (r"python/refrag/.*\.py", r"--chooser|chooser(s)? is deprecated|\bchooser: .*deprecat", "the option stays"),
-        (r"python/refrag/integrations/vllm/.*\.py", r"\"chooser\"", "a field of requests"),
+        (r"python/refrag/.*\.py", r"deprecated\.renamed_\w+\(\"chooser\"", "old keywords and attributes warn"),
+        (r"python/refrag/integrations/haystack\.py", r"parameters.*\"chooser\"|\"chooser\" in", "files hold it"),
+        (r"python/refrag/integrations/vllm/.*\.py", r"\"chooser\"|chooser: got it", "an old field of requests warns"),
+        (r"python/refrag/commands/evaluate\.py", r"\"choosers\": options", "a key of files"),
+        (r"python/refrag/training/options\.py", r"formerly.*choosers", "the option stays"),
         (r"tests/.*test_(deprecat|old_names|moved)\w*\.py", r"[cC]hooser", "tests that old names warn"),
         (
             r"docs/.*\.md|README\.md|CHANGELOG\.md",
@@ -242,7 +246,7 @@ ALLOWED: dict[str, list[tuple[str, str, str]]] = {
     "pinned": [(r"refrag_kernels/.*\.py", r"def pinned\(|deprecat", "the old name warns for a release")],
     "fingerprint": [
         (r"python/refrag/__init__\.py", r"ChunkRecipe", "the old name warns for a release"),
-        (r"tests/.*test_(deprecat|old_names|moved)\w*\.py", r"ChunkRecipe", "tests that old names warn"),
+        (r"tests/.*test_(deprecat|old_names|moved)\w*\.py", r"ChunkRecipe|\.recipe\b", "tests that old names warn"),
         (r"CHANGELOG\.md", r"`ChunkRecipe`", "says what was renamed"),
     ],
     "tile configuration": [],

@@ -76,7 +76,7 @@ class ModelBundle:
         return self.model.config.chunk_size
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return the chunk embeddings of texts, as choosers want them: [N, d_enc]."""
+        """Return the chunk embeddings of texts, as selectors want them: [N, d_enc]."""
         special = self.model.config.encoder_special_tokens
         return self.model.encode_chunks(pack_texts(self.encoder_tokenizer, texts, special_tokens=special))
 

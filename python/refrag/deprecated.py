@@ -5,6 +5,7 @@ Code finds them here, and so do pickles and files of ``torch.save``, which name 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -13,7 +14,10 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 # Room -> modules that it took in under their own names, from the top of refrag or from where the room's name stands.
 _ROOMS = {
@@ -73,6 +77,40 @@ def moved(package: str, module: str) -> Callable[[str], Any]:
 def renamed(module: str) -> Callable[[str], Any]:
     """Return the ``__getattr__`` of a module some of whose names have changed."""
     return lambda name: _find(module, name, module)
+
+
+def renamed_keyword(old: str, new: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+    """Return a decorator that accepts the keyword ``old`` for ``new``, with a warning."""
+
+    def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        @functools.wraps(function)
+        def call(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
+            if old in options:
+                if new in options:
+                    raise TypeError(f"{old}: got it beside {new}, which replaces it; pass {new} alone")
+                _warn(f"{function.__qualname__}({old}=)", f"{function.__qualname__}({new}=)")
+                options[new] = options.pop(old)
+            return function(*args, **options)
+
+        return call
+
+    return decorate
+
+
+def renamed_attribute(old: str, new: str) -> property:
+    """Return a property that reads the attribute ``new`` under its former name, with a warning."""
+
+    def read(self: Any) -> Any:
+        owner = type(self).__name__
+        _warn(f"{owner}.{old}", f"{owner}.{new}")
+        return getattr(self, new)
+
+    return property(read, doc=f"Former name of ``{new}``.")
+
+
+def warn_renamed_key(old: str, new: str) -> None:
+    """Warn that a key of a request was given under its former name."""
+    _warn(repr(old), repr(new))
 
 
 def _find(module: str, name: str, asked: str) -> Any:

@@ -10,7 +10,7 @@ from refrag.store.fingerprint import Fingerprint
 from refrag.store.store import ChunkStore
 
 WIDTH, CHUNKS, BATCH = 64, 12, 50
-RECIPE = Fingerprint("tiny", "r1", "t1", "t2", "fixed, k = 4", "first", True, WIDTH)
+FINGERPRINT = Fingerprint("tiny", "r1", "t1", "t2", "fixed, k = 4", "first", True, WIDTH)
 
 
 def passage(number):
@@ -38,7 +38,7 @@ def put(store, numbers, **options):
 
 def write_forever(folder, connection):
     """Put one shard after another, and tell the number of each one that is done."""
-    store = ChunkStore.open(folder, RECIPE)
+    store = ChunkStore.open(folder, FINGERPRINT)
     for number in range(100_000):
         put(store, range(number * BATCH, (number + 1) * BATCH))
         connection.send(number)
@@ -50,7 +50,7 @@ def write_and_die(folder, moment):
     def die(*arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    store = ChunkStore.open(folder, RECIPE)
+    store = ChunkStore.open(folder, FINGERPRINT)
     real = shard.save_file
 
     def die_half_written(tensors, path, **options):
@@ -69,6 +69,6 @@ def write_and_die(folder, moment):
 
 def write_range(folder, start, end, step):
     """Put passages in small shards."""
-    store = ChunkStore.open(folder, RECIPE)
+    store = ChunkStore.open(folder, FINGERPRINT)
     for first in range(start, end, step):
         put(store, range(first, min(first + step, end)))

@@ -92,9 +92,9 @@ def test_without_passages(make):
         ({"expand": 1.0}, "all"),
         ({"expand": {"tower"}}, "tower"),
         ({"expand_count": 2}, 2),
-        ({"expand_count": 0, "chooser": "random"}, 0),
+        ({"expand_count": 0, "selector": "random"}, 0),
         ({"expand_count": 1000}, "all"),
-        ({"expand": 0.25, "chooser": "random"}, 3),
+        ({"expand": 0.25, "selector": "random"}, 3),
         ({"expand": 0.25}, 3),
     ],
 )
@@ -108,7 +108,7 @@ def test_chunks_are_expanded(make, options, expanded):
         assert len(prompt.expanded) == (chunks if expanded == "all" else expanded)
 
 
-def test_what_the_chooser_embedded_is_not_encoded_again(make, monkeypatch):
+def test_what_the_selector_embedded_is_not_encoded_again(make, monkeypatch):
     answerer = make(expand=0.25)
     plain = answerer.model.generate(answerer.prompt(QUESTION, [BRIDGE]), max_new_tokens=8, do_sample=False)
     prompt = answerer.prompt(QUESTION, [BRIDGE])
@@ -118,9 +118,9 @@ def test_what_the_chooser_embedded_is_not_encoded_again(make, monkeypatch):
 
 def test_passages_of_a_store_are_named_by_id(make, parts, tmp_path, monkeypatch):
     encoder = PassageEncoder.from_model(*parts)
-    store = ChunkStore.create(tmp_path / "store", encoder.recipe)
+    store = ChunkStore.create(tmp_path / "store", encoder.fingerprint)
     encoder.fill(store, [BRIDGE, TOWER])
-    answerer = make(store=store, expand_count=1, chooser="random")
+    answerer = make(store=store, expand_count=1, selector="random")
     monkeypatch.setattr(answerer.model, "encode_chunks", None)
     assert answerer.answer(QUESTION, [Passage(id="tower"), BRIDGE])
     with pytest.raises(ValueError, match="nowhere"):
@@ -202,8 +202,8 @@ def test_many_ask_at_once(make):
         ({"max_new_tokens": 0}, "max_new_tokens: got 0, needs 1 or more"),
         ({"expand_count": -1}, "expand_count: got -1, needs 0 or more"),
         ({"expand_count": 1, "expand": 0.5}, "expand_count: got 1 beside expand = 0.5"),
-        ({"chooser": "best"}, "chooser: got 'best', needs one of"),
-        ({"chooser": "policy"}, "policy: got None"),
+        ({"selector": "best"}, "selector: got 'best', needs one of"),
+        ({"selector": "policy"}, "policy: got None"),
     ],
 )
 def test_refuses_choices(make, options, message):

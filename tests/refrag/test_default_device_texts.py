@@ -40,6 +40,6 @@ def test_embeddings_of_passages(tmp_path, monkeypatch, tokenizer, encoder_tokeni
     want, rows = encoder.encode(passages)
     with torch.device("meta"):
         chunks, moved = encoder.encode(passages)
-        store = ChunkStore.create(tmp_path / "store", encoder.recipe)
+        store = ChunkStore.create(tmp_path / "store", encoder.fingerprint)
         assert store.get_many([]).rows.device.type == "cpu"
     assert chunks == want and torch.equal(moved, rows)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import pickle
 import subprocess
 import sys
@@ -10,7 +11,12 @@ from pathlib import Path
 
 import pytest
 import refrag
-from refrag import deprecated
+import torch
+from refrag import AllChunks, ChunkStore, NoChunks, PassageEncoder, RefragProcessor, deprecated
+from refrag.integrations.answering import Answerer
+
+from tests.refrag import small_answerer
+from tests.refrag.store_writer import FINGERPRINT
 
 # A name of each module of b88c934 that has moved.
 MODULES = {
@@ -98,6 +104,79 @@ def test_type_checkers_see_the_table():
     block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in block.body for alias in node.names if alias.asname == alias.name}
     assert seen == refrag._MODULE_OF
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return small_answerer.parts()
+
+
+def test_chooser_of_the_processor(parts):
+    processor = parts[1]
+    prompt = ["Read: ", refrag.Passage("The bridge of Orla was built in 1871.")]
+    with pytest.warns(DeprecationWarning, match=r"__call__\(chooser=\) is .*__call__\(selector=\) now") as caught:
+        old = processor(prompt, chooser=AllChunks())
+    assert caught[0].filename == __file__
+    assert old.expanded == processor(prompt, selector=AllChunks()).expanded != frozenset()
+    with pytest.raises(TypeError, match="chooser: got it beside selector"):
+        processor(prompt, chooser=AllChunks(), selector=AllChunks())
+    assert {"selector", "chooser"} & set(inspect.signature(RefragProcessor.__call__).parameters) == {"selector"}
+
+
+def test_chooser_of_an_answerer(parts, tmp_path):
+    with pytest.warns(DeprecationWarning, match=r"Answerer.__init__\(selector=\) now") as caught:
+        answerer = Answerer(*parts, chooser="everything")
+    assert caught[0].filename == __file__ and isinstance(answerer.selector, AllChunks)
+    with pytest.warns(DeprecationWarning, match="Answerer.chooser is Answerer.selector now") as caught:
+        assert answerer.chooser is answerer.selector
+    assert caught[0].filename == __file__
+    for part in parts:
+        part.save_pretrained(tmp_path)
+    with pytest.warns(DeprecationWarning, match=r"from_pretrained\(selector=\) now"):
+        answerer = Answerer.from_pretrained(tmp_path, chooser="nothing")
+    assert isinstance(answerer.selector, NoChunks)
+
+
+def test_chooser_of_the_haystack_component():
+    pytest.importorskip("haystack")
+    from refrag.integrations.haystack import RefragGenerator
+
+    with pytest.warns(DeprecationWarning, match=r"RefragGenerator.__init__\(selector=\) now"):
+        component = RefragGenerator(chooser="random")
+    written = component.to_dict()
+    assert written["init_parameters"]["selector"] == "random"
+    written["init_parameters"]["chooser"] = written["init_parameters"].pop("selector")
+    with warnings.catch_warnings():  # a pipeline's file isn't code: it loads without a warning
+        warnings.simplefilter("error")
+        assert RefragGenerator.from_dict(written).to_dict() == component.to_dict()
+
+
+def test_chooser_of_a_request(parts):
+    from refrag.integrations.vllm.passages import GivenPassage
+    from refrag.integrations.vllm.reading import read_passages
+
+    given, width = [GivenPassage("The bridge of Orla was built in 1871.")], parts[0].config.chunk_width
+    with pytest.warns(DeprecationWarning, match="'chooser' is 'selector' now"):
+        (old,) = read_passages(given, parts[1], width, {"chooser": "everything"})
+    (new,) = read_passages(given, parts[1], width, {"selector": "everything"})
+    assert old.token_ids == new.token_ids and not any(old.is_slot)
+    with pytest.raises(ValueError, match="chooser: got it beside selector"):
+        read_passages(given, parts[1], width, {"chooser": "everything", "selector": "everything"})
+
+
+def test_recipe_of_a_store_and_an_encoder(parts, tmp_path):
+    with pytest.warns(DeprecationWarning, match=r"ChunkStore.create\(fingerprint=\) now"):
+        store = ChunkStore.create(tmp_path, recipe=FINGERPRINT, dtype=torch.float16)
+    with pytest.warns(DeprecationWarning, match=r"ChunkStore.open\(fingerprint=\) now"):
+        assert ChunkStore.open(tmp_path, recipe=FINGERPRINT).dtype == torch.float16
+    with pytest.warns(DeprecationWarning, match=r"ChunkStore.require\(fingerprint=\) now"):
+        store.require(recipe=FINGERPRINT)
+    with pytest.warns(DeprecationWarning, match="ChunkStore.recipe is ChunkStore.fingerprint now") as caught:
+        assert store.recipe == store.fingerprint == FINGERPRINT
+    assert caught[0].filename == __file__
+    encoder = PassageEncoder.from_model(*parts)
+    with pytest.warns(DeprecationWarning, match="PassageEncoder.recipe is PassageEncoder.fingerprint now"):
+        assert encoder.recipe == encoder.fingerprint
 
 
 def path():

@@ -232,7 +232,7 @@ def test_an_adapter_is_read_by_everything(tmp_path, tokenizer, monkeypatch):
     result = CliRunner().invoke(app, [
         "eval", "perplexity", "--adapter", str(tmp_path / "learnt"), "--data", f"words={tmp_path / 'text'}", "--output",
         str(tmp_path / "tables"), "--context", "16", "--output-tokens", "4", "--samples", "2", "--rates", "2",
-        "--choosers", "random",
+        "--selectors", "random",
     ])  # fmt: skip
     assert result.exit_code == 0, result.output
     model, processor, _ = load_trained(tmp_path / "learnt")

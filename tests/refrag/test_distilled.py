@@ -97,7 +97,7 @@ def test_from_a_store_it_answers_the_same(trained, tmp_path, monkeypatch):
     assert chosen.exit_code == 0 and re.search(r"3 of \d+ chunks", chosen.stderr), chosen.output
     other = run("generate", "--question", QUESTION, "--store", store, tmp_path / "texts")
     assert other.exit_code == 2 and "encoder: holds embeddings of" in " ".join(other.stderr.split()), other.output
-    policy = run("inspect", "--question", QUESTION, MANUAL, "--model", NAME, "--chooser", "policy", "--expand", "3")
+    policy = run("inspect", "--question", QUESTION, MANUAL, "--model", NAME, "--selector", "policy", "--expand", "3")
     assert policy.exit_code == 2 and "--policy: got None, needs the folder" in policy.stderr
     wrong = run("inspect", "--question", QUESTION, MANUAL, "--model", "condensed")
     assert wrong.exit_code == 2 and "--model: condensed holds no refrag_processor.json" in wrong.stderr
@@ -105,7 +105,7 @@ def test_from_a_store_it_answers_the_same(trained, tmp_path, monkeypatch):
 
 def test_it_is_evaluated_by_its_name(tmp_path):
     result = run("eval", "perplexity", "--adapter", NAME, "--data", f"manual={MANUAL}", "--output", tmp_path,
-                 "--context", 64, "--output-tokens", 8, "--samples", 1, "--choosers", "cosine")  # fmt: skip
+                 "--context", 64, "--output-tokens", 8, "--samples", 1, "--selectors", "cosine")  # fmt: skip
     assert result.exit_code == 0, result.output
     table = (tmp_path / "perplexity.md").read_text()
     assert "| compressed |" in table and "| cosine, 4x |" in table and "policy" not in table

@@ -79,7 +79,7 @@ def run(tmp_path, encoder_folder):
 
 def check(folder, encoder, passages=PASSAGES, dtype=torch.float32):
     """The store holds these passages, with the embeddings that the encoder makes of them."""
-    store = ChunkStore.open(folder, encoder.recipe)
+    store = ChunkStore.open(folder, encoder.fingerprint)
     assert len(store) == len(passages) and store.dtype == dtype
     chunks, rows = encoder.encode(passages)
     assert store.chunks([Passage(id=passage.id) for passage in passages]) == chunks
@@ -98,7 +98,7 @@ def test_json_lines_shards_and_resume(run, corpus, tmp_path, expected):
     result = run(corpus)
     assert "1 passages encoded, 21 skipped" in result.output and "1 ids stand for another text" in result.output
     assert len(list((tmp_path / "store").glob("shard-*"))) == 5
-    store = ChunkStore.open(tmp_path / "store", expected.recipe)
+    store = ChunkStore.open(tmp_path / "store", expected.fingerprint)
     assert store.passage("p3").text == store.passage("more").text == "One more." and len(store) == 21
 
 
@@ -137,7 +137,8 @@ def test_a_saved_model(run, corpus, tmp_path, model_folder):
     model, processor = RefragForCausalLM.from_pretrained(model_folder), RefragProcessor.from_pretrained(model_folder)
     check(tmp_path / "store", PassageEncoder.from_model(model.eval(), processor))
     store = ChunkStore.open(tmp_path / "store")
-    assert store.recipe.chunker.startswith("sentence") and store.recipe.pooling == "mean, windows of 96 tokens"
+    assert store.fingerprint.chunker.startswith("sentence")
+    assert store.fingerprint.pooling == "mean, windows of 96 tokens"
     parts = ["Read: ", *PASSAGES[:4], "So?"]
     encoded = model(prompt=processor(parts)).logits
     looked_up = model(prompt=processor([Passage(id=p.id) if isinstance(p, Passage) else p for p in parts], store=store))
@@ -185,9 +186,9 @@ def test_a_folder_without_a_model_is_refused(run, corpus, tmp_path):
 def test_the_demos_encoders_are_the_defaults(run, tmp_path):
     (tmp_path / "one.txt").write_text("The bridge of Orla was built in 1871.")
     assert run(tmp_path, "--preset", "lclm", encoder=False).exit_code == 0
-    recipe = ChunkStore.open(tmp_path / "store").recipe
-    assert recipe.encoder == str(weights.encoder_folder())
-    assert recipe.pooling == "mean, windows of 512 tokens" and recipe.chunker == "fixed, k = 16"
+    fingerprint = ChunkStore.open(tmp_path / "store").fingerprint
+    assert fingerprint.encoder == str(weights.encoder_folder())
+    assert fingerprint.pooling == "mean, windows of 512 tokens" and fingerprint.chunker == "fixed, k = 16"
     assert run(tmp_path, "--k", "16", encoder=False).exit_code == 0  # for this k there is no adapter: the same encoder
     assert len(list((tmp_path / "store").glob("shard-*"))) == 1
 
@@ -216,7 +217,7 @@ def test_on_ray(ray, run, corpus, tmp_path, expected):
     corpus.write_text("\n".join([*lines[:17], "no", *lines[17:]]))
     result = run(corpus, "--engine", "ray", "--workers", "1", "--shard-passages", "6")
     assert result.exit_code == 2 and f"{corpus}:18: is not JSON" in result.stderr.replace("\n", ""), result.output
-    done = len(ChunkStore.open(tmp_path / "store", expected.recipe))
+    done = len(ChunkStore.open(tmp_path / "store", expected.fingerprint))
     assert done in (0, 6, 9, 12, 15)  # slices of 6, 6, 5 and 3 passages; a worker may have gone on with the last one
     result = run(corpus, "--engine", "ray", "--workers", "2", "--shard-passages", "6", "--skip-bad")
     assert result.exit_code == 0, result.output

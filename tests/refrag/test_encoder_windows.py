@@ -106,8 +106,8 @@ def test_the_preset_reads_passages_in_windows(model, processor, encoder_tokenize
 
 def test_stores_and_saved_processors_know_the_window(model, processor, tokenizer, tmp_path):
     source = PassageEncoder.from_model(model, processor, batch_tokens=20)
-    assert source.recipe.pooling == "mean, windows of 512 tokens"
-    store = ChunkStore.create(tmp_path / "store", source.recipe)
+    assert source.fingerprint.pooling == "mean, windows of 512 tokens"
+    store = ChunkStore.create(tmp_path / "store", source.fingerprint)
     source.fill(store, PASSAGES)
     own = model.encode_chunks(processor(PARTS).encoder_input)
     assert relative_error(store.get_many(PASSAGES).rows, own) < 1e-5
@@ -116,17 +116,17 @@ def test_stores_and_saved_processors_know_the_window(model, processor, tokenizer
     assert torch.equal(again(PARTS).encoder_input.windows, processor(PARTS).encoder_input.windows)
     alone = RefragProcessor(tokenizer, processor.encoder_tokenizer, 4, encoder_special_tokens=False)
     with pytest.raises(StoreError, match="pooling: holds mean, windows of 512 tokens, got mean"):
-        ChunkStore.open(tmp_path / "store", PassageEncoder.from_model(model, alone).recipe)
+        ChunkStore.open(tmp_path / "store", PassageEncoder.from_model(model, alone).fingerprint)
 
 
-def test_choosers_see_the_chunks_in_their_windows(model, processor, encoder_tokenizer, monkeypatch):
+def test_selectors_see_the_chunks_in_their_windows(model, processor, encoder_tokenizer, monkeypatch):
     own = model.encode_chunks(processor(PARTS).encoder_input)
     calls = []
     monkeypatch.setattr(
         "refrag.model.modeling.encode_packed",
         lambda *a: calls.append(a[1].layout.num_chunks) or encoder.encode_packed(*a),
     )
-    prompt = processor(PARTS, expand_count=2, chooser=CosineSelector(TextEmbedder(model, encoder_tokenizer)))
+    prompt = processor(PARTS, expand_count=2, selector=CosineSelector(TextEmbedder(model, encoder_tokenizer)))
     assert calls == [len(own), 1] and relative_error(prompt.chunk_embeds, own) < 1e-6
     model.generate(prompt, max_new_tokens=1)
     assert len(calls) == 2, "nothing is encoded twice"
@@ -137,7 +137,7 @@ def test_choosers_see_the_chunks_in_their_windows(model, processor, encoder_toke
             seen.append(embeds[0])
             return embeds.sum(-1)
 
-    processor(PARTS, expand_count=2, chooser=PolicySelector(Policy(), TextEmbedder(model, encoder_tokenizer)))
+    processor(PARTS, expand_count=2, selector=PolicySelector(Policy(), TextEmbedder(model, encoder_tokenizer)))
     assert relative_error(seen[0], own) < 1e-6
 
 

@@ -36,7 +36,7 @@ def check(folder, mask):
 
 
 def test_a_store(tmp_path, mask):
-    store = ChunkStore.create(tmp_path / "store", store_writer.RECIPE)
+    store = ChunkStore.create(tmp_path / "store", store_writer.FINGERPRINT)
     store_writer.put(store, [1, 2])
     # What a writer that was killed left is written over.
     left_over = store.folder / ".part-shard-00000001.safetensors"

@@ -59,7 +59,7 @@ def test_a_saved_model(numbers, model, processor):
 
 def test_a_store(numbers, model, processor):
     encoder = PassageEncoder.from_model(model, processor)
-    store = ChunkStore.open(FIXTURES / "store", encoder.recipe)
+    store = ChunkStore.open(FIXTURES / "store", encoder.fingerprint)
     assert torch.equal(store.get_many(PASSAGES).rows, numbers["embeds"])
     assert store.missing(PASSAGES) == [] and store.passage("orla").text == PASSAGES[0].text
     chunks, rows = encoder.encode(PASSAGES)

@@ -134,12 +134,12 @@ def test_keys_of_content(make):
 def test_a_store_holds_one_row_a_chunk_whatever_the_latents(make, tmp_path):
     model, _, processor = make()
     encoder = PassageEncoder.from_model(model, processor)
-    store = ChunkStore.create(tmp_path, encoder.recipe)
+    store = ChunkStore.create(tmp_path, encoder.fingerprint)
     encoder.fill(store, PASSAGES)
     prompt = processor([Passage(id=part.id) if isinstance(part, Passage) else part for part in PARTS], store=store)
     assert relative_error(model(prompt=prompt).logits, model(prompt=processor(PARTS)).logits) < 1e-5
     other, _, processor = make(latents=1)
-    ChunkStore.open(tmp_path, PassageEncoder.from_model(other, processor).recipe)
+    ChunkStore.open(tmp_path, PassageEncoder.from_model(other, processor).fingerprint)
 
 
 def test_save_and_load(make, tmp_path):

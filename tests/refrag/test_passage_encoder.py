@@ -45,7 +45,7 @@ def encoder(model, processor):
 
 @pytest.fixture
 def store(encoder, tmp_path):
-    return ChunkStore.create(tmp_path / "store", encoder.recipe)
+    return ChunkStore.create(tmp_path / "store", encoder.fingerprint)
 
 
 def assert_close(got, expected, tolerance=1e-5):
@@ -109,7 +109,7 @@ def test_prompt_embeddings_and_their_key(model, processor, encoder, store):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-3), (torch.float16, 4e-4)])
 def test_half_precision_rows(encoder, processor, model, tmp_path, dtype, tolerance):
-    store = ChunkStore.create(tmp_path, encoder.recipe, dtype)
+    store = ChunkStore.create(tmp_path, encoder.fingerprint, dtype)
     encoder.fill(store, PASSAGES)
     prompt = processor([*PASSAGES, "So?"], store=store)
     assert prompt.chunk_embeds.dtype == dtype
@@ -120,9 +120,9 @@ def test_half_precision_rows(encoder, processor, model, tmp_path, dtype, toleran
 def test_sentence_chunks_and_prompts_without_passages(model, tokenizer, encoder_tokenizer, tmp_path):
     processor = RefragProcessor.from_config(model.config, tokenizer, encoder_tokenizer, chunker="sentence")
     encoder = PassageEncoder.from_model(model, processor)
-    store = ChunkStore.create(tmp_path, encoder.recipe)
+    store = ChunkStore.create(tmp_path, encoder.fingerprint)
     encoder.fill(store, PASSAGES)
-    assert store.recipe.chunker == "sentence, 16 to 32 words, at most 128 tokens"
+    assert store.fingerprint.chunker == "sentence, 16 to 32 words, at most 128 tokens"
     expected = model(prompt=processor([*PASSAGES, "So?"])).logits
     assert_close(model(prompt=processor([*PASSAGES, "So?"], store=store)).logits, expected)
     assert model(prompt=processor(["So?"], store=store)).logits.isfinite().all()
@@ -134,8 +134,8 @@ def test_concatenated_rows_of_a_token_encoder(model, tokenizer, tmp_path, segmen
     model = RefragForCausalLM.from_parts(token_encoder(decoder), decoder, 16, preset="tokens", pool_segments=segments)
     processor = RefragProcessor.from_config(model.config, tokenizer, tokenizer)
     encoder = PassageEncoder.from_model(model, processor)
-    store = ChunkStore.create(tmp_path, encoder.recipe)
-    assert encoder.recipe.width == segments * 48 and encoder.recipe.pooling == f"concat, {segments} segments"
+    store = ChunkStore.create(tmp_path, encoder.fingerprint)
+    assert encoder.fingerprint.width == segments * 48 and encoder.fingerprint.pooling == f"concat, {segments} segments"
     encoder.fill(store, PASSAGES)
     expected = model(prompt=processor([*PASSAGES, "So?"])).logits
     assert_close(model(prompt=processor([*PASSAGES, "So?"], store=store)).logits, expected)
@@ -160,24 +160,24 @@ def test_only_what_is_missing_is_encoded(encoder, store, monkeypatch):
 def test_an_error_keeps_the_shards_before_it(encoder, store):
     with pytest.raises(ValueError, match="passage 'blank': has no text"):
         encoder.fill(store, [*PASSAGES[:4], Passage(" \n", "blank")], shard_passages=2)
-    assert len(ChunkStore.open(store.folder, encoder.recipe)) == 4
+    assert len(ChunkStore.open(store.folder, encoder.fingerprint)) == 4
 
 
 def test_another_encoder_or_k_is_refused(model, processor, encoder, store, tokenizer, encoder_tokenizer):
     coarse = RefragProcessor(tokenizer, encoder_tokenizer, 32, encoder_special_tokens=processor.encoder_special_tokens)
     other = PassageEncoder.from_model(model, coarse)
-    for refused in (lambda: ChunkStore.open(store.folder, other.recipe), lambda: other.fill(store, PASSAGES)):
+    for refused in (lambda: ChunkStore.open(store.folder, other.fingerprint), lambda: other.fill(store, PASSAGES)):
         with pytest.raises(StoreError, match="chunker: holds fixed, k = 16, got fixed, k = 32$"):
             refused()
     with pytest.raises(StoreError, match="chunker: holds fixed, k = 16, got a processor of fixed, k = 32"):
         coarse([PASSAGES[0]], store=store)
     trained = copy.deepcopy(model.encoder)
     trained.get_parameter("encoder.layer.3.output.dense.weight")[5, 7] += 1e-3
-    recipe = PassageEncoder(trained, processor, model.config).recipe
+    fingerprint = PassageEncoder(trained, processor, model.config).fingerprint
     with pytest.raises(
         StoreError, match=r"holds embeddings of .*model \(revision \w{24}\), got .* \(revision \w{24}\)$"
     ):
-        ChunkStore.open(store.folder, recipe)
+        ChunkStore.open(store.folder, fingerprint)
     with pytest.raises(StoreError, match="passage id 'nowhere'"):
         processor([Passage(id="nowhere")], store=store)
     with pytest.raises(ValueError, match="passage 'nowhere' of prompt 0: has no text, and no store is given"):
@@ -253,9 +253,10 @@ def test_chunkers_describe_all_their_settings(tokenizer):
     assert len(described) == 4
 
 
-def test_recipes_of_each_field_differ():
-    recipe = Fingerprint("e", "r", "a", "b", "c", "first", True, 8)
+def test_fingerprints_of_each_field_differ():
+    fingerprint = Fingerprint("e", "r", "a", "b", "c", "first", True, 8)
     fields = dict(revision="x", encoder_tokenizer="x", tokenizer="x", chunker="x", pooling="x", width=9)
-    others = [Fingerprint(**{**vars(recipe), name: value}) for name, value in fields.items()]
-    assert len({other.digest for other in (recipe, *others)}) == len(fields) + 1
-    assert all(len(recipe.differences(other)) == 1 for other in others) and not recipe.differences(recipe)
+    others = [Fingerprint(**{**vars(fingerprint), name: value}) for name, value in fields.items()]
+    assert len({other.digest for other in (fingerprint, *others)}) == len(fields) + 1
+    assert all(len(fingerprint.differences(other)) == 1 for other in others)
+    assert not fingerprint.differences(fingerprint)

@@ -163,7 +163,7 @@ def test_batch(processor):
     assert prompt.position_ids[starts[1]] == 0
 
 
-def test_choosers(processor, demo_model, encoder_tokenizer):
+def test_selectors(processor, demo_model, encoder_tokenizer):
     from refrag.model.encoder import encode_packed, pack_texts
 
     def embed(texts):
@@ -171,10 +171,10 @@ def test_choosers(processor, demo_model, encoder_tokenizer):
 
     passages = [Passage("The moon is bright tonight."), Passage("Bread needs flour and yeast.")]
     prompt = [*passages, "How do I bake bread?"]
-    chosen = processor(prompt, expand=0.34, chooser=CosineSelector(embed))
+    chosen = processor(prompt, expand=0.34, selector=CosineSelector(embed))
     words = {chosen.chunks[chunk].text for chunk in chosen.expanded}
     assert len(words) == round(0.34 * len(chosen.chunks)) and any("Bread" in word for word in words)
-    once, again = (processor(prompt, expand=0.5, chooser=RandomSelector(7)).expanded for _ in range(2))
+    once, again = (processor(prompt, expand=0.5, selector=RandomSelector(7)).expanded for _ in range(2))
     assert once == again and len(once) == round(0.5 * len(chosen.chunks))
     assert processor(prompt).expanded == frozenset() and len(processor(prompt, expand=1).expanded) == len(chosen.chunks)
 
@@ -200,7 +200,7 @@ def test_refuses_bad_prompts(processor):
         processor([])
     with pytest.raises(ValueError, match="expand: got chunk 1, needs 0 to 0"):
         processor([Passage("x")], expand={1})
-    with pytest.raises(ValueError, match="chooser: got None"):
+    with pytest.raises(ValueError, match="selector: got None"):
         processor([Passage("x")], expand=0.5)
     with pytest.raises(TypeError, match="part 1 of prompt 0: got int"):
         processor(["x", 3])

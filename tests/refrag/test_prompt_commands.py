@@ -56,7 +56,7 @@ def test_inspect(saved, files):
 
 
 def test_expanded_chunks_are_in_colour_unless_the_user_wants_none(saved, files):
-    arguments = ("inspect", files / "bridge.txt", "--model", saved, "--chooser", "everything")
+    arguments = ("inspect", files / "bridge.txt", "--model", saved, "--selector", "everything")
     green = "\x1b[32m"
     assert green in run(*arguments, FORCE_COLOR="1").stdout
     assert green not in run(*arguments, FORCE_COLOR="1", NO_COLOR="1").stdout
@@ -118,7 +118,7 @@ def test_standard_input(saved, files):
         ("threshold", "--threshold", "-1"), ("perplexity-asc", "--expand", "1"), ("perplexity-desc", "--expand", "1"),
     ],
 )  # fmt: skip
-def test_every_chooser(saved, files, how):
+def test_every_selector(saved, files, how):
     result = run("inspect", files / "bridge.txt", "--model", saved, "--selector", *how)
     assert result.exit_code == 0, result.output
     expanded, total = map(int, re.search(r"(\d+) of (\d+) chunks", result.stdout).groups())
@@ -133,7 +133,7 @@ def test_every_chooser(saved, files, how):
 
 
 def test_policy(saved, files):
-    how = ("--chooser", "policy", "--policy", saved / "policy", "--expand", "3")
+    how = ("--selector", "policy", "--policy", saved / "policy", "--expand", "3")
     result = run("inspect", files / "bridge.txt", "--model", saved, *how)
     assert result.exit_code == 0 and "3 of" in result.stdout, result.output
 
@@ -149,7 +149,7 @@ def stage(tmp_path_factory):
 
 
 def test_the_folder_of_a_training_stage(stage, files):
-    arguments = (files / "bridge.txt", "--model", stage, "--chooser", "policy", "--expand", "1")
+    arguments = (files / "bridge.txt", "--model", stage, "--selector", "policy", "--expand", "1")
     drawn = run("inspect", *arguments)
     assert drawn.exit_code == 0 and "1 of 4 chunks" in drawn.stdout, drawn.output
     answer = run("generate", *arguments, "--max-new-tokens", 2)
@@ -170,10 +170,10 @@ def test_the_folder_of_a_training_stage(stage, files):
         (("bridge.txt", "--expand", "1.5"), "--expand: got '1.5', needs a share such as 0.25"),
         (("bridge.txt", "--expand", "half"), "--expand: got 'half'"),
         (("bridge.txt", "--selector", "best"), "--selector: got 'best', needs one of nothing, everything"),
-        (("bridge.txt", "--chooser", "cosine"), "--expand: got nothing, --selector cosine needs a share"),
-        (("bridge.txt", "--chooser", "threshold"), "--threshold: got nothing"),
+        (("bridge.txt", "--selector", "cosine"), "--expand: got nothing, --selector cosine needs a share"),
+        (("bridge.txt", "--selector", "threshold"), "--threshold: got nothing"),
         (("bridge.txt", "--threshold", "0.5"), "--threshold: got 0.5, needs --selector threshold"),
-        (("bridge.txt", "--chooser", "policy", "--expand", "1"), "--policy: got None, needs the folder"),
+        (("bridge.txt", "--selector", "policy", "--expand", "1"), "--policy: got None, needs the folder"),
         (("bridge.txt", "--k", "8"), "--k: got 8, needs 4, which the model was made for"),
         (("missing.txt",), "missing.txt"),
         (("bad.jsonl",), "bad.jsonl:2: is not JSON"),

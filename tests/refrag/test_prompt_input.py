@@ -98,7 +98,7 @@ def test_half_a_surrogate_pair_is_named(processor):
         (lambda: processor([Passage(half, "x"), "b"]), "passage 'x' of prompt 0: text: "),
         (lambda: processor([["b"], ["c", Passage(half)]]), "passage 1 of prompt 1: text: "),
         (lambda: processor(["b", half]), "part 1 of prompt 0: "),
-        (lambda: processor([BRIDGE, "b"], question=half, expand=0.5, chooser=RandomSelector()), "question 0: "),
+        (lambda: processor([BRIDGE, "b"], question=half, expand=0.5, selector=RandomSelector()), "question 0: "),
         (lambda: processor.apply_chat_template([{"role": "user", "content": ["b", half]}]), "part 1 of message 0: "),
         (lambda: processor.apply_chat_template([{"role": "user", "content": half}]), "part 0 of message 0: "),
         (lambda: processor.chunker(half), "text: "),

@@ -18,12 +18,12 @@ from refrag.model.inputs import Chunk
 from refrag.store.key_index import KeyIndex
 
 from tests.refrag import store_writer
-from tests.refrag.store_writer import BATCH, RECIPE, WIDTH, chunks, passage, put, rows
+from tests.refrag.store_writer import BATCH, FINGERPRINT, WIDTH, chunks, passage, put, rows
 
 
 @pytest.fixture
 def store(tmp_path):
-    return ChunkStore.create(tmp_path / "store", RECIPE)
+    return ChunkStore.create(tmp_path / "store", FINGERPRINT)
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +49,13 @@ def check(store, numbers):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_put_is_found(tmp_path, dtype):
-    store = ChunkStore.create(tmp_path, RECIPE, dtype)
+    store = ChunkStore.create(tmp_path, FINGERPRINT, dtype)
     order = list(range(300))
     random.Random(0).shuffle(order)
     for first in range(0, 300, 70):
         put(store, order[first : first + 70])
     check(store, range(300))
-    reopened = ChunkStore.open(tmp_path, RECIPE)
+    reopened = ChunkStore.open(tmp_path, FINGERPRINT)
     check(reopened, range(300))
     check(pickle.loads(pickle.dumps(reopened)), range(300))
     assert sorted(store.ids()) == sorted(passage(n).id for n in range(300))
@@ -84,7 +84,7 @@ def test_a_text_is_stored_once(store):
 def test_texts_of_any_kind(store):
     texts = ["é\n", "\ud800 half a surrogate", "日本語🎉", " x", "x", "x ", "a\0b", "a\0"]
     store.put([Passage(text, text) for text in texts], [[Chunk(text, (1,))] for text in texts], torch.eye(8, WIDTH))
-    reopened = ChunkStore.open(store.folder, RECIPE)
+    reopened = ChunkStore.open(store.folder, FINGERPRINT)
     assert torch.equal(reopened.get_many([Passage(text) for text in texts]).rows, torch.eye(8, WIDTH))
     assert [reopened.passage(text).text for text in texts] == texts and set(reopened.ids()) == set(texts)
 
@@ -145,9 +145,9 @@ def test_unknown_passages_are_named(store):
         ),
     ],
 )
-def test_another_recipe_is_refused(store, changes, message):
+def test_another_fingerprint_is_refused(store, changes, message):
     put(store, [1])
-    other = dataclasses.replace(RECIPE, **changes)
+    other = dataclasses.replace(FINGERPRINT, **changes)
     with pytest.raises(StoreError, match=message):
         ChunkStore.open(store.folder, other)
     with pytest.raises(StoreError, match=message):
@@ -158,7 +158,7 @@ def test_another_recipe_is_refused(store, changes, message):
 
 def test_the_encoders_name_does_not_count(store):
     put(store, [1])
-    check(ChunkStore.open(store.folder, dataclasses.replace(RECIPE, encoder="/elsewhere/tiny")), [1])
+    check(ChunkStore.open(store.folder, dataclasses.replace(FINGERPRINT, encoder="/elsewhere/tiny")), [1])
     check(ChunkStore.open(store.folder), [1])
 
 
@@ -179,7 +179,7 @@ def test_bad_input_writes_nothing(store):
         with pytest.raises(StoreError, match=message):
             store.put(*arguments)
     assert len(list(store.folder.glob("shard-*"))) == 1
-    half = ChunkStore.create(store.folder / "half", RECIPE, torch.float16)
+    half = ChunkStore.create(store.folder / "half", FINGERPRINT, torch.float16)
     with pytest.raises(StoreError, match="row 0, of passage 'id 2', isn't finite in torch.float16"):
         half.put(good[0], good[1], good[2] + 70_000)
 
@@ -196,7 +196,7 @@ def test_a_full_disk_leaves_the_store_as_it_was(store, monkeypatch, failing):
         with pytest.raises(StoreError, match="shard-00000001.safetensors: can't be written .*No space left"):
             put(store, [2])
     assert not list(store.folder.glob(".part-*"))
-    check(ChunkStore.open(store.folder, RECIPE), [1])
+    check(ChunkStore.open(store.folder, FINGERPRINT), [1])
     put(store, [2])
     check(store, [1, 2])
 
@@ -205,9 +205,9 @@ def test_what_is_no_store(store, tmp_path):
     with pytest.raises(StoreError, match="store .*none: is none, it has no store.json"):
         ChunkStore.open(tmp_path / "none")
     with pytest.raises(StoreError, match="exists already"):
-        ChunkStore.create(store.folder, RECIPE)
+        ChunkStore.create(store.folder, FINGERPRINT)
     with pytest.raises(StoreError, match="dtype: got torch.float64, needs one of float32, bfloat16, float16"):
-        ChunkStore.create(tmp_path / "double", RECIPE, torch.float64)
+        ChunkStore.create(tmp_path / "double", FINGERPRINT, torch.float64)
     manifest = json.loads((store.folder / "store.json").read_text())
     for content, message in [('{"format": 1', "can't be read"), ("{}", "can't be read"),
                              (json.dumps({**manifest, "format": 2}), "has format 2, needs 1")]:  # fmt: skip
@@ -220,7 +220,7 @@ def test_a_relative_folder_is_found_from_anywhere(tmp_path, monkeypatch):
     for name in ("home", "elsewhere"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "home")
-    created = ChunkStore.create("store", RECIPE)
+    created = ChunkStore.create("store", FINGERPRINT)
     put(created, [1])
     opened = ChunkStore.open("store")
     pickled = pickle.dumps(opened)
@@ -250,10 +250,10 @@ def test_a_store_that_is_gone_is_an_error(store):
     check(store, [1])  # what is mapped stays
 
 
-def test_a_pickled_store_is_that_of_its_recipe(store):
+def test_a_pickled_store_keeps_its_fingerprint(store):
     pickled = pickle.dumps(store)
     shutil.rmtree(store.folder)
-    ChunkStore.create(store.folder, dataclasses.replace(RECIPE, pooling="mean"))
+    ChunkStore.create(store.folder, dataclasses.replace(FINGERPRINT, pooling="mean"))
     with pytest.raises(StoreError, match="pooling: holds mean, got first"):
         pickle.loads(pickled)
 
@@ -261,7 +261,7 @@ def test_a_pickled_store_is_that_of_its_recipe(store):
 def test_damaged_and_foreign_shards_are_named(store, tmp_path):
     put(store, [1])
     shard = store.folder / "shard-00000000.safetensors"
-    other = ChunkStore.create(tmp_path / "other", dataclasses.replace(RECIPE, pooling="mean"))
+    other = ChunkStore.create(tmp_path / "other", dataclasses.replace(FINGERPRINT, pooling="mean"))
     (other.folder / shard.name).write_bytes(shard.read_bytes())
     with pytest.raises(StoreError, match="shard-00000000.safetensors: is a shard of another store"):
         other.refresh()
@@ -273,7 +273,7 @@ def test_damaged_and_foreign_shards_are_named(store, tmp_path):
 
 
 def test_a_reader_sees_new_shards_after_refresh(store):
-    reader = ChunkStore.open(store.folder, RECIPE)
+    reader = ChunkStore.open(store.folder, FINGERPRINT)
     put(store, [1, 2])
     assert len(reader) == 0 and passage(1) not in reader
     assert reader.refresh() == 2 and reader.refresh() == 0
@@ -338,14 +338,14 @@ def test_a_writer_killed_at_each_step(store, processes, moment):
     assert bool(list(store.folder.glob(".part-*"))) == (whole == BATCH)
     store.refresh()
     check(store, range(whole))
-    check(ChunkStore.open(store.folder, RECIPE), range(whole))
+    check(ChunkStore.open(store.folder, FINGERPRINT), range(whole))
     put(store, range(3 * BATCH))  # the next writer goes on, and clears up
     check(store, range(3 * BATCH))
     assert not list(store.folder.glob(".part-*"))
 
 
 def test_a_writer_killed_at_any_moment(store, processes):
-    reader = ChunkStore.open(store.folder, RECIPE)
+    reader = ChunkStore.open(store.folder, FINGERPRINT)
     for seed in range(8):
         receiver, sender = processes.Pipe(duplex=False)
         writer = processes.Process(target=store_writer.write_forever, args=(store.folder, sender))
@@ -370,7 +370,7 @@ def test_a_writer_killed_at_any_moment(store, processes):
 
 
 def test_ten_passages_take_little_time(tmp_path):
-    store = ChunkStore.create(tmp_path, dataclasses.replace(RECIPE, width=384))
+    store = ChunkStore.create(tmp_path, dataclasses.replace(FINGERPRINT, width=384))
     generator = random.Random(0)
     for shard in range(4):
         texts = [f"{shard} {number} " + "x" * 1000 for number in range(500)]

@@ -86,24 +86,24 @@ def test_the_shipped_adapters_store_answers_as_its_encoder_does(store, corpus, d
     by_id = run(*options, "--id", "bridge", "--id", "bread", "--id", "rain")
     assert by_id.stdout == by_text.stdout
     assert encoded == []
-    recipe = ChunkStore.open(store).recipe
-    assert recipe.pooling == "concat, 8 segments" and recipe.chunker == "fixed, k = 8"
-    assert recipe.width == refrag.config.chunk_width == 8 * 576
+    fingerprint = ChunkStore.open(store).fingerprint
+    assert fingerprint.pooling == "concat, 8 segments" and fingerprint.chunker == "fixed, k = 8"
+    assert fingerprint.width == refrag.config.chunk_width == 8 * 576
 
 
 @pytest.mark.parametrize("how", [("cosine", "--expand", 2), ("policy", "--expand", 2), ("threshold", "--threshold", 0)])
-def test_choosers_take_the_stored_embeddings(store, corpus, encoded, how):
-    plain = run("inspect", *QUESTION, corpus, "--store", store, "--chooser", "random", "--expand", 2)
+def test_selectors_take_the_stored_embeddings(store, corpus, encoded, how):
+    plain = run("inspect", *QUESTION, corpus, "--store", store, "--selector", "random", "--expand", 2)
     assert plain.exit_code == 0 and encoded == []
-    result = run("inspect", *QUESTION, corpus, "--store", store, "--chooser", *how)
+    result = run("inspect", *QUESTION, corpus, "--store", store, "--selector", *how)
     assert result.exit_code == 0, result.output
     assert encoded == ([] if how[0] == "policy" else [1])  # the question
 
 
-def test_what_choosers_pick_beside_a_store_is_what_they_pick_without(store, demo):
+def test_what_selectors_pick_beside_a_store_is_what_they_pick_without(store, demo):
     refrag, processor = demo
     chosen = [
-        prompt(processor, expand_count=4, chooser=CosineSelector(TextEmbedder(refrag, processor.encoder_tokenizer)),
+        prompt(processor, expand_count=4, selector=CosineSelector(TextEmbedder(refrag, processor.encoder_tokenizer)),
                store=where)
         for where in (None, ChunkStore.open(store))
     ]  # fmt: skip
@@ -112,15 +112,15 @@ def test_what_choosers_pick_beside_a_store_is_what_they_pick_without(store, demo
     def elsewhere(texts):  # by another model: what is stored means nothing to it
         return torch.tensor([[float("flour" in text), 1.0] for text in texts])
 
-    picks = prompt(processor, expand_count=1, chooser=CosineSelector(elsewhere), store=ChunkStore.open(store))
+    picks = prompt(processor, expand_count=1, selector=CosineSelector(elsewhere), store=ChunkStore.open(store))
     assert "flour" not in "".join(picks.chunks[chunk].text for chunk in picks.expanded)
 
 
 def test_a_batch_beside_a_store(store, demo):
     refrag, processor = demo
-    chooser = CosineSelector(TextEmbedder(refrag, processor.encoder_tokenizer))
+    selector = CosineSelector(TextEmbedder(refrag, processor.encoder_tokenizer))
     batch = [["Read: ", Passage(text), "When was it built?"] for text in PASSAGES.values()] * 2
-    chosen = [processor(batch, expand_count=1, chooser=chooser, store=one) for one in (None, ChunkStore.open(store))]
+    chosen = [processor(batch, expand_count=1, selector=selector, store=one) for one in (None, ChunkStore.open(store))]
     assert chosen[0].expanded == chosen[1].expanded and len(chosen[0].expanded) == 6
 
 

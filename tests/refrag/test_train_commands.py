@@ -72,7 +72,7 @@ def test_the_recipe(workplace):
     assert result.exit_code == 0, result.output
     result = run("eval", "perplexity", "--adapter", stages[3], "--data", f"words={workplace / 'texts'}",
                  "--output", stages[4], "--context", 16, "--output-tokens", 4,
-                 "--samples", 2, "--rates", "2", "--choosers", "random")  # fmt: skip
+                 "--samples", 2, "--rates", "2", "--selectors", "random")  # fmt: skip
     assert result.exit_code == 0, result.output
     table = json.loads((stages[4] / "perplexity.json").read_text())
     names = [row["condition"] for row in table["tables"]["words"]]
@@ -109,7 +109,7 @@ def test_an_adapter_knows_its_encoder_and_decoder(workplace, encoder_tokenizer):
     assert trained_sources(workplace / "lclm", "one", "two") == ("one", "two")
     result = run("eval", "perplexity", "--adapter", workplace / "lclm", "--data", f"words={workplace / 'texts'}",
                  "--output", workplace / "lclm-table", "--context", 16, "--output-tokens", 4, "--samples", 1,
-                 "--rates", "2", "--choosers", "cosine")  # fmt: skip
+                 "--rates", "2", "--selectors", "cosine")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert (workplace / "lclm-table" / "perplexity.md").exists()
     # One that doesn't say: of the demo's models.

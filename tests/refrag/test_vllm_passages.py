@@ -228,21 +228,21 @@ def letters(texts):
 
 
 @pytest.mark.parametrize(
-    ("options", "chooser"),
+    ("options", "selector"),
     [
-        ({"chooser": "nothing"}, NoChunks()),
-        ({"chooser": "everything"}, AllChunks()),
-        ({"chooser": "random", "expand_count": 2, "seed": 5}, RandomSelector(5)),
-        ({"chooser": "random", "expand": 0.5}, RandomSelector(0)),
-        ({"chooser": "cosine", "expand_count": 3, "question": MILL}, CosineSelector(letters)),
-        ({"chooser": "threshold", "threshold": 0.7, "question": MILL}, ThresholdSelector(letters, 0.7)),
+        ({"selector": "nothing"}, NoChunks()),
+        ({"selector": "everything"}, AllChunks()),
+        ({"selector": "random", "expand_count": 2, "seed": 5}, RandomSelector(5)),
+        ({"selector": "random", "expand": 0.5}, RandomSelector(0)),
+        ({"selector": "cosine", "expand_count": 3, "question": MILL}, CosineSelector(letters)),
+        ({"selector": "threshold", "threshold": 0.7, "question": MILL}, ThresholdSelector(letters, 0.7)),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_choosers_choose_as_for_the_processor(options, chooser, processor):
+def test_selectors_choose_as_for_the_processor(options, selector, processor):
     given = [GivenPassage(BRIDGE), GivenPassage(MILL)]
     asked = {name: value for name, value in options.items() if name in ("expand", "expand_count", "question")}
-    prompt = processor([Passage(BRIDGE), Passage(MILL)], chooser=chooser, **asked)
+    prompt = processor([Passage(BRIDGE), Passage(MILL)], selector=selector, **asked)
     assert rows_of_read(read_passages(given, processor, WIDTH, options, embedder=lambda: letters)) == rows_of(prompt)
 
 
@@ -258,12 +258,12 @@ def test_choosers_choose_as_for_the_processor(options, chooser, processor):
         ({"expand": [-1]}, "expand: got chunk -1"),
         ({"expand": ["nobody"]}, "expand: got passage 'nobody'"),
         ({"expand": [0], "expand_count": 1}, "expand_count: got 1 beside expand"),
-        ({"expand": [0], "chooser": "random"}, "chooser: got 'random' beside a list of chunks"),
-        ({"expand": 0.5}, "chooser: got None, needs a Selector"),
+        ({"expand": [0], "selector": "random"}, "selector: got 'random' beside a list of chunks"),
+        ({"expand": 0.5}, "selector: got None, needs a Selector"),
         ({"expand": 2.0}, "expand: got 2.0, needs a share"),
-        ({"expand_count": 99, "chooser": "random"}, "expand_count: got 99"),
-        ({"chooser": "policy"}, "chooser: got 'policy', needs one of nothing, everything, random, cosine, threshold"),
-        ({"chooser": "cosine", "expand_count": 1}, "question: got None, the chooser 'cosine' needs it"),
+        ({"expand_count": 99, "selector": "random"}, "expand_count: got 99"),
+        ({"selector": "policy"}, "selector: got 'policy', needs one of nothing, everything, random, cosine, threshold"),
+        ({"selector": "cosine", "expand_count": 1}, "question: got None, the selector 'cosine' needs it"),
         ({"seed": "x"}, "seed: got str, needs int"),
     ],
     ids=str,
@@ -281,7 +281,7 @@ def test_embeddings_stay_slots_and_text_beside_them_can_be_expanded(processor):
     assert all(first.is_slot) and torch.equal(first.embeds, rows) and not first.encoder_ids.numel()
     assert second.is_slot == [True] + [False] * 4 + [True] * (chunks - 2)
     assert torch.equal(second.embeds, rows[[chunk for chunk in range(chunks) if chunk != 1]])
-    first, second = read_passages([bare, both], processor, WIDTH, {"chooser": "everything"})
+    first, second = read_passages([bare, both], processor, WIDTH, {"selector": "everything"})
     assert all(first.is_slot) and not any(second.is_slot)
     with pytest.raises(ValueError, match="expand: got chunk 1, which is given by its embedding alone"):
         read_passages([bare, both], processor, WIDTH, {"expand": [1]})
@@ -290,8 +290,8 @@ def test_embeddings_stay_slots_and_text_beside_them_can_be_expanded(processor):
 
 
 def test_a_store_gives_chunks_and_embeddings(processor, tmp_path):
-    recipe = Fingerprint("tiny", "1", "2", "3", "fixed, k = 4", "mean", True, width=WIDTH)
-    store = ChunkStore.create(tmp_path / "store", recipe)
+    fingerprint = Fingerprint("tiny", "1", "2", "3", "fixed, k = 4", "mean", True, width=WIDTH)
+    store = ChunkStore.create(tmp_path / "store", fingerprint)
     chunks = list(processor.chunker(BRIDGE))
     rows = torch.randn(len(chunks), WIDTH)
     served = ChunkStore.open(tmp_path / "store")  # opened before anything was in it

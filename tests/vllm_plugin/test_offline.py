@@ -29,7 +29,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=16, logprobs=1)
 @pytest.fixture(scope="module")
 def store(model, processor, tmp_path_factory):
     encoder = PassageEncoder.from_model(model, processor)
-    store = ChunkStore.create(tmp_path_factory.mktemp("store") / "chunks", encoder.recipe)
+    store = ChunkStore.create(tmp_path_factory.mktemp("store") / "chunks", encoder.fingerprint)
     encoder.fill(store, [Passage(BRIDGE, "bridge"), Passage(MILL, "mill")])
     return store
 
@@ -93,14 +93,14 @@ PROMPTS = {
     "the same twice": ([Passage(MILL), " Again: ", Passage(MILL), QUESTION], {}),
     "short": ([Passage("It rained."), QUESTION], {}),
     "chunks by number": (["Read: ", Passage(BRIDGE), " and ", Passage(MILL), QUESTION], {"expand": [0, 3, 7]}),
-    "a number of chunks": (["Read: ", Passage(BRIDGE), QUESTION], {"expand_count": 2, "chooser": "random", "seed": 3}),
-    "a share": ([Passage(BRIDGE), Passage(MILL), QUESTION], {"expand": 0.5, "chooser": "random"}),
+    "a number of chunks": (["Read: ", Passage(BRIDGE), QUESTION], {"expand_count": 2, "selector": "random", "seed": 3}),
+    "a share": ([Passage(BRIDGE), Passage(MILL), QUESTION], {"expand": 0.5, "selector": "random"}),
     "by cosine": (
         [Passage(BRIDGE), Passage(MILL), QUESTION],
-        {"expand_count": 2, "chooser": "cosine", "question": "When was the bridge built?"},
+        {"expand_count": 2, "selector": "cosine", "question": "When was the bridge built?"},
     ),
     "a whole passage": (["Read: ", Passage(BRIDGE, "a"), " and ", Passage(MILL, "b"), QUESTION], {"expand": ["b"]}),
-    "everything": (["Read: ", Passage(BRIDGE), QUESTION], {"chooser": "everything"}),
+    "everything": (["Read: ", Passage(BRIDGE), QUESTION], {"selector": "everything"}),
 }
 
 
@@ -109,11 +109,11 @@ def ours(processor, model, parts, options):
     options = dict(options)
     seed = options.pop("seed", 0)
     embed = TextEmbedder(model, processor.encoder_tokenizer)
-    choosers = {None: None, "random": RandomSelector(seed), "cosine": CosineSelector(embed), "everything": None}
-    name = options.pop("chooser", None)
+    selectors = {None: None, "random": RandomSelector(seed), "cosine": CosineSelector(embed), "everything": None}
+    name = options.pop("selector", None)
     if name == "everything":
         options["expand"] = 1.0
-    return processor(parts, chooser=choosers[name], **options)
+    return processor(parts, selector=selectors[name], **options)
 
 
 @pytest.mark.parametrize("town", ["Orla", "Berg"], ids=["from the store", "encoded"])

@@ -29,7 +29,7 @@ def about(number):
 def served(folder, model, processor, tmp_path_factory):
     encoder = PassageEncoder.from_model(model, processor)
     root = tmp_path_factory.mktemp("server")
-    store = ChunkStore.create(root / "store", encoder.recipe)
+    store = ChunkStore.create(root / "store", encoder.fingerprint)
     encoder.fill(store, [Passage(about(number), f"house {number}") for number in range(4)])
     with serving(
         folder, root / "log", "--max-model-len", "1024", "--enable-mm-embeds", "--trust-request-mm-kwargs",
@@ -119,7 +119,7 @@ MALFORMED = {
     "too long": ({"text": "word " * 40_000}, {}, "1024"),
     "no such chunk": ({"text": "It rained."}, {"expand": [9]}, "expand: got chunk 9"),
     "no such option": ({"text": "It rained."}, {"store": "x"}, "store"),
-    "no such chooser": ({"text": "It rained."}, {"chooser": "policy"}, "chooser: got 'policy'"),
+    "no such selector": ({"text": "It rained."}, {"selector": "policy"}, "selector: got 'policy'"),
 }
 
 

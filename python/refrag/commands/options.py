@@ -141,7 +141,7 @@ class PromptOptions:
         selector, store = self._selector(processor), self._open_store(processor)
         try:
             prompt = processor(
-                parts, chooser=selector, question=self.question.strip(), max_new_tokens=max_new_tokens, store=store,
+                parts, selector=selector, question=self.question.strip(), max_new_tokens=max_new_tokens, store=store,
                 **self.amount,
             )  # fmt: skip
         except ValueError as error:

@@ -204,9 +204,9 @@ class Demo:
                 "instruction take"
             )
         parts = self._parts(self._fill(tokens - self.frame_tokens, most_passages))
-        chooser = CosineSelector(self.retriever.embed) if 0 < self.settings.expand < 1 else None
+        selector = CosineSelector(self.retriever.embed) if 0 < self.settings.expand < 1 else None
         compressed = self.processor(
-            parts, expand=self.settings.expand, chooser=chooser, question=self.settings.question,
+            parts, expand=self.settings.expand, selector=selector, question=self.settings.question,
             max_new_tokens=max_new_tokens,
         )  # fmt: skip
         full = self.unbounded(parts, expand=1.0)

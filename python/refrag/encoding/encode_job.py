@@ -156,7 +156,7 @@ class EncodeJob:
         except (RuntimeError, AssertionError) as error:  # torch's, for a device that it doesn't have
             raise ValueError(f"--device: got {self.device}: {str(error).splitlines()[0]}") from error
 
-    def open_store(self, recipe: Fingerprint) -> ChunkStore:
+    def open_store(self, fingerprint: Fingerprint) -> ChunkStore:
         """Open the store, or make it.
 
         Raises
@@ -165,8 +165,8 @@ class EncodeJob:
             If it is there and holds something else.
         """
         if not (self.store / "store.json").exists():
-            return ChunkStore.create(self.store, recipe, DTYPES[self.dtype or "float32"])
-        store = ChunkStore.open(self.store, recipe)
+            return ChunkStore.create(self.store, fingerprint, DTYPES[self.dtype or "float32"])
+        store = ChunkStore.open(self.store, fingerprint)
         if self.dtype is not None and store.dtype != DTYPES[self.dtype]:
             raise ValueError(f"--dtype: got {self.dtype}, but the store {self.store} holds {_name(store.dtype)}")
         return store
@@ -201,7 +201,7 @@ class EncodeJob:
 def run_here(job: EncodeJob, slices: Sequence[Slice]) -> Iterator[Step]:
     """Do the job in this process."""
     encoder = job.passage_encoder()
-    yield from job.steps(encoder, job.open_store(encoder.recipe), slices)
+    yield from job.steps(encoder, job.open_store(encoder.fingerprint), slices)
 
 
 def _tokenizer(source: str | Path) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from transformers import PreTrainedModel
 
+from refrag import deprecated
 from refrag.model.acceptance import reading_of
 from refrag.model.config import RefragConfig
 from refrag.model.encoder import encode_packed, pack_texts
@@ -35,7 +36,7 @@ class PassageEncoder:
 
     Attributes
     ----------
-    recipe : Fingerprint
+    fingerprint : Fingerprint
         Of the encoder as it was when this was made.
 
     Raises
@@ -47,7 +48,7 @@ class PassageEncoder:
     Examples
     --------
     >>> encoder = PassageEncoder.from_model(model, processor)  # doctest: +SKIP
-    >>> store = ChunkStore.create("store", encoder.recipe)  # doctest: +SKIP
+    >>> store = ChunkStore.create("store", encoder.fingerprint)  # doctest: +SKIP
     >>> encoder.fill(store, [Passage("The bridge of Orla was built in 1871.", "orla")])  # doctest: +SKIP
     PutCounts(new=1, known=0, moved_ids=0)
     >>> prompt = processor([Passage(id="orla"), "When was it built?"], store=store)  # doctest: +SKIP
@@ -71,7 +72,9 @@ class PassageEncoder:
         self.processor = processor
         self.config = config
         self.batch_tokens = batch_tokens
-        self.recipe = Fingerprint.of(encoder, processor, config)
+        self.fingerprint = Fingerprint.of(encoder, processor, config)
+
+    recipe = deprecated.renamed_attribute("recipe", "fingerprint")
 
     @classmethod
     def from_model(
@@ -107,7 +110,7 @@ class PassageEncoder:
             passages=[number for number, own in enumerate(chunks) for _ in own],
         )
         lengths = texts.layout.chunk_offsets.diff()
-        rows = torch.empty(len(lengths), self.recipe.width, dtype=self.encoder.dtype, device="cpu")
+        rows = torch.empty(len(lengths), self.fingerprint.width, dtype=self.encoder.dtype, device="cpu")
         # What is read together stays together.
         together = torch.arange(len(lengths), device="cpu") if texts.windows is None else texts.windows.long()
         windows = together.bincount() if len(lengths) else together
@@ -142,7 +145,7 @@ class PassageEncoder:
         Raises
         ------
         StoreError
-            If the store was made by another recipe.
+            If the store was made by another fingerprint.
         ValueError
             As ``encode``.
         """
@@ -154,7 +157,7 @@ class PassageEncoder:
         """Do what ``fill`` does, and yield the counts of each shard when it is on the disk."""
         if shard_passages < 1:
             raise ValueError(f"shard_passages: got {shard_passages}, needs 1 or more")
-        store.require(self.recipe)
+        store.require(self.fingerprint)
         passages = iter(passages)
         while read := list(itertools.islice(passages, shard_passages)):
             missing = [read[index] for index in store.missing(read)]

@@ -42,7 +42,7 @@ def run_on_ray(job: EncodeJob, slices: Sequence[Slice], *, workers: int | None =
     except ImportError:
         raise ValueError("--engine: ray is not installed: pip install 'refrag-kernels[ray]'") from None
     # Whatever is wrong with the encoder or the store is found before workers start; and one process makes the store.
-    job.open_store(job.passage_encoder().recipe)
+    job.open_store(job.passage_encoder().fingerprint)
     if not slices:
         return
     # Ray's own messages go to its log files only; the command counts passages.
@@ -75,7 +75,7 @@ class _Worker:
     def __init__(self, job: EncodeJob) -> None:
         self.job = job
         self.encoder = job.passage_encoder()
-        self.store = job.open_store(self.encoder.recipe)
+        self.store = job.open_store(self.encoder.fingerprint)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
         results: list[Step | Exception] = []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from refrag import weights
+from refrag import deprecated, weights
 from refrag.adapters import load_policy
 from refrag.loading import is_adapter, load_model, load_processor, load_trained
 from refrag.model.encoder import TextEmbedder
@@ -39,7 +39,7 @@ class Answerer:
     template : str
         What the user says, with ``{passages}`` and then ``{question}`` in it once each; it is put into the decoder's
         chat template where it has one.
-    chooser : str or Selector, optional
+    selector : str or Selector, optional
         Picks the chunks that stand as text: one of ``selectors.NAMES`` of ``refrag.processing`` or an object. Cosine
         if ``expand`` is a share above 0 or ``expand_count`` is given, else none.
     expand : float or collection of int and str, optional
@@ -47,7 +47,7 @@ class Answerer:
     expand_count : int, optional
         Instead of a share: how many chunks, or all where there are fewer.
     policy : ExpansionPolicy, optional
-        For the chooser "policy".
+        For the selector "policy".
     store : ChunkStore, optional
         Where all passages are found, by their text, or by their id where they have none.
     max_new_tokens : int
@@ -58,7 +58,7 @@ class Answerer:
     Raises
     ------
     ValueError
-        If the template lacks a place, a number is out of range, or the chooser is unknown or lacks something.
+        If the template lacks a place, a number is out of range, or the selector is unknown or lacks something.
 
     Examples
     --------
@@ -71,13 +71,14 @@ class Answerer:
     True
     """
 
+    @deprecated.renamed_keyword("chooser", "selector")
     def __init__(
         self,
         model: RefragForCausalLM,
         processor: RefragProcessor,
         *,
         template: str = TEMPLATE,
-        chooser: str | Selector | None = None,
+        selector: str | Selector | None = None,
         expand: float | Collection[int | str] | None = None,
         expand_count: int | None = None,
         policy: ExpansionPolicy | None = None,
@@ -97,18 +98,21 @@ class Answerer:
         self.store = store
         self.max_new_tokens = max_new_tokens
         self.generation = generation
-        if chooser is None and (expand_count or (isinstance(expand, float) and 0 < expand < 1)):
-            chooser = "cosine"
-        # The chunks that a chooser has embedded needn't be encoded again; with a store nothing need be.
+        if selector is None and (expand_count or (isinstance(expand, float) and 0 < expand < 1)):
+            selector = "cosine"
+        # The chunks that a selector has embedded needn't be encoded again; with a store nothing need be.
         self._embedder: TextEmbedder | None = None
-        if chooser in ("cosine", "policy"):
+        if selector in ("cosine", "policy"):
             self._embedder = TextEmbedder(model, processor.encoder_tokenizer)
-        if isinstance(chooser, str):
-            chooser = selectors.by_name(chooser, model=model, embed=self._embedder, policy=policy)
-        self.chooser = chooser if chooser is None or expand_count is None else _AtMost(chooser, expand_count)
+        if isinstance(selector, str):
+            selector = selectors.by_name(selector, model=model, embed=self._embedder, policy=policy)
+        self.selector = selector if selector is None or expand_count is None else _AtMost(selector, expand_count)
         self._lock = threading.Lock()
 
+    chooser = deprecated.renamed_attribute("chooser", "selector")
+
     @classmethod
+    @deprecated.renamed_keyword("chooser", "selector")
     def from_pretrained(
         cls, folder: str | Path | None = None, *, k: int | None = None, chunker: str = "fixed", **options: Any
     ) -> Answerer:
@@ -136,7 +140,7 @@ class Answerer:
         else:
             model, processor = load_model(path, k), load_processor(path, k, chunker)
             adapter = weights.adapter_file(processor.k) if path is None else None
-            if adapter is not None and options.get("chooser") == "policy":
+            if adapter is not None and options.get("selector") == "policy":
                 policy = load_policy(adapter)
         return cls(model, processor, **{"policy": policy, **options})
 
@@ -166,7 +170,7 @@ class Answerer:
         return self.processor(
             parts,
             expand=self.expand,
-            chooser=self.chooser,
+            selector=self.selector,
             question=question.strip(),
             store=self.store,
             max_new_tokens=self.max_new_tokens,
@@ -248,14 +252,14 @@ class AnswerStream(Iterator[str]):
 
 
 class _AtMost:
-    """A chooser told to pick so many chunks; how many there are changes with what was retrieved."""
+    """A selector told to pick so many chunks; how many there are changes with what was retrieved."""
 
-    def __init__(self, chooser: Selector, most: int) -> None:
-        self.chooser = chooser
+    def __init__(self, selector: Selector, most: int) -> None:
+        self.selector = selector
         self.most = most
 
     def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
-        return self.chooser(question, chunks, min(self.most, len(chunks)))
+        return self.selector(question, chunks, min(self.most, len(chunks)))
 
 
 class _Stopped(StoppingCriteria):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from refrag import deprecated
 from refrag.integrations.answering import TEMPLATE, Answerer
 from refrag.model.inputs import Passage
 
@@ -25,7 +26,7 @@ class RefragGenerator:
         Folder of a saved model and processor, or of a training stage; without it the demo's model. It is loaded by
         ``warm_up``, or by the first run.
     k : int, optional
-    chunker, template, chooser, expand, expand_count, max_new_tokens : optional
+    chunker, template, selector, expand, expand_count, max_new_tokens : optional
         As for ``Answerer`` and its ``from_pretrained``.
     generation_kwargs : dict, optional
         Further arguments of the model's ``generate``.
@@ -48,6 +49,7 @@ class RefragGenerator:
     (True, {'file': 'orla.txt'})
     """
 
+    @deprecated.renamed_keyword("chooser", "selector")
     def __init__(
         self,
         model: str | None = None,
@@ -55,7 +57,7 @@ class RefragGenerator:
         k: int | None = None,
         chunker: str = "fixed",
         template: str = TEMPLATE,
-        chooser: str | None = None,
+        selector: str | None = None,
         expand: float | None = None,
         expand_count: int | None = None,
         max_new_tokens: int = 256,
@@ -67,7 +69,7 @@ class RefragGenerator:
             raise ValueError(f"model: got {model!r} beside an answerer, needs one of the two")
         self.model = model
         self.options: dict[str, Any] = {
-            "k": k, "chunker": chunker, "template": template, "chooser": chooser, "expand": expand,
+            "k": k, "chunker": chunker, "template": template, "selector": selector, "expand": expand,
             "expand_count": expand_count, "max_new_tokens": max_new_tokens,
         }  # fmt: skip
         self.generation_kwargs = generation_kwargs or {}
@@ -105,6 +107,8 @@ class RefragGenerator:
     def from_dict(cls, data: dict[str, Any]) -> RefragGenerator:
         """Make it of what ``to_dict`` returned."""
         parameters = dict(data.get("init_parameters", {}))
+        if "chooser" in parameters:  # in files that were written before the parameter was renamed
+            parameters["selector"] = parameters.pop("chooser")
         if parameters.get("streaming_callback") is not None:
             parameters["streaming_callback"] = deserialize_callable(parameters["streaming_callback"])
         return default_from_dict(cls, {**data, "init_parameters": parameters})

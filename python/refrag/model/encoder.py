@@ -78,12 +78,12 @@ def _windows(lengths: Sequence[int], passages: Sequence[int], most: int) -> torc
 
 
 class TextEmbedder:
-    """Embeds texts as the model embeds chunks, each alone: what choosers compare and policies read.
+    """Embeds texts as the model embeds chunks, each alone: what selectors compare and policies read.
 
     Of a model that reads chunks in windows (``encoder_window``), the processor has the chunks of a prompt embedded in
     their windows, and lets this take note of them.
 
-    The last results are kept, so that chunks that a chooser has embedded needn't be encoded again for the model: hand
+    The last results are kept, so that chunks that a selector has embedded needn't be encoded again for the model: hand
     ``embedder([chunk.text for chunk in prompt.chunks])`` on as ``chunk_embeds``.
 
     Parameters

@@ -1,4 +1,4 @@
-"""Which chunks of a batch stand as text: from a share, a number, names or a chooser to the chunks' indices."""
+"""Which chunks of a batch stand as text: from a share, a number, names or a selector to the chunks' indices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def expanded_chunks(
     questions: Sequence[str],
     expand: float | Collection[int | str] | None,
     expand_count: int | Sequence[int] | None,
-    chooser: Selector | None,
+    selector: Selector | None,
     chunk_embeds: torch.Tensor | None = None,
 ) -> frozenset[int]:
     """Return the chunks to expand, numbered through the batch; see ``RefragProcessor.__call__``.
@@ -27,10 +27,10 @@ def expanded_chunks(
         Of each prompt.
     questions : sequence of str
         Of each prompt.
-    expand, expand_count, chooser
+    expand, expand_count, selector
         What the user asked for.
     chunk_embeds : Tensor [N, d_enc], optional
-        The chunks' embeddings where a store has them: for choosers that compare by a ``TextEmbedder``.
+        The chunks' embeddings where a store has them: for selectors that compare by a ``TextEmbedder``.
 
     Raises
     ------
@@ -43,21 +43,21 @@ def expanded_chunks(
         raise TypeError(f"expand: got the string {expand!r}, needs a share, or a collection of chunks and passage ids")
     if isinstance(expand, Collection):
         return _named(chunks, expand)
-    if chooser is None and expand not in (None, 0, 1) and 0 <= expand <= 1:
-        raise ValueError(f"chooser: got None, needs a Selector to expand {expand} of the chunks")
+    if selector is None and expand not in (None, 0, 1) and 0 <= expand <= 1:
+        raise ValueError(f"selector: got None, needs a Selector to expand {expand} of the chunks")
     counts = _counts(chunks, expand, expand_count)
     expanded: set[int] = set()
     first = 0
     for index, (own, question, count) in enumerate(zip(chunks, questions, counts)):
-        if chooser is None:
+        if selector is None:
             if count not in (None, 0, len(own)):
-                raise ValueError(f"chooser: got None, needs a Selector to expand {count} of the {len(own)} chunks")
+                raise ValueError(f"selector: got None, needs a Selector to expand {count} of the {len(own)} chunks")
             picks: Collection[int] = range(count or 0)
         else:
-            embedder = getattr(chooser, "embed", None)
+            embedder = getattr(selector, "embed", None)
             if chunk_embeds is not None and isinstance(embedder, TextEmbedder):
                 embedder.remember([chunk.text for chunk in own], chunk_embeds[first : first + len(own)])
-            picks = chooser(question, own, count)
+            picks = selector(question, own, count)
             _check_picks(picks, index, len(own), count)
         expanded.update(first + pick for pick in picks)
         first += len(own)
@@ -87,7 +87,7 @@ def _named(chunks: Sequence[Sequence[Chunk]], names: Collection[int | str]) -> f
 def _counts(
     chunks: Sequence[Sequence[Chunk]], expand: float | None, expand_count: int | Sequence[int] | None
 ) -> Sequence[int | None]:
-    """Return how many chunks to pick of each prompt; None leaves it to the chooser."""
+    """Return how many chunks to pick of each prompt; None leaves it to the selector."""
     if expand is not None:
         if not 0 <= expand <= 1:
             raise ValueError(f"expand: got {expand}, needs a share from 0 to 1")
@@ -106,8 +106,8 @@ def _counts(
 def _check_picks(picks: Collection[int], prompt: int, chunks: int, count: int | None) -> None:
     wrong = next((pick for pick in picks if not 0 <= pick < chunks), None)
     if wrong is not None:
-        raise ValueError(f"chooser: picked chunk {wrong} of prompt {prompt}, needs 0 to {chunks - 1}")
+        raise ValueError(f"selector: picked chunk {wrong} of prompt {prompt}, needs 0 to {chunks - 1}")
     if len(set(picks)) < len(picks):
-        raise ValueError(f"chooser: picked a chunk of prompt {prompt} twice, needs each once")
+        raise ValueError(f"selector: picked a chunk of prompt {prompt} twice, needs each once")
     if count is not None and len(picks) > count:
-        raise ValueError(f"chooser: picked {len(picks)} chunks of prompt {prompt}, needs at most {count}")
+        raise ValueError(f"selector: picked {len(picks)} chunks of prompt {prompt}, needs at most {count}")

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from refrag import deprecated
 from refrag.data.chunking import Chunker, FixedChunks, SentenceChunks, describe_chunker
 from refrag.model.config import RefragConfig
 from refrag.model.encoder import TextEmbedder
@@ -181,13 +182,14 @@ class RefragProcessor:
         """
         return render_chat(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
 
+    @deprecated.renamed_keyword("chooser", "selector")
     def __call__(
         self,
         prompts: Part | Sequence[Part] | Sequence[Sequence[Part]],
         *,
         expand: float | Collection[int | str] | None = None,
         expand_count: int | Sequence[int] | None = None,
-        chooser: Selector | None = None,
+        selector: Selector | None = None,
         question: str | Sequence[str] | None = None,
         max_new_tokens: int = 0,
         store: ChunkStore | None = None,
@@ -200,20 +202,20 @@ class RefragProcessor:
         prompts : list of str and Passage, or a list of such lists
             A string or Passage alone is a prompt of one part.
         expand : float or collection of int and str, optional
-            Share of each prompt's chunks that ``chooser`` picks to stand as text, 0 to 1; or what is to stand as text
+            Share of each prompt's chunks that ``selector`` picks to stand as text, 0 to 1; or what is to stand as text
             itself: chunks, numbered through the batch, and whole passages by their id.
         expand_count : int or sequence of int, optional
             Instead of a share: how many chunks, of every prompt or of each.
-        chooser : Selector, optional
+        selector : Selector, optional
             Needed unless nothing, everything or named chunks are expanded. Without a share and a count it decides how
             many.
         question : str or sequence of str, optional
-            What the chooser compares with, for all prompts or for each; the last text of each when it isn't given.
+            What the selector compares with, for all prompts or for each; the last text of each when it isn't given.
         max_new_tokens : int
             Room to leave in the decoder's window.
         store : ChunkStore, optional
             Where all passages are found, by their text, or by their id where they have none; their chunks and
-            embeddings are taken from it, so that the model has nothing to encode, nor a chooser that compares by a
+            embeddings are taken from it, so that the model has nothing to encode, nor a selector that compares by a
             ``TextEmbedder`` but the question.
         begin : bool
             Whether a sequence begins here: with the token that the decoder's tokenizer begins texts with if it has one,
@@ -245,9 +247,9 @@ class RefragProcessor:
         sequences = [self._spans(index, prompt, stored, begin) for index, prompt in enumerate(batch)]
         chunks = [[span for _, span in spans if isinstance(span, Chunk)] for spans in sequences]
         if chunk_embeds is None and self.encoder_window:
-            chunk_embeds = self._embedded(sequences, chooser)
+            chunk_embeds = self._embedded(sequences, selector)
         questions = self._questions(batch, question)
-        expanded = expanded_chunks(chunks, questions, expand, expand_count, chooser, chunk_embeds)
+        expanded = expanded_chunks(chunks, questions, expand, expand_count, selector, chunk_embeds)
         if begin:
             firsts = itertools.accumulate(map(len, chunks), initial=0)
             sequences = [self._started(spans, first in expanded) for spans, first in zip(sequences, firsts)]
@@ -264,9 +266,9 @@ class RefragProcessor:
         self._check_window(sequences, expanded, packed, max_new_tokens)
         return packed
 
-    def _embedded(self, sequences: Sequence[Sequence[Span]], chooser: Selector | None) -> torch.Tensor | None:
-        """Return the chunks' embeddings where the chooser compares by them: in their windows, not each alone."""
-        embedder = getattr(chooser, "embed", None)
+    def _embedded(self, sequences: Sequence[Sequence[Span]], selector: Selector | None) -> torch.Tensor | None:
+        """Return the chunks' embeddings where the selector compares by them: in their windows, not each alone."""
+        embedder = getattr(selector, "embed", None)
         if not isinstance(embedder, TextEmbedder):
             return None
         texts = pack_chunks(
@@ -277,8 +279,9 @@ class RefragProcessor:
 
     def _check_store(self, store: ChunkStore) -> None:
         own = describe_chunker(self.chunker)
-        if own != store.recipe.chunker:
-            raise StoreError(f"store {store.folder}: chunker: holds {store.recipe.chunker}, got a processor of {own}")
+        held = store.fingerprint.chunker
+        if own != held:
+            raise StoreError(f"store {store.folder}: chunker: holds {held}, got a processor of {own}")
 
     def spans(self, prompt: Part | Sequence[Part]) -> list[Span]:
         """Return a prompt's text and chunks before they are packed, as training wants them.
@@ -331,7 +334,7 @@ class RefragProcessor:
         return [(-1, [start]), *spans]
 
     def _questions(self, batch: Sequence[Sequence[Part]], question: str | Sequence[str] | None) -> list[str]:
-        """Return what choosers compare with, for each prompt."""
+        """Return what selectors compare with, for each prompt."""
         if question is None:
             return [next((part for part in reversed(prompt) if isinstance(part, str)), "") for prompt in batch]
         if not isinstance(question, (str, list, tuple)):

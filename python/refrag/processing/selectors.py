@@ -1,7 +1,7 @@
-"""Which chunks to expand: a protocol, and the ways of the paper (REFRAG, A.1) and of practice.
+"""Selectors, which pick the chunks to expand: a protocol, the paper's methods (REFRAG, A.1) and practical ones.
 
-A chooser sees one prompt: its question, its chunks and how many of them to pick. What it picks stands as text, the rest
-is compressed.
+A selector is called for one prompt, with its question, its chunks and the number of chunks to pick. The chunks that it
+picks are expanded: the decoder reads their text. The rest are compressed.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _ROWS = 1024  # rows whose logits are held at once: with a vocabulary of 128k wo
 class Selector(Protocol):
     """Picks chunks of one prompt.
 
-    Called with the question, the prompt's chunks and ``count``, the chunks to pick, 0 to all; None leaves the number to
-    the chooser. Returns indices of chunks, each once. A chooser with a mind of its own, such as a threshold, may pick
-    fewer than ``count``; none may pick more.
+    It takes the question, the prompt's chunks and ``count``, the number of chunks to pick, from 0 to all; None lets the
+    selector decide. It returns the indices of the picked chunks, each once. A selector with a criterion of its own,
+    such as a threshold, may pick fewer than ``count`` chunks; no selector may pick more.
     """
 
     def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]: ...
 
 
 class NoChunks:
-    """Expand nothing."""
+    """Expands no chunk."""
 
     def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
         if count:
@@ -44,12 +44,12 @@ class NoChunks:
 
 
 class AllChunks:
-    """Expand everything.
+    """Expands every chunk.
 
     Raises
     ------
     ValueError
-        When it is told to pick fewer.
+        If ``count`` is less than the number of chunks.
     """
 
     def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
@@ -59,7 +59,7 @@ class AllChunks:
 
 
 class RandomSelector:
-    """Chunks at random: the paper's baseline, and its fine-tuning before the policy (A.1).
+    """Expands random chunks: the paper's baseline, also used in its fine-tuning before the policy (A.1).
 
     Parameters
     ----------
@@ -74,12 +74,12 @@ class RandomSelector:
 
 
 class CosineSelector:
-    """The chunks whose embedding is nearest to the question's, by cosine.
+    """Expands the chunks whose embeddings have the highest cosine similarity to the question's.
 
     Parameters
     ----------
     embed : callable
-        Texts -> embeddings [N, d], by one model for questions and chunks.
+        Texts -> embeddings [N, d]. One model embeds both questions and chunks.
     """
 
     def __init__(self, embed: Embed) -> None:
@@ -91,7 +91,7 @@ class CosineSelector:
 
 
 class ThresholdSelector:
-    """Every chunk whose cosine to the question reaches a threshold, however many they are.
+    """Expands every chunk whose cosine similarity to the question reaches a threshold.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ class ThresholdSelector:
     Raises
     ------
     ValueError
-        If the threshold is outside that.
+        If the threshold is outside that range.
     """
 
     def __init__(self, embed: Embed, threshold: float) -> None:
@@ -113,7 +113,7 @@ class ThresholdSelector:
         self.threshold = threshold
 
     def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
-        """With a count, the best so many of those that reach it."""
+        """Pick the chunks that reach the threshold, at most the ``count`` best of them."""
         if count == 0 or not chunks:
             return []
         best, order = _cosines(self.embed, question, chunks).sort(descending=True, stable=True)
@@ -121,23 +121,24 @@ class ThresholdSelector:
 
 
 class PerplexitySelector:
-    """Chunks by how well the decoder foresees them: the paper's two baselines beside the random one (A.1).
+    """Expands chunks by the decoder's perplexity on them: two of the paper's baselines (A.1).
 
-    The paper doesn't say what a chunk is read after. Here each is read alone, after one start token, so that all take
-    one packed pass of the decoder over the full text of the chunks.
+    The paper doesn't specify a chunk's context. Here the decoder reads each chunk on its own, after one start token, so
+    that one packed forward pass scores the full text of all chunks.
 
     Parameters
     ----------
     model : RefragForCausalLM
     order : {"desc", "asc"}
-        "desc" compresses the chunks of low perplexity and expands those of high perplexity; "asc" the other way round.
+        "desc" expands the chunks with the highest perplexity and compresses the rest; "asc" expands the chunks with
+        the lowest.
     start : int, optional
-        The start token; the decoder's beginning or else end of sequence when it isn't given.
+        The start token. Defaults to the decoder's ``bos_token_id``, or ``eos_token_id`` if it has none.
 
     Raises
     ------
     ValueError
-        If the order is neither, or there is no start token.
+        If ``order`` is neither, or there is no start token.
     """
 
     def __init__(self, model: Any, order: str = "desc", start: int | None = None) -> None:
@@ -150,7 +151,7 @@ class PerplexitySelector:
             start = (token[0] if isinstance(token, list) else token) if start is None else start
         if start is None:
             raise ValueError(
-                "start: got None, needs a token: the decoder's config names no bos_token_id, no eos_token_id"
+                "start: got None, needs a token: the decoder's config has neither bos_token_id nor eos_token_id"
             )
         self.start = start
 
@@ -194,15 +195,15 @@ class PerplexitySelector:
 
 
 class PolicySelector:
-    """The chunks that a trained policy scores highest, or a draw from it (REFRAG, A.1).
+    """Expands the chunks that a trained policy scores highest, or samples them from the policy (REFRAG, A.1).
 
     Parameters
     ----------
     policy : ExpansionPolicy
     embed : callable
-        Texts -> the chunk embeddings that the policy was trained on: those of the model's encoder.
+        Texts -> chunk embeddings from the model's encoder, on which the policy was trained.
     generator : torch.Generator, optional
-        To draw the picks; without it the highest scores are taken.
+        Samples the picks; without it, the chunks with the highest scores are picked.
     """
 
     def __init__(self, policy: ExpansionPolicy, embed: Embed, generator: torch.Generator | None = None) -> None:
@@ -233,7 +234,7 @@ def by_name(
     policy: ExpansionPolicy | None = None,
     seed: int = 0,
 ) -> Selector:
-    """Make a chooser by the name that the command line gives it.
+    """Create a selector from its name on the command line.
 
     Parameters
     ----------
@@ -253,7 +254,7 @@ def by_name(
     Raises
     ------
     ValueError
-        If there is no such chooser, or what it needs is missing.
+        If no selector has this name, or an argument that it needs is missing.
 
     Examples
     --------
@@ -264,7 +265,7 @@ def by_name(
     [0, 1, 2]
     """
     if name not in NAMES:
-        raise ValueError(f"chooser: got {name!r}, needs one of {', '.join(NAMES)}")
+        raise ValueError(f"selector: got {name!r}, needs one of {', '.join(NAMES)}")
     needs_of: dict[str, dict[str, Any]] = {
         "cosine": {"embed": embed},
         "threshold": {"embed": embed, "threshold": threshold},
@@ -275,7 +276,7 @@ def by_name(
     needs = needs_of.get(name, {})
     for argument, value in needs.items():
         if value is None:
-            raise ValueError(f"{argument}: got None, the chooser {name!r} needs it")
+            raise ValueError(f"{argument}: got None, the selector {name!r} needs it")
     if name.startswith("perplexity"):
         return PerplexitySelector(model, name.removeprefix("perplexity-"))
     makers: dict[str, Callable[..., Selector]] = {
@@ -285,13 +286,13 @@ def by_name(
     return RandomSelector(seed) if name == "random" else makers[name](**needs)
 
 
-def _given(chooser: Selector, count: int | None) -> int:
+def _given(selector: Selector, count: int | None) -> int:
     if count is None:
-        raise ValueError(f"expand: got None, {type(chooser).__name__} needs a share or a number of chunks to pick")
+        raise ValueError(f"expand: got None, {type(selector).__name__} needs a share or a number of chunks to pick")
     return count
 
 
 def _cosines(embed: Embed, question: str, chunks: Sequence[Chunk]) -> torch.Tensor:
-    # Apart, so that an embedder that remembers its last texts has the chunks' ready for the model.
+    # Two calls, chunks last: a TextEmbedder that remembers its last texts then holds the chunks' for the model.
     asked, texts = embed([question]).float(), embed([chunk.text for chunk in chunks]).float()
     return nn.functional.cosine_similarity(texts, asked)

@@ -69,7 +69,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, encoder: PreTrainedModel, processor: TextInputs, config: RefragConfig) -> Fingerprint:
-        """Take the recipe of an encoder and a processor as they are now.
+        """Take the fingerprint of an encoder and a processor as they are now.
 
         Reads all of the encoder's weights, to tell them from others'.
 
@@ -92,15 +92,15 @@ class Fingerprint:
 
     @functools.cached_property
     def digest(self) -> bytes:
-        """32 bytes that two recipes share only if they give the same embeddings."""
+        """32 bytes that two fingerprints share only if they give the same embeddings."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "encoder"}
         return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=32).digest()
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """Return what tells ``other`` from this recipe, a phrase for each field: what is here, what is there."""
+        """Return what tells ``other`` from this fingerprint, a phrase for each field: what is here, what is there."""
         found = []
         if self.revision != other.revision:
-            names = [f"{recipe.encoder} (revision {recipe.revision})" for recipe in (self, other)]
+            names = [f"{fingerprint.encoder} (revision {fingerprint.revision})" for fingerprint in (self, other)]
             found.append(f"encoder: holds embeddings of {names[0]}, got {names[1]}")
         for field in dataclasses.fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)

@@ -38,13 +38,13 @@ class Shard:
         If the file is damaged, or belongs to another store.
     """
 
-    def __init__(self, path: Path, recipe_digest: bytes) -> None:
+    def __init__(self, path: Path, fingerprint_digest: bytes) -> None:
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-                recipe = (file.metadata() or {}).get("recipe")
-            if recipe != recipe_digest.hex():
-                raise StoreError(f"{path}: is a shard of another store, made by recipe {recipe}")
+                fingerprint = (file.metadata() or {}).get("recipe")
+            if fingerprint != fingerprint_digest.hex():
+                raise StoreError(f"{path}: is a shard of another store, of fingerprint {fingerprint}")
             self.rows: torch.Tensor = tensors.pop("rows")
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
             self.keys = arrays["keys"]
@@ -80,7 +80,7 @@ class Shard:
 
 def write_shard(
     path: Path,
-    recipe_digest: bytes,
+    fingerprint_digest: bytes,
     keys: Sequence[bytes],
     chunks: Sequence[Sequence[Chunk]],
     rows: torch.Tensor,
@@ -93,7 +93,7 @@ def write_shard(
     Parameters
     ----------
     path : Path
-    recipe_digest : bytes
+    fingerprint_digest : bytes
     keys, chunks : N passages
     rows : Tensor [R, d_enc]
     ids, id_keys, id_passages : M ids
@@ -122,7 +122,7 @@ def write_shard(
     tensors = {"rows": rows.contiguous(), **{name: torch.from_numpy(array) for name, array in arrays.items()}}
     part = path.with_name(f".part-{path.name}")
     try:
-        save_file(tensors, part, metadata={"recipe": recipe_digest.hex()})
+        save_file(tensors, part, metadata={"recipe": fingerprint_digest.hex()})
         publish(part, path)
     except (SafetensorError, OSError) as error:  # a full disk, say
         part.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from refrag import deprecated
 from refrag.model.inputs import Chunk, Passage
 from refrag.store.fingerprint import Fingerprint
 from refrag.store.key_index import KEY_BYTES
@@ -72,29 +73,32 @@ class ChunkStore:
     Examples
     --------
     >>> import tempfile
-    >>> recipe = Fingerprint("tiny", "1", "2", "3", "fixed, k = 2", "first", True, width=4)
+    >>> fingerprint = Fingerprint("tiny", "1", "2", "3", "fixed, k = 2", "first", True, width=4)
     >>> folder = tempfile.TemporaryDirectory()
-    >>> store = ChunkStore.create(folder.name, recipe)
+    >>> store = ChunkStore.create(folder.name, fingerprint)
     >>> chunks = [Chunk("It ra", (5, 6)), Chunk("ined.", (7, 8))]
     >>> store.put([Passage("It rained.", "weather")], [chunks], torch.ones(2, 4))
     PutCounts(new=1, known=0, moved_ids=0)
     >>> store.get(Passage(id="weather")).shape
     torch.Size([2, 4])
-    >>> ChunkStore.open(folder.name, recipe).passage("weather").text
+    >>> ChunkStore.open(folder.name, fingerprint).passage("weather").text
     'It rained.'
     """
 
-    def __init__(self, folder: Path, recipe: Fingerprint, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, fingerprint: Fingerprint, dtype: torch.dtype) -> None:
         self.folder = folder.absolute()  # the same from any working directory
-        self.recipe = recipe
+        self.fingerprint = fingerprint
         self.dtype = dtype
         self._state = StoreState()
         self._refreshing = threading.Lock()
         self.refresh()
 
+    recipe = deprecated.renamed_attribute("recipe", "fingerprint")
+
     @classmethod
+    @deprecated.renamed_keyword("recipe", "fingerprint")
     def create(
-        cls, folder: str | os.PathLike[str], recipe: Fingerprint, dtype: torch.dtype = torch.float32
+        cls, folder: str | os.PathLike[str], fingerprint: Fingerprint, dtype: torch.dtype = torch.float32
     ) -> ChunkStore:
         """Make an empty store.
 
@@ -102,7 +106,7 @@ class ChunkStore:
         ----------
         folder : path
             Made when it isn't there.
-        recipe : Fingerprint
+        fingerprint : Fingerprint
         dtype : {torch.float32, torch.bfloat16, torch.float16}
             Of the rows on disk.
 
@@ -121,28 +125,29 @@ class ChunkStore:
             manifest = {
                 "format": _FORMAT,
                 "dtype": str(dtype).removeprefix("torch."),
-                "recipe": dataclasses.asdict(recipe),
+                "recipe": dataclasses.asdict(fingerprint),
             }
             part = root / f".part-{_MANIFEST}"
             part.write_text(json.dumps(manifest, indent=2) + "\n")
             publish(part, root / _MANIFEST)
-        return cls(root, recipe, dtype)
+        return cls(root, fingerprint, dtype)
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str], recipe: Fingerprint | None = None) -> ChunkStore:
+    @deprecated.renamed_keyword("recipe", "fingerprint")
+    def open(cls, folder: str | os.PathLike[str], fingerprint: Fingerprint | None = None) -> ChunkStore:
         """Open a store.
 
         Parameters
         ----------
         folder : path
-        recipe : Fingerprint, optional
+        fingerprint : Fingerprint, optional
             What the store must have been made by. Without it nothing is compared: for a program that has no encoder,
             only a projector that was trained for this one.
 
         Raises
         ------
         StoreError
-            If there is no store, it was made by another recipe (names the differences), or a shard is damaged.
+            If there is no store, it was made by another fingerprint (names the differences), or a shard is damaged.
         """
         root = Path(folder)
         try:
@@ -154,18 +159,19 @@ class ChunkStore:
             raise _none(root) from None
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise StoreError(f"store {root}: its {_MANIFEST} can't be read ({error})") from error
-        _require(root, held, recipe or held)
+        _require(root, held, fingerprint or held)
         return cls(root, held, dtype)
 
-    def require(self, recipe: Fingerprint) -> None:
-        """Refuse another recipe than the store's.
+    @deprecated.renamed_keyword("recipe", "fingerprint")
+    def require(self, fingerprint: Fingerprint) -> None:
+        """Refuse another fingerprint than the store's.
 
         Raises
         ------
         StoreError
             Names what differs: what the store holds, and what it got.
         """
-        _require(self.folder, self.recipe, recipe)
+        _require(self.folder, self.fingerprint, fingerprint)
 
     def __len__(self) -> int:
         """Return the number of passages, counted by text."""
@@ -175,10 +181,10 @@ class ChunkStore:
         return self.holds([passage])[0]
 
     def __repr__(self) -> str:
-        return f"ChunkStore({str(self.folder)!r}, {len(self):,} passages of {self.recipe.encoder})"
+        return f"ChunkStore({str(self.folder)!r}, {len(self):,} passages of {self.fingerprint.encoder})"
 
     def __reduce__(self):
-        return ChunkStore.open, (self.folder, self.recipe)
+        return ChunkStore.open, (self.folder, self.fingerprint)
 
     def refresh(self) -> int:
         """Look for shards that were written since; return how many passages they bring.
@@ -196,7 +202,7 @@ class ChunkStore:
             names = sorted(path.name for path in self.folder.glob("shard-*.safetensors") if path.name not in known)
             if not names:
                 return 0
-            shards = [Shard(self.folder / name, self.recipe.digest) for name in names]
+            shards = [Shard(self.folder / name, self.fingerprint.digest) for name in names]
             self._state = state.extended(names, shards)
             return len(self._state.passages) - len(state.passages)
 
@@ -241,7 +247,7 @@ class ChunkStore:
             first, last = shard.offsets[place : place + 2].tolist()
             parts.append(shard.rows[first:last])
             offsets.append(offsets[-1] + last - first)
-        rows = torch.cat(parts) if parts else torch.empty(0, self.recipe.width, dtype=self.dtype, device="cpu")
+        rows = torch.cat(parts) if parts else torch.empty(0, self.fingerprint.width, dtype=self.dtype, device="cpu")
         return PassageEmbeds(rows, offsets)
 
     def chunks(self, passages: Sequence[Passage]) -> list[list[Chunk]]:
@@ -333,7 +339,7 @@ class ChunkStore:
                 number = 1 + max((int(name[6:-12]) for name in state.names), default=-1)
                 write_shard(
                     self.folder / f"shard-{number:08d}.safetensors",
-                    self.recipe.digest,
+                    self.fingerprint.digest,
                     [keys[index] for index in new],
                     [chunks[index] for index in new],
                     torch.cat([rows[:0], *(rows[ends[index] : ends[index + 1]] for index in new)]),
@@ -355,7 +361,7 @@ class ChunkStore:
                 raise StoreError(f"passage {_name(passage, index)}: has no text")
             if "".join(chunk.text for chunk in own) != passage.text:
                 raise StoreError(f"passage {_name(passage, index)}: its chunks together are not its text")
-        needed = [sum(map(len, chunks)), self.recipe.width]
+        needed = [sum(map(len, chunks)), self.fingerprint.width]
         if list(embeds.shape) != needed:
             raise StoreError(f"embeds: got shape {list(embeds.shape)}, needs {needed}, one row for each chunk")
         rows = embeds.detach().to("cpu", self.dtype)
@@ -375,7 +381,7 @@ class ChunkStore:
         return keys
 
     def _key(self, text: str) -> bytes:
-        return hashlib.blake2b(encode_text(text), digest_size=KEY_BYTES, key=self.recipe.digest).digest()
+        return hashlib.blake2b(encode_text(text), digest_size=KEY_BYTES, key=self.fingerprint.digest).digest()
 
     def _places(self, state: StoreState, passages: Sequence[Passage]) -> np.ndarray:
         """Return the number of each passage, -1 for one that isn't there."""

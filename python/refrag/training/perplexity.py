@@ -67,7 +67,7 @@ def measure(
     samples : int
     seed : int
     policy : ExpansionPolicy, optional
-        Needed for the chooser "policy".
+        Needed for the selector "policy".
     base : RefragForCausalLM, optional
         The decoder before training, for the conditions without chunks: a decoder that learnt to read slots also learnt
         from the text, and would make the comparison kinder. Those conditions then appear twice, "(untrained)" once.
@@ -115,9 +115,9 @@ def measure(
         for rate in conditions.rates:
             count = round(share_for_rate(min(rate, k), k) * len(chunks))
             for name in conditions.selectors if count else ():
-                chooser = by_name(name, model=parts.model, embed=embed, policy=policy, seed=seed + index)
+                selector = by_name(name, model=parts.model, embed=embed, policy=policy, seed=seed + index)
                 # There is no question: the context's last chunk is what the output goes on from.
-                expansions[f"{name}, {rate:g}x"] = frozenset(chooser(chunks[-1].text, chunks, count))
+                expansions[f"{name}, {rate:g}x"] = frozenset(selector(chunks[-1].text, chunks, count))
         variants = [dataclasses.replace(sample, expanded=picks) for picks in expansions.values()]
         losses = _losses(parts, parts.model, variants, embeds.repeat(len(variants), 1))
         for name, value in zip(expansions, losses):

@@ -3,7 +3,7 @@
 vLLM finds ``register`` by the entry point ``vllm.general_plugins`` in every process that it starts.
 
 Modules that need no vLLM: ``passages`` checks what a request gives, ``reading`` settles which chunks stand as text,
-``messages`` takes passages out of chat messages, ``folder_encoder`` embeds texts for choosers. Those that vLLM calls:
+``messages`` takes passages out of chat messages, ``folder_encoder`` embeds texts for selectors. Those that vLLM calls:
 ``processing`` makes its inputs, ``model`` computes the embeddings in its worker, ``tokenizer`` and ``renderer`` read
 the saved folder and chat messages.
 

@@ -1,4 +1,4 @@
-"""The chunk encoder alone, from the folder of a whole model: what choosers embed texts with where no decoder is."""
+"""The chunk encoder alone, from the folder of a whole model: what selectors embed texts with where no decoder is."""
 
 from __future__ import annotations
 

@@ -113,8 +113,8 @@ class PassageInfo(BaseProcessingInfo):
         folder = (self.ctx.get_mm_config().mm_processor_kwargs or {}).get("store")
         if folder is None:
             return None
-        recipe = Fingerprint.of(self._encoder.encoder, self.processor, self.get_hf_config())
-        return ChunkStore.open(folder, recipe)
+        fingerprint = Fingerprint.of(self._encoder.encoder, self.processor, self.get_hf_config())
+        return ChunkStore.open(folder, fingerprint)
 
     def options(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Return a request's options over the server's.
@@ -131,7 +131,7 @@ class PassageInfo(BaseProcessingInfo):
         return {**own, **asked}
 
     def embedder(self) -> TextEmbedder:
-        """Return what choosers compare by; the encoder is loaded when one first asks."""
+        """Return what selectors compare by; the encoder is loaded when one first asks."""
         return self._embedder
 
     @functools.cached_property

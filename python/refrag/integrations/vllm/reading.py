@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from refrag import deprecated
 from refrag.integrations.vllm.passages import GivenPassage
 from refrag.model.encoder import TextEmbedder, pack_texts
 from refrag.model.inputs import Chunk, PackedTexts, Passage
@@ -23,13 +24,13 @@ from refrag.store.store import ChunkStore
 _OPTIONS: dict[str, tuple[type, ...]] = {
     "expand": (int, float, list, tuple),
     "expand_count": (int,),
-    "chooser": (str,),
+    "selector": (str,),
     "question": (str,),
     "threshold": (int, float),
     "seed": (int,),
 }
 # Those that need no decoder: the process that reads requests has none.
-_CHOOSERS = ("nothing", "everything", "random", "cosine", "threshold")
+_SELECTORS = ("nothing", "everything", "random", "cosine", "threshold")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +102,9 @@ def read_passages(
         d_enc.
     options : dict, optional
         The request's: "expand" (a share, or a list of chunks, numbered through the request, and of passages' ids),
-        "expand_count", "chooser" (nothing, everything, random, cosine, threshold), "question" and "threshold" for the
+        "expand_count", "selector" (nothing, everything, random, cosine, threshold), "question" and "threshold" for the
         last two, "seed" for random; as for ``RefragProcessor.__call__``. Chunks that are given by their embeddings
-        alone always stay slots, and choosers don't see them.
+        alone always stay slots, and selectors don't see them.
     store : ChunkStore, optional
         Where passages without text are found, by id; and the embeddings of those with text that it holds.
     embedder : callable, optional
@@ -127,6 +128,11 @@ def read_passages(
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    if "chooser" in options:
+        if "selector" in options:
+            raise ValueError("chooser: got it beside selector, which replaces it; pass selector alone")
+        deprecated.warn_renamed_key("chooser", "selector")
+        options = {"selector" if option == "chooser" else option: value for option, value in options.items()}
     for option, value in options.items():
         if option not in _OPTIONS:
             raise ValueError(f"mm_processor_kwargs: got {option!r}, needs some of {', '.join(_OPTIONS)}")
@@ -137,12 +143,13 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     names = chosen.get("expand")
     if isinstance(names, (list, tuple)) and not all(type(name) in (int, str) for name in names):
         raise ValueError("expand: got a list of other things, needs chunk numbers and passage ids")
-    if chosen.get("chooser", "nothing") not in _CHOOSERS:
+    if chosen.get("selector", "nothing") not in _SELECTORS:
         raise ValueError(
-            f"chooser: got {chosen['chooser']!r}, needs one of {', '.join(_CHOOSERS)}, or expand with a list of chunks"
+            f"selector: got {chosen['selector']!r}, needs one of {', '.join(_SELECTORS)}, "
+            "or expand with a list of chunks"
         )
-    if chosen.get("chooser") in ("cosine", "threshold") and "question" not in chosen:
-        raise ValueError(f"question: got None, the chooser {chosen['chooser']!r} needs it")
+    if chosen.get("selector") in ("cosine", "threshold") and "question" not in chosen:
+        raise ValueError(f"question: got None, the selector {chosen['selector']!r} needs it")
     return chosen
 
 
@@ -179,17 +186,17 @@ def _expanded(
 ) -> frozenset[int]:
     """Return which of the request's chunks stand as text."""
     chunks = [chunk for passage in cut for chunk in passage.chunks]
-    expand, name = options.get("expand"), options.get("chooser")
+    expand, name = options.get("expand"), options.get("selector")
     if isinstance(expand, (list, tuple)):
         if name is not None:
-            raise ValueError(f"chooser: got {name!r} beside a list of chunks to expand, needs one of the two")
+            raise ValueError(f"selector: got {name!r} beside a list of chunks to expand, needs one of the two")
         expanded = expanded_chunks([chunks], [""], expand, options.get("expand_count"), None)
         bare = sorted(chunk for chunk in expanded if not chunks[chunk].token_ids)
         if bare:
             raise ValueError(f"expand: got chunk {bare[0]}, which is given by its embedding alone, needs one with text")
         return expanded
     with_text = [number for number, chunk in enumerate(chunks) if chunk.token_ids]
-    chooser = embed = embeds = None
+    selector = embed = embeds = None
     if name in ("cosine", "threshold") and embedder is not None:
         embed = embedder()
         if processor.encoder_window:  # each chunk beside its neighbours, as the model reads it
@@ -198,13 +205,13 @@ def _expanded(
             with torch.no_grad():
                 embeds = embed.model.encode_chunks(texts)
     if name is not None:
-        chooser = selectors.by_name(name, embed=embed, threshold=options.get("threshold"), seed=options.get("seed", 0))
+        selector = selectors.by_name(name, embed=embed, threshold=options.get("threshold"), seed=options.get("seed", 0))
     picks = expanded_chunks(
         [[chunks[number] for number in with_text]],
         [options.get("question", "")],
         expand,
         options.get("expand_count"),
-        chooser,
+        selector,
         embeds,
     )
     return frozenset(with_text[pick] for pick in picks)

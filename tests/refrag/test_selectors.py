@@ -1,4 +1,4 @@
-"""Choosers: what each picks, by name too, and what the processor refuses of them."""
+"""Selectors: what each picks, by name too, and which arguments the processor refuses."""
 
 import pytest
 import torch
@@ -49,13 +49,13 @@ def test_cosine_and_threshold():
 
 def test_nothing_and_everything(processor):
     prompt = [Passage("one two three four five six seven"), "So?"]
-    assert processor(prompt, chooser=NoChunks()).expanded == frozenset()
-    everything = processor(prompt, chooser=AllChunks())
+    assert processor(prompt, selector=NoChunks()).expanded == frozenset()
+    everything = processor(prompt, selector=AllChunks())
     assert everything.expanded == set(range(len(everything.chunks))) and len(everything.chunks) > 1
     with pytest.raises(ValueError, match="expand: got 1 chunks for AllChunks, needs all"):
-        processor(prompt, chooser=AllChunks(), expand_count=1)
+        processor(prompt, selector=AllChunks(), expand_count=1)
     with pytest.raises(ValueError, match="expand: got 1 chunks for NoChunks, needs none"):
-        processor(prompt, chooser=NoChunks(), expand_count=1)
+        processor(prompt, selector=NoChunks(), expand_count=1)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
@@ -107,16 +107,16 @@ def test_policy(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["random", "cosine", "perplexity-asc", "perplexity-desc", "policy"])
-def test_choosers_by_name_pick_as_many_as_they_are_told(name):
-    chooser = selectors.by_name(name, model=tiny.refrag(), embed=embed, threshold=0.5, policy=random_policy(), seed=3)
+def test_selectors_by_name_pick_as_many_as_they_are_told(name):
+    selector = selectors.by_name(name, model=tiny.refrag(), embed=embed, threshold=0.5, policy=random_policy(), seed=3)
     for count in range(len(CHUNKS) + 1):
-        picks = list(chooser("q", CHUNKS, count))
+        picks = list(selector("q", CHUNKS, count))
         assert len(set(picks)) == len(picks) == count and set(picks) <= set(range(6))
     with pytest.raises(ValueError, match="expand: got None, .*Selector needs a share or a number"):
-        chooser("q", CHUNKS, None)
+        selector("q", CHUNKS, None)
 
 
-def test_choosers_with_a_mind_of_their_own_by_name():
+def test_selectors_with_a_mind_of_their_own_by_name():
     picked = {name: list(selectors.by_name(name)("q", CHUNKS, None)) for name in ("nothing", "everything")}
     assert picked == {"nothing": [], "everything": [0, 1, 2, 3, 4, 5]}
     assert selectors.by_name("threshold", embed=embed, threshold=0.7)("q", CHUNKS, None) == [0, 1]
@@ -125,11 +125,11 @@ def test_choosers_with_a_mind_of_their_own_by_name():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("best", "chooser: got 'best', needs one of nothing, everything, random"),
-        ("cosine", "embed: got None, the chooser 'cosine' needs it"),
-        ("threshold", "embed: got None, the chooser 'threshold'"),
-        ("perplexity-asc", "model: got None, the chooser 'perplexity-asc'"),
-        ("policy", "policy: got None, the chooser 'policy'"),
+        ("best", "selector: got 'best', needs one of nothing, everything, random"),
+        ("cosine", "embed: got None, the selector 'cosine' needs it"),
+        ("threshold", "embed: got None, the selector 'threshold'"),
+        ("perplexity-asc", "model: got None, the selector 'perplexity-asc'"),
+        ("policy", "policy: got None, the selector 'policy'"),
     ],
 )
 def test_by_name_refuses(name, message):
@@ -146,7 +146,7 @@ def test_the_embedder_encodes_the_same_texts_once(demo_model, encoder_tokenizer,
     monkeypatch.setattr(processor, "encoder_special_tokens", demo_model.config.encoder_special_tokens)
     embedder = TextEmbedder(demo_model, encoder_tokenizer)
     parts = [Passage("The moon is bright. Bread needs flour."), "How do I bake bread?"]
-    prompt = processor(parts, expand_count=1, chooser=CosineSelector(embedder))
+    prompt = processor(parts, expand_count=1, selector=CosineSelector(embedder))
     chunk_embeds = embedder([chunk.text for chunk in prompt.chunks])
     assert len(calls) == 2 and torch.equal(chunk_embeds, encode(prompt.encoder_input))
     assert "flour" in "".join(prompt.chunks[index].text for index in prompt.expanded)
@@ -162,11 +162,11 @@ def test_counts_and_questions_of_a_batch(processor):
 
     batch = [["First?", Passage("a b c d e f g h i")], [Passage("j k l m n o"), "Second?"]]
     sizes = [sum(chunk.passage is None for chunk in processor(prompt).chunks) for prompt in batch]
-    prompt = processor(batch, expand_count=[1, 2], chooser=last)
+    prompt = processor(batch, expand_count=[1, 2], selector=last)
     assert asked == [("First?", 1), ("Second?", 2)]
     assert prompt.expanded == {sizes[0] - 1, sizes[0] + sizes[1] - 2, sizes[0] + sizes[1] - 1}
-    processor(batch, expand_count=1, chooser=last, question=["x", "y"])
-    processor(batch, expand=0.0, chooser=last, question="z")
+    processor(batch, expand_count=1, selector=last, question=["x", "y"])
+    processor(batch, expand=0.0, selector=last, question="z")
     assert asked[2:] == [("x", 1), ("y", 1), ("z", 0), ("z", 0)]
 
 
@@ -188,14 +188,14 @@ def test_passages_by_id(processor):
         ({"expand_count": [1]}, "expand_count: got 1 numbers, needs 2, one for each prompt"),
         ({"expand_count": -1}, "expand_count: got -1 for prompt 0"),
         ({"expand_count": 1, "expand": 0.5}, "expand_count: got 1 beside expand = 0.5"),
-        ({"expand_count": 1}, "chooser: got None, needs a Selector to expand 1 of the 2 chunks"),
+        ({"expand_count": 1}, "selector: got None, needs a Selector to expand 1 of the 2 chunks"),
         ({"question": ["a", "b", "c"]}, "question: got 3 questions, needs 2, one for each prompt"),
         ({"expand": ["z"]}, "expand: got passage 'z', needs one of the prompts' passages: 'x'$"),
         ({"expand": [3]}, "expand: got chunk 3, needs 0 to 2"),
         ({"expand": [0.5]}, "expand: got chunk 0.5, needs 0 to 2"),
-        ({"chooser": lambda *_: [2], "expand": 1.0}, "chooser: picked chunk 2 of prompt 0, needs 0 to 1"),
-        ({"chooser": lambda *_: [0, 0], "expand": 1.0}, "chooser: picked a chunk of prompt 0 twice"),
-        ({"chooser": lambda *_: [0, 1], "expand": 0.5}, "chooser: picked 2 chunks of prompt 0, needs at most 1"),
+        ({"selector": lambda *_: [2], "expand": 1.0}, "selector: picked chunk 2 of prompt 0, needs 0 to 1"),
+        ({"selector": lambda *_: [0, 0], "expand": 1.0}, "selector: picked a chunk of prompt 0 twice"),
+        ({"selector": lambda *_: [0, 1], "expand": 0.5}, "selector: picked 2 chunks of prompt 0, needs at most 1"),
     ],
 )
 def test_refuses(processor, how, message):
