@@ -1,4 +1,4 @@
-"""The decoder's attention: equal to Hugging Face's, causal, and never across sequences."""
+"""The decoder's attention equals Hugging Face's, is causal, and never crosses sequences."""
 
 import copy
 
@@ -36,7 +36,7 @@ def test_packed_sequences_equal_each_alone(name):
 @pytest.mark.parametrize("with_plans", [True, False])
 @pytest.mark.parametrize("name", tiny.DECODERS)
 def test_is_causal(name, with_plans):
-    # A live model whose config went into a composite one is where transformers loses causality silently.
+    # transformers silently loses causality for a live model whose config became part of a composite config.
     decoder = tiny.refrag(name).decoder
     ids = torch.randint(3, tiny.VOCABULARY, (1, 30))
     other = ids.clone()
@@ -79,8 +79,8 @@ def test_passages_do_not_see_each_other():
     changed = copy.copy(prompt)
     object.__setattr__(changed, "token_ids", token_ids)
     before, after = model(prompt=prompt).logits[0], model(prompt=changed).logits[0]
-    assert torch.equal(before[7:11], after[7:11]), "the second passage saw the first"
-    assert not torch.allclose(before[11:], after[11:]), "the shared text must see both"
+    assert torch.equal(before[7:11], after[7:11]), "the second passage must not attend to the first"
+    assert not torch.allclose(before[11:], after[11:]), "the shared text must attend to both"
 
 
 def test_refuses_batches_with_plans():

@@ -1,4 +1,4 @@
-"""What holds texts and their embeddings is made on the CPU, whatever torch.set_default_device says."""
+"""Texts and their embeddings are created on the CPU regardless of torch.set_default_device."""
 
 import pytest
 import tiny
@@ -31,7 +31,7 @@ def test_embeddings_of_passages(tmp_path, monkeypatch, tokenizer, encoder_tokeni
     encoder = PassageEncoder.from_model(model, RefragProcessor.from_config(model.config, tokenizer, encoder_tokenizer))
 
     def encode_packed(encoder, texts, *pooling):
-        """Let no encoder run: transformers' own tensors go where the default device says."""
+        """Replace the encoder, since transformers creates its own tensors on the default device."""
         lengths = texts.layout.chunk_offsets.diff()
         return lengths[:, None].expand(-1, encoder.config.hidden_size).to(encoder.dtype)
 

@@ -1,4 +1,4 @@
-"""Documents: every source is read, no text twice, no window across two documents, no document on both sides."""
+"""Documents: sources are read, texts are unique, windows stay within a document, splits don't share documents."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_every_kind_of_source(home, tokenizer):
     pyarrow.parquet.write_table(pyarrow.table({"text": [TEXTS[2], "And a fourth."]}), table)
     documents = read_documents([folder, lines, table], tokenizer, column="body")
     assert contents(documents, tokenizer) == {*TEXTS, "And a fourth."}
-    assert len(documents) == 4  # texts that came twice are there once
+    assert len(documents) == 4  # duplicate texts are kept once
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_windows_are_all_runs_inside_documents():
     with pytest.raises(ValueError, match="the longest has 8 tokens, needs 9"):
         documents.windows(9)
     drawn = [tuple(windows.draw(3, index).token_ids) for index in range(300)]
-    assert len(set(drawn)) == len(windows)  # each can come
+    assert len(set(drawn)) == len(windows)  # every window can be drawn
     assert (
         drawn
         == [tuple(windows.draw(3, index).token_ids) for index in range(300)]

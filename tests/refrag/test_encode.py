@@ -1,4 +1,4 @@
-"""`refrag encode`, run as a user would; the same on Ray where it is installed."""
+"""`refrag encode`, run as by a user; also on Ray if it is installed."""
 
 import json
 import os
@@ -30,7 +30,7 @@ PASSAGES = [Passage(f"Passage {number} tells of the number {number * 17}. " * (1
 
 @pytest.fixture(scope="module")
 def encoder_folder(tmp_path_factory, encoder_tokenizer):
-    """A small random encoder with a real tokenizer: encoding takes no time."""
+    """A small random encoder with a real tokenizer, for fast encoding."""
     folder = tmp_path_factory.mktemp("encoder")
     config = BertConfig(**{**tiny._ENCODER, "vocab_size": len(encoder_tokenizer)})
     torch.manual_seed(0)
@@ -41,7 +41,7 @@ def encoder_folder(tmp_path_factory, encoder_tokenizer):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory, encoder_folder, tokenizer, encoder_tokenizer):
-    """A whole model and its processor, saved as a user would."""
+    """A whole model and its processor, saved as by a user."""
     folder = tmp_path_factory.mktemp("model")
     config = type(tiny.DECODERS["llama"])(**{**tiny._DECODER, "vocab_size": len(tokenizer)})
     model = RefragForCausalLM.from_parts(
@@ -54,7 +54,7 @@ def model_folder(tmp_path_factory, encoder_folder, tokenizer, encoder_tokenizer)
 
 @pytest.fixture(scope="module")
 def expected(encoder_folder, encoder_tokenizer):
-    """The encoder that the command should have used: its tokenizer stands for the decoder's, which loads slowly."""
+    """The encoder that the command should use; its tokenizer replaces the decoder's, which loads slowly."""
     encoder = AutoModel.from_pretrained(encoder_folder, attn_implementation="refrag").eval()
     config = RefragConfig.from_preset("paper", tiny.DECODERS["llama"], encoder.config, chunk_size=8)
     return PassageEncoder(encoder, RefragProcessor.from_config(config, encoder_tokenizer, encoder_tokenizer), config)
@@ -78,7 +78,7 @@ def run(tmp_path, encoder_folder):
 
 
 def check(folder, encoder, passages=PASSAGES, dtype=torch.float32):
-    """The store holds these passages, with the embeddings that the encoder makes of them."""
+    """Check that the store holds these passages with the encoder's embeddings of them."""
     store = ChunkStore.open(folder, encoder.fingerprint)
     assert len(store) == len(passages) and store.dtype == dtype
     chunks, rows = encoder.encode(passages)
@@ -153,7 +153,7 @@ def test_another_k_or_encoder_is_refused(run, corpus, tmp_path, model_folder, ex
         (["--encoder-dtype", "bfloat16"], "encoder: holds embeddings of"),
         (["--dtype", "float16"], "--dtype: got float16, but the store"),
     ]:
-        result = run(corpus, *arguments)  # of an option that is given twice the last counts
+        result = run(corpus, *arguments)  # the last of repeated options counts
         assert result.exit_code == 2 and message in result.stderr, result.output
     check(tmp_path / "store", expected)
 
@@ -189,7 +189,9 @@ def test_the_demos_encoders_are_the_defaults(run, tmp_path):
     fingerprint = ChunkStore.open(tmp_path / "store").fingerprint
     assert fingerprint.encoder == str(weights.encoder_folder())
     assert fingerprint.pooling == "mean, windows of 512 tokens" and fingerprint.chunker == "fixed, k = 16"
-    assert run(tmp_path, "--k", "16", encoder=False).exit_code == 0  # for this k there is no adapter: the same encoder
+    assert (
+        run(tmp_path, "--k", "16", encoder=False).exit_code == 0
+    )  # there is no adapter for this k, but the encoder is the same
     assert len(list((tmp_path / "store").glob("shard-*"))) == 1
 
 
@@ -218,7 +220,7 @@ def test_on_ray(ray, run, corpus, tmp_path, expected):
     result = run(corpus, "--engine", "ray", "--workers", "1", "--shard-passages", "6")
     assert result.exit_code == 2 and f"{corpus}:18: is not JSON" in result.stderr.replace("\n", ""), result.output
     done = len(ChunkStore.open(tmp_path / "store", expected.fingerprint))
-    assert done in (0, 6, 9, 12, 15)  # slices of 6, 6, 5 and 3 passages; a worker may have gone on with the last one
+    assert done in (0, 6, 9, 12, 15)  # slices of 6, 6, 5 and 3 passages; a worker may have finished the last one
     result = run(corpus, "--engine", "ray", "--workers", "2", "--shard-passages", "6", "--skip-bad")
     assert result.exit_code == 0, result.output
     assert (

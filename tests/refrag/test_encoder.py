@@ -1,4 +1,4 @@
-"""The encoder: chunks packed without padding equal the same chunks padded, one by one."""
+"""The encoder: chunks packed without padding give the same rows as each chunk padded."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_a_text_too_long_for_the_encoder(encoder_tokenizer):
 
 
 class _NoLimit:
-    """A tokenizer of a folder that names no model_max_length: one token a word."""
+    """A tokenizer from a folder without model_max_length: one token per word."""
 
     model_max_length = int(1e30)
 
@@ -70,7 +70,7 @@ def test_a_text_longer_than_the_encoders_positions(kind):
     assert most_tokens(model.encoder) == most
     words = "a " * (most + 1)
     embedder = TextEmbedder(model, _NoLimit())
-    assert torch.equal(embedder([words]), embedder(["a " * most]))  # a question is cut
+    assert torch.equal(embedder([words]), embedder(["a " * most]))  # questions are truncated
     assert model.encode_chunks(pack_texts(_NoLimit(), ["a", "a " * most])).isfinite().all()
     with pytest.raises(ValueError, match=f"texts: text 1 has {most + 1} tokens for the encoder, needs at most {most}"):
         model.encode_chunks(pack_texts(_NoLimit(), ["a", words, "a"]))
@@ -87,5 +87,5 @@ def test_windows_leave_out_rows_for_padding():
 def test_without_special_tokens(encoder_tokenizer):
     texts = ["one two", " \n", "three"]
     packed = pack_texts(encoder_tokenizer, texts, special_tokens=False)
-    assert packed.layout.lengths() == [[2, 2, 1]]  # a blank text keeps them: it has no token of its own
+    assert packed.layout.lengths() == [[2, 2, 1]]  # a blank text keeps them, since it has no other token
     assert not set(packed.token_ids[[0, 1, 4]].tolist()) & set(encoder_tokenizer.all_special_ids)

@@ -1,4 +1,4 @@
-"""Windows of the encoder (RefragConfig.encoder_window): chunks of a passage that are read together."""
+"""Encoder windows (RefragConfig.encoder_window): chunks of a passage that are encoded together."""
 
 import copy
 import dataclasses
@@ -53,7 +53,7 @@ def test_a_window_is_read_as_one_text(name, pooling):
     texts = PackedTexts(ids, ChunkLayout.from_lengths([LENGTHS]), torch.tensor(WINDOWS, dtype=torch.int32))
     pooled = encode_packed(model, texts, pooling, 2)
     assert relative_error(pooled, torch.stack(expected)) < 1e-5
-    # Windows in another order, as the passage encoder and the passage cache take them.
+    # Windows in another order, as in the passage encoder and the passage cache.
     order = [4, 5, 0, 1, 2]
     assert relative_error(encode_packed(model, texts.take(order), pooling, 2), pooled[order]) < 1e-5
     alone = encode_packed(model, PackedTexts(ids, texts.layout), pooling, 2)
@@ -148,10 +148,10 @@ def test_keys_of_content_hold_the_neighbours(processor, tokenizer):
         mixed_cache_key(processor(["So: ", passage]).take(range(2)))
         for passage in (one, other)  # the text and the first slot
     ]
-    assert keys[0] == keys[1]  # taken apart, each stands alone
+    assert keys[0] == keys[1]  # without windows, each chunk is encoded alone
     whole = [mixed_cache_key(processor(["So: ", passage])) for passage in (one, other)]
     assert whole[0] != whole[1]
-    # Only the first chunk is compressed: its slot tells the passages apart.
+    # Only the first chunk is compressed, so its slot distinguishes the passages.
     slots = []
     for passage in (one, other):
         prompt = processor(["So: ", passage], expand=range(1, len(processor([passage]).chunks)))

@@ -1,4 +1,4 @@
-"""A packed prompt is refused where a cache holds rows already: its plans know its own rows only."""
+"""A packed prompt is refused if the cache already holds rows, since its plans cover only its own rows."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What transformers' models take besides tokens: it works on packed rows too, or is refused by name."""
+"""Further options of transformers' models either work on packed rows or raise an error that names them."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_hidden_states_of_generation_are_those_of_the_plain_decoder(beams):
     for index, ids in enumerate(prompt.token_ids.split([9, 14])):
         own = tiny.decoder("mistral").generate(ids[None], **how).hidden_states
         assert len(got) == len(own)
-        for mine, theirs in zip(got[0], own[0], strict=True):  # of the prompt, padded on the left
+        for mine, theirs in zip(got[0], own[0], strict=True):  # the prompt, left-padded
             for beam in range(beams):
                 assert relative_error(mine[index * beams + beam, -len(ids) :], theirs[beam]) < 1e-5
     model = tiny.refrag("mistral")

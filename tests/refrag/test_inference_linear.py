@@ -1,4 +1,4 @@
-"""Linear layers without gradients: the same numbers, and torch's own product everywhere else."""
+"""Linear layers without gradients give the same numbers; all other cases use torch's own matmul."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ from tests.support.accuracy import relative_error
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Count the rows that the kernel gets."""
+    """Record the number of rows in each call of the kernel."""
     rows = []
 
     def counting(x, weight, bias):
@@ -40,7 +40,7 @@ def test_a_decode_step_equals_the_plain_decoders(name, decoders, calls):
     assert relative_error(logits[1], logits[0]) < 1e-5
     assert calls == [1] * 4 * changed
     assert ours.state_dict().keys() == plain.state_dict().keys()
-    # Prompts and steps of beams.
+    # Prompts and beam search steps.
     calls.clear()
     assert relative_error(ours(ids).logits, plain(ids).logits) < 1e-5 and not calls
     assert relative_error(ours(ids[:, :2].repeat(3, 1)).logits, plain(ids[:, :2].repeat(3, 1)).logits) < 1e-5
@@ -105,7 +105,7 @@ def test_what_has_no_kernel_is_a_product_of_torchs(calls, rows):
 
 def test_weights_of_another_kind_are_left_to_themselves(calls):
     class Wrapped(torch.Tensor):
-        """A tensor that holds its numbers elsewhere, as quantised and sharded ones do."""
+        """A tensor that stores its numbers elsewhere, as quantized and sharded tensors do."""
 
         @staticmethod
         def __new__(cls, held):

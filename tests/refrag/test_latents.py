@@ -1,4 +1,4 @@
-"""Several slots a chunk (RefragConfig.latents): rows, reading, generation, caches, stores, saving and training."""
+"""Several slots per chunk (RefragConfig.latents): rows, prefill, generation, caches, stores, saving and training."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ PARTS = ["Read this: ", *PASSAGES, "When was it built?"]
 
 @pytest.fixture(scope="module")
 def make(tokenizer, encoder_tokenizer):
-    """Return a small random model for the real tokenizers, the decoder as Hugging Face runs it, and the processor."""
+    """Return a small random model for the real tokenizers, Hugging Face's decoder, and the processor."""
 
     def make(decoder="llama", **fields):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The loss of a packed prompt: slots and sequence ends don't count, and it trains all three parts."""
+"""The loss of a packed prompt ignores slots and sequence ends, and trains all three parts."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.refrag import tiny
 
 
 def by_hand(logits, prompt, labels):
-    """Mean cross-entropy, row by row."""
+    """Compute the mean cross-entropy row by row."""
     losses, row = [], 0
     for lengths in prompt.layout.lengths():
         for own in range(sum(lengths)):
@@ -39,7 +39,7 @@ def test_a_packed_batch_equals_its_sequences():
 
 
 def test_no_row_predicts_the_next_sequences_first_token():
-    """Only a sequence's own rows count, whatever begins the next one: text, an empty sequence before it, one row."""
+    """Only a sequence's own rows count, whatever the next one starts with: text, an empty sequence, a single row."""
     model = tiny.refrag()
     text, slot = [("text", 6)], [("slot", 0), ("text", 3)]
     batch = tiny.prompt([text, [], slot, text, [("text", 1)], text, []])

@@ -1,4 +1,4 @@
-"""Decode steps of decoders whose attention has a softcap, sinks or windows: eager's logits at every step."""
+"""Decode steps of decoders with softcap, sinks or windows equal eager attention's logits at every step."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.refrag.test_acceptance import made
 from tests.support.accuracy import relative_error
 
 FAMILIES = {
-    # name: what its attention has
+    # name: features of its attention
     "Gemma2": dict(attn_logit_softcapping=2.0, sliding_window=9, head_dim=16),
     "GptOss": dict(sliding_window=9, head_dim=16, num_local_experts=2, num_experts_per_tok=1),
     "GraniteSWA": dict(sliding_window=9, head_dim=16),
@@ -22,7 +22,7 @@ HOW = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Count the decode steps that paged_attention computes."""
+    """Record the decode steps that paged_attention computes."""
     calls, step = [], module._step
 
     def counting(*args):
@@ -53,9 +53,9 @@ def ours(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generation_equals_eagers_at_every_step(name, steps):
-    prompt = tiny.prompt([[("text", 20)], [("text", 13)]])  # of two lengths: padded on the left, beyond the window
+    prompt = tiny.prompt([[("text", 20)], [("text", 13)]])  # two lengths, left-padded, longer than the window
     plain, model = eager(name), ours(name)
-    steps.clear()  # of the trial
+    steps.clear()  # from the probe
     got = model.generate(prompt, **HOW)
     layers, new = model.decoder.config.num_hidden_layers, HOW["max_new_tokens"]
     assert len(steps) == layers * (new - 1)
@@ -117,7 +117,7 @@ def test_equals_the_definition(rows, dtype):
     assert relative_error(got, wanted) < (1e-2 if dtype == torch.bfloat16 else 2e-6)
 
 
-def test_a_row_that_sees_nothing_is_finite():
+def test_a_fully_masked_row_is_finite():
     states = torch.randn(1, 2, 3, 16)
     mask = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
     assert masked_attention(states, states, states, mask).isfinite().all()

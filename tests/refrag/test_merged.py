@@ -1,4 +1,4 @@
-"""A model with low-rank adapters is saved merged, and is itself again when it is loaded."""
+"""A model with low-rank adapters is saved merged, and computes the same after loading."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_a_model_prepared_for_lora_is_itself_when_loaded(encoder, tmp_path):
     assert not about["missing_keys"] and not about["unexpected_keys"]
     assert relative_error(loaded(prompt=prompt).logits, wanted) < 1e-5
     assert relative_error(tiny.refrag()(prompt=prompt).logits, wanted) > 0.1
-    # The model that was saved goes on as it was.
+    # Saving leaves the model unchanged.
     assert list(model.state_dict()) == names and torch.equal(model(prompt=prompt).logits, wanted)
 
 

@@ -98,7 +98,7 @@ def test_generate_samples_and_returns_details():
     how = {"do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True, "output_logits": True}
     out = model.generate(prompt, max_new_tokens=3, **how)
     assert out.sequences.shape == (4, 3) and out.logits[0].shape == (4, tiny.VOCABULARY)
-    # Both samples of a prompt start from the same reading of it.
+    # Both samples of a prompt share its prefill.
     assert torch.equal(out.logits[0][0], out.logits[0][1]) and torch.equal(out.logits[0][2], out.logits[0][3])
 
 
@@ -137,7 +137,7 @@ def test_original_positions_continue_in_generation(decoders):
     positions = prompt.position_ids + torch.arange(prompt.layout.total_rows) * 2
     prompt = dataclasses.replace(prompt, position_ids=positions)
     ours = model.generate(prompt, max_new_tokens=6, do_sample=False)
-    # By hand, without a cache.
+    # Computed manually, without a cache.
     embeds, table = model.embed(prompt), model.get_input_embeddings()
     for step in range(6):
         logits = decoders["llama"](inputs_embeds=embeds[None], position_ids=positions[None]).logits

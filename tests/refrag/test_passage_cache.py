@@ -1,4 +1,4 @@
-"""PassageCache: the same logits from what is kept, and nothing is taken that would be another in this prompt."""
+"""PassageCache: cached passages give the same logits, and entries that don't match the prompt are not used."""
 
 import copy
 import dataclasses
@@ -21,7 +21,7 @@ BEFORE, AFTER = [("text", 6)], [("text", 9)]
 
 @pytest.fixture(autouse=True)
 def wide_windows(monkeypatch):
-    """Windows that hold the prompts; test_refuses_windows has the narrow ones."""
+    """Use windows longer than the prompts; test_refuses_windows covers narrow ones."""
     for name, window in (("mistral", 64), ("gemma3", 64)):
         config = copy.deepcopy(tiny.DECODERS[name])
         config.sliding_window = window
@@ -33,7 +33,7 @@ def model_of(name="llama", **fields):
 
 
 def arranged(prompt, order, *, parallel=False):
-    """Return a prompt of [text,] passages [, text] with its passages in another order, some left out."""
+    """Return a prompt of [text,] passages [, text] with its passages in another order, possibly without some."""
     ids = prompt.passage_of_span.tolist()
     first, last = ids.index(0), len(ids) - 1 - ids[::-1].index(max(ids))
     spans = [span for passage in order for span in range(first, last + 1) if ids[span] == passage]
@@ -55,7 +55,7 @@ def without_cache(model, prompt):
 
 
 def rows_read(model):
-    """Count the rows that go through the decoder."""
+    """Record the number of rows that go through the decoder."""
     counts = []
     model.decoder.model.layers[0].register_forward_pre_hook(
         lambda _, args, kwargs: counts.append((args[0] if args else kwargs["hidden_states"]).shape[1]), with_kwargs=True
@@ -77,7 +77,7 @@ def test_passages_are_found_at_any_place(name):
         assert cache.misses - before == misses
         assert relative_error(state.last_logits()[0], without_cache(model, prompt)) < BOUND
         if not misses:
-            assert read == 9, "only the text behind the passages may be read"
+            assert read == 9, "only the text after the passages may be read"
     assert (cache.hits, cache.misses, len(cache)) == (8, 3, 3)
 
 
@@ -98,7 +98,7 @@ def test_behind_text_the_distance_counts():
     model = model_of()
     cache = PassageCache(model)
     whole = tiny.prompt([BEFORE + A + B + C + AFTER], seed=4)
-    # B after A stands where C after A stood, but another passage does; A first is found, B first is not.
+    # B after A has the position that C after A had, but is another passage; A first is found, B first is not.
     for order, hits in (((0, 1), 0), ((0, 2), 1), ((1, 0), 1), ((0, 1, 2), 3)):
         prompt = arranged(whole, order)
         state = cache.read(prompt)
@@ -109,7 +109,7 @@ def test_behind_text_the_distance_counts():
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("parallel", [False, True])
 def test_without_the_cache_keys_and_values_of_a_passage_do_not_depend_on_the_order(name, parallel):
-    """What the cache rests on, from whole readings: values are equal, keys after their rotation is taken back."""
+    """The basis of the cache: over whole prefills, values are equal, and so are keys after undoing their rotation."""
     model = model_of(name)
     whole = tiny.prompt([(BEFORE if parallel else []) + A + B + C + AFTER], seed=5)
     seen = []
@@ -128,7 +128,7 @@ def test_without_the_cache_keys_and_values_of_a_passage_do_not_depend_on_the_ord
 
 
 def unrotated(model, keys, positions):
-    """Take RoPE back by complex numbers: nothing of refrag.model.key_rotation."""
+    """Undo RoPE with complex numbers, independently of refrag.model.key_rotation."""
     config = model.config.text_config
     kinds = config.layer_types if isinstance(next(iter(config.rope_parameters.values())), dict) else [None] * len(keys)
     result = []
@@ -201,14 +201,16 @@ def test_the_least_used_goes_when_the_room_ends():
     for passage in range(3):
         big.read(arranged(whole, (passage,)))
         sizes.append(big.nbytes - sum(sizes))
-    assert sizes == [rows * 3 * 2 * 2 * 16 * 4 for rows in (6, 4, 7)]  # layers, keys and values, heads, width, float32
+    assert sizes == [
+        rows * 3 * 2 * 2 * 16 * 4 for rows in (6, 4, 7)
+    ]  # layers, keys and values, heads, head_dim, float32
     small = PassageCache(model, max_bytes=sizes[0] + sizes[2])
     for passage in (0, 1, 0, 2):
         small.read(arranged(whole, (passage,)))
     assert small.nbytes == sizes[0] + sizes[2] and small.hits == 1
     small.read(arranged(whole, (0, 2)))
     assert small.hits == 3
-    prompt = arranged(whole, (1, 0, 2))  # all three don't fit: the answer is right all the same
+    prompt = arranged(whole, (1, 0, 2))  # all three don't fit, but the answer is still correct
     assert relative_error(small.read(prompt).last_logits()[0], without_cache(model, prompt)) < BOUND
     assert small.nbytes <= sizes[0] + sizes[2]
     small.clear()

@@ -25,7 +25,7 @@ PASSAGES = [
 
 @pytest.fixture(scope="module")
 def model(minilm, tokenizer):
-    """A real encoder, so that tokenizers are real too, and a tiny decoder."""
+    """A real encoder, for real tokenizers, and a tiny decoder."""
     config = copy.deepcopy(tiny.DECODERS["llama"])
     config.vocab_size, config.max_position_embeddings = len(tokenizer), 1024
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def test_answers_from_the_store_without_encoding(model, processor, encoder, stor
 
 
 def test_prompt_embeddings_and_their_key(model, processor, encoder, store):
-    """What serving engines take is made of the stored rows, and named after them."""
+    """Inputs of serving engines are built from the stored rows, and keyed by them."""
     encoder.fill(store, PASSAGES)
     one, same, other = (
         build(model, processor([Passage(id=id), "So?"], store=store))[0] for id in ("bridge", "bridge", "unicode")

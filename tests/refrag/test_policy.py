@@ -1,4 +1,4 @@
-"""Picks without replacement against brute force, and the policy that scores them."""
+"""Picks without replacement compared with brute force, and the policy that scores them."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ INF = float("inf")
 
 
 def brute_force(scores, picks):
-    """Log-probability of each pick, from the definition: a softmax over what is left."""
+    """Return the log-probability of each pick by definition: a softmax over the remaining chunks."""
     left, result = dict(enumerate(scores)), []
     for pick in picks:
         total = sum(math.exp(s) for s in left.values())
@@ -123,7 +123,7 @@ def test_scores_know_the_order():
 
 
 def test_a_policy_learns_to_pick():
-    """REINFORCE on a reward for chunks marked in their first number: the log-probabilities' gradient points uphill."""
+    """REINFORCE with a reward for chunks marked in their first number: the gradient increases the reward."""
     torch.manual_seed(0)
     with torch.enable_grad():
         policy = ExpansionPolicy(8, width=16, num_heads=2)

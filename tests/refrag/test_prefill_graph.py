@@ -1,6 +1,6 @@
-"""A static prefill reads what the eager one reads, whatever its tensors held before, by the same calls for any prompt.
+"""A static prefill equals the eager one, whatever its tensors held before, with the same calls for any prompt.
 
-On the CPU nothing is captured: the same forward pass runs on the same static tensors.
+On the CPU nothing is captured; the same forward pass runs on the same static tensors.
 """
 
 import pytest
@@ -45,7 +45,7 @@ def test_equals_the_eager_prefill(name, mask):
         assert relative_error(logits, expected.logits) < 1e-5
         assert torch.equal(logits.argmax(-1), expected.logits.argmax(-1))
         for layer, wanted in zip(cache.layers, expected.past_key_values.layers, strict=True):
-            rows = wanted.keys.shape[2]  # a sliding layer of transformers' cache keeps the last ones
+            rows = wanted.keys.shape[2]  # a sliding layer of transformers' cache keeps the last rows
             assert relative_error(layer.keys[:, :, -rows:], wanted.keys) < 1e-5
             assert relative_error(layer.values[:, :, -rows:], wanted.values) < 1e-5
 
@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused_and_the_next_prompt_is_read():
     for spans in ([[("text", 65)]], [[("slot", 0)] * 13], [[("text", 3)]] * 3):
         with pytest.raises(ValueError, match=r"prompt: got \d+ rows, \d+ chunks and \d+ sequences"):
             graph.read(tiny.prompt(spans))
-    # Passages in turns: blocks see many short ranges.
+    # Interleaved passages: blocks attend to many short ranges.
     turns = [[("expanded", 5, 0), ("expanded", 5, 1)] * 6]
     with pytest.raises(ValueError, match="capacity: got"):
         graph.read(tiny.prompt(turns))
@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_refused_and_the_next_prompt_is_read():
 
 
 class _Recorder(TorchDispatchMode):
-    """Which ops run, on which shapes; and the storages that they read before any of them made them."""
+    """Records the ops with their shapes, and the storages that they read but did not create."""
 
     def __init__(self):
         super().__init__()
@@ -120,20 +120,20 @@ class _Recorder(TorchDispatchMode):
         self.given |= {t.untyped_storage().data_ptr() for t in tensors} - self.made
         result = func(*args, **(kwargs or {}))
         outputs = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
-        self.keep = [*getattr(self, "keep", []), *outputs]  # an address is not given out again
+        self.keep = [*getattr(self, "keep", []), *outputs]  # so that no address is reused
         self.made |= {t.untyped_storage().data_ptr() for t in outputs}
         return result
 
 
 def test_any_prompt_is_read_by_the_same_calls_on_the_same_addresses():
-    """What a graph that was captured on one prompt needs to replay on another."""
+    """The condition for a graph captured on one prompt to replay on another."""
     model = tiny.refrag("gemma3", decoder_mask="passages")
     graph = _graph(model)
     recorded = []
     for spans in PROMPTS[:3]:
         with torch.no_grad():
             graph._fill(tiny.prompt(spans), None)
-            graph._forward()  # plans are made
+            graph._forward()  # creates the plans
             recorder = _Recorder()
             with recorder:
                 graph._forward()

@@ -1,4 +1,4 @@
-"""RefragProcessor: chunks aligned by text, packed rows, chat templates, and what it refuses."""
+"""RefragProcessor: chunks aligned by text, packed rows, chat templates, and refused inputs."""
 
 import copy
 
@@ -32,7 +32,7 @@ def test_chunks_and_their_tokens_hold_the_same_text(text, k, tokenizer):
     assert "".join(chunk.text for chunk in chunks) == text
     for chunk in chunks:
         assert tokenizer.decode(chunk.token_ids, clean_up_tokenization_spaces=False) == chunk.text
-        # Longer than k only where one character is (the tokenizer's tokens may begin with a space).
+        # Longer than k only for a single character of more tokens (tokens may start with a space).
         assert 1 <= len(chunk.token_ids) <= k or len(chunk.text.strip()) == 1
     whole = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert [token for chunk in chunks for token in chunk.token_ids] == whole
@@ -66,7 +66,7 @@ def test_original_positions(tokenizer, encoder_tokenizer):
     full = processor([passage, "So?"], expand=1.0)
     prompt = processor([passage, "So?"], expand={1})
     assert full.position_ids.tolist() == list(range(full.layout.total_rows))
-    # The slot stands at its chunk's last token; everything after it stands where it stood.
+    # The slot has the position of its chunk's last token; all later positions are unchanged.
     assert prompt.position_ids.tolist() == full.position_ids.tolist()[3:]
 
 
@@ -77,7 +77,7 @@ def test_parallel_positions(tokenizer, encoder_tokenizer):
     prompt = processor(["Here: ", long, short, "Or", short, short, "So?"], expand={0})
     first, second, third = ([int(part) for part in own] for own in texts_of(prompt, texts))
     assert first == list(range(texts[0]))
-    # The first chunk of the long passage stands as 4 rows, its others and the short passage's as one each.
+    # The long passage's first chunk has 4 rows; its other chunks and the short passage's have one each.
     start = texts[0]
     assert second == list(range(start + 6, start + 6 + texts[1]))
     assert third == list(range(start + 6 + texts[1] + 1, start + 6 + texts[1] + 1 + texts[2]))
@@ -127,7 +127,7 @@ def test_a_slot_never_comes_first(tokenizer, encoder_tokenizer):
     passage, start = Passage("one two three four five six"), tokenizer.bos_token_id
     processor = RefragProcessor(tokenizer, encoder_tokenizer, 4)
     batch = [[passage, "So?"], [passage], ["So?", passage], [passage, "So?"]]
-    # In the last prompt the first chunk stands as text, so that no slot comes first.
+    # In the last prompt the first chunk is text, so that no slot comes first.
     prompt = processor(batch, expand={6})
     starts = prompt.layout.sequence_offsets.tolist()[:-1]
     assert [prompt.slot_of_row[row].item() for row in starts] == [-1] * 4
@@ -135,7 +135,7 @@ def test_a_slot_never_comes_first(tokenizer, encoder_tokenizer):
     assert prompt.slot_of_row[1] == 0 and prompt.passage_of_span.tolist()[:3] == [-1, 0, 0]
     assert prompt.position_ids.tolist()[:3] == [0, 1, 2] and prompt.layout.lengths()[1] == [1, 1, 1]
     assert processor.spans(batch[0])[0] == (-1, [start]) and processor.spans(batch[2])[0] != (-1, [start])
-    # Switched off, behind what was read before, and where the tokenizer has no such token.
+    # Disabled, after an earlier prefill, and for a tokenizer without such a token.
     assert processor(batch[0], begin=False).slot_of_row[0] == 0
     off = RefragProcessor(tokenizer, encoder_tokenizer, 4, start_token=False)
     assert off(batch[0]).slot_of_row[0] == 0 and off.spans(batch[0])[0][0] == 0

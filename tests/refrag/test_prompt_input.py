@@ -1,4 +1,4 @@
-"""What a prompt may be made of: anything else is refused by name."""
+"""Valid contents of prompts; anything else raises an error that names it."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Chunks of whole sentences: nothing lost, nothing split that fits, sizes within their bounds."""
+"""Chunks of whole sentences: no text is lost, sentences that fit are not split, sizes are within bounds."""
 
 import random
 import time
@@ -54,9 +54,9 @@ def check(cut, text):
     whole = cut.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     assert [token for chunk in chunks for token in chunk.token_ids] == whole
     for chunk in chunks:
-        # A character of several tokens is never parted, so it may be more than allowed.
+        # A character of several tokens is never split, so it may exceed the limit.
         assert chunk.token_ids and (len(chunk.token_ids) <= cut.max_tokens or len(chunk.text) <= 2)
-        # A cut that would fall into a token moves behind it, which adds a word at most.
+        # A cut inside a token moves after it, which adds at most one word.
         assert "日" in chunk.text or len(chunk.text.split()) <= cut.max_words + 1
 
 
@@ -82,7 +82,7 @@ def test_a_long_sentence_is_cut_at_a_clause(cut):
     [("12:00 INFO request, served in 3\n", ""), ("17,4.25,north\n", ""), ("word ", ""), ("....", "a"), (",'\"", "a")],
 )
 def test_the_time_is_linear_in_the_text(cut, line, end):
-    """Text without ends of sentences: logs, CSV, one endless word."""
+    """Text without sentence ends: logs, CSV, one endless word."""
 
     def seconds(lines):
         text = line * lines + end
@@ -93,11 +93,11 @@ def test_the_time_is_linear_in_the_text(cut, line, end):
             times.append(time.process_time() - start)
         return min(times)
 
-    assert seconds(16_000) < 16 * seconds(2000) + 0.02  # 8 times; 64 times where it is quadratic
+    assert seconds(16_000) < 16 * seconds(2000) + 0.02  # 8 times; quadratic would be 64 times
 
 
 def test_a_cut_in_a_long_run_is_at_its_last_clause(tokenizer):
-    """Where several clauses end within reach the last one counts, and one too near or too far doesn't."""
+    """The cut is at the last clause end within the size limits."""
     text = "a, b c, d e, f g h i j k l m n, o p q r"
     assert [chunk.text for chunk in SentenceChunks(tokenizer, 2, 5)(text)] == [
         "a, b c, d e,", " f g h i j", " k l m n,", " o p q r",

@@ -1,4 +1,4 @@
-"""Passages from files: slices that together are the file, and errors that say where."""
+"""Passages from files: slices cover the file exactly, and errors name the place."""
 
 import io
 import json
@@ -16,7 +16,7 @@ PASSAGES = [Passage(record["text"], record["id"]) for record in RECORDS]
 
 
 def read(paths, count, fields=None, **options):
-    """Read through slices that have travelled, the last one first: each has to know its own place."""
+    """Read pickled slices, the last one first, since each must know its own position."""
     parts = pickle.loads(pickle.dumps(list(slices(paths, count, **options))))
     read = [list(part.read(fields or Fields())) for part in reversed(parts)]
     assert [len(own) for own in reversed(read)] == [part.count for part in parts]
@@ -37,7 +37,7 @@ def errors(read):
 def test_json_lines(tmp_path, count):
     lines = [json.dumps(record, ensure_ascii=index % 2 == 0) for index, record in enumerate(RECORDS)]
     plain = write_lines(tmp_path / "a.jsonl", lines)
-    # A byte order mark, Windows' line ends, blank lines, no end of line at the end.
+    # A byte order mark, Windows line endings, blank lines, no newline at the end.
     ends = [f"{line}\r\n \t" for line in lines[1:9]]
     odd = write_lines(tmp_path / "b.ndjson", [b"\xef\xbb\xbf", lines[0], *ends, "\r", lines[9].encode()])
     assert read([plain], count) == PASSAGES
@@ -134,7 +134,7 @@ ODD_LINES = {
 @pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "-"])
 @pytest.mark.parametrize("content", ODD_LINES.values(), ids=ODD_LINES)
 def test_a_prompts_passages_are_those_that_were_encoded(tmp_path, monkeypatch, content, suffix):
-    """A store finds a passage by its text: a file must give the same one to `refrag generate` as to `refrag encode`."""
+    """A store finds passages by text, so `refrag generate` and `refrag encode` must read the same text from a file."""
     path = tmp_path / f"odd.{suffix if suffix != '-' else 'jsonl'}"
     path.write_bytes(content)
     encoded = read([path], 1)

@@ -1,4 +1,4 @@
-"""A reading that goes on: prompts, chunks and answers appended equal one long prompt, and a failure changes nothing."""
+"""Incremental prefill: appended prompts, chunks and answers equal one long prompt, and failures change nothing."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ MODELS = [(name, "full") for name in tiny.DECODERS] + [("llama", "passages"), ("
 
 
 def joined(*prompts):
-    """Return one-sequence prompts as one long prompt, written anew: nothing of refrag.model.state."""
+    """Join one-sequence prompts into one long prompt, independently of refrag.model.state."""
     tokens, slots, positions, passages, lengths, chunks, expanded, encoder_ids, encoder_lengths = ([] for _ in range(9))
     for prompt in prompts:
         first, position = len(chunks), positions[-1] + 1 if positions else 0
@@ -51,10 +51,10 @@ def turns():
 
 
 def same_rows(state, cache):
-    """Check a state's keys and values against those of one reading."""
+    """Check a state's keys and values against those of a single prefill."""
     reference = cache.layers
     for layer, expected in zip(state.cache.layers, reference, strict=True):
-        rows = expected.keys.shape[2]  # a layer with a window keeps the last only
+        rows = expected.keys.shape[2]  # a layer with a window keeps only the last rows
         assert relative_error(layer.keys[:, :, -rows:], expected.keys) < BOUND
         assert relative_error(layer.values[:, :, -rows:], expected.values) < BOUND
 
@@ -165,7 +165,7 @@ def test_a_failure_leaves_the_state_as_it_was(error):
 
     def fail(*_):
         calls.append(1)
-        if len(calls) > 3:  # the prompt is read, two tokens are generated
+        if len(calls) > 3:  # after the prompt and two generated tokens
             raise error("in the second layer")
 
     hook = model.decoder.model.layers[1].register_forward_pre_hook(fail)

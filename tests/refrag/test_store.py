@@ -1,4 +1,4 @@
-"""ChunkStore: what is found, what is refused, and what is left when a writer dies."""
+"""ChunkStore: lookups, refused inputs, and the state of the store after a writer dies."""
 
 import dataclasses
 import json
@@ -28,14 +28,14 @@ def store(tmp_path):
 
 @pytest.fixture(scope="module")
 def processes():
-    """Processes that are forked from one that has torch loaded already."""
+    """Processes forked from one that has already loaded torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["refrag.store.store"])
     return context
 
 
 def check(store, numbers):
-    """Every passage is there with its own rows, chunks and text, by text and by id."""
+    """Check that every passage is found by text and by id, with its own rows, chunks and text."""
     numbers = list(numbers)
     assert len(store) == len(numbers)
     expected = torch.cat([torch.empty(0, WIDTH), *map(rows, numbers)]).to(store.dtype)
@@ -59,10 +59,10 @@ def test_what_is_put_is_found(tmp_path, dtype):
     check(reopened, range(300))
     check(pickle.loads(pickle.dumps(reopened)), range(300))
     assert sorted(store.ids()) == sorted(passage(n).id for n in range(300))
-    assert {path.stat().st_mode & 0o444 for path in tmp_path.glob("*.*")} == {0o444}  # others may read it
+    assert {path.stat().st_mode & 0o444 for path in tmp_path.glob("*.*")} == {0o444}  # readable by other users
     single = store.get(passage(7))
     assert torch.equal(single, rows(7).to(dtype))
-    single.zero_()  # a copy: neither the file nor what others read changes
+    single.zero_()  # a copy: changes neither the file nor other readers' results
     check(store, range(300))
 
 
@@ -97,7 +97,7 @@ def test_an_id_can_move_to_another_text(store):
     for one in (store, ChunkStore.open(store.folder)):
         assert torch.equal(one.get(Passage(id="id 1")), rows(3)) and torch.equal(one.get(passage(1)), rows(1))
         assert one.missing([moved, Passage(passage(1).text)]) == [] and one.missing([passage(1)]) == [0]
-    # Back again: the text is known, and only the id is written.
+    # Back again: the text is already stored, so only the id is written.
     assert store.put([], [], torch.empty(0, WIDTH), aliases=[passage(1), Passage(passage(1).text, "again")]) == (
         0,
         0,
@@ -247,7 +247,7 @@ def test_a_store_that_is_gone_is_an_error(store):
     for call in (store.refresh, lambda: pickle.loads(pickled), lambda: put(store, [2])):
         with pytest.raises(StoreError, match="has no store.json"):
             call()
-    check(store, [1])  # what is mapped stays
+    check(store, [1])  # mapped files stay readable
 
 
 def test_a_pickled_store_keeps_its_fingerprint(store):
@@ -278,7 +278,7 @@ def test_a_reader_sees_new_shards_after_refresh(store):
     assert len(reader) == 0 and passage(1) not in reader
     assert reader.refresh() == 2 and reader.refresh() == 0
     check(reader, [1, 2])
-    put(reader, [3])  # a reader may write, too; the first writer sees it before it writes itself
+    put(reader, [3])  # a reader may also write; the first writer sees it before its own write
     assert put(store, [3, 4]) == (1, 1, 0)
     check(store, [1, 2, 3, 4])
 
@@ -312,7 +312,7 @@ def test_threads_read_while_one_writes(store):
 
 
 def test_several_writers(store, processes):
-    """They take turns, and what two of them bring is stored once."""
+    """Writers take turns, and passages that two of them write are stored once."""
     writers = [
         processes.Process(target=store_writer.write_range, args=(store.folder, start, start + 120, 10))
         for start in (0, 60, 120)
@@ -339,7 +339,7 @@ def test_a_writer_killed_at_each_step(store, processes, moment):
     store.refresh()
     check(store, range(whole))
     check(ChunkStore.open(store.folder, FINGERPRINT), range(whole))
-    put(store, range(3 * BATCH))  # the next writer goes on, and clears up
+    put(store, range(3 * BATCH))  # the next writer continues and cleans up
     check(store, range(3 * BATCH))
     assert not list(store.folder.glob(".part-*"))
 
@@ -387,18 +387,18 @@ def test_ten_passages_take_little_time(tmp_path):
             seconds.append(time.perf_counter() - start)
             assert found.rows.shape == (100, 384)
         print(f"get_many of 10 passages by {what}: {1e6 * statistics.median(seconds):.0f} us")
-        # 50 us on an idle machine; this only keeps it from growing with the store.
+        # 50 us on an idle machine; the bound only ensures that it does not grow with the store.
         assert statistics.median(seconds) < 2e-3
 
 
 def test_key_index_compares_all_16_bytes():
     generator = np.random.default_rng(0)
     keys = generator.integers(0, 2, (400, 16), dtype=np.uint8) * 255
-    keys[:, :8] = keys[:, :1]  # two first halves only, bytes of zero included
+    keys[:, :8] = keys[:, :1]  # only two different first halves, including zero bytes
     keys, index, expected = keys.copy(), KeyIndex(), {}
     for first in range(0, 400, 90):
         part = keys[first : first + 90]
-        expected |= {key.tobytes(): first + place for place, key in enumerate(part)}  # the last one of equal keys
+        expected |= {key.tobytes(): first + place for place, key in enumerate(part)}  # the last of equal keys
         index = index.extended([part[:30], part[30:]])
     assert len(index) == 400
     strangers = [bytes([1]) * 16, bytes([0] * 15 + [1]), bytes([255] * 15 + [1])]

@@ -1,4 +1,4 @@
-"""`refrag encode` and `refrag generate --store`: nothing is encoded twice, and what doesn't fit is refused by name."""
+"""`refrag encode` and `refrag generate --store`: nothing is encoded twice, and mismatches raise an error by name."""
 
 import functools
 import json
@@ -34,7 +34,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(corpus, tmp_path_factory):
-    """A store for the model that `refrag generate` takes by itself: that of the shipped adapter."""
+    """A store for the default model of `refrag generate`, that of the shipped adapter."""
     folder = tmp_path_factory.mktemp("stores") / "demo"
     result = run("encode", corpus, "--store", folder)
     assert result.exit_code == 0 and "3 passages encoded" in result.output, result.output
@@ -43,7 +43,7 @@ def store(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded_once():
-    """The commands load the demo's model anew each time: half of these tests' time."""
+    """Load the demo's model once: reloading it for every command takes half of these tests' time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "load_model", functools.cache(loading.load_model))
         yield
@@ -56,7 +56,7 @@ def demo():
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """Count the texts that the encoder reads."""
+    """Record the number of texts that the encoder reads."""
     counts = []
 
     def counting(encoder_, texts, *arguments):
@@ -109,7 +109,7 @@ def test_what_selectors_pick_beside_a_store_is_what_they_pick_without(store, dem
     ]  # fmt: skip
     assert chosen[0].expanded == chosen[1].expanded and len(chosen[0].expanded) == 4
 
-    def elsewhere(texts):  # by another model: what is stored means nothing to it
+    def elsewhere(texts):  # another model, for which the stored embeddings are meaningless
         return torch.tensor([[float("flour" in text), 1.0] for text in texts])
 
     picks = prompt(processor, expand_count=1, selector=CosineSelector(elsewhere), store=ChunkStore.open(store))
@@ -152,7 +152,7 @@ def test_bad_input_is_one_clear_line(store, corpus, tmp_path):
 
 
 def test_a_stage_with_a_merged_encoder(corpus, tmp_path, tokenizer):
-    """Its low-rank updates are in the weights whose digest is the store's revision."""
+    """The store's revision is a digest of the weights that include the low-rank updates."""
     parts = ModelBundle.load(weights.encoder_folder(), weights.decoder_folder(), 8, "lclm")
     trained = prepare(parts.model, TrainableSpec(encoder="lora", decoder="none", rank=2))
     for name, parameter in trained.encoder.named_parameters():
@@ -167,7 +167,7 @@ def test_a_stage_with_a_merged_encoder(corpus, tmp_path, tokenizer):
     assert (stored - own).norm() < 1e-5 * own.norm()
     answer = run("inspect", *QUESTION, corpus, "--store", tmp_path / "store", "--model", tmp_path / "stage")
     assert answer.exit_code == 0, answer.output
-    # The encoder as it was before is another one.
+    # The encoder before merging has a different digest.
     result = run("encode", corpus, "--store", tmp_path / "store", "--preset", "lclm", "--k", 8)
     assert result.exit_code == 2 and "encoder: holds embeddings of" in result.stderr
 

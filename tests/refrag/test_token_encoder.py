@@ -1,4 +1,4 @@
-"""Pooling "concat" keeps the order of a chunk's rows, and the token encoder is the decoder's embeddings in it."""
+"""Pooling "concat" keeps the order of a chunk's rows; the token encoder uses the decoder's embeddings with it."""
 
 import pytest
 import torch
@@ -74,5 +74,5 @@ def test_first_layers_run_the_encoders_attention_in_both_directions():
         changed = encode_packed(model.encoder, texts, "first")
         texts.token_ids[2] = 7
         first = encode_packed(model.encoder, texts, "first")
-    assert not torch.allclose(changed[0], first[0]), "a chunk's first row sees its last"
+    assert not torch.allclose(changed[0], first[0]), "a chunk's first row must attend to its last"
     assert torch.equal(changed[1], first[1]) and before.shape == (2, 48)

@@ -1,4 +1,4 @@
-"""Chunks never begin inside a character, whatever the tokenizer's tokens are."""
+"""Chunks never start inside a character, whatever the tokenizer's tokens are."""
 
 import math
 import random
@@ -21,7 +21,7 @@ WORDS = "café Ünïcode Việt-Nam ế ǻ 한국어 각 日本語 が ぷ ক�
 
 
 def byte_level(normalizer=None, size=300):
-    """Return a byte-level BPE tokenizer; Qwen's kind with NFC."""
+    """Return a byte-level BPE tokenizer; with NFC like Qwen's."""
     tokenizer = Tokenizer(models.BPE())
     if normalizer is not None:
         tokenizer.normalizer = normalizer
@@ -107,13 +107,13 @@ def check_sample(sample, tokenizer, text):
     assert "\ufffd" not in context and context in text
     for chunk in chunks:
         assert len(chunk.token_ids) <= 8 and tokenizer.decode(chunk.token_ids) == chunk.text
-    # Only its end may lie within a character.
+    # Only its end may be inside a character.
     written = tokenizer.decode(target).rstrip("\ufffd")
     assert "\ufffd" not in written and (written == context or context + written in text)
 
 
 def test_texts_of_training_chunks_keep_their_spaces(documents, encoder_tokenizer):
-    """A tokenizer whose decoder takes the first space for its own: prompts' chunks begin with it."""
+    """With a tokenizer whose decoder drops the first space, prompts' chunks still start with it."""
     text = "the bridge of orla was built in 1871 by two brothers from the valley"
     whole = (own := documents(text, encoder_tokenizer)).windows(len(own.token_ids)).draw(0, 0)
     cut = chunks_of(whole.token_ids, 3, encoder_tokenizer, whole.cuttable)
