@@ -18,10 +18,10 @@ PAGE = 16
 _COLD = 1 << 29  # total bytes of keys and values: larger than the caches
 
 
-def cache(heads: int, width: int, pages: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def cache(heads: int, head_dim: int, pages: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Return pages of random keys and values."""
     generator = torch.Generator(device).manual_seed(0)
-    shape = (pages, PAGE, heads, width)
+    shape = (pages, PAGE, heads, head_dim)
     k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(2))
     return k, v
 
@@ -32,16 +32,16 @@ def _decode(preset: str, context: int, batch: int, table: int, dtype: torch.dtyp
     if 0 < table < context:
         raise Skip(f"{context} keys do not fit in a table for {table}")
     columns = max(blocks, -(-table // PAGE))
-    size = 2 * context * shape.kv_heads * shape.width * dtype.itemsize * batch
+    size = 2 * context * shape.kv_heads * shape.head_dim * dtype.itemsize * batch
     batches = max(1 if size > _COLD else 2, -(-_COLD // size))
-    k_pages, v_pages = cache(shape.kv_heads, shape.width, batches * batch * blocks, dtype, device)
+    k_pages, v_pages = cache(shape.kv_heads, shape.head_dim, batches * batch * blocks, dtype, device)
     order = torch.randperm(batches * batch * blocks, generator=torch.Generator().manual_seed(1))
     tables = torch.zeros(batches, batch, columns, dtype=torch.int32)
     tables[:, :, :blocks] = order.view(batches, batch, blocks)
     tables = tables.to(device)
     lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
     generator = torch.Generator().manual_seed(2)
-    q = torch.randn(batch, shape.heads, shape.width, generator=generator).to(device, dtype)
+    q = torch.randn(batch, shape.heads, shape.head_dim, generator=generator).to(device, dtype)
     turns: dict[str | None, int] = {}
 
     def turn(name: str | None) -> int:
@@ -78,7 +78,7 @@ def _decode(preset: str, context: int, batch: int, table: int, dtype: torch.dtyp
         peers={"SDPA, contiguous keys": contiguous, "gather pages, SDPA": gathered},
         expected=expected,
         bound=bound_of(dtype),
-        flops=4.0 * shape.heads * shape.width * context * batch,
+        flops=4.0 * shape.heads * shape.head_dim * context * batch,
         bytes=float(size),
         limit="read",
         max_copies=1,  # it rotates through its batches

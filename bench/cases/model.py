@@ -54,13 +54,13 @@ def _models(shape: Preset, dtype: torch.dtype, device: str):
     except ImportError as error:
         raise Skip(f"needs the extra model: {error}") from None
     decoder = AutoConfig.for_model(
-        shape.family, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        shape.family, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.width, vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
+        head_dim=shape.head_dim, vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
         max_position_embeddings=_POSITIONS,
     )  # fmt: skip
     encoder = AutoConfig.for_model(
-        "bert", hidden_size=shape.encoder_hidden, intermediate_size=shape.encoder_intermediate,
+        "bert", hidden_size=shape.encoder_hidden_size, intermediate_size=shape.encoder_intermediate,
         num_hidden_layers=shape.encoder_layers, num_attention_heads=shape.encoder_heads,
     )  # fmt: skip
     # Initializing 7 billion random weights takes seconds on a GPU and minutes on a CPU.

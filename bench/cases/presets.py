@@ -7,20 +7,20 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A decoder, and the encoder that goes with it.
+    """The shapes of a decoder and its encoder.
 
-    ``width`` is the width of a head, ``hidden`` of the decoder, ``encoder_hidden`` of the encoder.
+    ``hidden_size`` is the decoder's, ``encoder_hidden_size`` the encoder's.
     """
 
     heads: int
     kv_heads: int
-    width: int
-    hidden: int
+    head_dim: int
+    hidden_size: int
     intermediate: int
     layers: int
     vocabulary: int
     family: str  # of transformers: "llama" or "qwen3"
-    encoder_hidden: int
+    encoder_hidden_size: int
     encoder_heads: int
     encoder_layers: int
     encoder_intermediate: int
@@ -28,9 +28,9 @@ class Preset:
 
     def parameters(self) -> int:
         """Return the decoder's number of weights, excluding norms."""
-        attention = self.hidden * self.width * 2 * (self.heads + self.kv_heads)
-        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate) + embeddings
+        attention = self.hidden_size * self.head_dim * 2 * (self.heads + self.kv_heads)
+        embeddings = self.vocabulary * self.hidden_size * (1 if self.tied else 2)
+        return self.layers * (attention + 3 * self.hidden_size * self.intermediate) + embeddings
 
 
 _MINILM = (384, 12, 6, 1536)  # all-MiniLM-L6-v2

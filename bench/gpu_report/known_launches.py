@@ -29,8 +29,8 @@ def prompt(device: str, context: int = 4096, preset: str = "llama3-8b", backend:
 def decode(device: str, context: int = 4096, preset: str = "llama3-8b", backend: str | None = "triton") -> Callable:
     """Return a decode step: one row over ``context`` keys in pages of 16."""
     shape, pages = PRESETS[preset], -(-context // _PAGE)
-    k, v = (torch.randn(pages, _PAGE, shape.kv_heads, shape.width).to(device, torch.bfloat16) for _ in range(2))
-    q = torch.randn(1, shape.heads, shape.width).to(device, torch.bfloat16)
+    k, v = (torch.randn(pages, _PAGE, shape.kv_heads, shape.head_dim).to(device, torch.bfloat16) for _ in range(2))
+    q = torch.randn(1, shape.heads, shape.head_dim).to(device, torch.bfloat16)
     table = torch.randperm(pages).to(device, torch.int32)[None]
     lengths = torch.tensor([context], dtype=torch.int32, device=device)
     return lambda: rk.paged_attention(q, k, v, table, lengths, backend=backend)
@@ -38,7 +38,7 @@ def decode(device: str, context: int = 4096, preset: str = "llama3-8b", backend:
 
 def _attention(plan: rk.AttentionPlan, rows: int, preset: str, device: str, backend: str | None) -> Callable:
     shape = PRESETS[preset]
-    q, k, v = tensors(shape.heads, shape.kv_heads, shape.width, rows, torch.bfloat16, device)
+    q, k, v = tensors(shape.heads, shape.kv_heads, shape.head_dim, rows, torch.bfloat16, device)
     return lambda: rk.mixed_attention(q, k, v, plan, backend=backend)
 
 

@@ -41,14 +41,14 @@ class Configuration(NamedTuple):
     architectures: tuple[str, ...] = CUDA
 
 
-def _attention(width: int, tiles: int) -> int:
+def _attention(head_dim: int, tiles: int) -> int:
     """Return shared memory for two stages of key and value tiles with mask bits, and three tile lists."""
-    return 2 * tiles * (2 * 16 * width * 2 + 4 * 32) + 3 * (1 + 2 * tiles + 4 * tiles) * 4
+    return 2 * tiles * (2 * 16 * head_dim * 2 + 4 * 32) + 3 * (1 + 2 * tiles + 4 * tiles) * 4
 
 
-def _paged(width: int, warps: int) -> int:
+def _paged(head_dim: int, warps: int) -> int:
     """Return shared memory for two stages of 16 keys and values per warp, and three key lists."""
-    return 2 * warps * 2 * 16 * width * 2 + 3 * (1 + 2 * 16 * warps + 17 * warps // 2) * 4
+    return 2 * warps * 2 * 16 * head_dim * 2 + 3 * (1 + 2 * 16 * warps + 17 * warps // 2) * 4
 
 
 _LARGE = tuple(name for name in CUDA if name not in SMALL)

@@ -71,7 +71,7 @@ def tile_rows(recorded: ahead_of_time.Launch) -> int:
 def _shape(case: launches.Case, recorded: ahead_of_time.Launch) -> tuple[str, str]:
     """Return a kernel's specialization for a call, and the tile chosen for it."""
     a = recorded.arguments
-    parts = [f"D {case.width}"] if case.width else []
+    parts = [f"D {case.head_dim}"] if case.head_dim else []
     tile = ""
     if "GROUP" in a and "STEP" in a:
         tile = f"{tile_rows(recorded)} x {a['STEP']}"
@@ -132,7 +132,9 @@ def tables(rows: Iterable[Row]) -> str:
 
 def cuda_section(release: bool = False) -> tuple[str, str]:
     """Return title and Markdown table of the CUDA C++ kernels, for this build's or a release's architectures."""
-    before = "Cells: registers per thread / spilled bytes / resident CTAs per multiprocessor; - if the launchers select\n"
+    before = (
+        "Cells: registers per thread / spilled bytes / resident CTAs per multiprocessor; - if the launchers select\n"
+    )
     before += "another variant for the architecture.\n\n"
     binaries = [cuda_resources.compile_release()] if release else []
     return f"CUDA C++, {cuda_resources.compiler()}", before + cuda_resources.markdown(*binaries)

@@ -59,16 +59,18 @@ class Work:
 def attention(name: str, plan: rk.AttentionPlan, shape: Preset) -> Work:
     """Return the work of ``mixed_attention``'s forward pass: two dot products per row pair in the plan's tiles."""
     stats, (rows, keys) = plan.stats(), plan.sizes[:2].tolist()
-    numbers = 2 * rows * shape.heads * shape.width + 2 * keys * shape.kv_heads * shape.width
+    numbers = 2 * rows * shape.heads * shape.head_dim + 2 * keys * shape.kv_heads * shape.head_dim
     traffic = _BYTES * numbers + 4 * rows * shape.heads + sum(t.nbytes for t in plan.tensors())
-    return Work(name, 4.0 * stats["pairs_computed"] * shape.heads * shape.width, float(traffic))
+    return Work(name, 4.0 * stats["pairs_computed"] * shape.heads * shape.head_dim, float(traffic))
 
 
 def decoding(context: int, shape: Preset) -> Work:
     """Return the work of ``paged_attention`` for one row, which reads each key and value once."""
-    keys = 2 * context * shape.kv_heads * shape.width
-    rows = 2 * shape.heads * shape.width
-    return Work(f"decode, {context:,} keys", 4.0 * context * shape.heads * shape.width, float(_BYTES * (keys + rows)))
+    keys = 2 * context * shape.kv_heads * shape.head_dim
+    rows = 2 * shape.heads * shape.head_dim
+    return Work(
+        f"decode, {context:,} keys", 4.0 * context * shape.heads * shape.head_dim, float(_BYTES * (keys + rows))
+    )
 
 
 def assembly(prompt: Prompt, shape: Preset) -> Work:
@@ -79,10 +81,10 @@ def assembly(prompt: Prompt, shape: Preset) -> Work:
     layout = prompt.layout()
     chunks = prompt.chunks - sum(prompt.expanded())
     text = layout.total_rows - chunks  # rows read from the token table
-    weights = shape.hidden * (shape.encoder_hidden + shape.hidden + 2)
-    rows = chunks * shape.encoder_hidden + (2 * chunks + text + layout.total_rows) * shape.hidden
+    weights = shape.hidden_size * (shape.encoder_hidden_size + shape.hidden_size + 2)
+    rows = chunks * shape.encoder_hidden_size + (2 * chunks + text + layout.total_rows) * shape.hidden_size
     traffic = _BYTES * (weights + rows) + 12 * layout.total_rows  # an int64 token and an int32 slot per row
-    flops = 2.0 * chunks * shape.hidden * (shape.encoder_hidden + shape.hidden)
+    flops = 2.0 * chunks * shape.hidden_size * (shape.encoder_hidden_size + shape.hidden_size)
     return Work(f"embed_mixed, {chunks:,} chunks", flops, float(traffic))
 
 

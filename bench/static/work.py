@@ -42,10 +42,9 @@ class Problem:
         return 1 if self.encoder else shape.heads // shape.kv_heads
 
     @property
-    def width(self) -> int:
-        """The head_dim."""
+    def head_dim(self) -> int:
         shape = PRESETS[self.preset]
-        return shape.encoder_hidden // shape.encoder_heads if self.encoder else shape.width
+        return shape.encoder_hidden_size // shape.encoder_heads if self.encoder else shape.head_dim
 
     def plan(self) -> rk.AttentionPlan:
         """Return the plan, with the tile lists of GPU kernels."""
@@ -80,11 +79,11 @@ def by_plan(plan: rk.AttentionPlan) -> int:
     return plan.stats()["pairs_computed"]
 
 
-def by_triton(plan: rk.AttentionPlan, group: int, width: int) -> float:
+def by_triton(plan: rk.AttentionPlan, group: int, head_dim: int) -> float:
     """Return the pairs that Triton's forward kernel issues per query head, in tiles filled with heads and blocks."""
     from refrag_kernels.triton_kernels import attention, launch
 
-    tiles = attention.tiles_of("forward", _ARCHITECTURE, plan.tensors(), group, launch.width(width), 2, False)
+    tiles = attention.tiles_of("forward", _ARCHITECTURE, plan.tensors(), group, launch.width(head_dim), 2, False)
     work_items, _, _ = tile_lists.tensors_of(plan.tiles, tile_lists.TileList(False, tiles.blocks))
     _, partial, full, _, _ = work_items.long().diff(dim=0).unbind(1)
     steps = tiles.block_n // TILE
@@ -101,7 +100,7 @@ def by_blocks(dense: torch.Tensor, side: int) -> int:
     return int(padded.view(rows // side, side, keys // side, side).any(3).any(1).sum()) * side * side
 
 
-def by_flashinfer(dense: torch.Tensor, group: int, width: int) -> float:
+def by_flashinfer(dense: torch.Tensor, group: int, head_dim: int) -> float:
     """Return a lower bound of the pairs that FlashInfer's VariableBlockSparseAttentionWrapper issues per query head.
 
     Rows with the same mask form a block. A block of rows, times the heads that share keys, is split into tiles of query
@@ -112,7 +111,7 @@ def by_flashinfer(dense: torch.Tensor, group: int, width: int) -> float:
     keys = dense[counts.cumsum(0) - 1].sum(1)
     packed = counts * group
     mean = float(packed.double().mean())
-    tile = 128 if mean > 64 and width < 256 else 64 if mean > 16 else 16
+    tile = 128 if mean > 64 and head_dim < 256 else 64 if mean > 16 else 16
     return float((-(-packed // tile) * tile * (-(-keys // 16) * 16)).sum()) / group
 
 
@@ -125,10 +124,10 @@ def table() -> list[str]:
     for problem in problems():
         plan, dense = problem.plan(), problem.dense()
         needed = int(dense.sum())
-        issued = [by_plan(plan), by_triton(plan, problem.group, problem.width), by_blocks(dense, 128)]
+        issued = [by_plan(plan), by_triton(plan, problem.group, problem.head_dim), by_blocks(dense, 128)]
         cells = [f"{pairs / needed:.2f}" for pairs in issued]
         # FlashInfer's block-sparse kernel has no causal blocks; its dense kernel handles such a prompt.
-        cells += ["-" if problem.causal else f"{by_flashinfer(dense, problem.group, problem.width) / needed:.2f}"]
+        cells += ["-" if problem.causal else f"{by_flashinfer(dense, problem.group, problem.head_dim) / needed:.2f}"]
         lines.append(f"| {problem.name} | {problem.group} | " + " | ".join(cells) + " |")
     return lines
 

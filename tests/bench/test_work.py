@@ -32,7 +32,7 @@ def test_the_goal_of_passages_at_12_percent():
         plan, dense = problem.plan(), problem.dense()
         needed = int(dense.sum())
         assert needed / dense.numel() == pytest.approx(0.12, abs=0.002)
-        for ours in (work.by_plan(plan), work.by_triton(plan, problem.group, problem.width)):
+        for ours in (work.by_plan(plan), work.by_triton(plan, problem.group, problem.head_dim)):
             assert needed <= ours <= 1.35 * needed and ours <= work.by_blocks(dense, 128) / 2
 
 

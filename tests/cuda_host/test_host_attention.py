@@ -38,14 +38,14 @@ HEADS = [
 ]  # key/value heads, query heads per key/value head
 
 
-def make_problem(seed, plan_problem, dtype, width, heads, *, softcap=None, sinks=False) -> AttentionProblem:
+def make_problem(seed, plan_problem, dtype, head_dim, heads, *, softcap=None, sinks=False) -> AttentionProblem:
     generator = torch.Generator().manual_seed(seed)
     kv_heads, q_heads = heads[0], heads[0] * heads[1]
     pad = 8 * (seed % 2)  # every other problem has padded strides
 
     def rows(count: int, heads: int) -> torch.Tensor:
-        storage = torch.randn(count, heads + (pad > 0), width + pad, generator=generator).to(dtype)
-        return storage[:, :heads, :width]
+        storage = torch.randn(count, heads + (pad > 0), head_dim + pad, generator=generator).to(dtype)
+        return storage[:, :heads, :head_dim]
 
     tokens, keys = plan_problem.layout.total_rows, plan_problem.keys.total_rows
     q, k, v = rows(tokens, q_heads), rows(keys, kv_heads), rows(keys, kv_heads)
@@ -64,18 +64,18 @@ def run(problem: AttentionProblem, tiles: int, plan: rk.AttentionPlan | None = N
         plan.sizes, plan.q_blocks, plan.full_offsets, plan.full_ranges, plan.partial_offsets, plan.partial_keys,
         plan.partial_bits,
     ]  # fmt: skip
-    width, softcap = q.shape[2], problem.options["softcap"] or 0.0
+    head_dim, softcap = q.shape[2], problem.options["softcap"] or 0.0
     with host_library.options(library, **options):
         host_library.call(
             library,
             "mixed_attention",
             q.dtype,
-            width,
+            head_dim,
             tiles,
             host_library.pointers(q, k, v, out, lse, problem.options["sinks"], *lists),
             host_library.int64s([stride for tensor in (q, k, v) for stride in tensor.stride()[:2]]),
             host_library.ints([len(q), len(k), len(plan.q_blocks), q.shape[1], k.shape[1], *of]),
-            float(problem.options["scale"] or width**-0.5),
+            float(problem.options["scale"] or head_dim**-0.5),
             float(softcap),
         )
     host_library.check_guard(out)
@@ -93,9 +93,9 @@ def check(problem: AttentionProblem, out: torch.Tensor, lse: torch.Tensor) -> No
 def test_where_nan_goes(seed):
     """The equivalent of tests/kernels/test_nonfinite.py for the other backends."""
     rng = random.Random(seed)
-    dtype, width, tiles = VARIANTS[seed % len(VARIANTS)]
+    dtype, head_dim, tiles = VARIANTS[seed % len(VARIANTS)]
     plan_problem = random_plan_problem(rng, max_sequences=3, max_chunks=6)
-    problem = make_problem(seed, plan_problem, dtype, width, HEADS[seed // 3 % len(HEADS)], sinks=rng.random() < 0.4)
+    problem = make_problem(seed, plan_problem, dtype, head_dim, HEADS[seed // 3 % len(HEADS)], sinks=rng.random() < 0.4)
     spoilt = spoilt_problem(seed, dtype, problem)
     out, lse = run(spoilt.spoilt, tiles, order=rng.choice(host_library.ORDERS), seed=seed)
     spoilt.check({"out": out, "lse": lse})
@@ -104,11 +104,11 @@ def test_where_nan_goes(seed):
 @pytest.mark.parametrize("seed", range(192 if host_library.ALL else 24))
 def test_random_problems(seed):
     rng = random.Random(seed)
-    dtype, width, tiles = VARIANTS[seed % len(VARIANTS)]
+    dtype, head_dim, tiles = VARIANTS[seed % len(VARIANTS)]
     plan_problem = random_plan_problem(rng, max_sequences=3, max_chunks=6)
     softcap = rng.uniform(2.0, 30.0) if rng.random() < 0.3 else None
     problem = make_problem(
-        seed, plan_problem, dtype, width, HEADS[seed // 3 % len(HEADS)], softcap=softcap, sinks=rng.random() < 0.4
+        seed, plan_problem, dtype, head_dim, HEADS[seed // 3 % len(HEADS)], softcap=softcap, sinks=rng.random() < 0.4
     )
     order, early_copies = rng.choice(host_library.ORDERS), rng.random() < 0.5
     of = Order(rng.randint(0, problem.k.shape[1]), rng.choice([0, 5, 264]))
@@ -119,7 +119,7 @@ def test_random_problems(seed):
 @pytest.mark.parametrize(("kilobytes", "expected"), [(164, (4, 4, 4)), (100, (4, 3, 2)), (228, (4, 4, 4))])
 def test_the_tiles_that_a_device_gets(kilobytes, expected):
     library = host_library.load("attention")
-    assert tuple(library.attention_tiles(width, kilobytes << 10, 1 << 10) for width in (64, 96, 128)) == expected
+    assert tuple(library.attention_tiles(head_dim, kilobytes << 10, 1 << 10) for head_dim in (64, 96, 128)) == expected
 
 
 @pytest.mark.parametrize("lengths", [[[150]], [[16]], [[1]], [[64, 64]], [[3, 90], [], [40, 40]]], ids=str)

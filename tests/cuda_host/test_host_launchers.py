@@ -102,7 +102,7 @@ def launched(library: ctypes.CDLL) -> tuple[int, int]:
 def test_attention(seed, kilobytes):
     library = load("attention")
     library.set_multiprocessor(kilobytes << 10)
-    problem = random_attention_problem(seed, HALF[seed % 2], widths=(64, 96, 128))
+    problem = random_attention_problem(seed, HALF[seed % 2], head_dims=(64, 96, 128))
     options = problem.options
     q, k, v = problem.q, problem.k, problem.v
     reason = attention.mixed_attention.unsupported(q, k, v)
@@ -146,18 +146,18 @@ def test_the_order_of_blocks():
 
 
 @pytest.mark.parametrize("kilobytes", [100, 164])
-@pytest.mark.parametrize("width", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("rows", [None, [3, 1, 0, 40]], ids=["decode", "append"])
-def test_paged_attention(rows, width, kilobytes):
+def test_paged_attention(rows, head_dim, kilobytes):
     library = load("paged")
     library.set_multiprocessor(kilobytes << 10)
     dtype = HALF[kilobytes == 164]
     problem = make_problem(
-        width,
+        head_dim,
         [300, 700, 0, 70],
         rows,
         heads=(8, 2),
-        dim=width,
+        dim=head_dim,
         page=16,
         dtype=dtype,
         sinks=True,
@@ -170,21 +170,21 @@ def test_paged_attention(rows, width, kilobytes):
     q = problem.args[0]
     out, lse = paged.paged_attention(
         *problem.args, options.get("q_offsets"), *options.get("visible", (None, None)),
-        options.get("scale") or width**-0.5, options.get("softcap") or 0.0, window[0], window[1], options.get("sinks"),
+        options.get("scale") or head_dim**-0.5, options.get("softcap") or 0.0, *window, options.get("sinks"),
     )  # fmt: skip
     assert relative_error(out, problem.out) <= OUTPUT[q.dtype]
     assert relative_error(lse, problem.lse) <= LSE[q.dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "first"), [(64, 0), (40, 1)])
-def test_append_and_merge(width, first, dtype):
+@pytest.mark.parametrize(("head_dim", "first"), [(64, 0), (40, 1)])
+def test_append_and_merge(head_dim, first, dtype):
     load("paged")
-    generator = torch.Generator().manual_seed(width)
-    k, v = torch.randn(2, 5, 3, width + 8, generator=generator).to(dtype)[..., first : first + width]
+    generator = torch.Generator().manual_seed(head_dim)
+    k, v = torch.randn(2, 5, 3, head_dim + 8, generator=generator).to(dtype)[..., first : first + head_dim]
     table = torch.tensor([[4, 2], [0, 1]], dtype=torch.int32)
     lengths, offsets = torch.tensor([11, 4], dtype=torch.int32), torch.tensor([0, 3, 5], dtype=torch.int32)
-    pages = [torch.zeros(6, 8, 3, width, dtype=dtype) for _ in range(4)]
+    pages = [torch.zeros(6, 8, 3, head_dim, dtype=dtype) for _ in range(4)]
     paged.append_kv(k, v, *pages[:2], table, lengths, offsets)
     rk.append_kv(k, v, *pages[2:], table, lengths, offsets, backend="reference")
     assert torch.equal(pages[0], pages[2]) and torch.equal(pages[1], pages[3])

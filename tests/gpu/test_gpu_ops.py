@@ -16,7 +16,7 @@ from tests.support.factory import random_attention_problem
 
 def _cuda_attention(backend, dtype, seed):
     """Test the forward pass with head_dims that the C++ kernels support."""
-    problem = random_attention_problem(seed, dtype, widths=(64, 96, 128))
+    problem = random_attention_problem(seed, dtype, head_dims=(64, 96, 128))
     options = {**problem.options, "return_lse": True, "backend": backend}
     out, lse = rk.mixed_attention(problem.q, problem.k, problem.v, problem.plan_problem.plan(), **options)
     expected = problem.expected()

@@ -7,8 +7,8 @@ from refrag_kernels import grid_order
 from refrag_kernels.grid_order import TILES_FIRST, Order
 
 
-def keys(rows, heads, width=128, dtype=torch.bfloat16):
-    return torch.empty(rows, heads, width, dtype=dtype, device="meta")
+def keys(rows, heads, head_dim=128, dtype=torch.bfloat16):
+    return torch.empty(rows, heads, head_dim, dtype=dtype, device="meta")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from refrag_kernels.reference.mask import allowed_pairs
 # Sizes around the tile of 16 rows, and the paper's chunk sizes.
 CHUNK_LENGTHS = (1, 1, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40)
 MASKS = ("full", "passages", "diagonal", "dense")
-WIDTHS = (8, 16, 24, 32, 64, 64, 80, 96, 128, 256)
+HEAD_DIMS = (8, 16, 24, 32, 64, 64, 80, 96, 128, 256)
 
 
 def random_lengths(rng: random.Random, *, max_sequences: int = 4, max_chunks: int = 10) -> list[list[int]]:
@@ -134,20 +134,20 @@ class AttentionProblem:
 
 
 def random_attention_problem(
-    seed: int, dtype: torch.dtype, *, plain: bool = False, widths: Sequence[int] = WIDTHS, **limits
+    seed: int, dtype: torch.dtype, *, plain: bool = False, head_dims: Sequence[int] = HEAD_DIMS, **limits
 ) -> AttentionProblem:
     """Return a random problem; ``plain`` uses only features of torch's SDPA."""
     rng = random.Random(seed)
     plan_problem = random_plan_problem(rng, **limits)
     kv_heads, group = rng.choice([(1, 1), (2, 1), (1, 3), (3, 3), (2, 4), (1, 8)])
-    width = rng.choice(widths)
+    head_dim = rng.choice(head_dims)
     generator = torch.Generator().manual_seed(seed)
     # Slices of a larger tensor: half of the problems have non-contiguous strides.
     pad = rng.choice([0, 0, 8])
 
     def rows(count: int, heads: int) -> torch.Tensor:
-        storage = torch.randn(count, heads + (pad > 0), width + pad, generator=generator)
-        return storage.to(dtype)[:, :heads, :width]
+        storage = torch.randn(count, heads + (pad > 0), head_dim + pad, generator=generator)
+        return storage.to(dtype)[:, :heads, :head_dim]
 
     heads = kv_heads * group
     tokens, keys = plan_problem.layout.total_rows, plan_problem.keys.total_rows

@@ -49,7 +49,7 @@ def spoilt_problem(seed: int, dtype: torch.dtype, problem: AttentionProblem | No
     clean = random_attention_problem(seed, dtype, **limits) if problem is None else problem
     spoilt = dataclasses.replace(clean, **{name: getattr(clean, name).clone() for name in ("q", "k", "v", "grad_out")})
     allowed = clean.plan_problem.allowed()
-    (tokens, heads, width), kv_heads = clean.q.shape, clean.k.shape[1]
+    (tokens, heads, head_dim), kv_heads = clean.q.shape, clean.k.shape[1]
     nan_rows, nan_values = torch.zeros(tokens, heads, dtype=torch.bool), torch.zeros(clean.q.shape, dtype=torch.bool)
     rows = torch.zeros(tokens, heads, dtype=torch.bool)
     for name in ("q", "k", "v", "v"):
@@ -59,7 +59,7 @@ def spoilt_problem(seed: int, dtype: torch.dtype, problem: AttentionProblem | No
         row, head, column, value = (
             rng.randrange(len(tensor)),
             rng.randrange(tensor.shape[1]),
-            rng.randrange(width),
+            rng.randrange(head_dim),
             rng.choice(VALUES),
         )
         tensor[row, head, column] = value
@@ -73,7 +73,7 @@ def spoilt_problem(seed: int, dtype: torch.dtype, problem: AttentionProblem | No
     grads = rows.clone()
     if tokens:
         row, head = rng.randrange(tokens), rng.randrange(heads)
-        spoilt.grad_out[row, head, rng.randrange(width)] = rng.choice(VALUES)
+        spoilt.grad_out[row, head, rng.randrange(head_dim)] = rng.choice(VALUES)
         grads[row, head] = True
     keys = (allowed.T[:, :, None] & grads).any(1).view(-1, kv_heads, heads // kv_heads).any(2)
     return SpoiltProblem(clean, spoilt, rows, grads, keys, nan_rows, nan_values & ~nan_rows[..., None])

@@ -108,15 +108,15 @@ def test_chunks_that_attend_to_themselves(lengths, group):
         assert relative_error(a, b) <= (LSE if name == "lse" else GRADIENT)[torch.float32], name
 
 
-@pytest.mark.parametrize(("width", "group"), ((128, 1), (128, 8), (256, 2)) if ALL else ((128, 3),))
-def test_wide_heads_in_float32(width, group):
+@pytest.mark.parametrize(("head_dim", "group"), ((128, 1), (128, 8), (256, 2)) if ALL else ((128, 3),))
+def test_wide_heads_in_float32(head_dim, group):
     """64 rows don't fit in shared memory: tiles have one block and read parts of a key tile."""
-    assert configs.attention("dkv", "sm_80", width, 4).block_m < 64
+    assert configs.attention("dkv", "sm_80", head_dim, 4).block_m < 64
     layout = rk.ChunkLayout.from_lengths([[50, 1, 1, 30], [20]])
     rows = layout.total_rows
     plan = rk.plan_attention(layout, capacity=rk.PlanCapacity.for_rows(130, sequences=2, ranges_per_block=8))
-    assert attention.tiles_of("dq", "sm_80", plan.tensors(), group, width, 4, False).blocks == 1
-    q, k, v, grad = (torch.randn(130, heads, width) for heads in (group, 1, 1, group))
+    assert attention.tiles_of("dq", "sm_80", plan.tensors(), group, head_dim, 4, False).blocks == 1
+    q, k, v, grad = (torch.randn(130, heads, head_dim) for heads in (group, 1, 1, group))
     leaves = [t.requires_grad_() for t in (q, k, v)]
     out, lse = rk.mixed_attention(*leaves, plan, return_lse=True, backend="triton")
     got = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad)]
@@ -128,8 +128,8 @@ def test_wide_heads_in_float32(width, group):
         assert (a[rows:].isneginf() if name == "lse" else a[rows:] == 0).all(), name
 
 
-@pytest.mark.parametrize(("group", "width", "softcap"), ((2, 16, None), (1, 128, 3.0)) if ALL else ((1, 16, None),))
-def test_keys_of_many_rows_are_split(group, width, softcap):
+@pytest.mark.parametrize(("group", "head_dim", "softcap"), ((2, 16, None), (1, 128, 3.0)) if ALL else ((1, 16, None),))
+def test_keys_of_many_rows_are_split(group, head_dim, softcap):
     """A prefix that all passages attend to is split over several work items, whose sums are added; negative scale."""
     lengths = [64, *[72] * 14, 30] if group > 1 else [64, *[64] * 10, 40, 30, 30]
     mask = rk.ChunkMask.passages(torch.tensor([-1, *range(len(lengths) - 2), -1]))
@@ -138,7 +138,7 @@ def test_keys_of_many_rows_are_split(group, width, softcap):
     assert len(slots) > 2 and slots[0] == slots[1] == 0
     generator = torch.Generator().manual_seed(0)
     rows = sum(lengths)
-    q, k, v = (torch.randn(rows, n, width, generator=generator) for n in (2 * group, 2, 2))
+    q, k, v = (torch.randn(rows, n, head_dim, generator=generator) for n in (2 * group, 2, 2))
     got, want = [], []
     for results, dtype, backend in ((got, torch.float32, "triton"), (want, torch.float64, "reference")):
         leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]

@@ -41,7 +41,7 @@ _FEW = dict(list(_WAYS.items())[:3])
 class _Shape:
     heads: int
     kv_heads: int
-    width: int
+    head_dim: int
     batch: int
     keys: int
     table: int  # keys that the table can hold
@@ -53,7 +53,7 @@ class _Shape:
 
     @property
     def bytes(self) -> float:
-        return 4.0 * self.batch * self.keys * self.kv_heads * self.width
+        return 4.0 * self.batch * self.keys * self.kv_heads * self.head_dim
 
 
 def block(options: Options, results: Results) -> None:
@@ -94,14 +94,14 @@ def _case(shape: _Shape, ways: dict[str, Decode], rate: float, options: Options,
 
     blocks = -(-shape.keys // _PAGE)
     pages = shape.batch * blocks
-    k_pages, v_pages = (random(pages, _PAGE, shape.kv_heads, shape.width) for _ in range(2))
-    q = random(shape.batch, shape.heads, shape.width)
+    k_pages, v_pages = (random(pages, _PAGE, shape.kv_heads, shape.head_dim) for _ in range(2))
+    q = random(shape.batch, shape.heads, shape.head_dim)
     used = torch.randperm(pages, generator=generator, device=device).view(shape.batch, blocks)
     table = torch.full((shape.batch, -(-shape.table // _PAGE)), -1, dtype=torch.int32, device=device)
     table[:, :blocks] = used
     lengths = torch.full((shape.batch,), shape.keys, dtype=torch.int32, device=device)
     k, v = (p[used].flatten(1, 2)[:, : shape.keys].transpose(1, 2).contiguous() for p in (k_pages, v_pages))
-    scale = shape.width**-0.5
+    scale = shape.head_dim**-0.5
 
     def torchs() -> torch.Tensor:
         return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]

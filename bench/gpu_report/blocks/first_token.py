@@ -29,7 +29,7 @@ def block(options: Options, results: Results) -> None:
     dtype = torch.float32 if options.rehearsal else torch.bfloat16
     start = time.perf_counter()
     model, _ = _models(preset, dtype, options.device)
-    results.add("model", seconds=time.perf_counter() - start, layers=preset.layers, hidden=preset.hidden)
+    results.add("model", seconds=time.perf_counter() - start, layers=preset.layers, hidden=preset.hidden_size)
     graphs: list[PrefillGraph] = []  # keeps the pool alive, which lasts as long as a graph that uses it
     for context, k in _REHEARSED if options.rehearsal else _SIZES:
         if options.seconds_left < (0 if options.rehearsal else 6):

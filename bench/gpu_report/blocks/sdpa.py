@@ -39,9 +39,9 @@ def block(options: Options, results: Results) -> None:
             _new_shapes(results)
 
 
-def _compare(options: Options, results: Results, rows: int, heads: tuple[int, int], width: int) -> None:
+def _compare(options: Options, results: Results, rows: int, heads: tuple[int, int], head_dim: int) -> None:
     dtype = torch.float32 if options.rehearsal else torch.bfloat16
-    q, k, v = tensors(*heads, width, rows, dtype, options.device)
+    q, k, v = tensors(*heads, head_dim, rows, dtype, options.device)
     plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[rows]]), device=options.device)
     calls: dict[str, Callable[[], torch.Tensor]] = {
         "torch's choice": peers.sdpa(q, k, v, is_causal=True),
@@ -73,7 +73,7 @@ def _compare(options: Options, results: Results, rows: int, heads: tuple[int, in
             median_s=took.median,
             p20_s=took.quantile(0.2),
             p80_s=took.quantile(0.8),
-            tflops=4e-12 * heads[0] * width * pairs / took.median,
+            tflops=4e-12 * heads[0] * head_dim * pairs / took.median,
             error=errors[name],
             kernels=kernels[name],
         )
