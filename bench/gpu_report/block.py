@@ -30,7 +30,7 @@ class Options:
     deadline: float
 
     @property
-    def rehearsal(self) -> bool:
+    def dry_run(self) -> bool:
         """Whether this is a dry run on the CPU, with tiny shapes."""
         return self.device == "cpu"
 

@@ -67,7 +67,7 @@ def contest(
         first = result if first is None else first
         right[name] = call
         found[name] = {**about, "error": error_, "bits_of_the_first": _same(result, first)}
-    times = interleave(right, *((1, 0) if options.rehearsal else (rounds, 2)), device=options.device)
+    times = interleave(right, *((1, 0) if options.dry_run else (rounds, 2)), device=options.device)
     for name, took in times.items():
         results.add(
             case,

@@ -32,14 +32,14 @@ def measure_rows(
     """
     bad = []
     # Three copies of the tensors on a GPU, so that rotating calls read them from memory and not from a cache.
-    defaults = {"copies": 1, "memory": False} if options.rehearsal else {"copies": 3}
-    how = {"rounds": 11, **defaults, **how, **({"rounds": 1} if options.rehearsal else {})}
+    defaults = {"copies": 1, "memory": False} if options.dry_run else {"copies": 3}
+    how = {"rounds": 11, **defaults, **how, **({"rounds": 1} if options.dry_run else {})}
     for entry in entries:
-        if options.seconds_left < _LEAST and not options.rehearsal:
+        if options.seconds_left < _LEAST and not options.dry_run:
             outcome = unmeasured(entry, skipped="out of time")
         else:
             try:
-                names = () if options.rehearsal else backends
+                names = () if options.dry_run else backends
                 outcome = measure(entry, device=options.device, backends=names, **how)
             except Exception as error:  # the next row may work
                 traceback.print_exc()

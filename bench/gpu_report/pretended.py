@@ -21,7 +21,7 @@ _MOST = 6e8  # bytes of keys and values: larger ones launch the same kernels and
 class _Pretended(Options):
     """Options with tensors on the CPU, and otherwise as on a GPU."""
 
-    rehearsal = False
+    dry_run = False
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:

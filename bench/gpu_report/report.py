@@ -19,7 +19,7 @@ from bench.gpu_report import catalogue, runner, schema, tables, triton_cache
 from bench.gpu_report.catalogue import Block
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-_REHEARSAL = 300.0  # time limit of a block on the CPU, which may be shared
+_DRY_RUN_SECONDS = 300.0  # time limit of a block on the CPU, which may be shared
 _ON_CPU = {"TRITON_INTERPRET": "1", "REFRAG_GPU_TESTS": "cpu", "OMP_NUM_THREADS": "1"}
 
 
@@ -70,7 +70,7 @@ def run(blocks: Sequence[Block], folder: Path, environment: dict[str, str], dry_
     """Run blocks in sequence, regardless of earlier failures, and return the report."""
     start, outcomes = time.monotonic(), []
     for block in blocks:
-        limit = max(block.seconds, _REHEARSAL) if dry_run else block.seconds
+        limit = max(block.seconds, _DRY_RUN_SECONDS) if dry_run else block.seconds
         print(f"==> {block.name}: {'absent' if block.absent else f'up to {limit:.0f} s'}", flush=True)
         words = runner.command(block, "cpu" if dry_run else "cuda", folder / f"{block.name}.jsonl")
         limited = Block(block.name, limit, block.decides)

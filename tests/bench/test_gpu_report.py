@@ -252,7 +252,7 @@ def test_the_benchmarks_of_the_blocks_have_rows():
     assert measured == whole | {("llama2-7b-2-layers", "context=4096", "k=16")}
 
 
-def test_the_rehearsal(tmp_path):
+def test_the_dry_run(tmp_path):
     """Run every block of this checkout on the CPU; all lines fit the schema."""
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     for variable in [name for name in environment if name.startswith("PYTEST_")]:

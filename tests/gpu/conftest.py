@@ -14,9 +14,9 @@ from bench.cases.ops import GPU_OPS
 from refrag_kernels import registration
 from tests.support import triton_on_cpu
 
-REHEARSAL = triton_on_cpu.TTSEM or (os.environ.get("REFRAG_GPU_TESTS") == "cpu" and triton_on_cpu.INTERPRETED)
-DEVICE = "cpu" if REHEARSAL else "cuda"
-collect_ignore_glob = [] if REHEARSAL or torch.cuda.is_available() else ["test_*.py"]
+DRY_RUN = triton_on_cpu.TTSEM or (os.environ.get("REFRAG_GPU_TESTS") == "cpu" and triton_on_cpu.INTERPRETED)
+DEVICE = "cpu" if DRY_RUN else "cuda"
+collect_ignore_glob = [] if DRY_RUN or torch.cuda.is_available() else ["test_*.py"]
 
 
 class Move:
@@ -88,7 +88,7 @@ def _on_device(name, served):
 @pytest.fixture(autouse=True)
 def ops_on_the_device(monkeypatch):
     """Run the public ops on the device, and skip a test if its backend leaves the call to another."""
-    if REHEARSAL:
+    if DRY_RUN:
         triton_on_cpu.install(monkeypatch)
     served = {}
     select = registration.select

@@ -8,14 +8,14 @@ from refrag_kernels import attention, paged
 from tests.support.accuracy import LSE, OUTPUT, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REHEARSAL = DEVICE == "cpu"
+DRY_RUN = DEVICE == "cpu"
 BF16 = torch.bfloat16
-BACKENDS = ("triton", pytest.param("cuda", marks=pytest.mark.skipif(REHEARSAL, reason="needs a CUDA device")))
+BACKENDS = ("triton", pytest.param("cuda", marks=pytest.mark.skipif(DRY_RUN, reason="needs a CUDA device")))
 
 
 def captured(call):
     """Return a call's result, and a function that replays the call into the same tensors."""
-    if REHEARSAL:
+    if DRY_RUN:
         results = call()
 
         def replay():

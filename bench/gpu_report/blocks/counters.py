@@ -23,7 +23,7 @@ _LEAST = 6.0  # approximate seconds per target
 def block(options: Options, results: Results) -> None:
     """Profile each target in its own process; on the CPU, run one without a profiler."""
     tool = cuda_tools.find("ncu")
-    if options.rehearsal:
+    if options.dry_run:
         _launch_once(["passages", "--device", "cpu"], options)
         results.add("passages", status="skipped", reason="ncu needs a GPU")
         return

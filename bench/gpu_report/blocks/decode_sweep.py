@@ -58,7 +58,7 @@ class _Shape:
 
 def block(options: Options, results: Results) -> None:
     """Time the variants at each shape, those with the largest expected gain first."""
-    if options.rehearsal:
+    if options.dry_run:
         for batch, table in ((1, 70), (2, 300)):
             _case(_Shape(4, 2, 16, batch, 70, table), _FEW, 1.0, options, results)
         return
@@ -86,7 +86,7 @@ def _copy(results: Results) -> float:
 def _case(shape: _Shape, ways: dict[str, Decode], rate: float, options: Options, results: Results) -> None:
     device = torch.device(options.device)
     # The interpreter doesn't support bfloat16.
-    dtype = torch.float16 if options.rehearsal else torch.bfloat16
+    dtype = torch.float16 if options.dry_run else torch.bfloat16
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> torch.Tensor:

@@ -21,11 +21,11 @@ def block(options: Options, results: Results) -> None:
     results.add("devices", found=report["devices"], gpu=machine.gpu())
     results.add("libraries", found={name: value or "not installed" for name, value in machine.libraries().items()})
     _triton_cache(options, results)
-    rounds = 1 if options.rehearsal else 21
-    nothing = (lambda: None) if options.rehearsal else (lambda: torch.cuda._sleep(0))
+    rounds = 1 if options.dry_run else 21
+    nothing = (lambda: None) if options.dry_run else (lambda: torch.cuda._sleep(0))
     _add(results, "empty kernel", interleave({"empty": nothing}, rounds, device=options.device)["empty"])
     _l2(options, results)
-    if options.rehearsal:
+    if options.dry_run:
         return  # limits.matmul_flops and limits.bandwidth take seconds
     results.add("matmul, bfloat16", flop_per_s=limits.matmul_flops(torch.bfloat16, device="cuda"))
     results.add("copy", bytes_per_s=limits.bandwidth(device="cuda"))
@@ -42,19 +42,19 @@ def _triton_cache(options: Options, results: Results) -> None:
     from bench.gpu_report.known_launches import passages
 
     with compilations.counted() as found:
-        if not options.rehearsal:
+        if not options.dry_run:
             passages("cuda")()
     results.add("triton cache", folder=knobs.cache.dir, **found.as_values())
 
 
 def _l2(options: Options, results: Results) -> None:
     """Read a buffer that fits in half of an H100's L2, with two programs per multiprocessor."""
-    programs = 2 if options.rehearsal else 2 * torch.cuda.get_device_properties(0).multi_processor_count
-    call, expected, size = l2.reader(1 << 15 if options.rehearsal else 24 << 20, programs, options.device)
+    programs = 2 if options.dry_run else 2 * torch.cuda.get_device_properties(0).multi_processor_count
+    call, expected, size = l2.reader(1 << 15 if options.dry_run else 24 << 20, programs, options.device)
     if not torch.equal(call(), expected):
         results.add("L2 read", status="wrong", reason="the sums don't match the buffer's")
         return
-    times = interleave({"read": call}, 1 if options.rehearsal else 11, device=options.device)["read"]
+    times = interleave({"read": call}, 1 if options.dry_run else 11, device=options.device)["read"]
     _add(results, "L2 read", times, bytes_per_s=size / times.median)
 
 

@@ -22,7 +22,7 @@ _END = 5.0  # seconds for a process to start and exit
 
 def block(options: Options, results: Results) -> None:
     """Check every configuration, then time the correct ones; after a hang or failure, continue with the next."""
-    if not options.rehearsal:
+    if not options.dry_run:
         _compile(options, results)
     first, right, hung = 0, [], True
     while hung and options.seconds_left > _END:
@@ -50,7 +50,7 @@ def _command(options: Options, *arguments: object) -> list[str]:
 
 def _lines(options: Options, first: int, right: list[str]) -> Iterator[dict[str, Any]]:
     arguments = ["--first", first, "--seconds", max(1.0, options.seconds_left - _END), "--right", *right]
-    slower = 10 if options.rehearsal else 1
+    slower = 10 if options.dry_run else 1
     return watched.lines(
         _command(options, *arguments),
         start=slower * _START,

@@ -14,7 +14,7 @@ _GROUPS = {
 
 def block(options: Options, results: Results) -> None:
     """Run groups of tests in parallel; on the CPU, where plain calls replace graphs, only the first."""
-    groups = ["graphs"] if options.rehearsal else list(_GROUPS)
+    groups = ["graphs"] if options.dry_run else list(_GROUPS)
     if failed := pytest_runs.run({name: pytest_runs.command(results, *_GROUPS[name]) for name in groups}):
         raise SystemExit(f"failed: {', '.join(failed)}")
 

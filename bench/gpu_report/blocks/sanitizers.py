@@ -15,7 +15,7 @@ _TOOLS = ("racecheck", "synccheck", "memcheck")
 def block(options: Options, results: Results) -> None:
     """Run the sample under each tool; on the CPU, run a test of it without a tool."""
     sanitizer = cuda_tools.find("compute-sanitizer")
-    if options.rehearsal:
+    if options.dry_run:
         commands = {"none": pytest_runs.command(results, _SAMPLE, "-k", "pool_chunks-triton", tool="none")}
     elif sanitizer is None:
         results.add("compute-sanitizer", status="skipped", reason="not installed")

@@ -28,7 +28,7 @@ _HEADS = ((32, 8), (32, 32))  # LLaMA-3-8B's, LLaMA-2-7B's
 
 def block(options: Options, results: Results) -> None:
     """Compare backends case by case; the cost of a new shape comes before the longest case."""
-    if options.rehearsal:
+    if options.dry_run:
         _compare(options, results, 40, (4, 2), 16)
         return
     for number, rows in enumerate(_ROWS):
@@ -40,14 +40,14 @@ def block(options: Options, results: Results) -> None:
 
 
 def _compare(options: Options, results: Results, rows: int, heads: tuple[int, int], head_dim: int) -> None:
-    dtype = torch.float32 if options.rehearsal else torch.bfloat16
+    dtype = torch.float32 if options.dry_run else torch.bfloat16
     q, k, v = tensors(*heads, head_dim, rows, dtype, options.device)
     plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[rows]]), device=options.device)
     calls: dict[str, Callable[[], torch.Tensor]] = {
         "torch's choice": peers.sdpa(q, k, v, is_causal=True),
         "refrag_kernels": lambda: rk.mixed_attention(q, k, v, plan),
     }
-    if not options.rehearsal:
+    if not options.dry_run:
         calls |= {name: _forced(backend, calls["torch's choice"]) for name, backend in _BACKENDS.items()}
         calls |= {"aten flash op with lse": _flash(q, k, v), "aten cuDNN op with lse": _cudnn(q, k, v)}
     case = f"causal, {rows} rows, {heads[0]}/{heads[1]} heads"
@@ -64,8 +64,8 @@ def _compare(options: Options, results: Results, rows: int, heads: tuple[int, in
             if errors[name] > 4 * bound_of(dtype):
                 results.add(case, who=name, status="wrong", error=_finite(errors[name]), reason="differs from float64")
                 continue
-            right[name], kernels[name] = call, [] if options.rehearsal else _kernels(call)
-        times = interleave(right, 1 if options.rehearsal else 11, device=options.device)
+            right[name], kernels[name] = call, [] if options.dry_run else _kernels(call)
+        times = interleave(right, 1 if options.dry_run else 11, device=options.device)
     for name, took in times.items():
         results.add(
             case,

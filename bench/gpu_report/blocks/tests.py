@@ -15,8 +15,8 @@ _FEW = ("tests/gpu/test_gpu_ops.py", "-k", "pool_chunks-triton-float32-0] or mer
 
 def block(options: Options, results: Results) -> None:
     """Run the tests in shards."""
-    shards = 1 if options.rehearsal else max(1, min(_PROCESSES, (os.cpu_count() or 1) - 1))
-    tests = _FEW if options.rehearsal else _FILES
+    shards = 1 if options.dry_run else max(1, min(_PROCESSES, (os.cpu_count() or 1) - 1))
+    tests = _FEW if options.dry_run else _FILES
     commands = {
         f"shard {number}": pytest_runs.command(results, *tests, shard=f"{number}/{shards}") for number in range(shards)
     }

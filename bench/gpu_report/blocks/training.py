@@ -19,7 +19,7 @@ _SECONDS_TO_END = 15  # reserved for writing the last files and exiting
 
 def block(options: Options, results: Results) -> None:
     """Distil for the remaining time, and report the log as it grows."""
-    if not options.rehearsal and not os.environ.get("REFRAG_TRAINING_FILES"):
+    if not options.dry_run and not os.environ.get("REFRAG_TRAINING_FILES"):
         results.add("left out", reason="REFRAG_TRAINING_FILES: got none, needs a folder with a decoder and token files")
         return
     from refrag.training.distill.loop import distill
@@ -27,7 +27,7 @@ def block(options: Options, results: Results) -> None:
 
     with tempfile.TemporaryDirectory() as own:
         work = Path(own)
-        if options.rehearsal:
+        if options.dry_run:
             files, settings = _tiny_files(work), _tiny_settings()
             seconds = max(8.0, min(options.seconds_left, 10.0))
         else:
