@@ -1,4 +1,4 @@
-"""Which decoders and encoders are taken, and what refusals say: a model is tried when it is made, whatever its name."""
+"""Which decoders and encoders are accepted: a model is probed when it is built, whatever its name."""
 
 import copy
 import gc
@@ -49,7 +49,7 @@ def packed(parts):
 
 
 @pytest.mark.parametrize("name", ["StableLm", "Nemotron"])
-def test_layers_that_are_handed_no_keywords_get_their_plan(name):
+def test_layers_without_keywords_find_their_plan(name):
     decoder = made(name)
     parts = texts()
     alone = torch.cat([decoder(part[None], use_cache=False).logits[0] for part in parts])
@@ -64,60 +64,60 @@ def test_layers_that_are_handed_no_keywords_get_their_plan(name):
         model.train()(prompt=prompt, labels=prompt.token_ids).loss.backward()
 
 
-def test_layers_that_get_no_plan_are_an_error_wherever_they_run():
+def test_layers_without_a_plan_raise_in_any_thread():
     decoder = tiny.refrag("llama").decoder
     rows, mask = torch.arange(3, 20)[None], attention.no_mask(torch.device("cpu"))
     with pytest.raises(ValueError, match="refrag_plans: LlamaAttention got none with packed rows"):
         decoder(rows, attention_mask=mask)
 
 
-def test_a_pass_in_which_no_plan_was_asked_for_is_an_error():
+def test_a_pass_that_uses_no_plan_is_an_error():
     class Deaf(torch.nn.Module):
         def forward(self, **inputs):
             return inputs
 
     plans = attention.AttentionPlans(ChunkLayout.from_lengths([[3]]), ChunkMask.full(), causal=True)
-    with pytest.raises(ValueError, match="refrag_plans: no attention layer of Deaf asked for a plan"):
+    with pytest.raises(ValueError, match="refrag_plans: no attention layer of Deaf used a plan"):
         attention.packed_pass(Deaf(), plans)
 
 
 @pytest.mark.parametrize("name", ["position_bias", "indices", "seq_idx"])
-def test_a_keyword_that_changes_attention_is_an_error_unless_it_is_known(name):
+def test_an_unknown_attention_keyword_is_an_error(name):
     states = torch.zeros(1, 2, 5, 16)
     plans = attention.AttentionPlans(ChunkLayout.from_lengths([[5]]), ChunkMask.full(), causal=True)
     known = dict(position_ids=torch.arange(5), output_attentions=False, cu_seq_lens_q=None)
     attention.refrag_attention(torch.nn.Module(), *[states] * 3, None, refrag_plans=plans, **known, **{name: None})
-    with pytest.raises(ValueError, match=f"{name}: Module passes it to its attention, which knows nothing of it"):
+    with pytest.raises(ValueError, match=f"{name}: Module passes it to its attention, which doesn't support it"):
         attention.refrag_attention(torch.nn.Module(), *[states] * 3, None, refrag_plans=plans, **{name: states})
-    # Without plans too, where it isn't transformers' own attention that reads on.
-    with pytest.raises(ValueError, match=f"{name}: Module passes it to its attention, which knows nothing of it"):
+    # Also without plans, where masked_attention runs instead of transformers' own attention.
+    with pytest.raises(ValueError, match=f"{name}: Module passes it to its attention, which doesn't support it"):
         attention.refrag_attention(torch.nn.Module(), *[states] * 3, None, softcap=30.0, **{name: states})
-    with pytest.raises(ValueError, match="is_causal: Module got False, but the plans are made for True"):
+    with pytest.raises(ValueError, match="is_causal: Module got False, but the plans were built with True"):
         attention.refrag_attention(torch.nn.Module(), *[states] * 3, None, refrag_plans=plans, is_causal=False)
 
 
 REFUSED = {
     # name: (fields, what the error says)
-    "Bloom": ({}, "code of its own"),
-    "Mpt": ({}, "code of its own"),
-    "Falcon": ({}, "code of its own"),
-    "GPTJ": ({"rotary_dim": 8}, "code of its own"),
+    "Bloom": ({}, "custom attention code"),
+    "Mpt": ({}, "custom attention code"),
+    "Falcon": ({}, "custom attention code"),
+    "GPTJ": ({"rotary_dim": 8}, "custom attention code"),
     "Llama4Text": (
         {"num_local_experts": 2, "head_dim": 16, "attention_chunk_size": 99},
-        r"layer 0 .Llama4TextAttention. looks at other keys",
+        r"layer 0 .Llama4TextAttention. attends to other keys",
     ),
-    "Bert": ({}, "layer 0 .BertSelfAttention. looks at other keys than a causal mask"),
-    "Bart": ({"d_model": 64, "decoder_attention_heads": 4, "decoder_layers": 2}, r"differ .* by [\d.]+ of their size"),
-    "Lfm2": ({"layer_types": ["conv", "full_attention", "conv"]}, "keeps state besides the keys and values"),
-    "Qwen3Next": ({"num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2}, "keeps state besides"),
-    "Jamba": ({"num_hidden_layers": 8, "use_mamba_kernels": False, "num_experts": 2}, "keeps state besides the keys"),
-    "Mamba": ({}, "code of its own"),
+    "Bert": ({}, "layer 0 .BertSelfAttention. attends to other keys than a causal mask"),
+    "Bart": ({"d_model": 64, "decoder_attention_heads": 4, "decoder_layers": 2}, r"other logits .* difference [\d.]+"),
+    "Lfm2": ({"layer_types": ["conv", "full_attention", "conv"]}, "keeps state other than keys and values"),
+    "Qwen3Next": ({"num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2}, "keeps state other than"),
+    "Jamba": ({"num_hidden_layers": 8, "use_mamba_kernels": False, "num_experts": 2}, "keeps state other than keys"),
+    "Mamba": ({}, "custom attention code"),
     "Gemma4Text": ({"vocab_size_per_layer_input": 97}, "head_dim 512, needs a multiple of 8 up to 256"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_decoder_is_refused_by_name_and_left_as_it_was(name):
+def test_a_refused_decoder_is_named_and_unchanged(name):
     fields, why = REFUSED[name]
     decoder = made(name, **fields)
     ids = torch.arange(3, 12)[None]
@@ -130,14 +130,14 @@ def test_a_decoder_is_refused_by_name_and_left_as_it_was(name):
     assert torch.equal(decoder(ids, use_cache=False).logits, before)
 
 
-def test_a_decoder_is_refused_when_it_is_made_of_a_config_too():
+def test_a_decoder_from_a_config_is_refused():
     config = tiny.refrag().config.to_dict()
     config["text_config"] = made("Lfm2", **REFUSED["Lfm2"][0]).config.to_dict()
     with pytest.raises(FamilyError, match="decoder: got Lfm2ForCausalLM, which keeps state"):
         RefragForCausalLM(tiny.refrag().config.__class__(**config))
 
 
-def test_a_decoder_loaded_without_weights_is_tried_when_it_is_used(tmp_path):
+def test_a_decoder_loaded_without_weights_is_probed_at_first_use(tmp_path):
     model = tiny.refrag()
     model.save_pretrained(tmp_path)
     loaded = RefragForCausalLM.from_pretrained(tmp_path)
@@ -147,14 +147,14 @@ def test_a_decoder_loaded_without_weights_is_tried_when_it_is_used(tmp_path):
     assert loaded.decoder.refrag_accepted and loaded.encoder.refrag_reading == Reading(packed=True)
 
 
-def test_a_window_that_the_layer_does_not_say_is_seen_in_its_mask():
+def test_a_window_that_only_the_mask_has_is_detected():
     experts = dict(num_local_experts=2, num_experts_per_tok=2)
-    with pytest.raises(FamilyError, match=r"layer 0 \(PhimoeAttention\) looks at other keys .* None"):
+    with pytest.raises(FamilyError, match=r"layer 0 \(PhimoeAttention\) attends to other keys .* None"):
         accept_decoder(made("Phimoe", sliding_window=100, **experts))
-    accept_decoder(made("Phimoe", sliding_window=256, **experts))  # as long as its positions: it hides nothing
+    accept_decoder(made("Phimoe", sliding_window=256, **experts))  # as long as its positions, so it masks nothing
 
 
-def test_a_tried_model_is_not_kept():
+def test_probing_keeps_no_reference_to_the_model():
     decoder = tiny.decoder("llama")
     accept_decoder(decoder)
     layer = weakref.ref(decoder.model.layers[0].self_attn)
@@ -163,7 +163,7 @@ def test_a_tried_model_is_not_kept():
     assert layer() is None
 
 
-def test_a_tried_model_is_as_it_was():
+def test_probing_leaves_the_model_unchanged():
     decoder = tiny.decoder("llama").train()
     state, random = {name: value.clone() for name, value in decoder.state_dict().items()}, torch.get_rng_state()
     accept_decoder(decoder)
@@ -185,7 +185,7 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_an_encoders_rows_are_its_own(name):
+def test_rows_equal_those_of_the_plain_encoder(name):
     fields, how = ENCODERS[name]
     plain = made(name, auto=AutoModel, **fields)
     parts = texts()
@@ -193,7 +193,7 @@ def test_an_encoders_rows_are_its_own(name):
     model = RefragForCausalLM.from_parts(made(name, auto=AutoModel, **fields), tiny.decoder("llama"), pooling="mean")
     assert model.encoder.refrag_reading == how
     assert relative_error(model.encode_chunks(packed(parts)), own) < 1e-5
-    # Windows: chunks of one passage see each other.
+    # Windows: chunks of one passage attend to each other.
     windows = torch.tensor([0, 0, 1, 2, 2], dtype=torch.int32)
     joined = [torch.cat(parts[:2]), parts[2], torch.cat(parts[3:])]
     rows = torch.cat([plain(input_ids=part[None]).last_hidden_state[0] for part in joined])
@@ -211,7 +211,7 @@ def test_a_padded_encoder_can_be_saved_and_loaded(tmp_path):
     assert loaded.encoder.refrag_reading == Reading(packed=False)
 
 
-def test_a_padded_encoder_makes_the_masks_of_its_own_attention():
+def test_a_padded_encoder_builds_the_masks_of_its_own_attention():
     config = made("MPNet", auto=AutoModel).config
     encoder = AutoModel.from_config(copy.deepcopy(config), attn_implementation="refrag").eval()
     plain = AutoModel.from_config(copy.deepcopy(config)).eval()
@@ -222,20 +222,22 @@ def test_a_padded_encoder_makes_the_masks_of_its_own_attention():
 
 def test_an_encoder_whose_rows_depend_on_padding_is_refused():
     encoder = made("FNet", auto=AutoModel)
-    with pytest.raises(FamilyError, match=r"encoder: got FNetModel, for its rows in a padded .* by [\d.]+ of"):
+    with pytest.raises(
+        FamilyError, match=r"encoder: got FNetModel, .* other rows in a padded .*: relative difference "
+    ):
         accept_encoder(encoder)
     with pytest.raises(FamilyError, match="encoder: got T5Model, an encoder and a decoder in one"):
         accept_encoder(made("T5", auto=AutoModel, d_kv=16, num_layers=2, num_heads=4, d_ff=64))
 
 
-def test_a_model_that_could_not_be_loaded_again_is_refused():
+def test_a_model_that_could_not_be_reloaded_is_refused():
     config = transformers.T5Config(vocab_size=97, d_model=64, d_kv=16, d_ff=64, num_layers=2, num_heads=4)
     encoder = transformers.T5EncoderModel(config).eval()
-    with pytest.raises(FamilyError, match="encoder: got T5EncoderModel, needs T5Model, which is made of its config"):
+    with pytest.raises(FamilyError, match="encoder: got T5EncoderModel, needs T5Model, which its config builds"):
         RefragForCausalLM.from_parts(encoder, tiny.decoder("llama"))
 
 
-def test_an_encoder_that_no_one_tried_is_tried_when_it_is_used():
+def test_an_encoder_is_probed_at_first_use():
     encoder = made("Qwen3", auto=AutoModel, head_dim=16)
     own = torch.stack([encoder(input_ids=part[None]).last_hidden_state[0, -1] for part in texts()])
     encoder.set_attn_implementation("refrag")

@@ -36,7 +36,7 @@ def test_packed_sequences_equal_each_alone(name):
 @pytest.mark.parametrize("with_plans", [True, False])
 @pytest.mark.parametrize("name", tiny.DECODERS)
 def test_is_causal(name, with_plans):
-    # transformers silently loses causality for a live model whose config became part of a composite config.
+    # transformers silently loses causality in a model whose config became part of a composite one.
     decoder = tiny.refrag(name).decoder
     ids = torch.randint(3, tiny.VOCABULARY, (1, 30))
     other = ids.clone()
@@ -61,7 +61,7 @@ def test_without_plans_equals_sdpa(name, decoders):
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1, 12:], theirs[1, 12:])
 
 
-def test_making_a_model_leaves_another_decoder_as_it_was(decoders):
+def test_creating_a_model_leaves_another_decoder_unchanged(decoders):
     decoder = tiny.decoder("llama")
     before = decoder(torch.arange(3, 20)[None]).logits
     model = tiny.refrag("llama")
@@ -70,7 +70,7 @@ def test_making_a_model_leaves_another_decoder_as_it_was(decoders):
     assert torch.equal(decoder(torch.arange(3, 20)[None]).logits, before)
 
 
-def test_passages_do_not_see_each_other():
+def test_passages_do_not_attend_to_each_other():
     model = tiny.refrag(decoder_mask="passages")
     spans = [[("text", 3), ("expanded", 4, 0), ("expanded", 4, 1), ("text", 5)]]
     prompt = tiny.prompt(spans)
@@ -91,7 +91,7 @@ def test_refuses_batches_with_plans():
         attention.refrag_attention(model.decoder, states, states, states, None, refrag_plans=model.plans(prompt))
 
 
-def test_says_that_attention_dropout_is_left_out(monkeypatch):
+def test_warns_that_attention_dropout_is_ignored(monkeypatch):
     said = []
     monkeypatch.setattr(attention._logger, "warning_once", said.append)
     model = tiny.refrag()
@@ -100,7 +100,7 @@ def test_says_that_attention_dropout_is_left_out(monkeypatch):
     assert not said
     model.encoder.train()
     model.encode_chunks(prompt.encoder_input)
-    assert "dropout: 0.1 on attention weights is left out" in said[0]
+    assert "dropout: 0.1 on attention weights is ignored" in said[0]
 
 
 def test_refuses_packed_rows_on_another_attention():

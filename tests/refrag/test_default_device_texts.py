@@ -1,4 +1,4 @@
-"""Texts and their embeddings are created on the CPU regardless of torch.set_default_device."""
+"""Texts and their embeddings are created on the CPU, regardless of torch.set_default_device."""
 
 import pytest
 import tiny

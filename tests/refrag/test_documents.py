@@ -1,4 +1,4 @@
-"""Documents: sources are read, texts are unique, windows stay within a document, splits don't share documents."""
+"""Documents: all sources, no duplicates, no window across documents, no document in both splits."""
 
 import json
 
@@ -38,7 +38,7 @@ def test_every_kind_of_source(home, tokenizer):
     pyarrow.parquet.write_table(pyarrow.table({"text": [TEXTS[2], "And a fourth."]}), table)
     documents = read_documents([folder, lines, table], tokenizer, column="body")
     assert contents(documents, tokenizer) == {*TEXTS, "And a fourth."}
-    assert len(documents) == 4  # duplicate texts are kept once
+    assert len(documents) == 4  # duplicates are removed
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_bad_sources(home, tokenizer, source, message):
         read_documents([], tokenizer)
 
 
-def test_a_file_that_is_no_text_is_named(home, tokenizer):
+def test_a_file_that_is_not_utf_8_is_named(home, tokenizer):
     folder = home / "folder"
     folder.mkdir()
     (folder / "a.txt").write_text(TEXTS[0])
@@ -63,7 +63,7 @@ def test_a_file_that_is_no_text_is_named(home, tokenizer):
         read_documents([folder], tokenizer)
 
 
-def test_windows_are_all_runs_inside_documents():
+def test_windows_are_all_runs_within_documents():
     documents = Documents(np.arange(20), np.array([0, 3, 3, 10, 12, 20]))
     windows = documents.windows(4)
     assert [windows[index].token_ids for index in range(len(windows))] == [
@@ -74,7 +74,7 @@ def test_windows_are_all_runs_inside_documents():
     with pytest.raises(ValueError, match="the longest has 8 tokens, needs 9"):
         documents.windows(9)
     drawn = [tuple(windows.draw(3, index).token_ids) for index in range(300)]
-    assert len(set(drawn)) == len(windows)  # every window can be drawn
+    assert len(set(drawn)) == len(windows)  # each is drawn
     assert (
         drawn
         == [tuple(windows.draw(3, index).token_ids) for index in range(300)]
@@ -82,7 +82,7 @@ def test_windows_are_all_runs_inside_documents():
     )
 
 
-def test_split_keeps_a_documents_side():
+def test_the_split_of_a_document_is_stable():
     generator = np.random.default_rng(0)
     texts = [generator.integers(0, 1000, 50) for _ in range(200)]
 

@@ -1,4 +1,4 @@
-"""`refrag encode`, run as by a user; also on Ray if it is installed."""
+"""`refrag encode` from the command line, and on Ray if it is installed."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def run(tmp_path, encoder_folder):
 
 
 def check(folder, encoder, passages=PASSAGES, dtype=torch.float32):
-    """Check that the store holds these passages with the encoder's embeddings of them."""
+    """Check that the store holds these passages with the encoder's embeddings."""
     store = ChunkStore.open(folder, encoder.fingerprint)
     assert len(store) == len(passages) and store.dtype == dtype
     chunks, rows = encoder.encode(passages)
@@ -102,7 +102,7 @@ def test_json_lines_shards_and_resume(run, corpus, tmp_path, expected):
     assert store.passage("p3").text == store.passage("more").text == "One more." and len(store) == 21
 
 
-def test_after_an_error_it_goes_on_where_it_was(run, corpus, tmp_path, expected):
+def test_encoding_resumes_after_an_error(run, corpus, tmp_path, expected):
     lines = corpus.read_text().split("\n")
     corpus.write_text("\n".join([*lines[:13], '{"text": ""}', *lines[13:]]))
     result = run(corpus, "--shard-passages", "6")
@@ -153,7 +153,7 @@ def test_another_k_or_encoder_is_refused(run, corpus, tmp_path, model_folder, ex
         (["--encoder-dtype", "bfloat16"], "encoder: holds embeddings of"),
         (["--dtype", "float16"], "--dtype: got float16, but the store"),
     ]:
-        result = run(corpus, *arguments)  # the last of repeated options counts
+        result = run(corpus, *arguments)  # the last of a repeated option counts
         assert result.exit_code == 2 and message in result.stderr, result.output
     check(tmp_path / "store", expected)
 
@@ -172,7 +172,7 @@ def test_another_k_or_encoder_is_refused(run, corpus, tmp_path, model_folder, ex
         (["nothing.jsonl"], "nothing.jsonl"),
     ],
 )
-def test_bad_input_is_one_clear_line(run, corpus, tmp_path, arguments, message):
+def test_bad_input_gives_a_one_line_error(run, corpus, tmp_path, arguments, message):
     result = run(corpus, *arguments)
     assert result.exit_code == 2 and message in result.stderr and "Traceback" not in result.output, result.output
     assert not (tmp_path / "store").exists()
@@ -189,13 +189,11 @@ def test_the_demos_encoders_are_the_defaults(run, tmp_path):
     fingerprint = ChunkStore.open(tmp_path / "store").fingerprint
     assert fingerprint.encoder == str(weights.encoder_folder())
     assert fingerprint.pooling == "mean, windows of 512 tokens" and fingerprint.chunker == "fixed, k = 16"
-    assert (
-        run(tmp_path, "--k", "16", encoder=False).exit_code == 0
-    )  # there is no adapter for this k, but the encoder is the same
+    assert run(tmp_path, "--k", "16", encoder=False).exit_code == 0  # there is no adapter for this k: the same encoder
     assert len(list((tmp_path / "store").glob("shard-*"))) == 1
 
 
-def test_a_job_keeps_its_store_wherever_it_travels(tmp_path, monkeypatch):
+def test_a_job_keeps_its_store_in_another_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     job = pickle.loads(pickle.dumps(EncodeJob(Path("store"))))
     monkeypatch.chdir("/")
@@ -220,7 +218,7 @@ def test_on_ray(ray, run, corpus, tmp_path, expected):
     result = run(corpus, "--engine", "ray", "--workers", "1", "--shard-passages", "6")
     assert result.exit_code == 2 and f"{corpus}:18: is not JSON" in result.stderr.replace("\n", ""), result.output
     done = len(ChunkStore.open(tmp_path / "store", expected.fingerprint))
-    assert done in (0, 6, 9, 12, 15)  # slices of 6, 6, 5 and 3 passages; a worker may have finished the last one
+    assert done in (0, 6, 9, 12, 15)  # slices of 6, 6, 5 and 3 passages; a worker may have continued with the last one
     result = run(corpus, "--engine", "ray", "--workers", "2", "--shard-passages", "6", "--skip-bad")
     assert result.exit_code == 0, result.output
     assert (

@@ -1,4 +1,4 @@
-"""The encoder: chunks packed without padding give the same rows as each chunk padded."""
+"""The encoder: chunks packed without padding equal the same chunks encoded one by one with padding."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_a_text_too_long_for_the_encoder(encoder_tokenizer):
 
 
 class _NoLimit:
-    """A tokenizer from a folder without model_max_length: one token per word."""
+    """A tokenizer without model_max_length that maps each word to a token."""
 
     model_max_length = int(1e30)
 
@@ -70,16 +70,16 @@ def test_a_text_longer_than_the_encoders_positions(kind):
     assert most_tokens(model.encoder) == most
     words = "a " * (most + 1)
     embedder = TextEmbedder(model, _NoLimit())
-    assert torch.equal(embedder([words]), embedder(["a " * most]))  # questions are truncated
+    assert torch.equal(embedder([words]), embedder(["a " * most]))  # a question is truncated
     assert model.encode_chunks(pack_texts(_NoLimit(), ["a", "a " * most])).isfinite().all()
     with pytest.raises(ValueError, match=f"texts: text 1 has {most + 1} tokens for the encoder, needs at most {most}"):
         model.encode_chunks(pack_texts(_NoLimit(), ["a", words, "a"]))
     windows = pack_texts(_NoLimit(), ["a", "a " * 60, "a " * 50], window=1000, passages=[0, 1, 1])
-    with pytest.raises(ValueError, match=f"texts: window 1 has 110 tokens .* needs at most {most}; take a smaller enc"):
+    with pytest.raises(ValueError, match=f"texts: window 1 has 110 tokens .* needs at most {most}; use a smaller enc"):
         model.encode_chunks(windows)
 
 
-def test_windows_leave_out_rows_for_padding():
+def test_windows_exclude_padding_positions():
     config = RefragConfig.from_preset("lclm", LlamaConfig(), CamembertConfig(max_position_embeddings=66))
     assert config.window == 64
 
@@ -87,5 +87,5 @@ def test_windows_leave_out_rows_for_padding():
 def test_without_special_tokens(encoder_tokenizer):
     texts = ["one two", " \n", "three"]
     packed = pack_texts(encoder_tokenizer, texts, special_tokens=False)
-    assert packed.layout.lengths() == [[2, 2, 1]]  # a blank text keeps them, since it has no other token
+    assert packed.layout.lengths() == [[2, 2, 1]]  # a blank text has no other tokens, so it keeps them
     assert not set(packed.token_ids[[0, 1, 4]].tolist()) & set(encoder_tokenizer.all_special_ids)

@@ -1,4 +1,4 @@
-"""Encoder windows (RefragConfig.encoder_window): chunks of a passage that are encoded together."""
+"""Encoder windows (RefragConfig.encoder_window): adjacent chunks of a passage that are encoded together."""
 
 import copy
 import dataclasses
@@ -33,7 +33,7 @@ WINDOWS = [0, 0, 0, 1, 2, 2]
 
 @pytest.mark.parametrize("name", tiny.ENCODERS)
 @pytest.mark.parametrize("pooling", ["mean", "first", "last", "concat"])
-def test_a_window_is_read_as_one_text(name, pooling):
+def test_a_window_is_encoded_as_one_text(name, pooling):
     model = tiny.encoder(name)
     ids = torch.randint(3, tiny.VOCABULARY, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
     expected = []
@@ -93,7 +93,7 @@ def processor(model, tokenizer, encoder_tokenizer):
     return RefragProcessor.from_config(model.config, tokenizer, encoder_tokenizer)
 
 
-def test_the_preset_reads_passages_in_windows(model, processor, encoder_tokenizer, minilm):
+def test_the_preset_encodes_passages_in_windows(model, processor, encoder_tokenizer, minilm):
     prompt = processor(PARTS)
     assert model.config.encoder_window == 1024 and processor.encoder_window == 512  # MiniLM's positions
     assert len(set(prompt.encoder_input.windows.tolist())) == 2
@@ -104,7 +104,7 @@ def test_the_preset_reads_passages_in_windows(model, processor, encoder_tokenize
     assert relative_error(model.encode_chunks(prompt.encoder_input)[: len(first)], expected) < 1e-5
 
 
-def test_stores_and_saved_processors_know_the_window(model, processor, tokenizer, tmp_path):
+def test_stores_and_saved_processors_keep_the_window(model, processor, tokenizer, tmp_path):
     source = PassageEncoder.from_model(model, processor, batch_tokens=20)
     assert source.fingerprint.pooling == "mean, windows of 512 tokens"
     store = ChunkStore.create(tmp_path / "store", source.fingerprint)
@@ -119,7 +119,7 @@ def test_stores_and_saved_processors_know_the_window(model, processor, tokenizer
         ChunkStore.open(tmp_path / "store", PassageEncoder.from_model(model, alone).fingerprint)
 
 
-def test_selectors_see_the_chunks_in_their_windows(model, processor, encoder_tokenizer, monkeypatch):
+def test_selectors_compare_chunks_encoded_in_their_windows(model, processor, encoder_tokenizer, monkeypatch):
     own = model.encode_chunks(processor(PARTS).encoder_input)
     calls = []
     monkeypatch.setattr(
@@ -141,17 +141,17 @@ def test_selectors_see_the_chunks_in_their_windows(model, processor, encoder_tok
     assert relative_error(seen[0], own) < 1e-6
 
 
-def test_keys_of_content_hold_the_neighbours(processor, tokenizer):
+def test_content_keys_depend_on_neighbours(processor, tokenizer):
     chunk = tokenizer.decode(tokenizer(PASSAGES[0].text)["input_ids"][:4])
     one, other = (Passage(chunk + text, "p") for text in (" and it rained all day long", " and the sun shone all day"))
     keys = [
         mixed_cache_key(processor(["So: ", passage]).take(range(2)))
         for passage in (one, other)  # the text and the first slot
     ]
-    assert keys[0] == keys[1]  # without windows, each chunk is encoded alone
+    assert keys[0] == keys[1]  # separated, each is encoded alone
     whole = [mixed_cache_key(processor(["So: ", passage])) for passage in (one, other)]
     assert whole[0] != whole[1]
-    # Only the first chunk is compressed, so its slot distinguishes the passages.
+    # Only the first chunk is compressed: its slot distinguishes the passages.
     slots = []
     for passage in (one, other):
         prompt = processor(["So: ", passage], expand=range(1, len(processor([passage]).chunks)))

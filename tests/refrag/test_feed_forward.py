@@ -56,7 +56,7 @@ def _through_torch_save(model):
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), _through_torch_save]
 )
-def test_a_copy_has_weights_of_its_own(copied):
+def test_a_copy_uses_its_own_weights(copied):
     fused = tiny.encoder("bert")
     fuse_feed_forward(fused)
     tokens = torch.tensor([[5, 6, 7]])
@@ -81,7 +81,7 @@ def test_replaced_linear_layers_are_respected():
     assert relative_error(hidden_states(fused, tokens), hidden_states(plain, tokens)) < 2e-6
 
 
-def test_layers_with_something_between_are_left_alone():
+def test_layers_with_modules_in_between_are_unchanged():
     config = XmodConfig(**{**tiny._ENCODER, "default_language": "en_XX", "pad_token_id": 0})
     plain = AutoModel.from_config(config).eval()
     tiny._spread(plain)
@@ -90,7 +90,7 @@ def test_layers_with_something_between_are_left_alone():
     assert torch.equal(hidden_states(fused, tokens), hidden_states(plain, tokens))
 
 
-def test_other_encoders_and_activations_are_left_alone():
+def test_other_encoders_and_activations_are_unchanged():
     assert fuse_feed_forward(tiny.encoder("modernbert")) == 0
     unknown = tiny.encoder("bert")
     unknown.config.hidden_act = "mish"

@@ -1,4 +1,4 @@
-"""A packed prompt is refused if the cache already holds rows, since its plans cover only its own rows."""
+"""A packed prompt is refused if the cache holds rows: its plans cover only its own rows."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_forward_and_generate_refuse_it(decoder):
 
 
 @pytest.mark.parametrize("make", [DynamicCache, StaticCache])
-def test_an_empty_one_is_taken(make):
+def test_an_empty_cache_is_accepted(make):
     model, prompt = tiny.refrag(), tiny.prompt([[("text", 5), ("slot", 0), ("text", 14)]])
     options = dict(max_cache_len=40) if make is StaticCache else {}
     cache = make(config=model.decoder.config, **options)
@@ -28,7 +28,7 @@ def test_an_empty_one_is_taken(make):
     assert torch.allclose(model(prompt=prompt, past_key_values=cache, use_cache=True).logits, expected, atol=1e-5)
 
 
-def test_tokens_are_appended_as_ever():
+def test_tokens_are_appended_as_usual():
     model, prompt = tiny.refrag(), tiny.prompt([[("text", 20)]])
     cache = DynamicCache(config=model.decoder.config)
     first = tiny.prompt([[("text", 20)]])

@@ -1,4 +1,4 @@
-"""Further options of transformers' models either work on packed rows or raise an error that names them."""
+"""Options of transformers' models: they work on packed rows, too, or are refused by name."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_the_token_table_can_be_resized(tied, tmp_path):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_hidden_states_of_generation_are_those_of_the_plain_decoder(beams):
+def test_hidden_states_of_generation_equal_the_plain_decoders(beams):
     prompt = text([9, 14])
     how = dict(**HOW, num_beams=beams, output_hidden_states=True, return_dict_in_generate=True, pad_token_id=0)
     got = tiny.refrag("mistral").generate(prompt, **how).hidden_states
@@ -45,13 +45,13 @@ def test_hidden_states_of_generation_are_those_of_the_plain_decoder(beams):
         model.generate(text([9]), state=model.read(text([5])), output_hidden_states=True, **HOW)
 
 
-def test_what_packed_rows_have_nothing_for_is_refused():
+def test_options_that_packed_rows_do_not_support_are_refused():
     model, prompt = tiny.refrag(), text([9])
     refused = {
-        "assistant_model": (tiny.decoder("llama"), "a packed prompt can't be drafted for"),
-        "prompt_lookup_num_tokens": (3, "a packed prompt can't be drafted for"),
+        "assistant_model": (tiny.decoder("llama"), "packed prompts don't support assisted decoding"),
+        "prompt_lookup_num_tokens": (3, "packed prompts don't support assisted decoding"),
         "guidance_scale": (1.5, "got 1.5, needs negative_prompt_ids"),
-        "output_attentions": (True, "packed rows form no attention weights"),
+        "output_attentions": (True, "packed rows never materialize attention weights"),
     }
     for name, (value, why) in refused.items():
         for more in ({}, {"state": model.read(prompt)}):
@@ -64,7 +64,7 @@ def test_what_packed_rows_have_nothing_for_is_refused():
         model.generate(prompt, **HOW)
 
 
-def test_what_the_refusals_advise_works():
+def test_the_advice_of_refusals_works():
     prompt, ids = text([9]), text([9]).token_ids[None]
     model, plain = tiny.refrag(), tiny.decoder("llama")
     guided = dict(**HOW, guidance_scale=1.5, negative_prompt_ids=torch.tensor([[7, 8]]), pad_token_id=0)
@@ -83,7 +83,7 @@ def test_tuples():
 
 
 @pytest.mark.parametrize("scale", [True, False])
-def test_an_embedding_that_scales_by_a_plain_number(scale):
+def test_an_embedding_scaled_by_a_plain_number(scale):
     decoder, prompt = made("BioGpt", scale_embedding=scale), text([9, 14])
     wanted = [decoder(ids[None]).logits[0] for ids in prompt.token_ids.split([9, 14])]
     model = RefragForCausalLM.from_parts(tiny.encoder("bert"), decoder, 4).eval()

@@ -1,4 +1,4 @@
-"""Linear layers without gradients give the same numbers; all other cases use torch's own matmul."""
+"""Linear layers for inference: equal results, and torch's own product in all other cases."""
 
 import copy
 import pickle
@@ -15,7 +15,7 @@ from tests.support.accuracy import relative_error
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Record the number of rows in each call of the kernel."""
+    """Count the rows that the kernel computes."""
     rows = []
 
     def counting(x, weight, bias):
@@ -40,7 +40,7 @@ def test_a_decode_step_equals_the_plain_decoders(name, decoders, calls):
     assert relative_error(logits[1], logits[0]) < 1e-5
     assert calls == [1] * 4 * changed
     assert ours.state_dict().keys() == plain.state_dict().keys()
-    # Prompts and beam search steps.
+    # Prompts and decode steps with beams.
     calls.clear()
     assert relative_error(ours(ids).logits, plain(ids).logits) < 1e-5 and not calls
     assert relative_error(ours(ids[:, :2].repeat(3, 1)).logits, plain(ids[:, :2].repeat(3, 1)).logits) < 1e-5
@@ -54,7 +54,7 @@ def test_generation_uses_it(calls):
     assert set(calls) == {1}
 
 
-def test_everything_else_is_a_product_of_torchs(calls):
+def test_other_cases_use_torchs_product(calls):
     layer = nn.Sequential(nn.Linear(6, 5))
     use_inference_linears(layer)
     x = torch.randn(2, 6)
@@ -87,7 +87,7 @@ def test_it_can_be_copied_and_pickled():
 
 
 @pytest.mark.parametrize("rows", [2, 30])
-def test_what_has_no_kernel_is_a_product_of_torchs(calls, rows):
+def test_unsupported_input_uses_torchs_product(calls, rows):
     layer = nn.Linear(6, 5)
     plain = copy.deepcopy(layer)
     use_inference_linears(layer)
@@ -103,9 +103,9 @@ def test_what_has_no_kernel_is_a_product_of_torchs(calls, rows):
         layer(torch.randn(6, 12))
 
 
-def test_weights_of_another_kind_are_left_to_themselves(calls):
+def test_tensor_subclasses_use_their_own_product(calls):
     class Wrapped(torch.Tensor):
-        """A tensor that stores its numbers elsewhere, as quantized and sharded tensors do."""
+        """A tensor that stores its data elsewhere, as quantised and sharded tensors do."""
 
         @staticmethod
         def __new__(cls, held):

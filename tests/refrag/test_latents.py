@@ -1,4 +1,4 @@
-"""Several slots per chunk (RefragConfig.latents): rows, prefill, generation, caches, stores, saving and training."""
+"""Several slots per chunk (RefragConfig.latents): rows, reading, generation, caches, stores, saving and training."""
 
 import dataclasses
 
@@ -74,7 +74,7 @@ def test_rows(make, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_reading_and_generating(make, name):
+def test_read_and_generate(make, name):
     model, plain, processor = make(name, projector_norm="rms")
     prompt = processor([PARTS, [PASSAGES[1], "So?"]], expand={0})
     chunks = model.encode_chunks(prompt.encoder_input)
@@ -131,7 +131,7 @@ def test_keys_of_content(make):
     assert mixed_cache_key(prompt) != mixed_cache_key(dataclasses.replace(prompt, slot_of_row=turned))
 
 
-def test_a_store_holds_one_row_a_chunk_whatever_the_latents(make, tmp_path):
+def test_a_store_holds_one_row_per_chunk_with_any_latents(make, tmp_path):
     model, _, processor = make()
     encoder = PassageEncoder.from_model(model, processor)
     store = ChunkStore.create(tmp_path, encoder.fingerprint)
@@ -197,8 +197,8 @@ def test_refuses(latents):
         RefragConfig(text_config=LlamaConfig(), encoder_config=BertConfig(), chunk_size=K, latents=latents)
 
 
-def test_refuses_a_prompt_of_another_number(make, tokenizer, encoder_tokenizer):
+def test_refuses_a_prompt_with_other_latents(make, tokenizer, encoder_tokenizer):
     model, _, _ = make()
     prompt = RefragProcessor(tokenizer, encoder_tokenizer, K)(PARTS)
-    with pytest.raises(ValueError, match="prompt: got 1 slots a chunk, needs 3, the config's latents"):
+    with pytest.raises(ValueError, match="prompt: got 1 slots per chunk, needs 3, the config's latents"):
         model(prompt=prompt)

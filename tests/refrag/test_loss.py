@@ -1,4 +1,4 @@
-"""The loss of a packed prompt ignores slots and sequence ends, and trains all three parts."""
+"""The loss of a packed prompt: it ignores slots and sequence ends, and trains all three parts."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def by_hand(logits, prompt, labels):
 
 
 @pytest.mark.parametrize("decoder", tiny.DECODERS)
-def test_equals_the_sum_by_hand(decoder):
+def test_equals_a_row_by_row_loss(decoder):
     model, prompt = tiny.refrag(decoder), tiny.prompt(tiny.MIXED)
     labels = prompt.token_ids.clone()
     labels[3:9] = -100
@@ -39,7 +39,7 @@ def test_a_packed_batch_equals_its_sequences():
 
 
 def test_no_row_predicts_the_next_sequences_first_token():
-    """Only a sequence's own rows count, whatever the next one starts with: text, an empty sequence, a single row."""
+    """A sequence's loss doesn't depend on the next one: text, an empty sequence before it, or one row."""
     model = tiny.refrag()
     text, slot = [("text", 6)], [("slot", 0), ("text", 3)]
     batch = tiny.prompt([text, [], slot, text, [("text", 1)], text, []])
@@ -90,7 +90,7 @@ def test_a_few_steps_lower_the_loss():
         (dict(labels=torch.zeros(48, dtype=torch.int64), logits_to_keep=1), "logits_to_keep: got 1 beside labels"),
     ],
 )
-def test_mistakes_are_named(options, message):
+def test_bad_arguments_are_named(options, message):
     prompt = tiny.prompt(tiny.MIXED)
     assert prompt.layout.total_rows == 48
     with pytest.raises(ValueError, match=message):

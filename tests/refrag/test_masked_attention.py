@@ -53,9 +53,9 @@ def ours(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_generation_equals_eagers_at_every_step(name, steps):
-    prompt = tiny.prompt([[("text", 20)], [("text", 13)]])  # two lengths, left-padded, longer than the window
+    prompt = tiny.prompt([[("text", 20)], [("text", 13)]])  # two lengths: left padding longer than the window
     plain, model = eager(name), ours(name)
-    steps.clear()  # from the probe
+    steps.clear()  # calls of the probe
     got = model.generate(prompt, **HOW)
     layers, new = model.decoder.config.num_hidden_layers, HOW["max_new_tokens"]
     assert len(steps) == layers * (new - 1)

@@ -12,7 +12,7 @@ from tests.support.accuracy import relative_error
 
 
 @pytest.mark.parametrize("encoder", ["lora", "all"])
-def test_a_model_prepared_for_lora_is_itself_when_loaded(encoder, tmp_path):
+def test_a_model_with_lora_computes_the_same_after_loading(encoder, tmp_path):
     model = prepare(tiny.refrag(), TrainableSpec(encoder=encoder, decoder="lora", rank=2))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -25,15 +25,15 @@ def test_a_model_prepared_for_lora_is_itself_when_loaded(encoder, tmp_path):
     assert not about["missing_keys"] and not about["unexpected_keys"]
     assert relative_error(loaded(prompt=prompt).logits, wanted) < 1e-5
     assert relative_error(tiny.refrag()(prompt=prompt).logits, wanted) > 0.1
-    # Saving leaves the model unchanged.
+    # The saved model itself is unchanged.
     assert list(model.state_dict()) == names and torch.equal(model(prompt=prompt).logits, wanted)
 
 
-def test_a_model_without_adapters_is_saved_as_it_is():
+def test_a_model_without_adapters_is_saved_unchanged():
     assert merged_state(tiny.refrag()) is None
 
 
-def test_an_adapter_that_can_not_be_merged_is_refused(tmp_path):
+def test_an_adapter_that_cannot_be_merged_is_refused(tmp_path):
     class Prompted(nn.Module):
         def __init__(self, layer):
             super().__init__()

@@ -35,7 +35,7 @@ def test_presets():
 
 
 @pytest.mark.parametrize("name", ["text_config", "encoder_config"])
-def test_config_refuses_what_is_no_config(name):
+def test_config_refuses_values_that_are_not_configs(name):
     with pytest.raises(ValueError, match=f"{name}: got str, needs a config of transformers"):
         RefragConfig(**{name: "llama"})
 
@@ -98,7 +98,7 @@ def test_generate_samples_and_returns_details():
     how = {"do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True, "output_logits": True}
     out = model.generate(prompt, max_new_tokens=3, **how)
     assert out.sequences.shape == (4, 3) and out.logits[0].shape == (4, tiny.VOCABULARY)
-    # Both samples of a prompt share its prefill.
+    # Both samples of a prompt start from the same prefill.
     assert torch.equal(out.logits[0][0], out.logits[0][1]) and torch.equal(out.logits[0][2], out.logits[0][3])
 
 
@@ -116,7 +116,7 @@ def test_logits_to_keep():
         model(prompt=prompt, logits_to_keep=500)
 
 
-def test_refuses_embeddings_of_other_chunks_and_doubled_input():
+def test_refuses_embeddings_of_other_chunks_and_duplicate_input():
     model = tiny.refrag()
     prompt = tiny.prompt(tiny.MIXED)
     with pytest.raises(ValueError, match=r"chunk_embeds: got shape \[3, 32\], needs \[8, 32\]"):

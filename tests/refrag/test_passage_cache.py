@@ -1,4 +1,4 @@
-"""PassageCache: cached passages give the same logits, and entries that don't match the prompt are not used."""
+"""PassageCache: cached passages give the same logits, and entries that don't apply to a prompt aren't used."""
 
 import copy
 import dataclasses
@@ -21,7 +21,7 @@ BEFORE, AFTER = [("text", 6)], [("text", 9)]
 
 @pytest.fixture(autouse=True)
 def wide_windows(monkeypatch):
-    """Use windows longer than the prompts; test_refuses_windows covers narrow ones."""
+    """Use windows longer than the prompts; test_refuses_windows has shorter ones."""
     for name, window in (("mistral", 64), ("gemma3", 64)):
         config = copy.deepcopy(tiny.DECODERS[name])
         config.sliding_window = window
@@ -33,7 +33,7 @@ def model_of(name="llama", **fields):
 
 
 def arranged(prompt, order, *, parallel=False):
-    """Return a prompt of [text,] passages [, text] with its passages in another order, possibly without some."""
+    """Return a prompt of [text,] passages [, text] with its passages reordered and some of them omitted."""
     ids = prompt.passage_of_span.tolist()
     first, last = ids.index(0), len(ids) - 1 - ids[::-1].index(max(ids))
     spans = [span for passage in order for span in range(first, last + 1) if ids[span] == passage]
@@ -82,7 +82,7 @@ def test_passages_are_found_at_any_place(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_behind_text_passages_are_found_at_any_place_with_parallel_positions(name):
+def test_passages_after_text_are_found_anywhere_with_parallel_positions(name):
     model = model_of(name)
     cache = PassageCache(model)
     whole = tiny.prompt([BEFORE + A + B + C + AFTER], seed=4)
@@ -94,11 +94,11 @@ def test_behind_text_passages_are_found_at_any_place_with_parallel_positions(nam
     assert cache.misses == 3
 
 
-def test_behind_text_the_distance_counts():
+def test_passages_after_text_are_found_at_the_same_distance_only():
     model = model_of()
     cache = PassageCache(model)
     whole = tiny.prompt([BEFORE + A + B + C + AFTER], seed=4)
-    # B after A has the position that C after A had, but is another passage; A first is found, B first is not.
+    # B is in the place of C after A, with another content; A in the first place is found, B in it is not.
     for order, hits in (((0, 1), 0), ((0, 2), 1), ((1, 0), 1), ((0, 1, 2), 3)):
         prompt = arranged(whole, order)
         state = cache.read(prompt)
@@ -108,8 +108,8 @@ def test_behind_text_the_distance_counts():
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
 @pytest.mark.parametrize("parallel", [False, True])
-def test_without_the_cache_keys_and_values_of_a_passage_do_not_depend_on_the_order(name, parallel):
-    """The basis of the cache: over whole prefills, values are equal, and so are keys after undoing their rotation."""
+def test_keys_and_values_do_not_depend_on_the_order_of_passages(name, parallel):
+    """The premise of the cache, with full prefills: values are equal, and keys are after undoing their rotation."""
     model = model_of(name)
     whole = tiny.prompt([(BEFORE if parallel else []) + A + B + C + AFTER], seed=5)
     seen = []
@@ -142,7 +142,7 @@ def unrotated(model, keys, positions):
 
 
 @pytest.mark.parametrize("parallel", [False, True])
-def test_generation_goes_on_from_the_cache(parallel):
+def test_generation_continues_from_the_cache(parallel):
     model = model_of()
     cache = PassageCache(model)
     whole = tiny.prompt([(BEFORE if parallel else []) + A + B + C + AFTER], seed=6)
@@ -163,7 +163,7 @@ def _expanded(model, prompt):
 
 
 @pytest.mark.parametrize("what", ["token", "chunk", "embedding", "before", "step"])
-def test_another_content_is_not_found(what):
+def test_changed_content_is_not_found(what):
     model = model_of()
     cache = PassageCache(model)
     prompt = arranged(tiny.prompt([BEFORE + A + AFTER], seed=7), (0,))
@@ -193,7 +193,7 @@ def test_another_content_is_not_found(what):
     assert relative_error(state.last_logits()[0], expected) < BOUND
 
 
-def test_the_least_used_goes_when_the_room_ends():
+def test_the_least_recently_used_entry_is_evicted():
     model = model_of()
     whole = tiny.prompt([A + B + C + AFTER], seed=8)
     big = PassageCache(model)
@@ -210,14 +210,14 @@ def test_the_least_used_goes_when_the_room_ends():
     assert small.nbytes == sizes[0] + sizes[2] and small.hits == 1
     small.read(arranged(whole, (0, 2)))
     assert small.hits == 3
-    prompt = arranged(whole, (1, 0, 2))  # all three don't fit, but the answer is still correct
+    prompt = arranged(whole, (1, 0, 2))  # the three don't fit together, but the answer is still right
     assert relative_error(small.read(prompt).last_logits()[0], without_cache(model, prompt)) < BOUND
     assert small.nbytes <= sizes[0] + sizes[2]
     small.clear()
     assert len(small) == small.nbytes == 0
 
 
-def test_bfloat16_is_as_near_as_a_reading_without_the_cache():
+def test_bfloat16_is_as_accurate_as_without_the_cache():
     model = model_of()
     whole = tiny.prompt([A + B + C + AFTER], seed=9)
     prompt = arranged(whole, (2, 0, 1))
@@ -237,7 +237,7 @@ def other_decoder(config):
     return decoder
 
 
-def test_refuses_decoders_whose_keys_can_not_be_moved():
+def test_refuses_decoders_whose_keys_cannot_be_moved():
     for kind, more in (("dynamic", {}), ("longrope", {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8})):
         config = copy.deepcopy(tiny.DECODERS["llama"])
         config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **more,

@@ -1,4 +1,4 @@
-"""From passages to stored embeddings, and from the store into the model."""
+"""PassageEncoder: encoding passages into a store, and prompts from the store."""
 
 import copy
 
@@ -54,7 +54,7 @@ def assert_close(got, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 8192])
-def test_rows_are_those_of_each_chunk_alone(model, processor, batch_tokens):
+def test_rows_equal_those_of_each_chunk_alone(model, processor, batch_tokens):
     own, embeds = PassageEncoder.from_model(model, processor, batch_tokens=batch_tokens).encode(PASSAGES)
     assert own == [processor.chunker(passage.text) for passage in PASSAGES]
     texts = [chunk.text for chunks in own for chunk in chunks]
@@ -98,7 +98,7 @@ def test_answers_from_the_store_without_encoding(model, processor, encoder, stor
 
 
 def test_prompt_embeddings_and_their_key(model, processor, encoder, store):
-    """Inputs of serving engines are built from the stored rows, and keyed by them."""
+    """Inputs for serving engines are built from the stored rows, and their keys depend on these."""
     encoder.fill(store, PASSAGES)
     one, same, other = (
         build(model, processor([Passage(id=id), "So?"], store=store))[0] for id in ("bridge", "bridge", "unicode")
@@ -141,7 +141,7 @@ def test_concatenated_rows_of_a_token_encoder(model, tokenizer, tmp_path, segmen
     assert_close(model(prompt=processor([*PASSAGES, "So?"], store=store)).logits, expected)
 
 
-def test_only_what_is_missing_is_encoded(encoder, store, monkeypatch):
+def test_only_missing_passages_are_encoded(encoder, store, monkeypatch):
     encoded = []
     real = encoder.encode
     monkeypatch.setattr(encoder, "encode", lambda passages: encoded.extend(passages) or real(passages))
@@ -204,14 +204,14 @@ def test_an_encoders_digest_survives_saving(name, tmp_path):
     model.encoder.save_pretrained(tmp_path / "part")
     assert encoder_digest(RefragForCausalLM.from_pretrained(tmp_path / "whole").encoder) == digest
     assert encoder_digest(AutoModel.from_pretrained(tmp_path / "part")) == digest
-    # What isn't in the weights counts as well; what transformers invents doesn't.
+    # Settings outside the weights count as well; values that transformers makes up don't.
     model.encoder.config.norm_eps = model.encoder.config.layer_norm_eps = 0.1
     assert encoder_digest(model.encoder) != digest
 
 
 @pytest.mark.parametrize("name", tiny.ENCODERS)
 def test_every_weight_is_in_an_encoders_digest(name):
-    """Down to the last number of each: were one left out, a store would serve another encoder's embeddings."""
+    """Down to the last element of each weight: otherwise a store would serve another encoder's embeddings."""
     encoder = tiny.encoder(name)
     weights = {name: value for name, value in encoder.state_dict().items() if not name.startswith("pooler.")}
     digests = {encoder_digest(encoder)}

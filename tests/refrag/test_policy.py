@@ -1,4 +1,4 @@
-"""Picks without replacement compared with brute force, and the policy that scores them."""
+"""Sampling without replacement, compared to brute force, and the policy that scores chunks."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ INF = float("inf")
 
 
 def brute_force(scores, picks):
-    """Return the log-probability of each pick by definition: a softmax over the remaining chunks."""
+    """Compute the log-probability of each pick from its definition: a softmax over the remaining chunks."""
     left, result = dict(enumerate(scores)), []
     for pick in picks:
         total = sum(math.exp(s) for s in left.values())
@@ -50,7 +50,7 @@ def test_gradients():
         assert ragged.grad.isfinite().all() and ragged.grad[0, 0] != 0
 
 
-def test_draws_follow_the_log_probs():
+def test_samples_follow_the_log_probs():
     scores = torch.tensor([1.0, 0.0, -0.5, -INF])
     draws = 20000
     picks = sample_picks(scores.expand(draws, -1), 2, torch.Generator().manual_seed(0))
@@ -91,7 +91,7 @@ def test_counts():
         (lambda: ExpansionPolicy(8)(torch.zeros(1, 2, 8), torch.ones(2)), r"counts: got \[2\]"),
     ],
 )
-def test_mistakes_are_named(call, message):
+def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -107,7 +107,7 @@ def test_an_untrained_policy_prefers_nothing():
     assert torch.equal(ExpansionPolicy(16)(torch.randn(2, 5, 16)), torch.zeros(2, 5))
 
 
-def test_a_sequence_is_scored_by_its_own_chunks():
+def test_scores_depend_only_on_the_sequences_own_chunks():
     policy, embeds = random_policy(), torch.randn(3, 6, 16)
     counts = torch.tensor([6, 3, 0])
     embeds[1, 3:] = math.nan
@@ -117,13 +117,13 @@ def test_a_sequence_is_scored_by_its_own_chunks():
     assert (scores[1, 3:] == -INF).all() and (scores[2] == -INF).all() and not scores.isnan().any()
 
 
-def test_scores_know_the_order():
+def test_scores_depend_on_the_order():
     policy, embeds = random_policy(), torch.randn(1, 4, 16)
     assert not torch.allclose(policy(embeds).flip(1), policy(embeds.flip(1)), atol=1e-3)
 
 
 def test_a_policy_learns_to_pick():
-    """REINFORCE with a reward for chunks marked in their first number: the gradient increases the reward."""
+    """REINFORCE with a reward for chunks marked in their first element: the gradient increases the reward."""
     torch.manual_seed(0)
     with torch.enable_grad():
         policy = ExpansionPolicy(8, width=16, num_heads=2)

@@ -1,6 +1,6 @@
 """A static prefill equals the eager one, whatever its tensors held before, with the same calls for any prompt.
 
-On the CPU nothing is captured; the same forward pass runs on the same static tensors.
+On the CPU, nothing is captured: the forward pass runs on the same static tensors.
 """
 
 import pytest
@@ -45,7 +45,7 @@ def test_equals_the_eager_prefill(name, mask):
         assert relative_error(logits, expected.logits) < 1e-5
         assert torch.equal(logits.argmax(-1), expected.logits.argmax(-1))
         for layer, wanted in zip(cache.layers, expected.past_key_values.layers, strict=True):
-            rows = wanted.keys.shape[2]  # a sliding layer of transformers' cache keeps the last rows
+            rows = wanted.keys.shape[2]  # a sliding-window layer of transformers' cache keeps only the last rows
             assert relative_error(layer.keys[:, :, -rows:], wanted.keys) < 1e-5
             assert relative_error(layer.values[:, :, -rows:], wanted.values) < 1e-5
 
@@ -53,7 +53,7 @@ def test_equals_the_eager_prefill(name, mask):
 def test_latents():
     model = tiny.refrag(latents=2)
     graph = _graph(model)
-    with pytest.raises(ValueError, match="of 1 slots a chunk, needs at most 64, 8 and 2 of 2"):
+    with pytest.raises(ValueError, match="of 1 slots per chunk, needs at most 64, 8 and 2 of 2"):
         graph.read(tiny.prompt(tiny.MIXED))
 
 
@@ -88,13 +88,13 @@ def test_inference_mode_on_and_off():
     assert torch.equal(graph.read(prompt)[0], expected)
 
 
-def test_what_does_not_fit_is_refused_and_the_next_prompt_is_read():
+def test_a_refused_prompt_does_not_affect_the_next():
     model = tiny.refrag(decoder_mask="passages")
     graph = _graph(model, chunks=12, ranges_per_block=1)
     for spans in ([[("text", 65)]], [[("slot", 0)] * 13], [[("text", 3)]] * 3):
         with pytest.raises(ValueError, match=r"prompt: got \d+ rows, \d+ chunks and \d+ sequences"):
             graph.read(tiny.prompt(spans))
-    # Interleaved passages: blocks attend to many short ranges.
+    # Interleaved passages: query blocks attend to many short ranges.
     turns = [[("expanded", 5, 0), ("expanded", 5, 1)] * 6]
     with pytest.raises(ValueError, match="capacity: got"):
         graph.read(tiny.prompt(turns))
@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_refused_and_the_next_prompt_is_read():
 
 
 class _Recorder(TorchDispatchMode):
-    """Records the ops with their shapes, and the storages that they read but did not create."""
+    """Records the ops and their shapes, and the storages that ops read but didn't create."""
 
     def __init__(self):
         super().__init__()
@@ -120,20 +120,20 @@ class _Recorder(TorchDispatchMode):
         self.given |= {t.untyped_storage().data_ptr() for t in tensors} - self.made
         result = func(*args, **(kwargs or {}))
         outputs = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
-        self.keep = [*getattr(self, "keep", []), *outputs]  # so that no address is reused
+        self.keep = [*getattr(self, "keep", []), *outputs]  # keeps addresses from being reused
         self.made |= {t.untyped_storage().data_ptr() for t in outputs}
         return result
 
 
-def test_any_prompt_is_read_by_the_same_calls_on_the_same_addresses():
-    """The condition for a graph captured on one prompt to replay on another."""
+def test_all_prompts_make_the_same_calls_on_the_same_addresses():
+    """This lets a graph captured with one prompt replay with another."""
     model = tiny.refrag("gemma3", decoder_mask="passages")
     graph = _graph(model)
     recorded = []
     for spans in PROMPTS[:3]:
         with torch.no_grad():
             graph._fill(tiny.prompt(spans), None)
-            graph._forward()  # creates the plans
+            graph._forward()  # builds the plans
             recorder = _Recorder()
             with recorder:
                 graph._forward()

@@ -1,4 +1,4 @@
-"""RefragProcessor: chunks aligned by text, packed rows, chat templates, and refused inputs."""
+"""RefragProcessor: chunks aligned by text, packed rows, chat templates, and refusals."""
 
 import copy
 
@@ -27,19 +27,19 @@ def processor(tokenizer, encoder_tokenizer):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 16])
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_chunks_and_their_tokens_hold_the_same_text(text, k, tokenizer):
+def test_chunk_tokens_decode_to_the_chunk_text(text, k, tokenizer):
     chunks = FixedChunks(tokenizer, k)(text)
     assert "".join(chunk.text for chunk in chunks) == text
     for chunk in chunks:
         assert tokenizer.decode(chunk.token_ids, clean_up_tokenization_spaces=False) == chunk.text
-        # Longer than k only for a single character of more tokens (tokens may start with a space).
+        # Longer than k only for a single character (the tokenizer's tokens may begin with a space).
         assert 1 <= len(chunk.token_ids) <= k or len(chunk.text.strip()) == 1
     whole = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert [token for chunk in chunks for token in chunk.token_ids] == whole
     assert all(len(chunk.token_ids) == k for chunk in chunks[:-1]) or not text.isascii()
 
 
-def test_a_passage_can_not_write_special_tokens(processor, tokenizer):
+def test_a_passage_cannot_contain_special_tokens(processor, tokenizer):
     prompt = processor([Passage(TEXTS["special"])], expand=1.0)
     assert not set(prompt.token_ids.tolist()) & set(tokenizer.all_special_ids)
 
@@ -66,7 +66,7 @@ def test_original_positions(tokenizer, encoder_tokenizer):
     full = processor([passage, "So?"], expand=1.0)
     prompt = processor([passage, "So?"], expand={1})
     assert full.position_ids.tolist() == list(range(full.layout.total_rows))
-    # The slot has the position of its chunk's last token; all later positions are unchanged.
+    # The slot has the position of its chunk's last token; all later rows keep their positions.
     assert prompt.position_ids.tolist() == full.position_ids.tolist()[3:]
 
 
@@ -77,7 +77,7 @@ def test_parallel_positions(tokenizer, encoder_tokenizer):
     prompt = processor(["Here: ", long, short, "Or", short, short, "So?"], expand={0})
     first, second, third = ([int(part) for part in own] for own in texts_of(prompt, texts))
     assert first == list(range(texts[0]))
-    # The long passage's first chunk has 4 rows; its other chunks and the short passage's have one each.
+    # The first chunk of the long passage is expanded to 4 rows; all other chunks are one row each.
     start = texts[0]
     assert second == list(range(start + 6, start + 6 + texts[1]))
     assert third == list(range(start + 6 + texts[1] + 1, start + 6 + texts[1] + 1 + texts[2]))
@@ -127,7 +127,7 @@ def test_a_slot_never_comes_first(tokenizer, encoder_tokenizer):
     passage, start = Passage("one two three four five six"), tokenizer.bos_token_id
     processor = RefragProcessor(tokenizer, encoder_tokenizer, 4)
     batch = [[passage, "So?"], [passage], ["So?", passage], [passage, "So?"]]
-    # In the last prompt the first chunk is text, so that no slot comes first.
+    # In the last prompt the first chunk is expanded, so no slot comes first.
     prompt = processor(batch, expand={6})
     starts = prompt.layout.sequence_offsets.tolist()[:-1]
     assert [prompt.slot_of_row[row].item() for row in starts] == [-1] * 4
@@ -135,7 +135,7 @@ def test_a_slot_never_comes_first(tokenizer, encoder_tokenizer):
     assert prompt.slot_of_row[1] == 0 and prompt.passage_of_span.tolist()[:3] == [-1, 0, 0]
     assert prompt.position_ids.tolist()[:3] == [0, 1, 2] and prompt.layout.lengths()[1] == [1, 1, 1]
     assert processor.spans(batch[0])[0] == (-1, [start]) and processor.spans(batch[2])[0] != (-1, [start])
-    # Disabled, after an earlier prefill, and for a tokenizer without such a token.
+    # Disabled, for a prompt that is appended to a state, and for a tokenizer without such a token.
     assert processor(batch[0], begin=False).slot_of_row[0] == 0
     off = RefragProcessor(tokenizer, encoder_tokenizer, 4, start_token=False)
     assert off(batch[0]).slot_of_row[0] == 0 and off.spans(batch[0])[0][0] == 0
@@ -206,7 +206,7 @@ def test_refuses_bad_prompts(processor):
         processor(["x", 3])
 
 
-def test_a_prompt_too_long_says_by_how_much_and_what_fits(tokenizer, encoder_tokenizer):
+def test_a_long_prompt_error_states_the_excess_and_what_fits(tokenizer, encoder_tokenizer):
     passage, question = Passage("word " * 400), "why " * 20
     text = 1 + len(tokenizer(question)["input_ids"])  # with the start token
     tokens = len(tokenizer(passage.text)["input_ids"])

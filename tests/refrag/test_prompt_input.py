@@ -1,4 +1,4 @@
-"""Valid contents of prompts; anything else raises an error that names it."""
+"""The parts of a prompt: anything else is refused by name."""
 
 import re
 
@@ -14,7 +14,7 @@ def processor(tokenizer, encoder_tokenizer):
 
 
 @pytest.mark.parametrize("text", ["\ue000", "a\ue000b\ue000\ue001", "\ue001\ue000", "\ue000\ue001\ue001\ue000"])
-def test_a_text_may_hold_the_mark_of_a_passage(processor, text):
+def test_a_text_may_contain_the_mark_of_a_passage(processor, text):
     contents = [[BRIDGE, text, Passage(text), text], [text, BRIDGE], [text]]
     parts = processor.apply_chat_template([{"role": "user", "content": content} for content in contents])
     assert [part for part in parts if isinstance(part, Passage)] == [BRIDGE, Passage(text), BRIDGE]
@@ -24,14 +24,14 @@ def test_a_text_may_hold_the_mark_of_a_passage(processor, text):
     assert written == processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def test_a_message_without_content_is_the_templates_affair(processor, monkeypatch):
+def test_a_message_without_content_is_left_to_the_template(processor, monkeypatch):
     template = "{% for m in messages %}{{ m.content or m.tool_calls }}|{% endfor %}"
     monkeypatch.setattr(processor.tokenizer, "chat_template", template)
     messages = [{"role": "assistant", "content": None, "tool_calls": "\ue000"}, {"role": "user", "content": [BRIDGE]}]
     assert processor.apply_chat_template(messages) == ["\ue000|", BRIDGE, "|"]
 
 
-def test_a_template_that_leaves_passages_out_is_named(processor, monkeypatch):
+def test_a_template_that_omits_passages_is_refused(processor, monkeypatch):
     monkeypatch.setattr(processor.tokenizer, "chat_template", "{{ messages[0].content }}")
     messages = [{"role": "user", "content": [BRIDGE]}] * 2
     with pytest.raises(ValueError, match="chat template: writes 1 of the messages' 2 passages, needs each once"):
@@ -53,7 +53,7 @@ def test_bad_messages_are_named(processor, messages, message):
         processor.apply_chat_template(messages)
 
 
-def test_a_text_alone_is_a_prompt(processor):
+def test_a_single_text_is_a_prompt(processor):
     assert processor("The bridge").layout.lengths() == processor(["The bridge"]).layout.lengths() == [[2]]
     assert processor(BRIDGE, expand=1.0).token_ids.tolist() == processor([BRIDGE], expand=1.0).token_ids.tolist()
     assert processor.spans("The bridge") == processor.spans(["The bridge"])

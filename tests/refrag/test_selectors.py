@@ -21,7 +21,7 @@ from torch import nn
 from tests.refrag import tiny
 
 CHUNKS = [Chunk(text, (index + 3, 9, 4)) for index, text in enumerate("abcdef")]
-# Cosines to the question: a 1, b 0.8, c 0.6, d 0, e -0.6, f -1. Lengths must not matter.
+# Cosine similarity to the question: a 1, b 0.8, c 0.6, d 0, e -0.6, f -1. Vector lengths must not matter.
 VECTORS = {
     "q": (2, 0), "a": (0.1, 0), "b": (8, 6), "c": (0.6, 0.8), "d": (0, 5), "e": (-3, 4), "f": (-1, 0),
 }  # fmt: skip
@@ -59,7 +59,7 @@ def test_nothing_and_everything(processor):
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
-def test_perplexity_is_that_of_each_chunk_alone(name, decoders, monkeypatch):
+def test_perplexity_equals_that_of_each_chunk_alone(name, decoders, monkeypatch):
     monkeypatch.setattr(selectors, "_ROWS", 7)  # several batches
     generator = torch.Generator().manual_seed(0)
     lengths = [1, 5, 2, 9, 3, 3]
@@ -76,7 +76,7 @@ def test_perplexity_is_that_of_each_chunk_alone(name, decoders, monkeypatch):
     assert PerplexitySelector(model, "desc")("", chunks, 3) == order.flip(0)[:3].tolist()
 
 
-def test_perplexity_refuses():
+def test_perplexity_refuses_bad_arguments():
     model = tiny.refrag()
     with pytest.raises(ValueError, match="order: got 'up', needs asc or desc"):
         PerplexitySelector(model, "up")
@@ -107,7 +107,7 @@ def test_policy(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["random", "cosine", "perplexity-asc", "perplexity-desc", "policy"])
-def test_selectors_by_name_pick_as_many_as_they_are_told(name):
+def test_selectors_by_name_pick_count_chunks(name):
     selector = selectors.by_name(name, model=tiny.refrag(), embed=embed, threshold=0.5, policy=random_policy(), seed=3)
     for count in range(len(CHUNKS) + 1):
         picks = list(selector("q", CHUNKS, count))
@@ -116,7 +116,7 @@ def test_selectors_by_name_pick_as_many_as_they_are_told(name):
         selector("q", CHUNKS, None)
 
 
-def test_selectors_with_a_mind_of_their_own_by_name():
+def test_selectors_by_name_with_their_own_criterion():
     picked = {name: list(selectors.by_name(name)("q", CHUNKS, None)) for name in ("nothing", "everything")}
     assert picked == {"nothing": [], "everything": [0, 1, 2, 3, 4, 5]}
     assert selectors.by_name("threshold", embed=embed, threshold=0.7)("q", CHUNKS, None) == [0, 1]
@@ -139,7 +139,7 @@ def test_by_name_refuses(name, message):
         selectors.by_name("threshold", embed=embed)
 
 
-def test_the_embedder_encodes_the_same_texts_once(demo_model, encoder_tokenizer, processor, monkeypatch):
+def test_the_embedder_encodes_texts_only_once(demo_model, encoder_tokenizer, processor, monkeypatch):
     calls = []
     encode = demo_model.encode_chunks
     monkeypatch.setattr(demo_model, "encode_chunks", lambda texts: calls.append(texts) or encode(texts))
@@ -198,14 +198,14 @@ def test_passages_by_id(processor):
         ({"selector": lambda *_: [0, 1], "expand": 0.5}, "selector: picked 2 chunks of prompt 0, needs at most 1"),
     ],
 )
-def test_refuses(processor, how, message):
+def test_bad_arguments_are_refused(processor, how, message):
     batch = [[Passage("a b c d e f", "x"), "?"], [Passage("g h"), "?"]]
     assert len(processor(batch).chunks) == 3
     with pytest.raises(ValueError, match=message):
         processor(batch, **how)
 
 
-def test_a_string_is_no_collection_of_passages(processor):
+def test_a_string_is_not_a_collection_of_passages(processor):
     with pytest.raises(TypeError, match="expand: got the string 'x'"):
         processor([Passage("a", "x")], expand="x")
 

@@ -1,4 +1,4 @@
-"""Chunks of whole sentences: no text is lost, sentences that fit are not split, sizes are within bounds."""
+"""Chunks of whole sentences: complete, with sizes in bounds, and without splitting sentences that fit."""
 
 import random
 import time
@@ -54,9 +54,9 @@ def check(cut, text):
     whole = cut.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     assert [token for chunk in chunks for token in chunk.token_ids] == whole
     for chunk in chunks:
-        # A character of several tokens is never split, so it may exceed the limit.
+        # A character of several tokens is never split, so a chunk may exceed the limit.
         assert chunk.token_ids and (len(chunk.token_ids) <= cut.max_tokens or len(chunk.text) <= 2)
-        # A cut inside a token moves after it, which adds at most one word.
+        # A boundary within a token moves to its end, which adds at most a word.
         assert "日" in chunk.text or len(chunk.text.split()) <= cut.max_words + 1
 
 
@@ -72,7 +72,7 @@ def test_chunks_are_filled(cut):
     assert sum(size >= 16 for size in sizes) >= 0.8 * len(sizes)
 
 
-def test_a_long_sentence_is_cut_at_a_clause(cut):
+def test_a_long_sentence_is_split_at_a_clause(cut):
     first, rest = cut(LONG)
     assert first.text.endswith("words in all,") and rest.text == " which is too long."
 
@@ -82,7 +82,7 @@ def test_a_long_sentence_is_cut_at_a_clause(cut):
     [("12:00 INFO request, served in 3\n", ""), ("17,4.25,north\n", ""), ("word ", ""), ("....", "a"), (",'\"", "a")],
 )
 def test_the_time_is_linear_in_the_text(cut, line, end):
-    """Text without sentence ends: logs, CSV, one endless word."""
+    """Test text without sentence ends: logs, CSV, one endless word."""
 
     def seconds(lines):
         text = line * lines + end
@@ -93,11 +93,11 @@ def test_the_time_is_linear_in_the_text(cut, line, end):
             times.append(time.process_time() - start)
         return min(times)
 
-    assert seconds(16_000) < 16 * seconds(2000) + 0.02  # 8 times; quadratic would be 64 times
+    assert seconds(16_000) < 16 * seconds(2000) + 0.02  # 8 times if linear, 64 times if quadratic
 
 
-def test_a_cut_in_a_long_run_is_at_its_last_clause(tokenizer):
-    """The cut is at the last clause end within the size limits."""
+def test_a_long_run_is_split_at_its_last_clause(tokenizer):
+    """The last clause end within the limits is used, and none outside them."""
     text = "a, b c, d e, f g h i j k l m n, o p q r"
     assert [chunk.text for chunk in SentenceChunks(tokenizer, 2, 5)(text)] == [
         "a, b c, d e,", " f g h i j", " k l m n,", " o p q r",
@@ -126,7 +126,7 @@ def test_the_model_reads_chunks_of_any_length(demo_model, tokenizer, encoder_tok
     assert logits.shape[1] == prompt.layout.total_rows and torch.isfinite(logits).all()
 
 
-def test_too_long_a_prompt_is_not_told_a_k(tokenizer, encoder_tokenizer):
+def test_the_error_of_a_long_prompt_suggests_no_k(tokenizer, encoder_tokenizer):
     processor = RefragProcessor(tokenizer, encoder_tokenizer, window=20, chunker="sentence")
     with pytest.raises(PromptTooLongError, match="over the decoder's window of 20; shorten it") as error:
         processor([Passage(PROSE * 20), "Why?"])
@@ -148,7 +148,7 @@ def test_the_choice_is_saved(tokenizer, encoder_tokenizer, tmp_path):
         (dict(max_tokens=0), "max_tokens: got 0"),
     ],
 )
-def test_mistakes_are_named(tokenizer, encoder_tokenizer, options, message):
+def test_bad_arguments_are_named(tokenizer, encoder_tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         SentenceChunks(tokenizer, **options)
     with pytest.raises(ValueError, match="chunker: got 'words', needs fixed, sentence or a Chunker"):

@@ -1,4 +1,4 @@
-"""Passages from files: slices cover the file exactly, and errors name the place."""
+"""Passages from files: slices cover the file, and errors state the location."""
 
 import io
 import json
@@ -16,7 +16,7 @@ PASSAGES = [Passage(record["text"], record["id"]) for record in RECORDS]
 
 
 def read(paths, count, fields=None, **options):
-    """Read pickled slices, the last one first, since each must know its own position."""
+    """Read pickled slices in reverse order: each must contain its own location."""
     parts = pickle.loads(pickle.dumps(list(slices(paths, count, **options))))
     read = [list(part.read(fields or Fields())) for part in reversed(parts)]
     assert [len(own) for own in reversed(read)] == [part.count for part in parts]
@@ -111,7 +111,7 @@ def test_a_folder_of_text(tmp_path):
     ]
 
 
-def test_what_is_no_source(tmp_path):
+def test_unsupported_paths_are_refused(tmp_path):
     (tmp_path / "a.csv").touch()
     for name, kind, message in [
         ("a.csv", ValueError, r"a.csv: got .csv, needs .jsonl, .ndjson, .parquet or a folder"),
@@ -133,8 +133,8 @@ ODD_LINES = {
 
 @pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "-"])
 @pytest.mark.parametrize("content", ODD_LINES.values(), ids=ODD_LINES)
-def test_a_prompts_passages_are_those_that_were_encoded(tmp_path, monkeypatch, content, suffix):
-    """A store finds passages by text, so `refrag generate` and `refrag encode` must read the same text from a file."""
+def test_prompts_read_the_passages_that_encode_reads(tmp_path, monkeypatch, content, suffix):
+    """A store finds a passage by its text: a file must give the same one to `refrag generate` as to `refrag encode`."""
     path = tmp_path / f"odd.{suffix if suffix != '-' else 'jsonl'}"
     path.write_bytes(content)
     encoded = read([path], 1)
@@ -144,7 +144,7 @@ def test_a_prompts_passages_are_those_that_were_encoded(tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("line", [b'{"text": "x", "id": ""}', b'{"text": "\\ud800"}', b'{"text": "x", "id": true}'])
-def test_a_prompt_refuses_what_an_encoding_refuses(tmp_path, line):
+def test_prompts_refuse_what_encode_refuses(tmp_path, line):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(line)
     (refused,) = errors(read([path], 1))
@@ -153,7 +153,7 @@ def test_a_prompt_refuses_what_an_encoding_refuses(tmp_path, line):
     assert str(error.value) == refused
 
 
-def test_a_prompts_text_files_are_those_that_were_encoded(tmp_path):
+def test_prompts_read_the_text_files_that_encode_reads(tmp_path):
     contents = {"cr.txt": b"a\rb\r", "crlf.txt": b"a\r\nb\r\n", "mark.txt": b"\xef\xbb\xbfa\n", "two.txt": b"a\n\nb"}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
@@ -169,7 +169,7 @@ def test_a_prompt_reads_parquet(tmp_path):
     assert read_passages([tmp_path / "a.parquet"]) == PASSAGES
 
 
-def test_questions_are_parted_at_the_ends_of_lines_only(tmp_path):
+def test_questions_are_split_at_newlines_only(tmp_path):
     path = tmp_path / "questions.jsonl"
     lines = [{"question": "a\u2028b\x85c"}, {"question": "d"}]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode())

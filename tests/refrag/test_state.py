@@ -1,4 +1,4 @@
-"""Incremental prefill: appended prompts, chunks and answers equal one long prompt, and failures change nothing."""
+"""Incremental prefill: appended prompts, chunks and answers equal one long prompt, and a failure changes nothing."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ MODELS = [(name, "full") for name in tiny.DECODERS] + [("llama", "passages"), ("
 
 
 def joined(*prompts):
-    """Join one-sequence prompts into one long prompt, independently of refrag.model.state."""
+    """Concatenate single-sequence prompts, independently of refrag.model.state."""
     tokens, slots, positions, passages, lengths, chunks, expanded, encoder_ids, encoder_lengths = ([] for _ in range(9))
     for prompt in prompts:
         first, position = len(chunks), positions[-1] + 1 if positions else 0
@@ -54,7 +54,7 @@ def same_rows(state, cache):
     """Check a state's keys and values against those of a single prefill."""
     reference = cache.layers
     for layer, expected in zip(state.cache.layers, reference, strict=True):
-        rows = expected.keys.shape[2]  # a layer with a window keeps only the last rows
+        rows = expected.keys.shape[2]  # a sliding-window layer keeps only the last rows
         assert relative_error(layer.keys[:, :, -rows:], expected.keys) < BOUND
         assert relative_error(layer.values[:, :, -rows:], expected.values) < BOUND
 
@@ -88,7 +88,7 @@ def test_turns_with_answers_equal_one_long_prompt(name, mask):
 
 
 @pytest.mark.parametrize(("name", "mask"), MODELS)
-def test_a_chunk_expanded_in_mid_generation_equals_the_prompt_with_its_text(name, mask):
+def test_expanding_during_generation_equals_a_prompt_with_the_text(name, mask):
     model = tiny.refrag(name, decoder_mask=mask)
     first, _ = turns()
     state = model.read(first)
@@ -105,7 +105,7 @@ def test_a_chunk_expanded_in_mid_generation_equals_the_prompt_with_its_text(name
     assert torch.equal(model.generate(state=state, **how), expected)
 
 
-def test_original_positions_go_on():
+def test_original_positions_continue():
     model = tiny.refrag(position_ids="original")
     first, second = (dataclasses.replace(turn, position_ids=turn.position_ids * 2 + 1) for turn in turns())
     state = model.read(first)
@@ -114,7 +114,7 @@ def test_original_positions_go_on():
     assert relative_error(state.last_logits()[0], whole.logits[0, -1:]) < BOUND
 
 
-def test_generation_goes_on_where_it_stopped():
+def test_generation_continues_where_it_stopped():
     model = tiny.refrag("gemma3")
     first, _ = turns()
     state = GenerationState()
@@ -123,7 +123,7 @@ def test_generation_goes_on_where_it_stopped():
     assert torch.equal(torch.cat(parts, 1), model.generate(first, max_new_tokens=9, do_sample=False))
 
 
-def test_what_can_be_expanded():
+def test_expandable_chunks_and_passages():
     model = tiny.refrag()
     first, second = turns()
     named = [dataclasses.replace(chunk, passage=id) for chunk, id in zip(first.chunks, ("a", "a", "b"))]
@@ -156,7 +156,7 @@ def unchanged(state, before):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failure_leaves_the_state_as_it_was(error):
+def test_a_failure_leaves_the_state_unchanged(error):
     model = tiny.refrag()
     first, second = turns()
     state = model.read(first)
@@ -180,7 +180,7 @@ def test_a_failure_leaves_the_state_as_it_was(error):
     assert relative_error(state.last_logits()[0], model(prompt=joined(first, second)).logits[0, -1:]) < BOUND
 
 
-def test_refuses():
+def test_bad_arguments_are_refused():
     model = tiny.refrag()
     first, _ = turns()
     state = model.read(first)
@@ -190,7 +190,7 @@ def test_refuses():
         model.read(tiny.prompt([[]]), state)
     with pytest.raises(ValueError, match="prompt: got a tensor beside a state, needs a MixedPrompt"):
         model.generate(torch.tensor([[1, 2]]), state=state)
-    with pytest.raises(ValueError, match="state: holds nothing, needs a prompt"):
+    with pytest.raises(ValueError, match="state: is empty, needs a prompt"):
         model.generate(state=GenerationState(), max_new_tokens=1)
     for option in (
         {"num_beams": 2},
@@ -201,16 +201,16 @@ def test_refuses():
         with pytest.raises(ValueError, match=f"{next(iter(option))}: got .* state"):
             model.generate(state=state, max_new_tokens=1, **option)
     before = snapshot(state)
-    with pytest.raises(PromptTooLongError, match="prompt: 250 rows behind the 18 .* are 12 over .* 256; 238 would fit"):
+    with pytest.raises(PromptTooLongError, match="prompt: 250 rows after the 18 .* are 12 over .* 256; 238 would fit"):
         model.read(tiny.prompt([[("text", 250)]]), state)
     unchanged(state, before)
     model.read(tiny.prompt([[("text", 238)]]), state)
-    with pytest.raises(PromptTooLongError, match="4 rows behind the 256 .* are 4 over .* 256; 0 would fit"):
+    with pytest.raises(PromptTooLongError, match="4 rows after the 256 .* are 4 over .* 256; 0 would fit"):
         model.expand(state, 0)
 
 
 @pytest.mark.parametrize("decoder", ["llama", "mistral"])
-def test_an_answer_that_does_not_fit_the_window_is_refused(decoder):
+def test_an_answer_that_exceeds_the_window_is_refused(decoder):
     model = tiny.refrag(decoder)
     state = model.read(tiny.prompt([[("text", 250)]]))
     before = snapshot(state)
@@ -218,13 +218,13 @@ def test_an_answer_that_does_not_fit_the_window_is_refused(decoder):
         with pytest.raises(PromptTooLongError, match=rf"max_new_tokens: {new} tokens .* 250 rows .* 256; 6 would fit"):
             model.generate(state=state, do_sample=False, **options)
         unchanged(state, before)
-    with pytest.raises(PromptTooLongError, match="max_new_tokens: 3 tokens behind the 254 rows"):
+    with pytest.raises(PromptTooLongError, match="max_new_tokens: 3 tokens after the 254 rows"):
         model.generate(tiny.prompt([[("text", 4)]]), state=state, max_new_tokens=3)
     unchanged(state, before)
     assert model.generate(state=state, max_new_tokens=6, do_sample=False).shape == (1, 6)
 
 
-def test_a_text_is_on_the_cpu_whatever_the_default_device():
+def test_text_prompts_are_on_the_cpu_with_any_default_device():
     with torch.device("meta"):
         prompt = text_prompt([5, 6, 7])
     assert prompt.token_ids.tolist() == [5, 6, 7] and prompt.position_ids.tolist() == [0, 1, 2]

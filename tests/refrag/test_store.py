@@ -1,4 +1,4 @@
-"""ChunkStore: lookups, refused inputs, and the state of the store after a writer dies."""
+"""ChunkStore: lookups, refusals, and the state after a writer dies."""
 
 import dataclasses
 import json
@@ -28,14 +28,14 @@ def store(tmp_path):
 
 @pytest.fixture(scope="module")
 def processes():
-    """Processes forked from one that has already loaded torch."""
+    """Processes forked from one that has already imported torch."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["refrag.store.store"])
     return context
 
 
 def check(store, numbers):
-    """Check that every passage is found by text and by id, with its own rows, chunks and text."""
+    """Check that every passage is found with its own rows, chunks and text, by text and by id."""
     numbers = list(numbers)
     assert len(store) == len(numbers)
     expected = torch.cat([torch.empty(0, WIDTH), *map(rows, numbers)]).to(store.dtype)
@@ -48,7 +48,7 @@ def check(store, numbers):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_what_is_put_is_found(tmp_path, dtype):
+def test_put_passages_are_found(tmp_path, dtype):
     store = ChunkStore.create(tmp_path, FINGERPRINT, dtype)
     order = list(range(300))
     random.Random(0).shuffle(order)
@@ -62,7 +62,7 @@ def test_what_is_put_is_found(tmp_path, dtype):
     assert {path.stat().st_mode & 0o444 for path in tmp_path.glob("*.*")} == {0o444}  # readable by other users
     single = store.get(passage(7))
     assert torch.equal(single, rows(7).to(dtype))
-    single.zero_()  # a copy: changes neither the file nor other readers' results
+    single.zero_()  # a copy: neither the file nor later reads change
     check(store, range(300))
 
 
@@ -97,7 +97,7 @@ def test_an_id_can_move_to_another_text(store):
     for one in (store, ChunkStore.open(store.folder)):
         assert torch.equal(one.get(Passage(id="id 1")), rows(3)) and torch.equal(one.get(passage(1)), rows(1))
         assert one.missing([moved, Passage(passage(1).text)]) == [] and one.missing([passage(1)]) == [0]
-    # Back again: the text is already stored, so only the id is written.
+    # Move it back: the text is known, so only the id is written.
     assert store.put([], [], torch.empty(0, WIDTH), aliases=[passage(1), Passage(passage(1).text, "again")]) == (
         0,
         0,
@@ -117,7 +117,7 @@ def test_unknown_passages_are_named(store):
         UnknownPassageError, match=r"passage 'x': its text is not in .*12 passages \(nor are 1 others\)"
     ):
         store.get_many([Passage("new", "x"), passage(1), Passage(id="y")])
-    with pytest.raises(UnknownPassageError, match="passage 'id 3': .*; under its id stands another text"):
+    with pytest.raises(UnknownPassageError, match="passage 'id 3': .*; its id belongs to another text"):
         store.get(Passage("Edited.", "id 3"))
     with pytest.raises(UnknownPassageError, match="'gone'"):
         store.passage("gone")
@@ -152,7 +152,7 @@ def test_another_fingerprint_is_refused(store, changes, message):
         ChunkStore.open(store.folder, other)
     with pytest.raises(StoreError, match=message):
         store.require(other)
-    # Nor would its rows be found: the key of the same text is another one.
+    # Its rows couldn't be found either: the same text has another key.
     assert ChunkStore.create(store.folder / "other", other)._key("x") != store._key("x")
 
 
@@ -185,7 +185,7 @@ def test_bad_input_writes_nothing(store):
 
 
 @pytest.mark.parametrize("failing", ["save_file", "os.fsync"])
-def test_a_full_disk_leaves_the_store_as_it_was(store, monkeypatch, failing):
+def test_a_full_disk_leaves_the_store_unchanged(store, monkeypatch, failing):
     put(store, [1])
 
     def full(*arguments, **options):
@@ -201,8 +201,8 @@ def test_a_full_disk_leaves_the_store_as_it_was(store, monkeypatch, failing):
     check(store, [1, 2])
 
 
-def test_what_is_no_store(store, tmp_path):
-    with pytest.raises(StoreError, match="store .*none: is none, it has no store.json"):
+def test_folders_that_are_not_stores(store, tmp_path):
+    with pytest.raises(StoreError, match="store .*none: is not a store, it has no store.json"):
         ChunkStore.open(tmp_path / "none")
     with pytest.raises(StoreError, match="exists already"):
         ChunkStore.create(store.folder, FINGERPRINT)
@@ -236,18 +236,18 @@ def test_a_relative_folder_is_found_from_anywhere(tmp_path, monkeypatch):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_a_store_that_is_gone_is_an_error(store):
+def test_a_deleted_store_is_an_error(store):
     put(store, [1])
     pickled = pickle.dumps(store)
     (store.folder / "store.json").unlink()
     for call in (store.refresh, lambda: pickle.loads(pickled), lambda: put(store, [2])):
-        with pytest.raises(StoreError, match=f"store {store.folder}: is none, it has no store.json"):
+        with pytest.raises(StoreError, match=f"store {store.folder}: is not a store, it has no store.json"):
             call()
     shutil.rmtree(store.folder)
     for call in (store.refresh, lambda: pickle.loads(pickled), lambda: put(store, [2])):
         with pytest.raises(StoreError, match="has no store.json"):
             call()
-    check(store, [1])  # mapped files stay readable
+    check(store, [1])  # mapped shards stay readable
 
 
 def test_a_pickled_store_keeps_its_fingerprint(store):
@@ -268,7 +268,7 @@ def test_damaged_and_foreign_shards_are_named(store, tmp_path):
     whole = shard.read_bytes()
     for cut in (0, 7, 100, len(whole) // 2, len(whole) - 1):
         shard.write_bytes(whole[:cut])
-        with pytest.raises(StoreError, match="shard-00000000.safetensors: is not a whole shard"):
+        with pytest.raises(StoreError, match="shard-00000000.safetensors: is damaged"):
             ChunkStore.open(store.folder)
 
 
@@ -387,7 +387,7 @@ def test_ten_passages_take_little_time(tmp_path):
             seconds.append(time.perf_counter() - start)
             assert found.rows.shape == (100, 384)
         print(f"get_many of 10 passages by {what}: {1e6 * statistics.median(seconds):.0f} us")
-        # 50 us on an idle machine; the bound only ensures that it does not grow with the store.
+        # 50 us on an idle machine; the bound only detects growth with the store's size.
         assert statistics.median(seconds) < 2e-3
 
 

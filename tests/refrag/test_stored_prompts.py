@@ -1,4 +1,4 @@
-"""`refrag encode` and `refrag generate --store`: nothing is encoded twice, and mismatches raise an error by name."""
+"""`refrag encode` and `refrag generate --store`: nothing is encoded twice, and mismatches are refused by name."""
 
 import functools
 import json
@@ -34,7 +34,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(corpus, tmp_path_factory):
-    """A store for the default model of `refrag generate`, that of the shipped adapter."""
+    """A store for the default model of `refrag generate`, which has the shipped adapter."""
     folder = tmp_path_factory.mktemp("stores") / "demo"
     result = run("encode", corpus, "--store", folder)
     assert result.exit_code == 0 and "3 passages encoded" in result.output, result.output
@@ -43,7 +43,7 @@ def store(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded_once():
-    """Load the demo's model once: reloading it for every command takes half of these tests' time."""
+    """Load the demo's model once, instead of in each command: loading takes half of these tests' time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "load_model", functools.cache(loading.load_model))
         yield
@@ -74,7 +74,7 @@ def prompt(processor, **options):
     return processor(processor.apply_chat_template([{"role": "user", "content": [*content, QUESTION[1]]}]), **options)
 
 
-def test_the_shipped_adapters_store_answers_as_its_encoder_does(store, corpus, demo, encoded):
+def test_answers_from_the_store_equal_those_of_the_encoder(store, corpus, demo, encoded):
     refrag, processor = demo
     expected = refrag.generate(prompt(processor), max_new_tokens=6, do_sample=False)[0]
     assert encoded == [len(prompt(processor).chunks)]
@@ -92,7 +92,7 @@ def test_the_shipped_adapters_store_answers_as_its_encoder_does(store, corpus, d
 
 
 @pytest.mark.parametrize("how", [("cosine", "--expand", 2), ("policy", "--expand", 2), ("threshold", "--threshold", 0)])
-def test_selectors_take_the_stored_embeddings(store, corpus, encoded, how):
+def test_selectors_use_the_stored_embeddings(store, corpus, encoded, how):
     plain = run("inspect", *QUESTION, corpus, "--store", store, "--selector", "random", "--expand", 2)
     assert plain.exit_code == 0 and encoded == []
     result = run("inspect", *QUESTION, corpus, "--store", store, "--selector", *how)
@@ -100,7 +100,7 @@ def test_selectors_take_the_stored_embeddings(store, corpus, encoded, how):
     assert encoded == ([] if how[0] == "policy" else [1])  # the question
 
 
-def test_what_selectors_pick_beside_a_store_is_what_they_pick_without(store, demo):
+def test_selectors_pick_the_same_with_and_without_a_store(store, demo):
     refrag, processor = demo
     chosen = [
         prompt(processor, expand_count=4, selector=CosineSelector(TextEmbedder(refrag, processor.encoder_tokenizer)),
@@ -109,14 +109,14 @@ def test_what_selectors_pick_beside_a_store_is_what_they_pick_without(store, dem
     ]  # fmt: skip
     assert chosen[0].expanded == chosen[1].expanded and len(chosen[0].expanded) == 4
 
-    def elsewhere(texts):  # another model, for which the stored embeddings are meaningless
+    def elsewhere(texts):  # of another model, for which the stored embeddings are meaningless
         return torch.tensor([[float("flour" in text), 1.0] for text in texts])
 
     picks = prompt(processor, expand_count=1, selector=CosineSelector(elsewhere), store=ChunkStore.open(store))
     assert "flour" not in "".join(picks.chunks[chunk].text for chunk in picks.expanded)
 
 
-def test_a_batch_beside_a_store(store, demo):
+def test_a_batch_with_a_store(store, demo):
     refrag, processor = demo
     selector = CosineSelector(TextEmbedder(refrag, processor.encoder_tokenizer))
     batch = [["Read: ", Passage(text), "When was it built?"] for text in PASSAGES.values()] * 2
@@ -133,18 +133,18 @@ def test_a_batch_beside_a_store(store, demo):
         (("--id", "sun"), "passage id 'sun': is not in store"),
     ],
 )
-def test_a_store_of_another_kind_is_refused_by_name(store, corpus, arguments, message):
+def test_a_mismatching_store_is_refused_by_name(store, corpus, arguments, message):
     result = run("generate", *QUESTION, corpus, "--store", store, *arguments)
     assert result.exit_code == 2 and not result.stdout
     assert message in " ".join(result.stderr.split()), result.stderr
 
 
-def test_bad_input_is_one_clear_line(store, corpus, tmp_path):
+def test_bad_input_gives_a_one_line_error(store, corpus, tmp_path):
     (tmp_path / "other.txt").write_text("The sun shone.")
     for arguments, message in [
         ((corpus, "--id", "rain"), "--id: got rain, needs --store beside it"),
         ((), "passages: got none, needs files, or - for standard input, or --id with --store"),
-        ((corpus, "--store", tmp_path), "is none, it has no store.json"),
+        ((corpus, "--store", tmp_path), "is not a store, it has no store.json"),
         ((tmp_path / "other.txt", "--store", store), "passage 'other.txt': its text is not in store"),
     ]:
         result = run("inspect", *QUESTION, *arguments)
@@ -152,7 +152,7 @@ def test_bad_input_is_one_clear_line(store, corpus, tmp_path):
 
 
 def test_a_stage_with_a_merged_encoder(corpus, tmp_path, tokenizer):
-    """The store's revision is a digest of the weights that include the low-rank updates."""
+    """The store's revision is the digest of weights that include the low-rank updates."""
     parts = ModelBundle.load(weights.encoder_folder(), weights.decoder_folder(), 8, "lclm")
     trained = prepare(parts.model, TrainableSpec(encoder="lora", decoder="none", rank=2))
     for name, parameter in trained.encoder.named_parameters():
@@ -167,12 +167,12 @@ def test_a_stage_with_a_merged_encoder(corpus, tmp_path, tokenizer):
     assert (stored - own).norm() < 1e-5 * own.norm()
     answer = run("inspect", *QUESTION, corpus, "--store", tmp_path / "store", "--model", tmp_path / "stage")
     assert answer.exit_code == 0, answer.output
-    # The encoder before merging has a different digest.
+    # The encoder without the updates has another digest.
     result = run("encode", corpus, "--store", tmp_path / "store", "--preset", "lclm", "--k", 8)
     assert result.exit_code == 2 and "encoder: holds embeddings of" in result.stderr
 
 
-def test_encode_refuses_what_a_stage_decides(corpus, tmp_path):
+def test_encode_refuses_options_that_a_stage_determines(corpus, tmp_path):
     (tmp_path / "adapter.safetensors").write_bytes(b"no")
     for arguments, message in [
         (("--k", 4), "--k: got 4 beside --model, which decides it"),

@@ -1,4 +1,4 @@
-"""Pooling "concat" keeps the order of a chunk's rows; the token encoder uses the decoder's embeddings with it."""
+"""Pooling "concat", which keeps the order of a chunk's rows, and encoders built from the decoder."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ LENGTHS = [3, 8, 5, 1, 12, 4]
 
 
 @pytest.mark.parametrize("segments", [1, 3, 4, 8])
-def test_concat_is_the_means_of_a_chunks_runs(segments):
+def test_concat_is_the_mean_of_each_run(segments):
     encoder = tiny.encoder("bert")
     encoder.set_attn_implementation("refrag")
     ids = torch.randint(3, tiny.VOCABULARY, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0))
@@ -47,7 +47,7 @@ def test_concat_runs_through_the_model():
 
 
 @pytest.mark.parametrize("layers", [0, 2])
-def test_the_token_encoder_tells_tokens_and_places(layers):
+def test_the_token_encoder_encodes_tokens_and_positions(layers):
     decoder = tiny.decoder("llama")
     encoder = token_encoder(decoder, layers=layers)
     assert torch.equal(encoder.embeddings.word_embeddings.weight, decoder.get_input_embeddings().weight)

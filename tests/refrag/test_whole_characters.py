@@ -1,4 +1,4 @@
-"""Chunks never start inside a character, whatever the tokenizer's tokens are."""
+"""Chunks never begin within a character, with any tokenizer."""
 
 import math
 import random
@@ -41,7 +41,7 @@ def texts(form, count=30):
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 @pytest.mark.parametrize("normal", ["NFC", "NFKC", "NFD", None])
 @pytest.mark.parametrize("chunker", [(FixedChunks, 1), (FixedChunks, 5), (SentenceChunks, 1, 2)])
-def test_chunks_are_what_their_tokens_stand_for(normal, form, chunker):
+def test_chunk_texts_match_their_tokens(normal, form, chunker):
     tokenizer = byte_level(getattr(normalizers, normal)() if normal else None)
     cut = chunker[0](tokenizer, *chunker[1:])
     for text in texts(form):
@@ -84,7 +84,7 @@ def documents(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", DOCUMENTS.values(), ids=DOCUMENTS)
-def test_training_cuts_as_prompts_are_cut(documents, tokenizer, text):
+def test_training_chunks_as_prompts_do(documents, tokenizer, text):
     own = documents(text, tokenizer)
     assert own.token_ids.tolist() == [token for chunk in FixedChunks(tokenizer, 8)(text) for token in chunk.token_ids]
     sides = split_documents(own, 0.5)
@@ -107,13 +107,13 @@ def check_sample(sample, tokenizer, text):
     assert "\ufffd" not in context and context in text
     for chunk in chunks:
         assert len(chunk.token_ids) <= 8 and tokenizer.decode(chunk.token_ids) == chunk.text
-    # Only its end may be inside a character.
+    # Only its end may be within a character.
     written = tokenizer.decode(target).rstrip("\ufffd")
     assert "\ufffd" not in written and (written == context or context + written in text)
 
 
 def test_texts_of_training_chunks_keep_their_spaces(documents, encoder_tokenizer):
-    """With a tokenizer whose decoder drops the first space, prompts' chunks still start with it."""
+    """Test a tokenizer whose decoder drops the first space, with which prompts' chunks begin."""
     text = "the bridge of orla was built in 1871 by two brothers from the valley"
     whole = (own := documents(text, encoder_tokenizer)).windows(len(own.token_ids)).draw(0, 0)
     cut = chunks_of(whole.token_ids, 3, encoder_tokenizer, whole.cuttable)

@@ -1,1 +1,1 @@
-"""Texts as they come: sources of passages, documents to train on, and how passages are cut into chunks."""
+"""Input texts: sources of passages, training documents, and chunkers, which split passages into chunks."""

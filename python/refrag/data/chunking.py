@@ -1,4 +1,4 @@
-"""Cutting a passage into chunks."""
+"""Chunkers, which split a passage into chunks."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from refrag.model.inputs import Chunk, require_text
 
 
 class Chunker(Protocol):
-    """Cuts a text into chunks; every character of the text is in exactly one of them, in order.
+    """Splits a text into chunks; each character of the text is in exactly one of them, in order.
 
-    For a ``ChunkStore`` it also needs ``description``, a string that holds its rule and settings.
+    A ``ChunkStore`` also needs a string attribute ``description`` that states the chunker's rule and settings.
     """
 
     def __call__(self, text: str) -> list[Chunk]: ...
 
 
 def describe_chunker(chunker: Chunker) -> str:
-    """Return a chunker's rule in words.
+    """Return a chunker's description of its rule and settings.
 
     Raises
     ------
@@ -34,30 +34,30 @@ def describe_chunker(chunker: Chunker) -> str:
     if not isinstance(description, str) or not description:
         raise ValueError(
             f"chunker: {type(chunker).__name__} has no description, needs a string attribute of that name with its "
-            "rule and settings: chunks that were cut otherwise must not be taken for its own"
+            "rule and settings, which distinguishes its chunks from others"
         )
     return description
 
 
 class FixedChunks:
-    """Chunks of k decoder tokens (REFRAG, section 2); a passage's last chunk may be shorter.
+    """Splits into chunks of k decoder tokens (REFRAG, section 2); a passage's last chunk may be shorter.
 
-    A character that the tokenizer splits into several tokens (an emoji under a byte-level tokenizer) is never split
-    between two chunks, nor is a letter and its marks where the tokenizer normalizes them (to NFC, say): the chunk ends
-    before it, or, where it alone has more than k tokens, after it. So a chunk's tokens and its text always stand for
-    the same characters, and the encoder never sees half a character.
+    Characters are never split between two chunks, even if they consist of several tokens (an emoji under a byte-level
+    tokenizer); nor are a letter and its combining marks if the tokenizer normalizes them (to NFC, for example). The
+    chunk ends before such a character, or after it if it has more than k tokens by itself. A chunk's tokens and text
+    therefore always represent the same characters, and the encoder never reads a partial character.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
-        The decoder's; a fast one, because offsets are needed.
+        The decoder's tokenizer, which must be a fast one, because offsets are needed.
     k : int
-        Tokens of a chunk, 1 or more.
+        Number of tokens in a chunk, at least 1.
 
     Raises
     ------
     ValueError
-        If k is below 1 or the tokenizer gives no offsets.
+        If k is below 1 or the tokenizer doesn't provide offsets.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, k: int) -> None:
@@ -69,7 +69,7 @@ class FixedChunks:
 
     @property
     def description(self) -> str:
-        """The rule in words: what chunks depend on besides the text and the tokenizer."""
+        """Everything that chunks depend on besides the text and the tokenizer."""
         return f"fixed, k = {self.k}"
 
     def __call__(self, text: str) -> list[Chunk]:
@@ -81,38 +81,39 @@ class FixedChunks:
         return chunks
 
 
-# Words, or what counts as one: Chinese, Japanese and Korean are written without spaces.
+# Words; each character of Chinese, Japanese and Korean, which are written without spaces, counts as one.
 _WORD = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\\s\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
-_CLOSING = "\"')]\u2019\u201d\u00bb"  # may follow the end of a sentence or clause
+_CLOSING = "\"')]\u2019\u201d\u00bb"  # closing characters that may follow the end of a sentence or clause
 _SENTENCE_ENDS = tuple(".!?\u2026")
 _WIDE_SENTENCE_ENDS = tuple("\u3002\uff01\uff1f")
 _CLAUSE_ENDS = tuple(",;:\u2013\u2014\u3001\uff0c\uff1b")
-# A full stop after these, or after a single letter, ends no sentence.
+# A full stop after one of these, or after a single letter, doesn't end a sentence.
 _ABBREVIATIONS = frozenset(
     "al. cf. ch. dr. e.g. ed. eq. etc. fig. i.e. mr. mrs. ms. no. p. pp. prof. sec. st. vol. vs.".split()
 )
 
 
 class SentenceChunks:
-    """Chunks of whole sentences, packed to 16 to 32 words: the size that the paper's authors wish for chunks of text.
+    """Splits into chunks of whole sentences with 16 to 32 words, the size that the paper's authors recommend for text.
 
-    Sentences join a chunk until it has ``min_words``; one that fits into ``max_words`` is never split. A longer one is
-    cut at the last end of a clause or line that leaves a piece of ``min_words`` to ``max_words``, else after
-    ``max_words``. A chunk is shorter where the next sentence would make it too long, and at the end. The tokens are
-    those of the whole passage: a cut that would fall into a token, or into a character of several, moves behind it.
+    Sentences are added to a chunk until it has ``min_words``. A sentence of up to ``max_words`` is never split. A
+    longer one is split at the last end of a clause or line that leaves a piece of ``min_words`` to ``max_words``,
+    otherwise after ``max_words``. A chunk is shorter if the next sentence would exceed ``max_words``, and at the end of
+    the passage. The passage is tokenized as a whole: a boundary within a token, or within a character of several
+    tokens, moves to its end.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
-        The decoder's; a fast one, because offsets are needed.
+        The decoder's tokenizer, which must be a fast one, because offsets are needed.
     min_words, max_words : int
     max_tokens : int
-        No chunk has more decoder tokens, whatever its words are: a line of base64 is one word.
+        Maximum number of decoder tokens in a chunk, regardless of words: a line of base64 is one word.
 
     Raises
     ------
     ValueError
-        If a number is below 1, ``min_words`` is above ``max_words``, or the tokenizer gives no offsets.
+        If a number is below 1, ``min_words`` is above ``max_words``, or the tokenizer doesn't provide offsets.
 
     Examples
     --------
@@ -138,7 +139,7 @@ class SentenceChunks:
 
     @property
     def description(self) -> str:
-        """The rule in words: what chunks depend on besides the text and the tokenizer."""
+        """Everything that chunks depend on besides the text and the tokenizer."""
         return f"sentence, {self.min_words} to {self.max_words} words, at most {self.max_tokens} tokens"
 
     def __call__(self, text: str) -> list[Chunk]:
@@ -153,16 +154,16 @@ class SentenceChunks:
         return chunks
 
     def _ends(self, text: str) -> list[int]:
-        """Return where chunks end in the text, all but the last."""
+        """Return the ends of all chunks but the last, as indices into the text."""
         words = list(_WORD.finditer(text))
         sentences, clauses = _boundaries(text, words)
-        ends, first, last = [], 0, 0  # words [first, last) are whole sentences of the chunk that is being filled
+        ends, first, last = [], 0, 0  # words [first, last) are the sentences of the current chunk
         for end in sentences:
             if last > first and end - first > self.max_words:
                 ends.append(last)
                 first = last
             while end - first > self.max_words:
-                # The last clause within reach: there may be as many as words.
+                # The last clause that fits, by bisection: there may be as many clauses as words.
                 place = bisect.bisect_right(clauses, first + self.max_words) - 1
                 fits = place >= 0 and clauses[place] >= first + self.min_words
                 first = clauses[place] if fits else first + self.max_words
@@ -171,12 +172,12 @@ class SentenceChunks:
             if last - first >= self.min_words:
                 ends.append(last)
                 first = last
-        # The last chunk goes on to the end of the text.
+        # The last chunk ends with the text.
         return [words[end - 1].end() for end in ends if end < len(words)]
 
 
 def _boundaries(text: str, words: list[re.Match[str]]) -> tuple[list[int], list[int]]:
-    """Return after how many words sentences end, and clauses or lines."""
+    """Return the ends of sentences, and of clauses or lines, as numbers of words from the start."""
     sentences, clauses = [], []
     for index, word in enumerate(words, 1):
         if index == len(words):
@@ -208,7 +209,7 @@ def _ends_clause(word: str) -> bool:
 
 
 class TokenizedText:
-    """A text's tokens, and where they may be parted.
+    """A text's tokens, and the places where chunks may end.
 
     Attributes
     ----------
@@ -230,14 +231,14 @@ class TokenizedText:
         return len(self.ids)
 
     def end_of_text(self, end: int) -> int:
-        """Return the first place to cut at which the text up to ``end`` is complete."""
+        """Return the first permitted chunk end, as a number of tokens, that includes the text up to ``end``."""
         last = bisect.bisect_left(self._reached, end)
         while last < len(self) and not self.cuttable[last]:
             last += 1
         return min(last + 1, len(self))
 
     def chunk(self, first: int, end: int) -> Chunk:
-        """Return tokens [first, end) with their text; what no token stands for goes to the last."""
+        """Return tokens [first, end) with their text; characters without a token go to the last chunk."""
         text_start = self._reached[first - 1] if first else 0
         text_end = len(self.text) if end == len(self) else self._reached[end - 1]
         return Chunk(self.text[text_start:text_end], tuple(self.ids[first:end]))
@@ -249,14 +250,14 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[T
     Raises
     ------
     TypeError
-        If one is no string.
+        If a text isn't a string.
     ValueError
-        If one holds half a surrogate pair, or the tokenizer gives no offsets.
+        If a text contains half a surrogate pair, or the tokenizer doesn't provide offsets.
     """
     _require_offsets(tokenizer)
     for text in texts:
         require_text(text, "text")
-    # A passage that spells out "<|im_end|>" must not end the message it stands in.
+    # A passage that contains "<|im_end|>" as text must not end its message.
     encoded = tokenizer(
         list(texts), add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
     )
@@ -267,7 +268,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[T
 
 
 def end_of_chunk(cuttable: Sequence[bool], first: int, count: int) -> int:
-    """Return where a chunk that starts at token ``first`` ends: ``count`` tokens on, or as near as it can be cut.
+    """Return the end of a chunk that starts at token ``first``: ``count`` tokens on, or the nearest permitted end.
 
     Examples
     --------
@@ -287,27 +288,26 @@ def end_of_chunk(cuttable: Sequence[bool], first: int, count: int) -> int:
 
 
 def _places_to_cut(text: str, offsets: Sequence[tuple[int, int]], moved: bool) -> tuple[list[int], list[bool]]:
-    """Return where the text of tokens 0..i ends, and whether it may be cut there, for each token i.
+    """Return, for each token i, where the text of tokens 0..i ends and whether a chunk may end there.
 
-    ``moved``: whether a normalizer has changed the text. It may have composed a letter with its marks, put the marks
-    into another order or dropped them; offsets then lie within the letter with its marks, or leave the marks to no
-    token.
+    ``moved`` tells whether a normalizer changed the text. It may have composed a letter with its marks, reordered the
+    marks or dropped them; offsets may then point between a letter and its marks, or cover the marks with no token.
     """
     reached: list[int] = []
     end = 0
     starts = [start for start, _ in offsets[1:]] + [len(text)]
     for (_, token_end), next_start in zip(offsets, starts):
         end = max(end, token_end)
-        while moved and end < next_start and _goes_on(text, end):
+        while moved and end < next_start and _continues(text, end):
             end += 1
         reached.append(end)
-    # Not where the next token starts inside a character that has already begun.
-    cuttable = [start >= end and not (moved and _goes_on(text, end)) for end, start in zip(reached, starts)]
+    # A chunk may not end where the next token starts inside the same character.
+    cuttable = [start >= end and not (moved and _continues(text, end)) for end, start in zip(reached, starts)]
     return reached, [*cuttable[:-1], True] if cuttable else []
 
 
-def _goes_on(text: str, place: int) -> bool:
-    """Whether a character goes on at a place: a mark that belongs to the letter before it, or what composes with it."""
+def _continues(text: str, place: int) -> bool:
+    """Return whether the character at ``place`` combines with the one before it: a mark, or part of a composition."""
     if not 0 < place < len(text) or (letter := text[place]) < "\u0300":
         return False
     if unicodedata.combining(letter) or "\u1160" <= letter <= "\u11ff":  # the vowels and finals of Korean syllables
@@ -317,4 +317,4 @@ def _goes_on(text: str, place: int) -> bool:
 
 def _require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.is_fast:
-        raise ValueError(f"tokenizer: got {type(tokenizer).__name__}, needs a fast tokenizer, which gives offsets")
+        raise ValueError(f"tokenizer: got {type(tokenizer).__name__}, needs a fast tokenizer, which provides offsets")

@@ -1,4 +1,4 @@
-"""Documents for training and evaluation: read by the library ``datasets``, tokenized, told apart by their content."""
+"""Documents for training and evaluation: loaded with ``datasets``, tokenized and deduplicated by content."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _TEXT = (".txt", ".text", ".md", ".rst")
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """Tokenized documents, one after another.
+    """Tokenized documents, concatenated.
 
     Attributes
     ----------
     token_ids : ndarray, int64 [N]
     offsets : ndarray, int64 [D+1]
-        Where each document starts.
+        Start of each document.
     cuttable : ndarray, bool [N], optional
-        For each token, whether a chunk may end with it: see ``FixedChunks``. Without it any may.
+        Whether a chunk may end with each token, see ``FixedChunks``. Without it, a chunk may end anywhere.
     """
 
     token_ids: np.ndarray
@@ -38,7 +38,7 @@ class Documents:
         return len(self.offsets) - 1
 
     def windows(self, length: int) -> Windows:
-        """Return all runs of ``length`` tokens that lie inside a document.
+        """Return all runs of ``length`` tokens within a document.
 
         Raises
         ------
@@ -53,7 +53,7 @@ class Documents:
 
 
 class Excerpt(NamedTuple):
-    """A run of tokens that begins with a whole character, and for each whether a chunk may end with it."""
+    """A run of tokens that begins at a character boundary, and whether a chunk may end with each token."""
 
     token_ids: list[int]
     cuttable: list[bool]
@@ -61,9 +61,9 @@ class Excerpt(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Runs of tokens inside documents, each as likely as any other. Made by ``Documents.windows``.
+    """All runs of a given length within documents, from ``Documents.windows``.
 
-    One that would begin inside a character begins with it.
+    A run that would start within a character starts at its first token.
     """
 
     documents: Documents
@@ -82,13 +82,13 @@ class Windows:
         cuttable = self.documents.cuttable
         if cuttable is None:
             return Excerpt(self.documents.token_ids[start : start + self.length].tolist(), [True] * self.length)
-        while start > first and not cuttable[start - 1]:  # back to where the character begins
+        while start > first and not cuttable[start - 1]:  # move back to the start of the character
             start -= 1
         window = slice(start, start + self.length)
         return Excerpt(self.documents.token_ids[window].tolist(), cuttable[window].tolist())
 
     def draw(self, seed: int, index: int) -> Excerpt:
-        """Return a run at random. Which one follows from ``seed`` and ``index``, so that training can be resumed."""
+        """Return a uniformly random run, determined by ``seed`` and ``index`` so that training can be resumed."""
         return self[int(np.random.default_rng([seed, index]).integers(len(self)))]
 
 
@@ -97,28 +97,28 @@ def read_documents(
 ) -> Documents:
     """Read and tokenize documents.
 
-    Reading and caching is done by ``datasets``: what was tokenized before is not tokenized again.
+    ``datasets`` loads the documents and caches the result, so that they are tokenized only once.
 
     Parameters
     ----------
     sources : sequence of str or Path
-        Folders (every .txt, .text, .md and .rst file below is a document), such files, .jsonl or .parquet files with a
-        row per document, or datasets of the Hugging Face hub, "name" or "name:split".
+        Folders (every .txt, .text, .md and .rst file in them is a document), such files, .jsonl or .parquet files with
+        a row per document, or datasets of the Hugging Face Hub, as "name" or "name:split".
     tokenizer : PreTrainedTokenizerBase
-        The decoder's; a fast one, because offsets are needed.
+        The decoder's tokenizer, which must be a fast one, because offsets are needed.
     column : str
-        Which column of .jsonl, .parquet and datasets holds the text.
+        Name of the text column in .jsonl files, .parquet files and datasets.
 
     Returns
     -------
     Documents
-        Each text once.
+        Without duplicates.
 
     Raises
     ------
     ValueError
-        If there is no document, a source has no such column, or a file is not UTF-8; names it. If the tokenizer gives
-        no offsets.
+        If there is no document, a source lacks the column, or a file isn't UTF-8 (names it), or if the tokenizer
+        doesn't provide offsets.
     """
     import datasets
 
@@ -148,9 +148,10 @@ def read_documents(
 
 
 def split_documents(documents: Documents, held_out: float) -> tuple[Documents, Documents]:
-    """Split by document: those to train on, and a share of ``held_out`` to test on.
+    """Split documents into a training set and a test set with a share of ``held_out``.
 
-    A document's side follows from its own tokens, so it stays where it is when other documents come or go.
+    The assignment of a document depends only on its own tokens, so it doesn't change if other documents are added or
+    removed.
 
     Examples
     --------
@@ -180,10 +181,10 @@ def split_documents(documents: Documents, held_out: float) -> tuple[Documents, D
 
 
 def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that stand before everything else: the tokenizer's own, or else its first special token.
+    """Return the tokens to begin every sequence with: the tokenizer's own prefix, or else its BOS or EOS token.
 
-    Decoders attend to their first row whatever it holds and read next to nothing from it (arXiv 2309.17453): a slot in
-    that place is lost.
+    Decoders use their first row as an attention sink and read next to nothing from it (arXiv 2309.17453), so a slot
+    there would be lost.
     """
     own = tokenizer("", add_special_tokens=True)["input_ids"]
     if own:
@@ -217,7 +218,7 @@ def _load(datasets: Any, source: str, column: str) -> Any:
 
 
 def _broken(source: str) -> str:
-    """Return the file of a source that is no text; the source where that isn't the trouble."""
+    """Return the file of a source that isn't valid UTF-8; the source itself if all files are."""
     path = Path(source)
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.suffix in _TEXT and file.is_file():

@@ -1,4 +1,4 @@
-"""Passages of a prompt, from files and standard input: read as `refrag encode` reads them."""
+"""Reads the passages of a prompt from files and standard input, in the same way as `refrag encode`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from refrag.data.sources import Fields, is_corpus, read_lines, read_text, slices
 from refrag.model.inputs import Passage
 
-_SLICE = 4096  # records; any number reads the same
+_SLICE = 4096  # records; the result doesn't depend on it
 
 
 def read_passages(files: Sequence[Path]) -> list[Passage]:
-    """Read passages in the files' order.
+    """Read passages in the order of the files.
 
-    JSON lines (``.jsonl``, ``.ndjson``), Parquet and folders of text are read as ``sources.slices`` reads them, so that
-    a store that was filled from them finds their passages. Any other file is one passage, named after the file. ``-``
-    is standard input: JSON lines where it begins with a brace, else one passage.
+    JSON lines (``.jsonl``, ``.ndjson``), Parquet and folders of text are read by ``sources.slices``, so that a store
+    filled from them contains exactly these passages. Any other file is one passage, named after the file. ``-`` is
+    standard input: JSON lines if it begins with a brace, otherwise one passage.
 
     Parameters
     ----------
@@ -28,9 +28,9 @@ def read_passages(files: Sequence[Path]) -> list[Passage]:
     Raises
     ------
     PassageError
-        If a record is no passage, a file has no text or isn't UTF-8; names the file and the line.
+        If a record isn't a valid passage, or a file has no text or isn't UTF-8; names the file and the line.
     ValueError
-        As ``sources.slices``.
+        As for ``sources.slices``.
     OSError
         If a file can't be read.
     """

@@ -1,6 +1,6 @@
-"""Passages of a corpus that doesn't fit into memory: JSON lines, Parquet and folders of text, in slices.
+"""Reads corpora larger than memory in slices: JSON lines, Parquet and folders of text.
 
-A slice knows where its passages are, not what they are: it can be sent to another process and read there.
+A slice contains the location of its passages, not their text, so it can be sent to another process and read there.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ JSON_SUFFIXES = (".jsonl", ".ndjson")
 
 
 class PassageError(ValueError):
-    """A record is no passage; the message says where it stands and what it needs."""
+    """A record isn't a valid passage; the message states its location and what it needs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """Where a record keeps its text and its id.
+    """Names of the fields that contain a record's text and id.
 
     Attributes
     ----------
     text : str
     id : str or None
-        None takes "id" where a record has it; a field that is named here every record must have.
+        None uses the field "id" of records that have it. A field named here must be in every record.
     """
 
     text: str = "text"
@@ -42,20 +42,20 @@ class Slice(Protocol):
     Attributes
     ----------
     count : int
-        Its records.
+        Number of records.
     """
 
     @property
     def count(self) -> int: ...
 
     def read(self, fields: Fields) -> Iterator[Passage | PassageError]:
-        """Yield its passages in order, and an error in the place of each record that is none."""
+        """Yield the passages in order, with an error in place of each invalid record."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonLines:
-    """Lines of a file, from the byte ``start`` on; ``line`` is the first one's number. Blank lines are no records."""
+    """``count`` JSON lines of a file, from byte ``start``, which begins line ``line``. Blank lines aren't records."""
 
     path: Path
     start: int
@@ -70,7 +70,7 @@ class JsonLines:
 
 @dataclasses.dataclass(frozen=True)
 class ParquetRows:
-    """A row group of a file; ``row`` is its first row's number, from 0."""
+    """A row group of a Parquet file; ``row`` is the index of its first row in the file."""
 
     path: Path
     group: int
@@ -89,7 +89,7 @@ class ParquetRows:
 
 @dataclasses.dataclass(frozen=True)
 class TextFiles:
-    """Files below a folder, each one passage; their ids are their paths from the folder on."""
+    """Text files in a folder, each a passage; their ids are their paths relative to the folder."""
 
     folder: Path
     names: tuple[str, ...]
@@ -105,17 +105,17 @@ class TextFiles:
 
 
 def read_lines(lines: Iterable[bytes], fields: Fields, name: str, first: int = 1) -> Iterator[Passage | PassageError]:
-    """Yield the passages of JSON lines in order, and an error in the place of each line that is none.
+    """Yield the passages of JSON lines in order, with an error in place of each invalid line.
 
     Parameters
     ----------
     lines : iterable of bytes
-        UTF-8, as a binary file gives them: parted at line feeds only. Blank ones are no records.
+        UTF-8 lines of a binary file, split at line feeds only. Blank lines aren't records.
     fields : Fields
     name : str
-        What errors call the file.
+        Name of the file for error messages.
     first : int
-        The first line's number.
+        Number of the first line.
     """
     for number, line in enumerate(lines, first):
         if line.strip():
@@ -123,14 +123,14 @@ def read_lines(lines: Iterable[bytes], fields: Fields, name: str, first: int = 1
 
 
 def read_text(content: bytes, name: str, id: str | None = None) -> Passage | PassageError:
-    """Return a whole file as one passage, or an error. Only a byte order mark is taken away: line ends stay.
+    """Return a whole file as one passage, or an error. Removes a byte order mark, but keeps line endings.
 
     Parameters
     ----------
     content : bytes
         UTF-8.
     name : str
-        What errors call the file.
+        Name of the file for error messages.
     id : str, optional
     """
     try:
@@ -141,7 +141,7 @@ def read_text(content: bytes, name: str, id: str | None = None) -> Passage | Pas
 
 
 def is_corpus(path: Path) -> bool:
-    """Whether ``slices`` takes a path: JSON lines, Parquet or a folder."""
+    """Return whether ``slices`` supports a path: JSON lines, Parquet or a folder."""
     return path.suffix in (*JSON_SUFFIXES, ".parquet") or path.is_dir()
 
 
@@ -153,16 +153,16 @@ def slices(paths: Sequence[Path], count: int, *, pattern: str = "*.txt") -> Iter
     paths : sequence of Path
         Files of JSON lines (.jsonl, .ndjson) or Parquet (.parquet), and folders of text files.
     count : int
-        Records of a slice at most, but for Parquet, which is cut into its row groups.
+        Maximum number of records in a slice. Parquet files are sliced by row group instead.
     pattern : str
-        What the names of text files must match, in a folder and those below it.
+        Pattern for the names of text files in a folder and its subfolders.
 
     Raises
     ------
     ValueError
-        If a file is of another kind, a folder has no such files, or pyarrow is missing; names it.
+        If a file has another type, a folder has no matching files, or pyarrow is missing; names it.
     OSError
-        If something isn't there, or can't be read.
+        If a path doesn't exist or can't be read.
     """
     for path in paths:
         if path.is_dir():

@@ -1,1 +1,1 @@
-"""Encoding passages into a store, in this process or on Ray."""
+"""Encodes passages into a store, in this process or on Ray."""

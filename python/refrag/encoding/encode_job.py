@@ -1,4 +1,4 @@
-"""What `refrag encode` does: from slices of a corpus to a store, in this process or on Ray."""
+"""The job of `refrag encode`: encodes slices of a corpus into a store, in this process or on Ray."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ from refrag.store.store import DTYPES, ChunkStore
 
 
 class Step(NamedTuple):
-    """A part of the work that is on the disk: passages that were new, and known, ids that moved to another text, and
-    the records that were left out, each with its reason."""
+    """A completed part of the job: its ``PutCounts``, and the errors of the records that were skipped."""
 
     new: int
     known: int
@@ -36,29 +35,29 @@ class Step(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EncodeJob:
-    """Settings of `refrag encode`; they can be sent to another process.
+    """Settings of `refrag encode`, which can be sent to another process.
 
     Attributes
     ----------
     store : Path
     model : Path or None
-        Folder that RefragForCausalLM.save_pretrained and RefragProcessor.save_pretrained wrote, or a training stage.
-        Without it and without an encoder, decoder and preset: the demo's model.
+        Folder of a training stage, or one that RefragForCausalLM.save_pretrained and RefragProcessor.save_pretrained
+        wrote. Defaults to the demo's model if ``encoder``, ``decoder`` and ``preset`` are None, too.
     encoder, decoder : str or None
-        Without ``model``: what from_pretrained takes. Of the decoder only the tokenizer is read. With a training stage:
-        what it began with, where that isn't found any more.
+        Without ``model``: arguments of from_pretrained. Only the decoder's tokenizer is loaded. With a training stage:
+        replacements for its base models, if their original paths no longer exist.
     k : int or None
     chunker : str or None
     preset : str or None
     encoder_dtype : str
-        As from_pretrained's ``dtype``.
+        The ``dtype`` of from_pretrained.
     dtype : str or None
-        Of the store's rows; float32, or what the store has.
+        Dtype of the store's rows. Defaults to that of an existing store, or float32.
     fields : Fields
     batch_tokens, shard_passages : int
     device : str
     skip_bad : bool
-        Leave out records that are no passages, instead of stopping at the first.
+        Skip invalid records instead of stopping at the first one.
     """
 
     store: Path
@@ -77,7 +76,7 @@ class EncodeJob:
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        # A worker in another directory would make a store of its own there.
+        # A worker in another directory would resolve a relative path to another store.
         object.__setattr__(self, "store", self.store.absolute())
         for name in ("k", "batch_tokens", "shard_passages"):
             value = getattr(self, name)
@@ -104,7 +103,7 @@ class EncodeJob:
                     )
 
     def passage_encoder(self) -> PassageEncoder:
-        """Load the encoder and the tokenizers; of a decoder no weights, unless the encoder is made of them."""
+        """Load the encoder and the tokenizers, and the decoder's weights only if the encoder is built from them."""
         with weights.quiet_transformers():
             if self.model is not None and is_adapter(self.model):
                 model, processor, _ = load_trained(
@@ -114,7 +113,7 @@ class EncodeJob:
             elif self.model is not None:
                 config = RefragConfig.from_pretrained(self.model)
                 processor = RefragProcessor.from_pretrained(self.model)
-                # The model's file without the decoder: only the encoder's weights are read.
+                # Loads only the encoder's weights from the model's checkpoint.
                 encoder = self._load(self.model, config=config.encoder_config, key_mapping={r"^encoder\.": ""})
             elif self._is_demo() and weights.adapter_file(self.k or DEFAULT_K):
                 model = load_model(None, self.k)
@@ -130,7 +129,7 @@ class EncodeJob:
     def _from_parts(self) -> tuple[RefragConfig, RefragProcessor, PreTrainedModel]:
         encoder = self._load(self.encoder or weights.encoder_folder())
         decoder = self.decoder or weights.decoder_folder()
-        # MiniLM, which is taken where no encoder is named, was trained with mean pooling.
+        # The default encoder, MiniLM, was trained with mean pooling.
         preset = self.preset or ("paper" if self.encoder else "lclm")
         config = RefragConfig.from_preset(
             preset, AutoConfig.from_pretrained(decoder), encoder.config,
@@ -149,20 +148,22 @@ class EncodeJob:
         return self._placed(encoder)
 
     def _placed(self, encoder: PreTrainedModel) -> PreTrainedModel:
-        """Return the encoder ready to run, on the device and in the dtype that it is to compute in."""
+        """Return the encoder in eval mode, on the job's device and in its dtype."""
         dtype = None if self.encoder_dtype == "auto" else DTYPES[self.encoder_dtype]
         try:
             return encoder.eval().to(device=self.device, dtype=dtype or encoder.dtype)
-        except (RuntimeError, AssertionError) as error:  # torch's, for a device that it doesn't have
+        except (RuntimeError, AssertionError) as error:  # from torch, for an unavailable device
             raise ValueError(f"--device: got {self.device}: {str(error).splitlines()[0]}") from error
 
     def open_store(self, fingerprint: Fingerprint) -> ChunkStore:
-        """Open the store, or make it.
+        """Open the store, or create it.
 
         Raises
         ------
         StoreError
-            If it is there and holds something else.
+            If the store exists and has another fingerprint.
+        ValueError
+            If the store exists and has another dtype than the job.
         """
         if not (self.store / "store.json").exists():
             return ChunkStore.create(self.store, fingerprint, DTYPES[self.dtype or "float32"])
@@ -172,12 +173,12 @@ class EncodeJob:
         return store
 
     def steps(self, encoder: PassageEncoder, store: ChunkStore, slices: Iterable[Slice]) -> Iterator[Step]:
-        """Encode slices, a shard at a time, and yield each step when it is on the disk.
+        """Encode slices, a shard at a time, and yield each step once its shard is on disk.
 
         Raises
         ------
         PassageError
-            At the first record that is no passage, unless ``skip_bad``; what stands before it in whole shards is kept.
+            At the first invalid record, unless ``skip_bad`` is set; complete shards before it are kept.
         """
         left_out: list[str] = []
         passages = self._passages(slices, left_out)
@@ -199,7 +200,7 @@ class EncodeJob:
 
 
 def run_here(job: EncodeJob, slices: Sequence[Slice]) -> Iterator[Step]:
-    """Do the job in this process."""
+    """Run the job in this process."""
     encoder = job.passage_encoder()
     yield from job.steps(encoder, job.open_store(encoder.fingerprint), slices)
 

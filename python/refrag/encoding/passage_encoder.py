@@ -1,4 +1,4 @@
-"""PassageEncoder: from passages to the chunk embeddings that a store keeps."""
+"""PassageEncoder: encodes passages into the chunk embeddings that a store contains."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from refrag.processing.processor import RefragProcessor
 from refrag.store.fingerprint import Fingerprint
 from refrag.store.store import ChunkStore, PutCounts
 
-_BATCH_TOKENS = 8192  # 455 chunks of 16 tokens and the two special ones: past it, packing more no longer pays on a CPU
+_BATCH_TOKENS = 8192  # 455 chunks of 16 tokens plus two special ones: on a CPU, larger batches are no faster
 
 
 class PassageEncoder:
-    """Cuts passages as a processor does, and encodes the chunks as its model does; no decoder is needed.
+    """Splits passages as the processor does and encodes the chunks as the model does, without a decoder.
 
     Parameters
     ----------
     encoder : PreTrainedModel
-        In evaluation mode; with attention "refrag" if it reads packed rows.
+        In eval mode; with attention "refrag" if it reads packed rows.
     processor : RefragProcessor
     config : RefragConfig
-        Its pooling is what counts here.
+        Only its pooling is used.
     batch_tokens : int
-        Encoder tokens that are read at once; a chunk, or a window of them, is never split.
+        Maximum number of encoder tokens in a batch, unless a single chunk or window has more; these are never split.
 
     Attributes
     ----------
     fingerprint : Fingerprint
-        Of the encoder as it was when this was made.
+        Computed from the encoder when this object was created.
 
     Raises
     ------
     ValueError
-        If the encoder has another attention, is refused or in training mode, ``batch_tokens`` is below 1, or the
-        processor's chunker has no description.
+        If the encoder's attention isn't "refrag", the encoder is refused or in training mode, ``batch_tokens`` is
+        below 1, or the processor's chunker has no description.
 
     Examples
     --------
@@ -65,7 +65,9 @@ class PassageEncoder:
     ) -> None:
         reading_of(encoder)
         if encoder.training:
-            raise ValueError("encoder: is in training mode, needs encoder.eval(): dropout would be stored")
+            raise ValueError(
+                "encoder: is in training mode, needs encoder.eval(): dropout would change the stored embeddings"
+            )
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens: got {batch_tokens}, needs 1 or more")
         self.encoder = encoder
@@ -80,18 +82,18 @@ class PassageEncoder:
     def from_model(
         cls, model: RefragForCausalLM, processor: RefragProcessor, *, batch_tokens: int = _BATCH_TOKENS
     ) -> PassageEncoder:
-        """Take a model's encoder and its configuration."""
+        """Create a passage encoder from a model's encoder and config."""
         return cls(model.encoder, processor, model.config, batch_tokens=batch_tokens)
 
     def encode(self, passages: Sequence[Passage]) -> tuple[list[list[Chunk]], torch.Tensor]:
-        """Cut passages and encode their chunks.
+        """Split passages into chunks and encode them.
 
         Returns
         -------
         list of lists of Chunk
-            Each passage's.
+            The chunks of each passage.
         Tensor [N, d_enc]
-            All their embeddings, in order.
+            The embeddings of all chunks, in order.
 
         Raises
         ------
@@ -111,11 +113,13 @@ class PassageEncoder:
         )
         lengths = texts.layout.chunk_offsets.diff()
         rows = torch.empty(len(lengths), self.fingerprint.width, dtype=self.encoder.dtype, device="cpu")
-        # What is read together stays together.
-        together = torch.arange(len(lengths), device="cpu") if texts.windows is None else texts.windows.long()
-        windows = together.bincount() if len(lengths) else together
+        # Chunks of one window stay in one batch.
+        window_of_chunk = torch.arange(len(lengths), device="cpu") if texts.windows is None else texts.windows.long()
+        windows = window_of_chunk.bincount() if len(lengths) else window_of_chunk
         members = torch.arange(len(lengths), device="cpu").split(windows.tolist())
-        tokens = torch.zeros(len(windows), dtype=torch.int64, device="cpu").index_add_(0, together, lengths.long())
+        tokens = torch.zeros(len(windows), dtype=torch.int64, device="cpu").index_add_(
+            0, window_of_chunk, lengths.long()
+        )
         with torch.inference_mode():
             for numbers in _batches(tokens, self.batch_tokens):
                 picked = torch.cat([members[number] for number in numbers]).tolist()
@@ -126,17 +130,17 @@ class PassageEncoder:
         return chunks, rows
 
     def fill(self, store: ChunkStore, passages: Iterable[Passage], *, shard_passages: int = 4096) -> PutCounts:
-        """Encode the passages that a store lacks, and put them into it, a shard at a time.
+        """Encode the passages that are missing in a store and add them, a shard at a time.
 
-        What one call has finished no later call does again, so one that was broken off is simply repeated.
+        Later calls skip finished shards, so an interrupted call can simply be repeated.
 
         Parameters
         ----------
         store : ChunkStore
         passages : iterable of Passage
-            Read as they are needed.
+            Consumed lazily.
         shard_passages : int
-            Passages of a shard.
+            Maximum number of passages in a shard.
 
         Returns
         -------
@@ -145,7 +149,7 @@ class PassageEncoder:
         Raises
         ------
         StoreError
-            If the store was made by another fingerprint.
+            If the store has another fingerprint.
         ValueError
             As ``encode``.
         """
@@ -154,7 +158,7 @@ class PassageEncoder:
     def fill_steps(
         self, store: ChunkStore, passages: Iterable[Passage], *, shard_passages: int = 4096
     ) -> Iterator[PutCounts]:
-        """Do what ``fill`` does, and yield the counts of each shard when it is on the disk."""
+        """Like ``fill``, but yield the counts of each shard once it is on disk."""
         if shard_passages < 1:
             raise ValueError(f"shard_passages: got {shard_passages}, needs 1 or more")
         store.require(self.fingerprint)
@@ -168,10 +172,9 @@ class PassageEncoder:
 
 
 def _batches(lengths: torch.Tensor, most: int) -> Iterator[list[int]]:
-    """Yield the numbers of chunks, or windows, that are encoded together: those of one length side by side, the longest
-    first.
+    """Yield batches of chunk or window indices, sorted by length in descending order.
 
-    So the largest batch comes first, and runs out of memory at once if at all.
+    The largest batch comes first, so that an out-of-memory error occurs immediately if at all.
     """
     batch: list[int] = []
     tokens = 0

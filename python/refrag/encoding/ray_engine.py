@@ -13,39 +13,39 @@ from refrag.encoding.encode_job import EncodeJob, Step
 
 
 def run_on_ray(job: EncodeJob, slices: Sequence[Slice], *, workers: int | None = None) -> Iterator[Step]:
-    """Do the job with Ray Data: ``map_batches`` over the slices, by actors that hold an encoder each.
+    """Run the job with Ray Data: ``map_batches`` over the slices, with actors that hold an encoder each.
 
-    The slices travel, not the passages: every worker reads its own part of the files and writes its own shards, so
-    files and store must lie where all nodes see them. Workers take turns at the store's lock.
+    Workers receive slices instead of passages: each worker reads its own part of the files and writes its own shards,
+    so all nodes need access to the files and the store. Workers take turns holding the store's lock.
 
     Parameters
     ----------
     job : EncodeJob
     slices : sequence of Slice
     workers : int, optional
-        One for each GPU with a job on "cuda", else one for each node.
+        Defaults to one per GPU for a job on "cuda", otherwise to one per node.
 
     Yields
     ------
     Step
-        As slices are finished, in any order.
+        In the order in which slices are finished.
 
     Raises
     ------
     ValueError
-        If Ray is missing or the cluster has fewer CPUs or GPUs than workers; and what a worker raised, as
-        ``EncodeJob.steps`` does.
+        If Ray is missing, the cluster has fewer CPUs or GPUs than workers, or a worker raised an error of
+        ``EncodeJob.steps``.
     """
     try:
         import ray
         import ray.data
     except ImportError:
         raise ValueError("--engine: ray is not installed: pip install 'refrag-kernels[ray]'") from None
-    # Whatever is wrong with the encoder or the store is found before workers start; and one process makes the store.
+    # Report problems of the encoder or the store before workers start, and create the store in one process.
     job.open_store(job.passage_encoder().fingerprint)
     if not slices:
         return
-    # Ray's own messages go to its log files only; the command counts passages.
+    # Send Ray's messages to its log files only: the command reports progress itself.
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     if not ray.is_initialized():
@@ -56,7 +56,7 @@ def run_on_ray(job: EncodeJob, slices: Sequence[Slice], *, workers: int | None =
     workers = workers or (has if resource == "GPU" else len(ray.nodes()))
     if not 1 <= workers <= has:
         raise ValueError(f"--workers: got {workers}, needs 1 to {has}, the {resource}s of the Ray cluster")
-    # Ray lets a worker's torch use as many threads as it has CPUs.
+    # Ray limits torch's threads in a worker to the worker's CPUs.
     asked: dict[str, Any] = {"num_gpus": 1} if resource == "GPU" else {"num_cpus": has // workers}
     records = [{"slice": pickle.dumps(part)} for part in slices]
     done = ray.data.from_items(records, override_num_blocks=len(records)).map_batches(
@@ -70,7 +70,7 @@ def run_on_ray(job: EncodeJob, slices: Sequence[Slice], *, workers: int | None =
 
 
 class _Worker:
-    """An actor of the pool."""
+    """An actor of the pool, with its own encoder."""
 
     def __init__(self, job: EncodeJob) -> None:
         self.job = job
@@ -83,6 +83,6 @@ class _Worker:
             for part in batch["slice"]:
                 results += self.job.steps(self.encoder, self.store, [pickle.loads(part)])
         except (ValueError, OSError) as error:
-            # What the user can put right comes back as a result: Ray would wrap it, and log it at length.
+            # Return errors that the user can fix as results: Ray would wrap exceptions and log them at length.
             results.append(error)
         return {"result": [pickle.dumps(result) for result in results]}

@@ -1,4 +1,4 @@
-"""The model: an encoder whose chunk embeddings stand among a decoder's tokens, and what it reads."""
+"""The model: a chunk encoder, a projector, and a decoder that reads chunk embeddings between its tokens."""
 
 from refrag import deprecated
 

@@ -1,7 +1,8 @@
-"""Which encoders and decoders are taken: each is tried on a few rows when a model is made, and else refused by name.
+"""Which encoders and decoders are accepted: each is probed on a few rows when a model is built.
 
-Families differ in what their layers hand to attention, and one family differs between releases of transformers; so a
-model is asked, not looked up. ``docs/families.md`` lists what the tests found.
+Families differ in the arguments that their layers pass to attention, and so do releases of transformers; therefore a
+model is probed instead of looked up in a list, and an unsuitable one is refused by name. ``docs/families.md`` lists the
+tests' results.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from refrag.model.state import key_values
 from refrag_kernels import ChunkLayout, ChunkMask
 
 _PROBE = "refrag-probe"
-_ROWS, _OTHER_ROWS = 13, 17  # the text that is compared is the shorter, and padded in a batch
+_ROWS, _OTHER_ROWS = 13, 17  # the compared text is the shorter one, which a batch pads
 _ADVICE = "docs/families.md lists the families that work"
-_STATE = "which keeps state besides the keys and values of its attention, which packed texts would share"
-# Recurrent layers' part of a cache, in releases of transformers that have one.
+_STATE = "which keeps state other than keys and values, which packed texts would share"
+# The cache layer of recurrent layers, in releases of transformers that have one.
 _STATEFUL: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
 _lock = threading.RLock()
 
 
 class FamilyError(ValueError):
-    """A model computes something that packed rows don't give."""
+    """A model whose results packed rows can't reproduce."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Reading:
     Attributes
     ----------
     packed : bool
-        Packed, in one pass with plans; else padded, by the encoder's own attention.
+        True for packed rows, in one pass with plans; False for a padded batch, with the encoder's own attention.
     causal : bool
-        Whether a row sees earlier rows only. Of packed rows.
+        Whether a row attends to earlier rows only. Applies to packed rows.
     """
 
     packed: bool
@@ -62,36 +63,37 @@ class Reading:
 
 
 def accept_decoder(decoder: PreTrainedModel) -> None:
-    """Give a decoder attention "refrag", or refuse it. One that has been accepted, or has no weights yet, isn't tried.
+    """Set a decoder's attention to "refrag", or refuse the decoder.
 
-    A text is read by the decoder's own code and once more packed, behind another text. The rows have to agree, each
-    attention layer has to take its plan, with no keyword that plans don't know, for the keys that its own mask shows;
-    and so has a decode step on the packed keys and values.
+    The decoder runs on a text with its own attention, and again with the text packed after another one. The logits must
+    agree. Each attention layer must fetch a plan whose keys are those of its own mask, and must not pass keywords that
+    plans don't support. A decode step on the packed keys and values must agree, too. A decoder that was accepted before
+    or has no weights yet isn't probed.
 
     Parameters
     ----------
     decoder : PreTrainedModel
-        Its attention is changed in place; a refused one keeps its own.
+        Its attention is changed in place, unless it is refused.
 
     Raises
     ------
     FamilyError
-        Names what differs.
+        States the difference.
     """
     if getattr(decoder, "refrag_accepted", False):
         return
     _refuse_both_in_one("decoder", decoder)
-    with _tried("decoder", decoder) as (watch, own):
+    with _probing("decoder", decoder) as (recorder, own):
         if own is None:
             return
-        _try_decoder(decoder, watch, own)
+        _probe_decoder(decoder, recorder, own)
     decoder.refrag_accepted = True  # type: ignore[assignment]  # an attribute of a module is a tensor to mypy
 
 
 def accept_encoder(encoder: PreTrainedModel) -> Reading | None:
-    """Give an encoder attention "refrag" if it then reads packed rows as it reads each text alone.
+    """Set an encoder's attention to "refrag" if packed rows then equal those of each text alone.
 
-    Else it keeps its own attention and reads padded texts, if padding changes nothing.
+    Otherwise, it keeps its own attention and reads padded batches, provided that padding doesn't change its rows.
 
     Parameters
     ----------
@@ -101,32 +103,32 @@ def accept_encoder(encoder: PreTrainedModel) -> Reading | None:
     Returns
     -------
     Reading or None
-        None for an encoder without weights, which is tried when it is first used.
+        None for an encoder without weights, which is probed when it is first used.
 
     Raises
     ------
     FamilyError
-        If neither gives its own rows.
+        If neither reproduces its rows.
     """
     known = getattr(encoder, "refrag_reading", None)
     if isinstance(known, Reading):
         return known
     _refuse_both_in_one("encoder", encoder)
     if getattr(encoder.config, "decoder_layers", 0):
-        # Of ``first_layers``: a decoder's layers, which are to read both ways what they read one way by themselves.
+        # From ``first_layers``: a decoder's causal layers, which are meant to attend in both directions here.
         encoder.set_attn_implementation(NAME)
         encoder.refrag_reading = Reading(packed=True)  # type: ignore[assignment]
         return Reading(packed=True)
-    with _tried("encoder", encoder) as (watch, own):
+    with _probing("encoder", encoder) as (recorder, own):
         if own is None:
             return None
-        reading = _try_encoder(encoder, watch, own)
+        reading = _probe_encoder(encoder, recorder, own)
     encoder.refrag_reading = reading  # type: ignore[assignment]
     return reading
 
 
 def require_decoder(decoder: PreTrainedModel) -> None:
-    """Refuse a decoder on another attention than "refrag"; try one that hasn't been.
+    """Refuse a decoder whose attention isn't "refrag"; probe it if it hasn't been.
 
     Raises
     ------
@@ -138,12 +140,12 @@ def require_decoder(decoder: PreTrainedModel) -> None:
 
 
 def reading_of(encoder: PreTrainedModel) -> Reading:
-    """Return how an encoder reads chunks; one that hasn't been tried is tried now.
+    """Return how an encoder reads chunks; probe it if it hasn't been.
 
     Raises
     ------
     FamilyError, ValueError
-        If it reads packed rows and is on another attention than "refrag", or is refused.
+        If it reads packed rows and its attention isn't "refrag", or if it is refused.
     """
     reading = getattr(encoder, "refrag_reading", None)
     if not isinstance(reading, Reading):
@@ -164,7 +166,7 @@ def _refuse_both_in_one(name: str, part: PreTrainedModel) -> None:
 
 @dataclasses.dataclass
 class _Call:
-    """One layer's call of its attention."""
+    """An attention layer's call of its attention function."""
 
     module: nn.Module
     packed: bool
@@ -173,8 +175,8 @@ class _Call:
     special: bool  # a softcap or sinks
 
 
-class _Watch:
-    """What a model asks of its attention."""
+class _Recorder:
+    """Records a model's calls of its attention function and of its mask function."""
 
     def __init__(self) -> None:
         self.calls: list[_Call] = []
@@ -187,7 +189,7 @@ class _Watch:
         return refrag_attention(module, query, key, value, attention_mask, **options)
 
     def mask(self, **options: Any) -> torch.Tensor:
-        # A mask that is left out can't be told from another.
+        # A skipped mask couldn't be identified later.
         options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         made = sdpa_mask(**options)
         assert made is not None
@@ -196,7 +198,7 @@ class _Watch:
         return made
 
     def function_of(self, mask: torch.Tensor | None) -> tuple[Callable[..., torch.Tensor], int | None] | None:
-        """Return the function of rows and keys that a mask was made of, and its local size."""
+        """Return the function of rows and keys from which a mask was built, and its local size."""
         for made, function, size in self.masks:
             if mask is not None and mask.data_ptr() == made.data_ptr():
                 return function, size
@@ -204,56 +206,56 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def _tried(name: str, part: PreTrainedModel) -> Iterator[tuple[_Watch, str | None]]:
-    """Put a model on an attention that is watched, and leave it on "refrag", or on its own if it is refused.
+def _probing(name: str, part: PreTrainedModel) -> Iterator[tuple[_Recorder, str | None]]:
+    """Set a model to an attention that records its calls; afterwards to "refrag", or to its own if it is refused.
 
-    Gives what its own attention is, None where there is nothing to try: the weights are not there yet.
+    Yields the recorder and the name of the model's own attention, which is None if the model has no weights to probe.
     """
     if part.config.return_dict is False:
-        raise ValueError(f"{name}.config.return_dict: got False, needs True: its outputs are read by name")
+        raise ValueError(f"{name}.config.return_dict: got False, needs True: its outputs are accessed by name")
     own = attention_of(part)
     if own in (NAME, _PROBE):
         own = part.get_correct_attn_implementation(None)
     if any(parameter.is_meta for parameter in part.parameters()):
-        _give(part, NAME)
-        yield _Watch(), None
+        _set_attention(part, NAME)
+        yield _Recorder(), None
         return
-    watch = _Watch()
+    recorder = _Recorder()
     training = part.training
     with _lock, torch.no_grad():
-        AttentionInterface.register(_PROBE, watch.attend)
-        AttentionMaskInterface.register(_PROBE, watch.mask)
+        AttentionInterface.register(_PROBE, recorder.attend)
+        AttentionMaskInterface.register(_PROBE, recorder.mask)
         try:
             part.eval()
-            yield watch, own
+            yield recorder, own
             if attention_of(part) == _PROBE:
-                _give(part, NAME)
+                _set_attention(part, NAME)
         except BaseException as error:
-            _give(part, own)
+            _set_attention(part, own)
             if isinstance(error, FamilyError) or not isinstance(error, Exception):
                 raise
             raise FamilyError(
-                f"{name}: got {type(part).__name__}, which can't be tried: {_short(error)}; {_ADVICE}"
+                f"{name}: got {type(part).__name__}, which can't be probed: {_short(error)}; {_ADVICE}"
             ) from error
         finally:
             part.train(training)
-            watch.calls.clear()  # it stays registered, and would keep the model
-            watch.masks.clear()
+            recorder.calls.clear()  # the recorder stays registered, and would keep the model alive
+            recorder.masks.clear()
 
 
-def _give(part: PreTrainedModel, name: str) -> None:
-    """Change a model's attention; one whose attention is code of its own keeps it."""
+def _set_attention(part: PreTrainedModel, name: str) -> None:
+    """Set a model's attention implementation; a model with custom attention code keeps its own."""
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # else it warns of what is seen to here
+    transformers.logging.set_verbosity_error()  # it warns about cases that are handled here
     try:
         part.set_attn_implementation(name)
     finally:
         transformers.logging.set_verbosity(verbosity)
     if name not in (NAME, _PROBE) and attention_of(part) != name:
-        part.config._attn_implementation = name  # it says which masks the model makes
+        part.config._attn_implementation = name  # it decides which masks the model builds
 
 
-def _try_decoder(decoder: PreTrainedModel, watch: _Watch, own: str) -> None:
+def _probe_decoder(decoder: PreTrainedModel, recorder: _Recorder, own: str) -> None:
     kind = type(decoder).__name__
 
     def refuse(why: str) -> FamilyError:
@@ -261,33 +263,33 @@ def _try_decoder(decoder: PreTrainedModel, watch: _Watch, own: str) -> None:
 
     ids, other = _ids(decoder, _ROWS), _ids(decoder, _OTHER_ROWS, 3)
     table = decoder.get_input_embeddings()
-    width = getattr(decoder.config.get_text_config(), "hidden_size", None)
-    if not isinstance(table, nn.Embedding) or table.weight.shape[1] != width:
-        raise refuse(f"whose token embeddings aren't rows of its hidden_size, {width}")
+    hidden_size = getattr(decoder.config.get_text_config(), "hidden_size", None)
+    if not isinstance(table, nn.Embedding) or table.weight.shape[1] != hidden_size:
+        raise refuse(f"which has token embeddings of another size than its hidden_size, {hidden_size}")
 
     def read(attention: str) -> torch.Tensor:
-        _give(decoder, attention)
+        _set_attention(decoder, attention)
         try:
             rows: torch.Tensor = decoder(input_ids=ids, use_cache=False, return_dict=True).logits[0]
         except Exception as error:
-            raise refuse(f"which doesn't read {_ROWS} tokens by themselves: {_short(error)}") from error
+            raise refuse(f"which fails on {_ROWS} tokens alone: {_short(error)}") from error
         return rows
 
     alone = read(own)
     read(_PROBE)
-    layers = [call.module for call in watch.calls]
-    if any(call.special for call in watch.calls):  # torch's attention, often a model's own, leaves them out in silence
+    layers = [call.module for call in recorder.calls]
+    if any(call.special for call in recorder.calls):  # sdpa, often a model's own attention, silently ignores them
         alone = read("eager")
-        _give(decoder, _PROBE)
+        _set_attention(decoder, _PROBE)
     if not layers:
-        raise refuse("whose attention is code of its own that can't be given packed rows")
+        raise refuse("which uses custom attention code that can't take packed rows")
     if any(isinstance(layer, _STATEFUL) for layer in DynamicCache(config=decoder.config).layers):
         raise refuse(_STATE)
-    _check_masks(decoder, watch, causal=True, refuse=refuse)
+    _check_masks(decoder, recorder, causal=True, refuse=refuse)
     embeds = table(torch.cat([other, ids], dim=1))
 
     def read_packed(cache: DynamicCache) -> torch.Tensor:
-        watch.calls.clear()
+        recorder.calls.clear()
         try:
             rows: torch.Tensor = packed_pass(
                 decoder,
@@ -299,24 +301,26 @@ def _try_decoder(decoder: PreTrainedModel, watch: _Watch, own: str) -> None:
                 logits_to_keep=torch.arange(_OTHER_ROWS, _OTHER_ROWS + _ROWS, device=embeds.device),
             ).logits[0]
         except Exception as error:
-            raise refuse(f"which doesn't read packed rows into a cache of keys and values: {_short(error)}") from error
+            raise refuse(f"which fails on packed rows with a KV cache: {_short(error)}") from error
         if len(rows) != _ROWS:
-            raise refuse(f"which makes logits of {len(rows)} rows where {_ROWS} are to be kept")
+            raise refuse(f"which returns logits of {len(rows)} rows, needs the {_ROWS} rows of logits_to_keep")
         return rows
 
     try:
         logits = read_packed(cache := DynamicCache())
     except FamilyError:
-        if not watch.calls or all(call.packed for call in watch.calls):
+        if not recorder.calls or all(call.packed for call in recorder.calls):
             raise
-        give_plans(decoder, layers)  # its layers get no keywords
+        give_plans(decoder, layers)  # its layers receive no keywords
         logits = read_packed(cache := DynamicCache())
-    if [call.module for call in watch.calls] != layers:
-        raise refuse(f"of whose {len(layers)} attention layers {len(watch.calls)} ask for a plan")
+    if [call.module for call in recorder.calls] != layers:
+        raise refuse(
+            f"which fetches {len(recorder.calls)} plans, needs one in each of its {len(layers)} attention layers"
+        )
     if any(getattr(layer, "keys", None) is None for layer in cache.layers):
         raise refuse(_STATE)
-    _compare(logits, alone, refuse, "packed behind another text, its logits differ from those of the text alone")
-    # A step behind the packed rows: all but the last of the text, whose logits are known.
+    _compare(logits, alone, refuse, "logits of a text packed after another than of the text alone")
+    # A decode step after the packed rows: it reads the text's last token, whose logits are known.
     held = DynamicCache()
     for index, (keys, values) in enumerate(key_values(cache)):
         held.update(keys[:, :, _OTHER_ROWS:-1], values[:, :, _OTHER_ROWS:-1], index)
@@ -330,11 +334,11 @@ def _try_decoder(decoder: PreTrainedModel, watch: _Watch, own: str) -> None:
             return_dict=True,
         ).logits[0]
     except Exception as error:
-        raise refuse(f"which takes no decode step behind packed rows: {_short(error)}") from error
-    _compare(step, alone[-1:], refuse, "a decode step's logits differ from those of the text in one pass")
+        raise refuse(f"which fails on a decode step after packed rows: {_short(error)}") from error
+    _compare(step, alone[-1:], refuse, "logits in a decode step than in one pass over the text")
 
 
-def _try_encoder(encoder: PreTrainedModel, watch: _Watch, own: str) -> Reading:
+def _probe_encoder(encoder: PreTrainedModel, recorder: _Recorder, own: str) -> Reading:
     kind = type(encoder).__name__
 
     def refuse(why: str) -> FamilyError:
@@ -344,89 +348,91 @@ def _try_encoder(encoder: PreTrainedModel, watch: _Watch, own: str) -> Reading:
     texts = _texts(torch.cat([other, ids], dim=1)[0], [_OTHER_ROWS, _ROWS])
 
     def read(attention: str) -> torch.Tensor:
-        _give(encoder, attention)
+        _set_attention(encoder, attention)
         try:
             rows: torch.Tensor = encoder(
                 input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True
             ).last_hidden_state[0]
         except Exception as error:
-            raise refuse(f"which doesn't read {_ROWS} tokens by themselves: {_short(error)}") from error
+            raise refuse(f"which fails on {_ROWS} tokens alone: {_short(error)}") from error
         if len(rows) != _ROWS:
-            raise refuse(f"which makes {len(rows)} rows of {_ROWS} tokens")
+            raise refuse(f"which returns {len(rows)} rows for {_ROWS} tokens")
         return rows
 
     alone = read(own)
     with contextlib.suppress(FamilyError):
         read(_PROBE)
-    layers = [call.module for call in watch.calls]
-    if any(call.special for call in watch.calls):  # as in a decoder
+    layers = [call.module for call in recorder.calls]
+    if any(call.special for call in recorder.calls):  # as in a decoder
         own, alone = "eager", read("eager")
-        _give(encoder, _PROBE)
+        _set_attention(encoder, _PROBE)
     for causal in (False, True) if layers else ():
-        watch_of_text = watch.calls[: len(layers)]
+        calls_of_text = recorder.calls[: len(layers)]
         try:
-            _check_masks(encoder, watch, causal=causal, refuse=refuse)
-            del watch.calls[:]
+            _check_masks(encoder, recorder, causal=causal, refuse=refuse)
+            del recorder.calls[:]
             rows = packed_rows(encoder, texts, causal=causal)[_OTHER_ROWS:]
-            if [call.module for call in watch.calls] == layers:
+            if [call.module for call in recorder.calls] == layers:
                 _compare(rows, alone, refuse, "")
                 return Reading(packed=True, causal=causal)
         except Exception:
-            pass  # then as it reads by itself
-        watch.calls[:] = watch_of_text
-    _give(encoder, own)
+            pass  # try the next way to read
+        recorder.calls[:] = calls_of_text
+    _set_attention(encoder, own)
     try:
         rows = padded_rows(encoder, texts)[_OTHER_ROWS:]
     except Exception as error:
-        raise refuse(f"which reads neither packed rows nor a padded batch: {_short(error)}") from error
-    _compare(rows, alone, refuse, "its rows in a padded batch differ from those of the text alone")
+        raise refuse(f"which supports neither packed rows nor padded batches: {_short(error)}") from error
+    _compare(rows, alone, refuse, "rows in a padded batch than for the text alone")
     return Reading(packed=False)
 
 
-def _check_masks(part: PreTrainedModel, watch: _Watch, *, causal: bool, refuse: Callable[[str], FamilyError]) -> None:
-    """Refuse layers whose own mask shows other keys than the plan of their window: chunks, say, or a window unsaid.
+def _check_masks(
+    part: PreTrainedModel, recorder: _Recorder, *, causal: bool, refuse: Callable[[str], FamilyError]
+) -> None:
+    """Refuse layers whose own mask differs from the plan for their window, such as chunked attention.
 
-    A text of a few rows ends before most windows; so the functions are asked from which masks are made.
+    The probe text is shorter than most windows, so the mask functions are evaluated at longer distances.
     """
     seen: set[tuple[int, int | None]] = set()
     positions = getattr(part.config.get_text_config(), "max_position_embeddings", None)
     most = positions if isinstance(positions, int) else 1 << 20
-    for number, call in enumerate(watch.calls):
-        own = watch.function_of(call.mask)
+    for number, call in enumerate(recorder.calls):
+        own = recorder.function_of(call.mask)
         if own is None or (id(own[0]), call.window) in seen:
-            continue  # no mask, or one of the model's own making: the rows decide
+            continue  # no mask, or one that the model built itself: the comparison of rows decides
         function, size = own
         seen.add((id(function), call.window))
         span = max(min(max(call.window or 0, size or 0), most), 64)
         last = max(min(3 * span, most - 1), 64)
         ends = (0, 1, span - 1, span, span + 1, 2 * span + 1, last)
-        rows = torch.tensor([row for row in ends if row <= last], device=watch.masks[0][0].device)
+        rows = torch.tensor([row for row in ends if row <= last], device=recorder.masks[0][0].device)
         keys = torch.arange(last + 2, device=rows.device)
         first = torch.zeros(1, 1, dtype=torch.int64, device=rows.device)
         try:
             shown = function(first, first, rows[:, None], keys[None]).expand(len(rows), len(keys))
         except IndexError:
-            continue  # it looks into tensors of this text's length
+            continue  # the function indexes tensors of the text's length
         distance = rows[:, None] - keys[None]
         planned = distance >= 0 if causal else torch.ones_like(shown)
         if call.window is not None:
             planned = planned & (distance.abs() < call.window)
         if not torch.equal(shown, planned):
             raise refuse(
-                f"whose attention layer {number} ({type(call.module).__name__}) looks at other keys than "
-                f"{'a causal' if causal else 'a'} mask with window {call.window} shows it: chunked attention, say"
+                f"whose attention layer {number} ({type(call.module).__name__}) attends to other keys than "
+                f"{'a causal' if causal else 'a'} mask with window {call.window} allows, as chunked attention does"
             )
 
 
 def _compare(got: torch.Tensor, wanted: torch.Tensor, refuse: Callable[[str], FamilyError], what: str) -> None:
-    """Refuse rows that differ by more than rounding does: in half precision a deep model's move by some percent."""
+    """Refuse rows that differ by more than rounding errors: a few percent for deep models in half precision."""
     if not bool(wanted.isfinite().all()):
-        return  # weights that mean nothing yet; what its layers ask for has been looked at
+        return  # uninitialized weights; the calls of its layers have been checked
     exact = wanted.dtype in (torch.float32, torch.float64)
     got, wanted = got.double(), wanted.double()
     difference = float((got - wanted).norm() / wanted.norm().clamp(min=1e-30))
     if not difference < (0.02 if exact else 0.2):
-        raise refuse(f"for {what}, by {difference:.2g} of their size")
+        raise refuse(f"which returns other {what}: relative difference {difference:.2g}")
 
 
 def _short(error: Exception) -> str:
@@ -444,7 +450,7 @@ def _positions(lengths: list[int], device: torch.device) -> torch.Tensor:
 
 
 def _ids(part: PreTrainedModel, rows: int, first: int = 0) -> torch.Tensor:
-    """Return tokens [1, rows] from all over the vocabulary, none of them special."""
+    """Return tokens [1, rows] spread over the vocabulary, without special ones."""
     config = part.config.get_text_config()
     special: set[Any] = set()
     for name, value in config.to_dict().items():

@@ -1,8 +1,8 @@
-"""Attention "refrag": transformers' models run on mixed_attention when they are given a plan.
+"""The attention implementation "refrag": transformers' models run mixed_attention when they receive a plan.
 
-A forward pass over packed rows hands its ``AttentionPlans`` down as the keyword ``refrag_plans``. Without one (a decode
-step on a KV cache, or a model used by itself) the same models run transformers' scaled-dot-product attention, or, where
-their attention has a softcap or sinks, ``masked_attention``.
+A forward pass over packed rows passes its ``AttentionPlans`` to the layers as the keyword ``refrag_plans``. Without
+plans (a decode step on a KV cache, or a model used on its own), the same models run transformers' scaled-dot-product
+attention, or ``masked_attention`` if their attention has a softcap or sinks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from refrag_kernels import AttentionPlan, ChunkLayout, ChunkMask, PlanCapacity
 
 NAME = "refrag"
 _GIVEN = "refrag_given"
-# What models tell the kernels of other attentions, or pass to every layer: it changes nothing of what is attended to.
+# Arguments for other attention kernels, or passed to every layer. They don't change which keys a row attends to.
 _IGNORED = frozenset({
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "logits_to_keep", "max_length_k",
     "max_length_q", "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
@@ -34,25 +34,26 @@ _logger = logging.get_logger(__name__)
 
 
 class AttentionPlans:
-    """The plans of one packed batch, one for each attention window that a model's layers use.
+    """The attention plans of one packed batch, one for each attention window that the model's layers use.
 
-    Most models have one; Gemma 3 and ModernBERT mix layers with and without a window. Every layer and the backward pass
-    share a plan.
+    Most models need one plan; Gemma 3 and ModernBERT mix layers with and without a window. All layers with the same
+    window share a plan, and so does their backward pass.
 
     Parameters
     ----------
     layout : ChunkLayout
-        Of the packed rows.
+        Layout of the packed rows.
     mask : ChunkMask
-        Which chunk may look at which.
+        Which chunks each chunk attends to.
     causal : bool
         True for a decoder, False for an encoder.
     kv_layout : ChunkLayout, optional
-        Of all rows that the cache holds then, where the packed rows are the last of them; the mask is about its chunks.
+        Layout of all rows in the KV cache, if the packed rows are only its last ones. The mask then refers to the
+        chunks of this layout.
     capacity : PlanCapacity, optional
-        Fixed sizes of the plans, which then fit tensors of so many rows, and can be refilled.
+        Fixed sizes for the plans. They then match tensors of a fixed number of rows and can be refilled.
     device : torch.device, optional
-        Where the plans go; default where the layout is.
+        Device of the plans. Defaults to the layout's.
     """
 
     def __init__(
@@ -74,39 +75,39 @@ class AttentionPlans:
         longest = max((sum(lengths) for lengths in self.kv_layout.lengths()), default=0)
         self._longest = longest if capacity is None else capacity.kv_rows
         self._plans: dict[int | None, AttentionPlan] = {}
-        self.asked = False  # whether any layer has asked for a plan
+        self.used = False  # whether any layer has fetched a plan
 
     @property
     def kv_rows(self) -> int:
-        """Key rows that the plans are made for."""
+        """Number of key rows in the plans."""
         return self.kv_layout.total_rows if self.capacity is None else self.capacity.kv_rows
 
     def for_window(self, window: int | None) -> AttentionPlan:
-        """Return the plan of layers with this window: transformers' ``sliding_window``, or None.
+        """Return the plan for layers with this window: transformers' ``sliding_window``, or None.
 
-        A row sees ``window`` rows up to and with itself; in an encoder as many on either side.
+        A row attends to the ``window`` rows that end with itself; in an encoder, to as many on either side.
         """
-        self.asked = True
+        self.used = True
         if window is not None and window >= self._longest:
             window = None
         if window not in self._plans:
-            # Buffers made in inference mode could not be refilled outside of it.
+            # Buffers created in inference mode can't be refilled outside it.
             with torch.inference_mode(torch.is_inference_mode_enabled() and self.capacity is None):
                 self._plans[window] = self._plan(window, None)
         return self._plans[window]
 
     def refill(self, layout: ChunkLayout, mask: ChunkMask) -> None:
-        """Write the plans of another batch into the buffers of those that were made, without waiting for the device.
+        """Overwrite the existing plans with those of another batch, without synchronizing with the device.
 
         Parameters
         ----------
         layout, mask
-            As for a new object.
+            As for the constructor.
 
         Raises
         ------
         ValueError
-            If there is no ``capacity``, or the batch's plans don't fit it.
+            If ``capacity`` is None, or the batch's plans don't fit into it.
         """
         if self.capacity is None:
             raise ValueError("capacity: got None, needs a PlanCapacity: plans without one can't be refilled")
@@ -116,7 +117,7 @@ class AttentionPlans:
             self._plan(window, plan)
 
     def _plan(self, window: int | None, out: AttentionPlan | None) -> AttentionPlan:
-        # transformers counts the row itself; refrag_kernels' (left, right) doesn't.
+        # transformers' window includes the row itself; refrag_kernels' (left, right) doesn't.
         bounds = window if window is None or self.causal else (window - 1, window - 1)
         return rk.plan_attention(
             self.layout,
@@ -131,9 +132,9 @@ class AttentionPlans:
 
 
 def no_mask(device: torch.device) -> torch.Tensor:
-    """Return the attention mask to pass beside plans.
+    """Return the attention mask to pass along with plans.
 
-    transformers hands a 4-dimensional mask on as it is, so that no [T, T] mask is built; a plan needs none.
+    transformers leaves a 4-dimensional mask unchanged, so that it doesn't build a [T, T] mask, which plans don't need.
     """
     return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=device)
 
@@ -144,23 +145,22 @@ def packed_pass(part: nn.Module, plans: AttentionPlans, **inputs: Any) -> Any:
     Parameters
     ----------
     part : nn.Module
-        An encoder or a decoder on attention "refrag".
+        An encoder or decoder whose attention implementation is "refrag".
     plans : AttentionPlans
-        Of the packed rows.
+        Plans of the packed rows.
     **inputs
-        Of the model's forward pass.
+        Further arguments of the model's forward pass.
 
     Returns
     -------
     ModelOutput
-        Whatever the model's ``return_dict`` says.
 
     Raises
     ------
     ValueError
-        If no layer asked for a plan: every row would have seen every other.
+        If no layer used a plan, so that every row attended to every other.
     """
-    plans.asked = False
+    plans.used = False
     thread, given = threading.get_ident(), getattr(part, _GIVEN, None)
     if given is not None:
         given[thread] = plans
@@ -169,26 +169,26 @@ def packed_pass(part: nn.Module, plans: AttentionPlans, **inputs: Any) -> Any:
     finally:
         if given is not None:
             del given[thread]
-    if not plans.asked:
+    if not plans.used:
         raise ValueError(
-            f"refrag_plans: no attention layer of {type(part).__name__} asked for a plan, so every row saw every "
-            "other; docs/families.md lists the families that read packed rows"
+            f"refrag_plans: no attention layer of {type(part).__name__} used a plan, so every row attended to every "
+            "other; docs/families.md lists the families that support packed rows"
         )
     return output
 
 
 def give_plans(part: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Let a model's attention layers find the plans of ``packed_pass`` where its forward pass hands no keywords down.
+    """Make the plans of ``packed_pass`` available to attention layers of a model that doesn't forward keywords to them.
 
-    Gradient checkpointing, which runs layers again later, is then refused.
+    Gradient checkpointing, which runs the layers again after the forward pass, is refused for such a model.
     """
-    given: dict[int, AttentionPlans] = {}  # by thread: several may read with one model
+    given: dict[int, AttentionPlans] = {}  # by thread: several threads may run the model at once
     for module in (part, *part.children(), *layers):
         setattr(module, _GIVEN, given)
 
 
 def require_refrag(name: str, part: PreTrainedModel) -> None:
-    """Refuse a model on another attention: it would ignore the plan and let every row see every other.
+    """Refuse a model with another attention, which would ignore the plan and let every row attend to every other.
 
     Raises
     ------
@@ -204,7 +204,7 @@ def require_refrag(name: str, part: PreTrainedModel) -> None:
 
 
 def attention_of(part: PreTrainedModel) -> str:
-    """Return the name of the attention that a model's text layers run."""
+    """Return the name of the attention implementation of a model's text layers."""
     return str(part.config.get_text_config()._attn_implementation)
 
 
@@ -224,15 +224,15 @@ def refrag_attention(
     refrag_plans: AttentionPlans | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention in transformers' calling convention: query [1, H_q, T, D] -> ([1, T, H_q, D], None).
+    """Compute attention in transformers' calling convention: query [1, H_q, T, D] -> ([1, T, H_q, D], None).
 
-    With a plan, dropout of attention weights is left out (and a warning says so once): the weights are never formed.
-    Without one, a softcap or sinks go to ``masked_attention`` and anything else to scaled-dot-product attention.
+    With a plan, no dropout is applied to the attention weights, which are never materialized; a warning says so once.
+    Without a plan, ``masked_attention`` handles a softcap or sinks, and scaled-dot-product attention the rest.
 
     Raises
     ------
     ValueError
-        If there is a plan and a batch of more than one, or a keyword that plans know nothing of; or if packed rows come
+        If there is a plan and the batch size isn't 1 or a keyword isn't supported with plans, or if packed rows come
         without a plan.
     """
     if refrag_plans is None and _GIVEN in module.__dict__:
@@ -240,8 +240,8 @@ def refrag_attention(
     if refrag_plans is None:
         if attention_mask is not None and attention_mask.shape[-2:] == (1, 1) and key.shape[2] > 1:
             raise ValueError(
-                f"refrag_plans: {type(module).__name__} got none with packed rows, needs the plans that the forward "
-                "pass was given: this model doesn't hand them down to its attention"
+                f"refrag_plans: {type(module).__name__} got none with packed rows, needs the plans of the forward "
+                "pass: this model doesn't pass them to its attention"
             )
         if softcap is None and s_aux is None:
             return sdpa_attention_forward(
@@ -258,35 +258,35 @@ def refrag_attention(
     _refuse_unknown(module, kwargs)
     if is_causal is not None and is_causal != refrag_plans.causal:
         raise ValueError(
-            f"is_causal: {type(module).__name__} got {is_causal}, but the plans are made for {refrag_plans.causal}"
+            f"is_causal: {type(module).__name__} got {is_causal}, but the plans were built with {refrag_plans.causal}"
         )
     if dropout:
-        # BERT's default is 0.1: to refuse it would make every such encoder untrainable as it comes.
+        # BERT's default is 0.1: refusing it would make every such encoder untrainable without a change of its config.
         _logger.warning_once(
-            f"dropout: {dropout} on attention weights is left out with packed rows; mixed_attention never forms them"
+            f"dropout: {dropout} on attention weights is ignored with packed rows: mixed_attention never materializes "
+            "the weights"
         )
     if query.shape[0] != 1:
-        raise ValueError(f"query: got a batch of {query.shape[0]}, needs 1: plans are for packed rows")
+        raise ValueError(f"query: got a batch of {query.shape[0]}, needs 1: plans need packed rows")
     plan = refrag_plans.for_window(sliding_window)
     rows = refrag_plans.kv_rows
-    width, value_width = query.shape[-1], value.shape[-1]
-    # A static cache returns all the rows it has room for; the prompt's come first.
+    head_dim, value_dim = query.shape[-1], value.shape[-1]
+    # A static cache returns rows up to its capacity; the prompt's come first.
     query, key, value = (states[0, :, :rows].transpose(0, 1) for states in (query, key, value))
-    if width % 8 or value_width != width:  # latent attention, or heads of 100: columns of zeros change nothing
-        scaling = width**-0.5 if scaling is None else scaling
-        whole = -(-max(width, value_width) // 8) * 8
-        query, key, value = (nn.functional.pad(states, (0, whole - states.shape[-1])) for states in (query, key, value))
+    if head_dim % 8 or value_dim != head_dim:  # latent attention, or a head_dim of 100: zero padding changes nothing
+        scaling = head_dim**-0.5 if scaling is None else scaling
+        padded = -(-max(head_dim, value_dim) // 8) * 8
+        query, key, value = (nn.functional.pad(x, (0, padded - x.shape[-1])) for x in (query, key, value))
     sinks = None if s_aux is None else s_aux.float()
     out = rk.mixed_attention(query, key, value, plan, scale=scaling, softcap=softcap, sinks=sinks)
-    return out[None, ..., :value_width], None
+    return out[None, ..., :value_dim], None
 
 
 def _refuse_unknown(module: nn.Module, keywords: dict[str, Any]) -> None:
     for name, value in keywords.items():
         if value is not None and name not in _IGNORED:
             raise ValueError(
-                f"{name}: {type(module).__name__} passes it to its attention, which knows nothing of it with packed "
-                "rows"
+                f"{name}: {type(module).__name__} passes it to its attention, which doesn't support it with packed rows"
             )
 
 

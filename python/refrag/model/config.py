@@ -1,4 +1,4 @@
-"""RefragConfig: an encoder, a decoder, and the choices between them."""
+"""RefragConfig: the configs of the encoder and the decoder, and how chunk embeddings connect the two."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _CHOICES = {
     "decoder_mask": ("full", "passages"),
 }
 
-# Families whose tables of positions hold rows for padding, and count on from there.
+# Families whose position table reserves its first rows for padding.
 _PADDED_POSITIONS = ("roberta", "camembert", "mpnet", "xmod", "data2vec-text", "longformer", "luke", "ibert")
 
-# What the paper leaves open, each set chosen as a whole. "paper": REFRAG, section 2 and B.2, with the first token
-# ([CLS]) as a chunk's embedding. "lclm": arXiv 2606.09659, windows of 1,024 tokens read together, the mean of a
-# chunk's own tokens, and a norm before the MLP. "tokens": ours, for token_encoder: the chunk's tokens in their
-# order and a projector without an activation, which learns from far less text.
+# Values for what the paper leaves open. "paper": REFRAG, section 2 and B.2, with the first token ([CLS]) as the chunk's
+# embedding. "lclm": arXiv 2606.09659, windows of 1,024 tokens encoded together, the mean over a chunk's own tokens, and
+# a norm before the MLP. "tokens": ours, for token_encoder, keeps the chunk's tokens in order and has no activation in
+# the projector, which then learns from far less text.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "pooling": "first",
@@ -48,50 +48,50 @@ PRESETS: dict[str, dict[str, Any]] = {
 class RefragConfig(PreTrainedConfig):
     """Configuration of a RefragForCausalLM.
 
-    The configs of the encoder and the decoder are copied: transformers resets the attention of a config that is handed
-    to a composite one, and a live model that shares it would silently stop being causal.
+    The configs of the encoder and the decoder are copied: a composite config in transformers resets the attention of
+    its parts, and an existing model that shared its config would silently stop being causal.
 
     Parameters
     ----------
     text_config, encoder_config : PreTrainedConfig or dict
         The decoder's and the encoder's configuration.
     chunk_size : int
-        k, the decoder tokens of a chunk.
+        k, the number of decoder tokens in a chunk.
     pooling : {"first", "mean", "last", "concat"}
-        How a chunk's embedding is made from the encoder's rows. The paper doesn't say. "concat" cuts the rows into
-        ``pool_segments`` runs and puts their means one after another, so that their order is kept.
+        How the encoder's rows are pooled to a chunk's embedding. The paper doesn't specify it. "concat" splits the rows
+        into ``pool_segments`` runs and concatenates the runs' means, which preserves their order.
     pool_segments : int
-        Of "concat".
+        Number of runs for "concat".
     encoder_special_tokens : bool
         Whether the encoder reads each chunk between its special tokens ([CLS] and [SEP]); pooling "first" needs them.
-        Without them, an encoder that is trained along reads 2 rows less per chunk: at k = 16 a ninth of its work.
+        Without them, a jointly trained encoder reads 2 rows less per chunk: a ninth of its work at k = 16.
     encoder_window : int
-        Encoder tokens that are read together: chunks of a passage that stand side by side see each other in the
-        encoder, as many of them as fit into so many tokens, or into the encoder's positions where these are fewer. A
-        chunk's embedding then depends on its neighbours. 0 reads each chunk alone, as the paper does. Needs
-        ``encoder_special_tokens=False``.
+        Number of encoder tokens in a window. Adjacent chunks of a passage that fit into one window, or into the
+        encoder's positions if these are fewer, attend to each other in the encoder, so that a chunk's embedding depends
+        on its neighbours. 0 encodes each chunk on its own, as in the paper. Needs ``encoder_special_tokens=False``.
     projector_norm : {"none", "rms", "layer"}
         Norm of the chunk embeddings before the MLP.
     projector_activation : {"gelu", "gelu_tanh", "silu", "relu", "tanh", "none"}
-        Between the two layers of the MLP. The paper doesn't say.
+        Activation between the two layers of the MLP. The paper doesn't specify it.
     projector_bias : bool
         Whether both layers have a bias.
     latents : int
-        m, the embeddings that the projector makes of a chunk, 1 to k: a compressed chunk takes so many slots, and the
-        compression is k / m at most. REFRAG has one.
+        m, the number of embeddings that the projector outputs per chunk, from 1 to k. A compressed chunk takes m slots,
+        and the compression rate is at most k / m. REFRAG uses 1.
     position_ids : {"contiguous", "original", "parallel"}
-        Positions on the shortened sequence, or those that the rows would have in the full text (a slot takes the
-        position of its chunk's last token). The paper doesn't say. "parallel" is ours: on the shortened sequence, but
-        passages side by side all start where the first does, and what follows them starts behind the longest, so that
-        under ``decoder_mask="passages"`` none depends on its place among them.
+        "contiguous" numbers the rows of the shortened sequence; "original" gives each row its position in the full text
+        (a slot takes the position of its chunk's last token). The paper doesn't specify it. "parallel" is our
+        extension: it numbers the shortened sequence, but adjacent passages all start at the position of the first, and
+        the text after them starts after the longest. Under ``decoder_mask="passages"``, a passage then doesn't depend
+        on the order of the passages.
     decoder_mask : {"full", "passages"}
-        "full" is the paper's causal attention. "passages" hides the passages from each other, as Block-Attention does
-        (arXiv 2409.15355): an extension of ours.
+        "full" is the paper's causal attention. "passages" is our extension: passages don't attend to each other, as in
+        Block-Attention (arXiv 2409.15355).
 
     Raises
     ------
     ValueError
-        If a field holds something else; names the field.
+        If a field has an invalid value; names the field.
 
     Examples
     --------
@@ -104,7 +104,7 @@ class RefragConfig(PreTrainedConfig):
     model_type = "refrag"
     sub_configs = {"text_config": AutoConfig, "encoder_config": AutoConfig}
 
-    # Given as a config, a dict of its fields or None, held as a config, whose fields depend on the model's kind.
+    # Accepts a config, a dict of its fields, or None; stored as a config, whose fields depend on the model type.
     text_config: Any = None
     encoder_config: Any = None
     chunk_size: int = 16
@@ -122,7 +122,7 @@ class RefragConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _own_config("text_config", self.text_config, "llama")
         self.encoder_config = _own_config("encoder_config", self.encoder_config, "roberta")
-        # The two hold for the whole model, and transformers looks for them at the top.
+        # tie_word_embeddings applies to the whole model: transformers looks for it in the composite config.
         self.tie_word_embeddings = getattr(self.text_config, "tie_word_embeddings", False)
         kwargs.pop("tie_word_embeddings", None)
         super().__post_init__(**kwargs)
@@ -135,7 +135,7 @@ class RefragConfig(PreTrainedConfig):
         if self.encoder_window and self.encoder_special_tokens:
             raise ValueError(
                 f"encoder_window: got {self.encoder_window} beside encoder_special_tokens, needs 0: special tokens "
-                "would stand between the chunks of a window"
+                "would separate the chunks of a window"
             )
         if not isinstance(self.latents, int) or not 1 <= self.latents <= self.chunk_size:
             raise ValueError(f"latents: got {self.latents!r}, needs 1 to the chunk_size of {self.chunk_size}")
@@ -144,12 +144,12 @@ class RefragConfig(PreTrainedConfig):
                 raise ValueError(f"{field}: got {getattr(self, field)!r}, needs one of {', '.join(choices)}")
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """Return the decoder's configuration, or, of one that sees or hears too, that of its text."""
+        """Return the decoder's config, or the config of its text model if it is multimodal."""
         return self.text_config.get_text_config(decoder=True)
 
     @property
     def chunk_width(self) -> int:
-        """d_enc, the width of a chunk's embedding."""
+        """d_enc, the size of a chunk's embedding."""
         text = self.encoder_config.get_text_config()
         if not isinstance(getattr(text, "hidden_size", None), int):
             raise ValueError(f"encoder_config: got a {type(text).__name__}, needs one with a hidden_size")
@@ -157,7 +157,7 @@ class RefragConfig(PreTrainedConfig):
 
     @property
     def window(self) -> int:
-        """Encoder tokens of a window: ``encoder_window``, or the encoder's positions where these are fewer."""
+        """Encoder tokens in a window: ``encoder_window``, or the encoder's positions if these are fewer."""
         positions = getattr(self.encoder_config, "max_position_embeddings", None) or self.encoder_window
         if any(kind in self.encoder_config.model_type for kind in _PADDED_POSITIONS):
             positions -= (self.encoder_config.pad_token_id or 0) + 1
@@ -167,12 +167,12 @@ class RefragConfig(PreTrainedConfig):
     def from_preset(
         cls, preset: str, text_config: PreTrainedConfig, encoder_config: PreTrainedConfig, **fields: Any
     ) -> RefragConfig:
-        """Make a config with a preset's choices; ``fields`` override them.
+        """Create a config from a preset; ``fields`` override its values.
 
         Raises
         ------
         ValueError
-            If there is no such preset.
+            If the preset is unknown.
         """
         if preset not in PRESETS:
             raise ValueError(f"preset: got {preset!r}, needs one of {', '.join(PRESETS)}")

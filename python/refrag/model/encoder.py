@@ -1,4 +1,4 @@
-"""The chunk encoder: every chunk of a batch in one packed pass, none seeing another, no padding."""
+"""The chunk encoder: all chunks of a batch in one packed pass, without padding or attention between chunks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pack_texts(
     window: int = 0,
     passages: Sequence[int] | None = None,
 ) -> PackedTexts:
-    """Tokenize ``texts`` for the encoder, one after another.
+    """Tokenize ``texts`` for the encoder and concatenate them.
 
     Parameters
     ----------
@@ -34,13 +34,13 @@ def pack_texts(
         The encoder's.
     texts : sequence of str
     special_tokens : bool
-        Whether each text stands between the encoder's special tokens; a text without tokens of its own always does.
+        Whether to put each text between the encoder's special tokens; a text without tokens always gets them.
     truncate_to : int, optional
-        Cut texts to so many tokens; without it, a text that is too long is an error.
+        Truncate texts to this many tokens. Without it, a text that is too long is an error.
     window : int
-        Tokens that are read together, as in RefragConfig; 0 reads each text alone.
+        Tokens in a window, as ``encoder_window`` in RefragConfig; 0 encodes each text on its own.
     passages : sequence of int, optional
-        Passage of each text: a window holds texts of one passage only. Needed with a window.
+        Passage of each text; a window holds texts of one passage only. Without it, each text has its own window.
 
     Raises
     ------
@@ -51,14 +51,14 @@ def pack_texts(
     if truncate_to is not None:
         options |= {"truncation": True, "max_length": truncate_to}
     token_ids = tokenizer(list(texts), **options)["input_ids"] if texts else []
-    if not all(token_ids):  # blank lines, say: an encoder row is needed all the same
+    if not all(token_ids):  # for example blank lines, which need an encoder row all the same
         token_ids = [ids or tokenizer("", add_special_tokens=True)["input_ids"] for ids in token_ids]
     lengths = [len(ids) for ids in token_ids]
     if lengths and max(lengths) > tokenizer.model_max_length:
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         raise ValueError(
             f"texts: text {longest} has {lengths[longest]} tokens for the encoder, needs at most "
-            f"{tokenizer.model_max_length}; take a smaller k"
+            f"{tokenizer.model_max_length}; use a smaller k"
         )
     flat = torch.tensor([token for ids in token_ids for token in ids], dtype=torch.int64, device="cpu")
     windows = None if not window else _windows(lengths, passages or range(len(lengths)), window)
@@ -66,7 +66,7 @@ def pack_texts(
 
 
 def _windows(lengths: Sequence[int], passages: Sequence[int], most: int) -> torch.Tensor:
-    """Return the window of each text: as many texts of a passage as have ``most`` tokens, one at least."""
+    """Return the window of each text: consecutive texts of a passage with at most ``most`` tokens, or a single text."""
     windows: list[int] = []
     rows, before, window = 0, None, -1
     for length, passage in zip(lengths, passages, strict=True):
@@ -78,13 +78,13 @@ def _windows(lengths: Sequence[int], passages: Sequence[int], most: int) -> torc
 
 
 class TextEmbedder:
-    """Embeds texts as the model embeds chunks, each alone: what selectors compare and policies read.
+    """Embeds each text on its own, as the model embeds chunks: input for selectors and policies.
 
-    Of a model that reads chunks in windows (``encoder_window``), the processor has the chunks of a prompt embedded in
-    their windows, and lets this take note of them.
+    If the model encodes chunks in windows (``encoder_window``), the processor embeds a prompt's chunks in their windows
+    and passes the embeddings to ``remember``.
 
-    The last results are kept, so that chunks that a selector has embedded needn't be encoded again for the model: hand
-    ``embedder([chunk.text for chunk in prompt.chunks])`` on as ``chunk_embeds``.
+    The last results are kept, so that the model needn't encode chunks again that a selector has embedded: pass
+    ``embedder([chunk.text for chunk in prompt.chunks])`` as ``chunk_embeds``.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ class TextEmbedder:
         self._kept: dict[tuple[str, ...], torch.Tensor] = {}
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return embeddings [N, d_enc]; a question longer than the encoder's positions is cut."""
+        """Return embeddings [N, d_enc]; texts longer than the encoder's positions are truncated."""
         wanted = tuple(texts)
         if wanted not in self._kept:
             packed = pack_texts(
@@ -114,26 +114,27 @@ class TextEmbedder:
         return self._kept[wanted]
 
     def remember(self, texts: Sequence[str], embeds: torch.Tensor) -> None:
-        """Take note of embeddings that are known already, from a ``ChunkStore``: then they aren't made again.
+        """Store known embeddings, for example from a ``ChunkStore``, so that they aren't computed again.
 
         Parameters
         ----------
         texts : sequence of str
         embeds : Tensor [N, d_enc]
-            By the model's encoder.
+            Computed by the model's encoder.
         """
         encoder = self.model.encoder
         self._keep(tuple(texts), embeds.to(device=encoder.device, dtype=encoder.dtype))
 
     def _keep(self, texts: tuple[str, ...], embeds: torch.Tensor) -> None:
-        # A question's and a prompt's at least.
+        # Enough for at least a question and a prompt.
         self._kept = {**dict(list(self._kept.items())[-3:]), texts: embeds}
 
 
 def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str, segments: int = 1) -> torch.Tensor:
-    """Encode packed texts, each alone (REFRAG, section 2: c_i = Enc(C_i)).
+    """Encode packed texts independently of each other (REFRAG, section 2: c_i = Enc(C_i)).
 
-    An encoder that can't read packed rows (MPNet's position bias, say) reads a padded batch by its own attention.
+    An encoder that doesn't support packed rows (MPNet's position bias, for example) reads a padded batch with its own
+    attention.
 
     Parameters
     ----------
@@ -143,7 +144,7 @@ def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str, se
         N texts.
     pooling : {"first", "mean", "last", "concat"}
     segments : int
-        Of "concat", as in RefragConfig.
+        ``pool_segments`` in RefragConfig.
 
     Returns
     -------
@@ -152,7 +153,7 @@ def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str, se
     Raises
     ------
     FamilyError
-        If the encoder gives other rows than its own either way.
+        If neither packed rows nor padded batches reproduce the encoder's rows.
     ValueError
         If a text, or a window, has more tokens than the encoder has positions.
     """
@@ -169,10 +170,9 @@ def encode_packed(encoder: PreTrainedModel, texts: PackedTexts, pooling: str, se
 
 
 def most_tokens(encoder: PreTrainedModel) -> int | None:
-    """Return how many tokens an encoder has positions for; None where it names no number.
+    """Return how many tokens an encoder has positions for; None if its config doesn't say.
 
-    A tokenizer need not know: many folders name no ``model_max_length``, and RoBERTa's table holds rows that are no
-    positions.
+    The tokenizer may not know: many lack ``model_max_length``, and some rows of RoBERTa's table aren't positions.
     """
     table = position_table(encoder)
     if table is not None:
@@ -193,15 +193,15 @@ def _require_positions(encoder: PreTrainedModel, texts: PackedTexts) -> None:
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     if lengths[longest] > most:
         raise ValueError(
-            f"texts: {name} {longest} has {lengths[longest]} tokens for the encoder, needs at most {most}; take a "
+            f"texts: {name} {longest} has {lengths[longest]} tokens for the encoder, needs at most {most}; use a "
             f"smaller {'encoder_window' if name == 'window' else 'k'}"
         )
 
 
 def _pool_segments(hidden: torch.Tensor, layout: ChunkLayout, segments: int) -> torch.Tensor:
-    """Return the means of each chunk's ``segments`` runs of rows, as even as can be: [N, segments * d].
+    """Split each chunk's rows into ``segments`` runs of nearly equal length and return their means [N, segments * d].
 
-    Of a chunk with fewer rows, each stands for several runs.
+    The rows of a chunk that has fewer rows are repeated.
     """
     starts, lengths = layout.chunk_offsets[:-1].long(), layout.chunk_offsets.diff().long()
     stretched = lengths.clamp(min=segments)

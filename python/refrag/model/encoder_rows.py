@@ -1,4 +1,4 @@
-"""The encoder's rows of packed texts: read in one pass with plans, or as a padded batch."""
+"""Runs the encoder on packed texts: in one pass with plans, or as a padded batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from refrag_kernels import ChunkMask
 
 
 def packed_rows(encoder: PreTrainedModel, texts: PackedTexts, *, causal: bool) -> torch.Tensor:
-    """Return the encoder's rows [T, d] of packed texts, read in one pass with plans."""
+    """Run the encoder on packed texts in one pass with plans and return its rows [T, d]."""
     mask = ChunkMask.diagonal() if texts.windows is None else ChunkMask.passages(texts.windows)
     output = packed_pass(
         encoder,
@@ -25,7 +25,7 @@ def packed_rows(encoder: PreTrainedModel, texts: PackedTexts, *, causal: bool) -
 
 
 def padded_rows(encoder: PreTrainedModel, texts: PackedTexts) -> torch.Tensor:
-    """Return the encoder's rows [T, d] of packed texts, read as a padded batch: one sequence a text, or a window."""
+    """Run the encoder on a padded batch, one sequence per text or window, and return the unpadded rows [T, d]."""
     lengths = texts.layout.chunk_offsets.diff().long()
     if texts.windows is not None:
         lengths = torch.zeros_like(lengths).index_add_(0, window_of_text(texts), lengths)
@@ -41,14 +41,14 @@ def padded_rows(encoder: PreTrainedModel, texts: PackedTexts) -> torch.Tensor:
 def window_of_text(texts: PackedTexts) -> torch.Tensor:
     """Return the number of each text's window, int64 [N], from 0."""
     windows = texts.windows
-    assert windows is not None  # only then is it asked for
+    assert windows is not None  # callers check it
     begins = torch.ones_like(windows, dtype=torch.bool)
     begins[1:] = windows[1:] != windows[:-1]
     return begins.cumsum(0) - 1
 
 
 def _positions(texts: PackedTexts, first: int) -> torch.Tensor:
-    """Return position ids that start again at ``first`` in every text, or in every window."""
+    """Return position ids that restart at ``first`` in every text, or in every window."""
     layout = texts.layout
     starts = layout.chunk_offsets[:-1].long()
     lengths = layout.chunk_offsets.diff().long()
@@ -60,11 +60,12 @@ def _positions(texts: PackedTexts, first: int) -> torch.Tensor:
 
 
 def first_position(encoder: PreTrainedModel) -> int:
-    """Return the position id of a text's first token: RoBERTa's tables hold a row for padding and count on from it."""
+    """Return the position id of a text's first token, which follows the padding row in RoBERTa's position table."""
     padding = getattr(position_table(encoder), "padding_idx", None)
     return 0 if padding is None else padding + 1
 
 
 def position_table(encoder: PreTrainedModel) -> nn.Embedding | None:
+    """Return an encoder's learned position embeddings; None if it has none."""
     table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
     return table if isinstance(table, nn.Embedding) else None

@@ -1,4 +1,4 @@
-"""The encoder's feed-forward layers as one fused op: they are the same two layers as a projection."""
+"""Runs the encoder's feed-forward layers as one fused op: the two linear layers of ``project_chunks``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.models.bert.modeling_bert import BertIntermediate, BertLayer, 
 
 import refrag_kernels as rk
 
-# transformers' names of the activations that the op knows.
+# transformers' activation names -> the op's.
 _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -23,10 +23,10 @@ _ACTIVATIONS = {
 
 
 def fuse_feed_forward(encoder: nn.Module) -> int:
-    """Let the layers of an encoder of BERT's kind compute their feed-forward part with ``project_chunks``.
+    """Make the layers of a BERT-like encoder compute their feed-forward part with ``project_chunks``.
 
-    A layer keeps its weights, its dropout and its normalisation; one whose linear layers have been replaced (adapters,
-    quantised weights) goes back to transformers' own code by itself. Encoders of other kinds are left alone.
+    A layer keeps its weights, its dropout and its normalisation. If its linear layers are replaced later (adapters,
+    quantised weights), it falls back to transformers' own code. Other encoders are unchanged.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def fuse_feed_forward(encoder: nn.Module) -> int:
     Returns
     -------
     int
-        The number of layers that were changed.
+        Number of layers changed.
 
     Examples
     --------
@@ -54,15 +54,14 @@ def fuse_feed_forward(encoder: nn.Module) -> int:
     for layer in encoder.modules():
         if hasattr(layer, "feed_forward_chunk") and _is_fusible(layer):
             layer.refrag_activation = activation
-            # Neither a closure nor a method, which pickle would look for in the layer's class: copies then refer to
-            # their own weights.
+            # A partial, not a closure or a bound method: a copied or unpickled layer then uses its own weights.
             layer.feed_forward_chunk = functools.partial(_feed_forward, layer)
             changed += 1
     return changed
 
 
 def _is_fusible(layer: nn.Module) -> bool:
-    """Whether the layer is dense, activation, dense, dropout, normalisation of the sum."""
+    """Return whether the layer computes dense, activation, dense, dropout, and the norm of the residual sum."""
     first = getattr(getattr(layer, "intermediate", None), "dense", None)
     output = getattr(layer, "output", None)
     parts = (
@@ -83,7 +82,7 @@ def _is_fusible(layer: nn.Module) -> bool:
 
 
 def _same_code(function: Any, other: Any) -> bool:
-    """Whether two functions do the same: families copy BERT's layers, and X-MOD's, say, put adapters between."""
+    """Return whether two functions have the same bytecode: families copy BERT's layers, but X-MOD adds adapters."""
     code, wanted = getattr(function, "__code__", None), other.__code__
     return code is not None and all(
         getattr(code, part) == getattr(wanted, part) for part in ("co_code", "co_names", "co_consts")

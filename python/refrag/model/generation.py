@@ -1,4 +1,4 @@
-"""From packed rows to transformers' generation loop, which wants a padded batch."""
+"""Connects packed rows to transformers' generation loop, which needs a padded batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from refrag.model.inputs import MixedPrompt
 
 @dataclasses.dataclass(frozen=True)
 class PackedPrefill:
-    """What the first step of a generation reads.
+    """Input of the first step of a generation.
 
     Attributes
     ----------
@@ -24,7 +24,7 @@ class PackedPrefill:
     position_ids : Tensor, int64 [T]
     plans : AttentionPlans
     rows : Tensor, int64 [B, S]
-        Packed row of each place of the padded batch; padding, on the left, holds the sequence's first row.
+        Packed row at each place of the padded batch; left padding repeats the sequence's first row.
     """
 
     embeds: torch.Tensor
@@ -34,12 +34,12 @@ class PackedPrefill:
 
 
 def require_empty(cache: Any) -> None:
-    """Refuse a cache that holds rows: a prompt's plans are made for its own rows only.
+    """Refuse a cache that holds rows: a prompt's plans cover only its own rows.
 
     Raises
     ------
     ValueError
-        If it holds any.
+        If the cache isn't empty.
     """
     held = 0 if cache is None else int(cache.get_seq_length())
     if held:
@@ -52,8 +52,8 @@ def require_empty(cache: Any) -> None:
 def padded_inputs(prompt: MixedPrompt, embeds: torch.Tensor, plans: AttentionPlans) -> dict[str, Any]:
     """Return the arguments of ``generate`` for a packed prompt.
 
-    Only the first step's shapes and the growing attention mask are taken from the padded tensors; what is computed is
-    the packed ``prefill``.
+    The padded tensors only provide the first step's shapes and the growing attention mask; the first step computes the
+    packed ``prefill``.
 
     Raises
     ------
@@ -62,7 +62,7 @@ def padded_inputs(prompt: MixedPrompt, embeds: torch.Tensor, plans: AttentionPla
     """
     empty = [index for index, lengths in enumerate(prompt.layout.lengths()) if not lengths]
     if empty:
-        raise ValueError(f"prompt: sequence {empty[0]} is empty, needs a row to go on from")
+        raise ValueError(f"prompt: sequence {empty[0]} is empty, needs at least one row")
     starts, ends = prompt.layout.sequence_offsets[:-1].long(), prompt.layout.sequence_offsets[1:].long()
     longest = max(sum(lengths) for lengths in prompt.layout.lengths())
     rows = ends[:, None] + torch.arange(-longest, 0, device=prompt.device)
@@ -77,20 +77,20 @@ def padded_inputs(prompt: MixedPrompt, embeds: torch.Tensor, plans: AttentionPla
 
 
 def refuse_options(config: Any, options: Mapping[str, Any], *, state: bool) -> None:
-    """Refuse options of ``generate`` that packed rows, or a state, have nothing for.
+    """Refuse options of ``generate`` that packed rows or a state don't support.
 
     Parameters
     ----------
     config : GenerationConfig
-        What holds where the options say nothing.
+        Defaults for missing options.
     options : mapping
     state : bool
-        Whether generation goes on from a state.
+        Whether generation continues a state.
 
     Raises
     ------
     ValueError
-        Names the option, and what to do.
+        Names the option and what it needs.
     """
 
     def given(name: str) -> Any:
@@ -99,45 +99,45 @@ def refuse_options(config: Any, options: Mapping[str, Any], *, state: bool) -> N
     for name in ("assistant_model", "prompt_lookup_num_tokens"):
         if given(name):
             # Some releases of transformers verify drafts in the first step, which reads the packed prompt alone.
-            raise ValueError(f"{name}: got one, needs None: a packed prompt can't be drafted for")
+            raise ValueError(f"{name}: got one, needs None: packed prompts don't support assisted decoding")
     scale = given("guidance_scale")
     if scale not in (None, 1) and options.get("negative_prompt_ids") is None:
         raise ValueError(
             f"guidance_scale: got {scale}, needs negative_prompt_ids beside it: a packed prompt has no last token to "
-            "begin from"
+            "start from"
         )
     if given("output_attentions"):
-        raise ValueError("output_attentions: got True, needs False: packed rows form no attention weights")
+        raise ValueError("output_attentions: got True, needs False: packed rows never materialize attention weights")
     if state and given("output_hidden_states"):
-        raise ValueError("output_hidden_states: got True, needs False: a state keeps none of the rows that it has read")
+        raise ValueError("output_hidden_states: got True, needs False: a state keeps no hidden states")
 
 
 def packed_prefill(
     decoder: PreTrainedModel, prefill: PackedPrefill, cache: Any, copies: int, *, hidden_states: bool = False
 ) -> CausalLMOutputWithPast:
-    """Read the prompt packed and fill ``cache`` as if it had been read padded.
+    """Run the packed prompt through the decoder and fill ``cache`` as a padded prompt would.
 
     Parameters
     ----------
     decoder : PreTrainedModel
     prefill : PackedPrefill
-        Of B sequences.
+        B sequences.
     cache : Cache
-        Empty; any kind of transformers'.
+        An empty cache of any of transformers' classes.
     copies : int
-        Beams or samples per sequence: the prompt is read once for all of them.
+        Beams or samples per sequence, which share one forward pass over the prompt.
     hidden_states : bool
-        Whether the layers' rows are wanted.
+        Whether to return the layers' hidden states.
 
     Returns
     -------
     CausalLMOutputWithPast
-        Logits [B * copies, 1, V] of each sequence's last row.
+        With the logits [B * copies, 1, V] of each sequence's last row.
 
     Raises
     ------
     ValueError
-        If the cache holds rows already.
+        If the cache isn't empty.
     """
     require_empty(cache)
     alone = prefill.rows.shape[0] * copies == 1
@@ -161,6 +161,6 @@ def packed_prefill(
             cache.update(keys, values, index)
     logits = output.logits[0][:, None].repeat_interleave(copies, dim=0)
     layers = None
-    if hidden_states:  # padded, as the loop has them
+    if hidden_states:  # padded, as the generation loop expects
         layers = tuple(rows[0][prefill.rows].repeat_interleave(copies, dim=0) for rows in output.hidden_states)
     return CausalLMOutputWithPast(logits=logits, past_key_values=cache, hidden_states=layers)

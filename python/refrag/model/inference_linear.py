@@ -1,4 +1,4 @@
-"""Linear layers on the CPU without gradients: torch's own weights, by whichever product is fastest for the rows."""
+"""Linear layers for CPU inference: picks the fastest matrix product for the number of rows, with torch's weights."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from refrag_kernels.linear import cpu_linear_rows
 # Up to 8 rows, such as a decode step's, torch's product takes 1.3 times as long as linear_rows, in float32 3 times.
 _FEW_ROWS = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PLAIN = (torch.Tensor, nn.Parameter)  # not quantised, sharded or traced
+_PLAIN = (torch.Tensor, nn.Parameter)  # rules out quantised, sharded and traced tensors
 
 
 def use_inference_linears(model: nn.Module) -> int:
-    """Let a model's linear layers take a faster product where there is one: on the CPU, without gradients.
+    """Make a model's linear layers use faster matrix products for inference on the CPU.
 
-    A few rows, such as those of a decode step, go to ``refrag_kernels.linear_rows``, which reads the weights with all
-    threads. More rows in float32 go to oneDNN, as torch's compiler has it: nn.Linear asks MKL, which runs at half the
-    rate or less on CPUs of another maker. Anything else is nn.Linear's own product: strided rows or weights, weights
-    that are quantised or sharded, gradients, autocast, torch.compile.
+    ``refrag_kernels.linear_rows`` computes a few rows, such as those of a decode step, and reads the weights with all
+    threads. oneDNN computes more rows in float32, as under torch.compile: nn.Linear calls MKL, which runs at half the
+    rate or less on non-Intel CPUs. nn.Linear's own product handles everything else: strided rows or weights, quantised
+    or sharded weights, gradients, autocast, torch.compile.
 
-    Layers stay nn.Linear, and what replaces them (adapters, ``quantize_dynamic``) finds them. Weights, names and state
-    dict stay as they are. Layers of other kinds are left alone.
+    Layers remain nn.Linear, so that adapters and ``quantize_dynamic`` still find and replace them. Weights, names and
+    the state dict don't change, nor do layers of other types.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def use_inference_linears(model: nn.Module) -> int:
     Returns
     -------
     int
-        The number of layers that were changed; 0 where the C++ kernels are missing.
+        Number of linear layers; 0 if the C++ kernels are missing, and nothing was changed.
 
     Examples
     --------
@@ -47,13 +47,13 @@ def use_inference_linears(model: nn.Module) -> int:
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
     for layer in layers:
         if not is_inference_linear(layer):
-            # Neither a closure nor a method, as in feed_forward: copies then refer to their own weights.
+            # A partial, as in feed_forward: a copied layer then uses its own weights.
             layer.forward = functools.partial(_forward, layer)  # type: ignore[method-assign]
     return len(layers)
 
 
 def is_inference_linear(layer: nn.Module) -> bool:
-    """Whether ``use_inference_linears`` has changed a layer."""
+    """Return whether ``use_inference_linears`` has changed a layer."""
     return getattr(layer.__dict__.get("forward"), "func", None) is _forward
 
 
@@ -73,9 +73,9 @@ def _forward(self: nn.Linear, input: torch.Tensor) -> torch.Tensor:
         or not (bias is None or (type(bias) in _PLAIN and bias.dtype == weight.dtype and bias.is_contiguous()))
     ):
         return nn.Linear.forward(self, input)
-    outputs, width = weight.shape
-    if 0 < input.numel() <= _FEW_ROWS * width:
-        return cpu_linear_rows(input.view(-1, width), weight, bias).view(*input.shape[:-1], outputs)
+    outputs, inputs = weight.shape
+    if 0 < input.numel() <= _FEW_ROWS * inputs:
+        return cpu_linear_rows(input.view(-1, inputs), weight, bias).view(*input.shape[:-1], outputs)
     if input.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return nn.Linear.forward(self, input)

@@ -1,4 +1,4 @@
-"""What a prompt is made of, before and after it is packed for the model."""
+"""The parts of a prompt: text, passages and chunks, and the packed batch that the model reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from refrag_kernels import ChunkLayout
 
 
 class PromptTooLongError(ValueError):
-    """A prompt doesn't fit into the decoder's window."""
+    """Raised if a prompt doesn't fit into the decoder's context window."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Passage:
     Attributes
     ----------
     text : str
-        The text. Only a passage that a ``ChunkStore`` is to find by its id may have none.
+        The text. It may only be empty if a ``ChunkStore`` finds the passage by its id.
     id : str or None
-        Where it comes from.
+        Identifies the passage's source.
 
     Raises
     ------
     TypeError
-        If either is of another type.
+        If either has another type.
     """
 
     text: str = ""
@@ -42,18 +42,18 @@ class Passage:
             raise TypeError(f"passage: id: got {type(self.id).__name__}, needs str or None")
 
 
-Part = str | Passage  # of a prompt
+Part = str | Passage  # an element of a prompt
 
 
 def require_text(text: object, name: str, needs: str = "str") -> None:
-    """Refuse what is no text that a tokenizer takes.
+    """Refuse a value that isn't text for a tokenizer.
 
     Raises
     ------
     TypeError
-        If it is no string; names it.
+        If it isn't a string; names it.
     ValueError
-        If it holds half a surrogate pair.
+        If it contains half a surrogate pair.
     """
     if not isinstance(text, str):
         raise TypeError(f"{name}: got {type(text).__name__}, needs {needs}")
@@ -62,7 +62,7 @@ def require_text(text: object, name: str, needs: str = "str") -> None:
 
 
 def half_surrogate(text: str) -> int | None:
-    """Return where a text holds half a surrogate pair, such as JSON's escapes can write; None where it doesn't."""
+    """Return the index of half a surrogate pair in a text, which JSON's escapes can produce; None if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -72,16 +72,16 @@ def half_surrogate(text: str) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """A piece of a passage: one slot when compressed, its tokens when expanded.
+    """A piece of a passage: a slot per latent when compressed, its tokens when expanded.
 
     Attributes
     ----------
     text : str
-        Exactly the text that the tokens stand for.
+        The exact text of the tokens.
     token_ids : tuple of int
-        Its tokens for the decoder.
+        The decoder's tokens of the text.
     passage : str or None
-        The id of its passage.
+        Id of the chunk's passage.
     """
 
     text: str
@@ -91,7 +91,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class PackedTexts:
-    """Texts tokenized for the encoder, one after another, without padding.
+    """Texts tokenized for the encoder and concatenated without padding.
 
     Attributes
     ----------
@@ -99,7 +99,8 @@ class PackedTexts:
     layout : ChunkLayout
         One sequence with a chunk per text.
     windows : Tensor, int32 [N], optional
-        Window of each text: texts of one window stand side by side and see each other. Without it each is read alone.
+        Window of each text. Texts of one window are adjacent and attend to each other. Without it, each text is encoded
+        on its own.
     """
 
     token_ids: torch.Tensor
@@ -107,7 +108,7 @@ class PackedTexts:
     windows: torch.Tensor | None = None
 
     def take(self, texts: Sequence[int]) -> PackedTexts:
-        """Return some of the texts; those of one window still see each other, but not those that are left out."""
+        """Return some of the texts; those of one window still attend to each other, but not to omitted texts."""
         offsets = self.layout.host().chunk_offsets.tolist()
         lengths = [offsets[text + 1] - offsets[text] for text in texts]
         rows = [self.token_ids[offsets[text] : offsets[text + 1]] for text in texts]
@@ -118,36 +119,36 @@ class PackedTexts:
         )
 
     def to(self, device: torch.device | str) -> PackedTexts:
-        """Return it on ``device``."""
+        """Return the texts on ``device``."""
         windows = None if self.windows is None else self.windows.to(device)
         return PackedTexts(self.token_ids.to(device), self.layout.to(device), windows)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixedPrompt:
-    """A batch of prompts, packed: the rows that the decoder reads, and the chunks that the encoder reads.
+    """A packed batch of prompts: the decoder's rows and the encoder's chunks.
 
     Attributes
     ----------
     token_ids : Tensor, int64 [T]
-        Token of each row; 0 in a slot.
+        Token of each row; 0 for a slot.
     slot_of_row : Tensor, int32 [T]
-        Which embedding stands in this row: with m latents, number j of chunk c is c * m + j; -1 for text.
+        Index of the embedding in this row: c * m + j for latent j of chunk c, with m latents; -1 for text.
     position_ids : Tensor, int64 [T]
     layout : ChunkLayout
-        Sequences, and in them the spans: text, slots, expanded chunks.
+        The sequences and their spans: text, slots and expanded chunks.
     passage_of_span : Tensor, int32 [C]
-        Passage of each span of the layout, counted per sequence, -1 for text.
+        Passage of each span of the layout, numbered per sequence; -1 for text.
     chunks : tuple of Chunk
         All N chunks of the batch, expanded or not.
     expanded : frozenset of int
-        Which of them stand as text.
+        Indices of the expanded chunks.
     encoder_input : PackedTexts
-        The N chunks' texts for the encoder; none of them where ``chunk_embeds`` is given.
+        The encoder's tokens of the N chunks; empty if ``chunk_embeds`` is given.
     chunk_embeds : Tensor [N, d_enc], optional
-        The chunks' embeddings where they are known, from a ``ChunkStore``, say.
+        The chunks' embeddings if they are known, for example from a ``ChunkStore``.
     latents : int
-        m, the slots of a compressed chunk.
+        m, the number of slots of a compressed chunk.
     """
 
     token_ids: torch.Tensor
@@ -163,11 +164,11 @@ class MixedPrompt:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """Device of the tensors."""
         return self.token_ids.device
 
     def take(self, spans: Sequence[int]) -> MixedPrompt:
-        """Return some spans of a prompt of one sequence, in the order given; rows keep their positions.
+        """Return the given spans of a single-sequence prompt, in this order; rows keep their positions.
 
         Parameters
         ----------

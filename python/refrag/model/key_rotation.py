@@ -1,4 +1,4 @@
-"""Keys at other positions: RoPE's rotations add up, so a key that is rotated already is moved by one rotation more."""
+"""Moves cached keys to other positions: RoPE's rotations add up, so a rotated key needs only one more rotation."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from transformers import DynamicCache, PreTrainedModel
 from refrag.model.state import key_values
 
 _PROBE = 4  # rows of the probe
-_SHIFT = 5  # how far it is moved
+_SHIFT = 5  # distance in positions by which the probe's keys are moved
 
 
 class KeyRotation:
     """Moves the keys of a decoder's cache to other positions (RoPE, arXiv 2104.09864: R(a) R(b) = R(a + b)).
 
-    The angles are those that the decoder computed, rounded to float32 as it rounds them, so that a moved key is the key
-    that would have been computed at the new place, to the last few bits. A probe of a few tokens, read at two places,
-    checks this for every layer before anything is moved.
+    It uses the decoder's own angles, rounded to float32 as the decoder rounds them, so that a moved key equals the key
+    computed at the new position up to the last few bits. The constructor verifies this for every layer: it runs a few
+    tokens through the decoder at two positions.
 
     Parameters
     ----------
@@ -27,8 +27,8 @@ class KeyRotation:
     Raises
     ------
     ValueError
-        If the decoder has no rotary embedding, one whose frequencies change with the length, or one that it doesn't
-        apply to all keys of all layers in the common way; names it.
+        If the decoder has no rotary embedding, its frequencies depend on the sequence length, or some layer doesn't
+        rotate its keys as Llama does; names the decoder.
     """
 
     def __init__(self, decoder: PreTrainedModel) -> None:
@@ -58,14 +58,14 @@ class KeyRotation:
         Parameters
         ----------
         keys : list of Tensor [H, n, D]
-            Of each layer, as they are in a cache.
+            Keys of each layer, as in a cache.
         old, new : Tensor, int64 [n]
-            Position of each row, as computed and as wanted.
+            Current and new position of each row.
 
         Returns
         -------
         list of Tensor [H, n, D]
-            In the keys' dtype, rotated in float32.
+            In the keys' dtype; the rotation is computed in float32.
         """
         if torch.equal(old, new):
             return keys
@@ -80,17 +80,17 @@ class KeyRotation:
             try:
                 got = self.move(here, at, moved)
                 wrong = [float((a - b).norm() / b.norm().clamp(min=1e-6)) > bound for a, b in zip(got, there)]
-            except RuntimeError:  # other shapes: a part of the head is rotated
+            except RuntimeError:  # shapes don't match: RoPE covers only a part of head_dim
                 wrong = [True]
         if any(wrong):
             raise ValueError(
-                f"decoder: got {name}, whose layer {wrong.index(True)} rotates its keys in another way than Llama's, "
-                "or not at all: they can't be moved"
+                f"decoder: got {name}, whose layer {wrong.index(True)} rotates its keys in another way than Llama's "
+                "or not at all: its keys can't be moved"
             )
 
 
 def _keys(decoder: Any, positions: torch.Tensor) -> list[torch.Tensor]:
-    """Return the keys of a few tokens at these positions, per layer [H, n, D]."""
+    """Return each layer's keys [H, n, D] of the probe's tokens at the given positions."""
     cache = DynamicCache()
     training = decoder.training
     try:
@@ -104,7 +104,7 @@ def _keys(decoder: Any, positions: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _turn(frequencies: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosines and sines [n, D/2] of the angles between two places, in float32."""
+    """Return cosines and sines [n, D/2] of the rotation from the old to the new positions, in float32."""
     angles = [(places[:, None].float() * frequencies).double() for places in (old, new)]
     difference = angles[1] - angles[0]
     return difference.cos().float(), difference.sin().float()

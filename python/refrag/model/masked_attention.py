@@ -1,6 +1,6 @@
-"""Attention with a softcap or sinks where there is no plan: decode steps and padded batches of decoders that have them.
+"""Attention with a softcap or sinks but without a plan, for decode steps and padded batches.
 
-torch's scaled_dot_product_attention knows neither, and transformers' wrapper of it drops sinks.
+torch's scaled_dot_product_attention supports neither, and transformers' wrapper of it drops sinks.
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ def masked_attention(
     causal: bool = True,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Attend under a dense mask.
+    """Compute attention under a dense mask.
 
-    A decode step reads keys and values once, by ``paged_attention``; anything else forms the scores.
+    A decode step runs ``paged_attention``, which reads keys and values once; other calls materialize the scores.
 
     Parameters
     ----------
     query : Tensor [B, H_q, Q, D]
     key, value : Tensor [B, H_kv, S, D]
     mask : Tensor [B or 1, 1, Q, S], optional
-        Boolean, True where a row may look, or a number to add to the scores.
+        Boolean, True where a row attends to a key, or a bias to add to the scores.
     scale : float, optional
-        Default ``1 / sqrt(D)``.
+        Defaults to ``1 / sqrt(D)``.
     softcap : float, optional
         Scores become ``softcap * tanh(scale * q . k / softcap)``.
     sinks : Tensor [H_q], optional
-        Logits that join each head's denominator.
+        Logits that are added to each head's softmax denominator.
     causal : bool
-        What no mask means where there are several query rows: the first Q keys, each row up to itself, or all keys.
+        Applies to several query rows without a mask. True: each row attends to the first Q keys up to its own position;
+        False: to all keys.
     dropout : float
-        Share of the weights to drop.
+        Dropout probability of the attention weights.
 
     Returns
     -------
@@ -52,16 +53,16 @@ def masked_attention(
     if _is_step(query, key, value, mask) and not dropout:
         return _step(query, key, value, mask, scale, softcap, sinks)
     batch, heads, rows, _ = query.shape
-    if mask is None and causal and rows > 1:  # a static cache has room for more keys than there are
+    if mask is None and causal and rows > 1:  # a static cache also returns its unused rows
         key, value = key[:, :, :rows], value[:, :, :rows]
         mask = torch.ones(rows, rows, dtype=torch.bool, device=query.device).tril()[None, None]
-    # The heads that share keys stand below each other, so that keys needn't be repeated.
+    # Fold query heads that share a KV head into rows, so that keys needn't be repeated.
     folded = query.reshape(batch, key.shape[1], -1, query.shape[-1])
     scores = (folded @ key.transpose(2, 3)).view(batch, heads, rows, -1) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
-        hidden = torch.finfo(scores.dtype).min  # not -inf: rows of padding see nothing, and NaN would spread
+        hidden = torch.finfo(scores.dtype).min  # not -inf: padding rows are fully masked and would turn into NaN
         scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(batch, -1, rows, 1)], dim=-1)
@@ -74,7 +75,7 @@ def masked_attention(
 
 
 def _is_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether it is a decode step, of a form that paged_attention takes."""
+    """Return whether this is a decode step that paged_attention supports."""
     needs_grad = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
     return (
         query.shape[2] == 1
@@ -98,7 +99,7 @@ def _step(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     batch, rows = key.shape[0], key.shape[2]
-    # transformers' cache is one page a sequence.
+    # transformers' cache acts as one page per sequence.
     key, value = (states if states.stride(-1) == 1 else states.contiguous() for states in (key, value))
     out = rk.paged_attention(
         query[:, :, 0],
@@ -115,7 +116,7 @@ def _step(
 
 
 def _ranges(mask: torch.Tensor, batch: int) -> VisibleRanges:
-    """Return the runs of keys that each sequence's row may look at; every layer of a step hands in the same mask."""
+    """Return the key ranges that each sequence's row attends to, cached on the mask that all layers of a step share."""
     known = getattr(mask, "refrag_ranges", None)
     if isinstance(known, VisibleRanges):
         return known

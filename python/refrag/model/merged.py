@@ -1,4 +1,4 @@
-"""A model's weights with its low-rank adapters added to them, under the names that they have without adapters."""
+"""Merges low-rank adapters into a copy of a model's weights, under the names of the plain model."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import nn
 
 
 def merged_state(model: nn.Module) -> dict[str, torch.Tensor] | None:
-    """Return the state dict of a model as if it had no adapters, their updates added; the model stays as it is.
+    """Return a model's state dict with its adapters merged into the weights; the model itself is unchanged.
 
     Parameters
     ----------
     model : nn.Module
-        With layers that peft has put around linear ones, or without.
+        May contain peft's wrappers of linear layers.
 
     Returns
     -------
     dict of str to Tensor, or None
-        None if there are no such layers.
+        None if the model has no such layers.
 
     Raises
     ------
     ValueError
-        If a layer has an adapter of another kind than LoRA, which can't be added to its weight.
+        If a layer's adapter isn't LoRA and can't be merged into its weight.
     """
     wrapped: dict[str, Any] = {
         name: layer
@@ -40,8 +40,8 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor] | None:
         plain = hasattr(layer, "get_delta_weight") and not any(getattr(layer, "use_dora", {}).values())
         if not plain or not isinstance(layer.base_layer, nn.Linear):
             raise ValueError(
-                f"{name}: has an adapter that can't be added to its weight, a {type(layer).__name__}; remove it, or "
-                "write it by the library that made it"
+                f"{name}: has an adapter that can't be merged into its weight, a {type(layer).__name__}; remove it, or "
+                "save it with the library that created it"
             )
         if not layer.merged and not layer.disable_adapters:
             weight = base["weight"]

@@ -1,4 +1,4 @@
-"""RefragForCausalLM: an encoder, a projector and a decoder that reads chunk embeddings among its tokens."""
+"""RefragForCausalLM: an encoder, a projector, and a decoder that reads chunk embeddings between its tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from refrag_kernels import ChunkMask
 
 
 class RefragForCausalLM(PreTrainedModel, GenerationMixin):
-    """REFRAG (arXiv 2509.01092) over an encoder and a causal decoder of transformers: docs/families.md lists which.
+    """REFRAG (arXiv 2509.01092) with an encoder and a causal decoder of transformers; docs/families.md lists them.
 
     Examples
     --------
@@ -42,7 +42,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
     >>> model.encode_chunks(chunks).shape
     torch.Size([2, 32])
 
-    From trained parts and with real text, where ``decoder`` and ``encoder`` are models of transformers:
+    With real text and trained transformers models ``encoder`` and ``decoder``:
 
     >>> model = RefragForCausalLM.from_parts(encoder, decoder, k=16)  # doctest: +SKIP
     >>> processor = RefragProcessor.from_config(model.config, tokenizer, encoder_tokenizer)  # doctest: +SKIP
@@ -60,7 +60,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RefragConfig) -> None:
         super().__init__(config)
-        # A user's own choice of attention is left alone, and packed rows are then refused.
+        # An attention that the user chose is kept; packed rows are then refused.
         chosen = [part._attn_implementation for part in (config.encoder_config, config.text_config)]
         self.encoder = AutoModel.from_config(config.encoder_config)
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
@@ -78,20 +78,20 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
     def from_parts(
         cls, encoder: PreTrainedModel, decoder: PreTrainedModel, k: int = 16, *, preset: str = "paper", **fields: Any
     ) -> RefragForCausalLM:
-        """Join a trained encoder and decoder by a new, untrained projector.
+        """Connect a trained encoder and decoder with a new, untrained projector.
 
-        Both models are taken, not copied: their attention becomes "refrag", which computes what "sdpa" computes where
-        no plan is given, the encoder's feed-forward layers run fused where they can, and linear layers take faster
-        products on the CPU where no gradients are wanted.
+        Both models are used in place, not copied, and changed: their attention becomes "refrag", which computes the
+        same as "sdpa" without a plan, the encoder's feed-forward layers are fused where possible, and linear layers use
+        faster matrix products for inference on the CPU.
 
         Parameters
         ----------
         encoder : PreTrainedModel
-            A text encoder (AutoModel). It is tried on a few rows, as is the decoder.
+            A text encoder (AutoModel). Both it and the decoder are probed on a few rows.
         decoder : PreTrainedModel
             A causal language model (AutoModelForCausalLM).
         k : int
-            Decoder tokens of a chunk.
+            Number of decoder tokens in a chunk.
         preset : {"paper", "lclm"}
         **fields
             Further fields of RefragConfig.
@@ -99,8 +99,8 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         Raises
         ------
         FamilyError
-            If packed rows would give what the encoder or the decoder doesn't, or they couldn't be made again of their
-            configs; names it, and what differs.
+            If packed rows can't reproduce the results of the encoder or the decoder, or if one of them can't be
+            rebuilt from its config; names the model and the difference.
         """
         config = RefragConfig.from_preset(preset, decoder.config, encoder.config, chunk_size=k, **fields)
         try:
@@ -108,17 +108,17 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
                 model = cls(config)
         except FamilyError:
             raise
-        except ValueError as error:  # transformers', of a config that belongs to no model of this kind
+        except ValueError as error:  # transformers raises it if the config has no model of this kind
             raise FamilyError(
                 f"encoder, decoder: got {type(encoder).__name__} and {type(decoder).__name__}, which AutoModel and "
-                f"AutoModelForCausalLM couldn't make of their configs again: {str(error).splitlines()[0][:200]}"
+                f"AutoModelForCausalLM can't build from their configs: {str(error).splitlines()[0][:200]}"
             ) from error
         for name, part in (("encoder", encoder), ("decoder", decoder)):
             made = type(getattr(model, name))
             if isinstance(part, PreTrainedModel) and not isinstance(part, made):
                 raise FamilyError(
-                    f"{name}: got {type(part).__name__}, needs {made.__name__}, which is made of its config: else what "
-                    "save_pretrained writes could not be loaded"
+                    f"{name}: got {type(part).__name__}, needs {made.__name__}, which its config builds: otherwise "
+                    "from_pretrained couldn't load what save_pretrained writes"
                 )
         model.encoder, model.decoder = encoder, decoder
         accept_encoder(encoder)
@@ -137,7 +137,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         state_dict: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the model as ``transformers.PreTrainedModel.save_pretrained`` does, low-rank adapters merged into it.
+        """Save the model as ``transformers.PreTrainedModel.save_pretrained`` does, with low-rank adapters merged.
 
         Raises
         ------
@@ -160,20 +160,20 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         self.decoder.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize the decoder's token embeddings and its head, as ``transformers.PreTrainedModel`` does."""
+        """Resize the decoder's token embeddings and output layer, as ``transformers.PreTrainedModel`` does."""
         table = self.decoder.resize_token_embeddings(*args, **kwargs)
         self.config.get_text_config().vocab_size = self.decoder.config.get_text_config().vocab_size
         return table
 
     def encode_chunks(self, texts: PackedTexts) -> torch.Tensor:
-        """Encode chunks, each alone, in one packed pass.
+        """Encode chunks in one packed pass.
 
-        These are the rows worth keeping: they don't depend on the projector or the decoder.
+        The embeddings can be stored and reused: they don't depend on the projector or the decoder.
 
         Parameters
         ----------
         texts : PackedTexts
-            N chunks, from ``RefragProcessor``.
+            N chunks from a ``RefragProcessor``.
 
         Returns
         -------
@@ -182,13 +182,14 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         return encode_packed(self.encoder, texts, self.config.pooling, self.config.pool_segments)
 
     def embed(self, prompt: MixedPrompt, chunk_embeds: torch.Tensor | None = None) -> torch.Tensor:
-        """Make the decoder's input: token embeddings, and projected chunk embeddings in the slots.
+        """Build the decoder's input: token embeddings, and projected chunk embeddings in the slots.
 
         Parameters
         ----------
         prompt : MixedPrompt
         chunk_embeds : Tensor [N, d_enc], optional
-            From ``encode_chunks``; the prompt's own, or made here, when it isn't given.
+            From ``encode_chunks``. Defaults to the prompt's ``chunk_embeds``; if there are none either, the chunks are
+            encoded here.
 
         Returns
         -------
@@ -197,11 +198,12 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         Raises
         ------
         ValueError
-            If ``chunk_embeds`` is not of the prompt's N chunks, or the prompt has another number of slots a chunk.
+            If ``chunk_embeds`` doesn't have a row for each of the prompt's N chunks, or the prompt was packed with
+            another number of latents.
         """
         if prompt.latents != self.config.latents:
             raise ValueError(
-                f"prompt: got {prompt.latents} slots a chunk, needs {self.config.latents}, the config's latents"
+                f"prompt: got {prompt.latents} slots per chunk, needs {self.config.latents}, the config's latents"
             )
         needed = [len(prompt.chunks), self.config.chunk_width]
         if chunk_embeds is None:
@@ -218,13 +220,13 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
     def embed_rows(
         self, token_ids: torch.Tensor, slot_of_row: torch.Tensor, chunk_embeds: torch.Tensor
     ) -> torch.Tensor:
-        """Make the decoder's input of rows whose fields are on the device: what ``embed`` does after its checks.
+        """Build the decoder's input from tensors on the device, without the checks of ``embed``.
 
         Parameters
         ----------
         token_ids : Tensor, int64 [T]
         slot_of_row : Tensor, int32 [T]
-            -1 for text, else a row of the slots that ``chunk_embeds`` are projected to.
+            -1 for text, else the index of a row of the projected ``chunk_embeds``.
         chunk_embeds : Tensor [N, d_enc]
 
         Returns
@@ -235,7 +237,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         token_scale = token_scale_of(table)
         chunks = self.projector.norm(chunk_embeds.to(table.weight.dtype))
         weights, activation = self.projector.weights(), self.projector.activation
-        # Sharded tables are whole only while their module runs.
+        # Sharded tables are only gathered while their module runs.
         if self.config.latents == 1 and not hasattr(table.weight, "full_tensor"):
             return rk.embed_mixed(
                 token_ids, table.weight, chunks, slot_of_row, *weights, activation=activation, token_scale=token_scale
@@ -247,13 +249,13 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.where((slot_of_row >= 0)[:, None], slots[slot_of_row.clamp(min=0).long()], text)
 
     def mask(self, prompt: MixedPrompt) -> ChunkMask:
-        """Return which span of a prompt may look at which, in the decoder."""
+        """Return the decoder's mask: which spans of a prompt attend to which."""
         if self.config.decoder_mask == "passages":
             return ChunkMask.passages(prompt.passage_of_span)
         return ChunkMask.full()
 
     def plans(self, prompt: MixedPrompt) -> attention.AttentionPlans:
-        """Make the decoder's attention plans for a prompt."""
+        """Return the decoder's attention plans for a prompt."""
         return attention.AttentionPlans(prompt.layout, self.mask(prompt), causal=True)
 
     def forward(
@@ -271,22 +273,22 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         prefill: PackedPrefill | GenerationState | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Run the decoder: on a packed ``prompt``, or, without one, on padded tokens as any decoder of transformers.
+        """Run the decoder on a packed ``prompt``, or on padded tokens as any transformers decoder.
 
         Parameters
         ----------
         prompt : MixedPrompt, optional
-            Packed rows; then none of ``input_ids``, ``inputs_embeds``, ``attention_mask``, ``position_ids`` is taken.
+            Packed rows, which replace ``input_ids``, ``inputs_embeds``, ``attention_mask`` and ``position_ids``.
         chunk_embeds : Tensor [N, d_enc], optional
-            Of the prompt's chunks; encoded here when they aren't given.
+            Embeddings of the prompt's chunks, as in ``embed``.
         logits_to_keep : int
-            With a prompt: logits of so many last rows of every sequence only; 0 for all rows.
+            With a prompt: compute logits for this many last rows of every sequence only; 0 for all rows.
         labels : Tensor, int64 [T] or [1, T], optional
-            With a prompt: the token of each row, as in ``prompt.token_ids``, -100 where it doesn't count. Each is
-            predicted by the row before it in its sequence, so that a sequence's first counts for nothing; nor do slots.
-            The loss is their mean cross-entropy, or their sum over ``num_items_in_batch``.
+            With a prompt: the target token of each row, as in ``prompt.token_ids``; -100 to ignore it. The preceding
+            row of the sequence predicts it, so a sequence's first label is ignored. Labels of slots are ignored, too.
+            The loss is the mean cross-entropy, or the sum divided by ``num_items_in_batch``.
         prefill : PackedPrefill, optional
-            What ``generate`` hands to its first step.
+            Passed by ``generate`` to its first step.
 
         Returns
         -------
@@ -296,13 +298,13 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         Raises
         ------
         ValueError
-            If something is given beside a prompt that the prompt holds already, the cache holds rows, or ``labels`` are
-            not of its T rows or come with ``logits_to_keep``.
+            If an argument conflicts with the prompt's contents, the cache isn't empty, or ``labels`` don't match the
+            prompt's T rows or come with ``logits_to_keep``.
         """
         if isinstance(prefill, GenerationState):
             return first_step(prefill)
         if prefill is not None:
-            assert inputs_embeds is not None  # generate hands its first step both
+            assert inputs_embeds is not None  # generate passes both to its first step
             copies = inputs_embeds.shape[0] // prefill.rows.shape[0]
             hidden_states = bool(kwargs.get("output_hidden_states"))
             return packed_prefill(self.decoder, prefill, past_key_values, copies, hidden_states=hidden_states)
@@ -316,7 +318,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
                  "inputs_embeds": inputs_embeds}  # fmt: skip
         for name, value in taken.items():
             if value is not None:
-                raise ValueError(f"{name}: got a value beside a prompt, needs None: the prompt holds it")
+                raise ValueError(f"{name}: got a value beside a prompt, needs None: the prompt provides it")
         require_decoder(self.decoder)
         require_empty(past_key_values)
         prompt = prompt.to(self.device)
@@ -324,7 +326,9 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         items = kwargs.pop("num_items_in_batch", None)
         as_tuple = kwargs.pop("return_dict", None) is False
         if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions: got True, needs False: packed rows form no attention weights")
+            raise ValueError(
+                "output_attentions: got True, needs False: packed rows never materialize attention weights"
+            )
         output = attention.packed_pass(
             self.decoder,
             self.plans(prompt),
@@ -339,12 +343,12 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             output.loss = self.loss_function(
                 output.logits, None, output.logits.shape[-1], num_items_in_batch=items, shift_labels=targets
             )
-        if as_tuple:  # in the order of its fields: the loss came last
+        if as_tuple:  # in the order of the fields, though the loss was set last
             values = (getattr(output, field.name) for field in dataclasses.fields(output))
             return tuple(value for value in values if value is not None)  # type: ignore[return-value]
         return output
 
-    def generate(  # type: ignore[override]  # prompt is a MixedPrompt too, and stands where transformers' inputs does
+    def generate(  # type: ignore[override]  # prompt takes the place of transformers' inputs
         self,
         prompt: MixedPrompt | torch.Tensor | None = None,
         *,
@@ -354,27 +358,26 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Generate from a prompt with transformers' ``generate``.
 
-        The prompt is read packed, without padding; its keys and values are then laid out as transformers' cache wants
-        them.
+        The prefill runs on packed rows, without padding; its keys and values are then copied into transformers' cache.
 
         Parameters
         ----------
         prompt : MixedPrompt
-            Anything else goes to transformers as it is.
+            Other values are passed to transformers unchanged.
         chunk_embeds : Tensor [N, d_enc], optional
-            Of the prompt's chunks; encoded here when they aren't given.
+            Embeddings of the prompt's chunks, as in ``embed``.
         state : GenerationState, optional
-            What was read before: a prompt of one sequence is appended to it, without a prompt generation goes on behind
-            it. It then holds the prompt and what was generated. No beams, one sequence.
+            The rows read so far, of one sequence. A prompt is appended to it; without a prompt, generation continues
+            from it. The state is extended by the prompt and the generated tokens. Doesn't support beams.
         **kwargs
             As for ``transformers.GenerationMixin.generate``.
 
         Returns
         -------
         Tensor, int64 [B, new tokens], or what ``return_dict_in_generate`` asks for
-            New tokens only.
+            The new tokens only.
         """
-        # mypy doesn't see that PreTrainedModel and GenerationMixin together are what this method takes as self.
+        # mypy doesn't see that PreTrainedModel and GenerationMixin together satisfy this method's type of self.
         generate: Callable[..., Any] = super().generate  # type: ignore[misc]
         if state is not None:
             if isinstance(prompt, torch.Tensor):
@@ -400,18 +403,18 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         *,
         chunk_embeds: torch.Tensor | None = None,
     ) -> GenerationState:
-        """Read a prompt, behind what was read before; ``generate(state=...)`` goes on from there.
+        """Prefill a prompt incrementally, after the rows of ``state``; ``generate(state=...)`` continues from there.
 
-        What is appended equals the same rows in one long prompt, and only it is computed.
+        Only the new rows are computed. The results equal those of one long prompt.
 
         Parameters
         ----------
         prompt : MixedPrompt
-            Of one sequence. Made with ``begin=False`` where it is appended.
+            One sequence, made with ``begin=False`` if it is appended to a state.
         state : GenerationState, optional
-            Prolonged in place; a new one when it isn't given.
+            Extended in place. Defaults to a new state.
         chunk_embeds : Tensor [N, d_enc], optional
-            Of the prompt's chunks; encoded here when they aren't given.
+            Embeddings of the prompt's chunks, as in ``embed``.
 
         Returns
         -------
@@ -420,9 +423,9 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         Raises
         ------
         ValueError
-            If the prompt is empty or of several sequences.
+            If the prompt is empty or has several sequences.
         PromptTooLongError
-            If it doesn't fit into the decoder's window with what was read before.
+            If it doesn't fit into the decoder's window together with the state's rows.
         """
         require_decoder(self.decoder)
         state = GenerationState() if state is None else state
@@ -430,18 +433,19 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         return state
 
     def expand(self, state: GenerationState, chunk: int | str | Chunk) -> None:
-        """Put a chunk's text into a running generation: behind what was read and generated, which isn't read again.
+        """Append a chunk's text to a running generation, without recomputing the rows before it.
 
         Parameters
         ----------
         state : GenerationState
         chunk : int, str or Chunk
-            Number of a chunk among all those read; or the id of a passage, for the text of all its chunks; or a chunk.
+            Index of a chunk among all chunks read so far, the id of a passage for the text of all its chunks, or a
+            chunk.
 
         Raises
         ------
         ValueError
-            If there is no such chunk or passage.
+            If the chunk or passage is unknown.
         PromptTooLongError
             If it doesn't fit into the decoder's window.
         """
@@ -455,7 +459,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        # generate() looks at this signature: without inputs_embeds in it, it takes none.
+        # generate() inspects this signature: it only accepts inputs_embeds if the signature has it.
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]  # as in generate
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -465,21 +469,21 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _next_tokens(prompt: MixedPrompt, labels: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
-    """Return what each row is to predict, int64 [1, T]: the next row's label, -100 for none."""
+    """Return the target of each row, int64 [1, T]: the next row's label, or -100 for none."""
     rows = prompt.layout.total_rows
     if logits_to_keep:
-        raise ValueError(f"logits_to_keep: got {logits_to_keep} beside labels, needs 0: the loss takes all rows")
+        raise ValueError(f"logits_to_keep: got {logits_to_keep} beside labels, needs 0: the loss needs all rows")
     if labels.dtype != torch.int64 or tuple(labels.shape) not in ((rows,), (1, rows)):
         raise ValueError(f"labels: got {labels.dtype} {list(labels.shape)}, needs int64 [{rows}], one for each row")
     targets = labels.to(prompt.device).reshape(rows).masked_fill(prompt.slot_of_row >= 0, -100)
-    # What follows a sequence's last row is another sequence.
+    # The row after a sequence's last row belongs to another sequence.
     targets = torch.nn.functional.pad(targets[1:], (0, 1), value=-100)
     ends = prompt.layout.sequence_offsets[1:].long() - 1
     return targets.index_fill(0, ends[ends >= 0], -100)[None]
 
 
 def _kept_rows(prompt: MixedPrompt, count: int) -> int | torch.Tensor:
-    """Return which rows to keep logits of, as transformers' decoders take it."""
+    """Return transformers' ``logits_to_keep`` for the last ``count`` rows of each sequence."""
     if count == 0:
         return 0
     shortest = min(sum(lengths) for lengths in prompt.layout.lengths())

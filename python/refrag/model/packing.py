@@ -1,4 +1,4 @@
-"""From spans, the text and the chunks of each sequence, to the packed rows of a MixedPrompt."""
+"""Packs spans, the text and the chunks of each sequence, into the rows of a MixedPrompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from refrag.model.encoder import pack_texts
 from refrag.model.inputs import Chunk, MixedPrompt, PackedTexts
 from refrag_kernels import ChunkLayout
 
-# The passage's number in its sequence, -1 for text; and the text's tokens, or the chunk.
+# The index of the passage in its sequence, or -1 for text; and the chunk, or the text's tokens.
 Span = tuple[int, list[int] | Chunk]
 
 
@@ -26,23 +26,23 @@ def pack_spans(
     latents: int = 1,
     encoder_window: int = 0,
 ) -> MixedPrompt:
-    """Pack a batch.
+    """Pack a batch into a MixedPrompt.
 
     Parameters
     ----------
     sequences : sequence of sequences of Span
     expanded : collection of int
-        Chunks, numbered through the batch, that stand as text; the others become slots.
+        Indices of the chunks to expand, counted through the batch; the others become slots.
     encoder_tokenizer : PreTrainedTokenizerBase
     position_ids : {"contiguous", "original", "parallel"}
     encoder_special_tokens : bool
         Both as in RefragConfig.
     chunk_embeds : Tensor [N, d_enc], optional
-        The chunks' embeddings where they are known: then nothing is tokenized for the encoder.
+        The chunks' embeddings if they are known; the chunks aren't tokenized for the encoder then.
     latents : int
-        Slots of a compressed chunk.
+        Number of slots of a compressed chunk.
     encoder_window : int
-        Encoder tokens that are read together.
+        Number of encoder tokens in a window.
 
     Returns
     -------
@@ -70,7 +70,7 @@ def pack_spans(
         before = -1
         for passage, span in spans:
             if position_ids == "parallel" and passage != before:
-                # Passages side by side start together; text goes on behind the longest of them.
+                # Adjacent passages start at the same position; text continues after the longest of them.
                 start = start if before >= 0 and passage >= 0 else furthest
                 position, before = start, passage
             own_tokens = span.token_ids if isinstance(span, Chunk) else span
@@ -122,7 +122,7 @@ def pack_chunks(
     encoder_tokenizer : PreTrainedTokenizerBase
     special_tokens : bool
     window : int
-        Encoder tokens that are read together.
+        Number of encoder tokens in a window.
 
     Returns
     -------

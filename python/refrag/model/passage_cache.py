@@ -1,7 +1,7 @@
-"""PassageCache: keys and values of passages, computed once and used in every prompt that holds them.
+"""PassageCache: keys and values of passages, computed once and reused in every prompt that contains them.
 
-Beyond the paper: under ``ChunkMask.passages`` a passage sees the shared text before it and itself, so that its keys and
-values are the same in any prompt that begins alike (Block-Attention, arXiv 2409.15355).
+This extends the paper: under ``ChunkMask.passages``, a passage attends only to itself and the shared text before it, so
+its keys and values are the same in all prompts that begin with the same text (Block-Attention, arXiv 2409.15355).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from refrag.model.state import GenerationState, append, key_values, require_room
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    keys: list[torch.Tensor]  # of each layer [H, n, D], rotated to ``positions``
+    keys: list[torch.Tensor]  # of each layer: [H, n, D], rotated to ``positions``
     values: list[torch.Tensor]
     positions: torch.Tensor  # int64 [n]
 
@@ -32,41 +32,42 @@ class _Entry:
 
 
 class PassageCache:
-    """Keys and values of passages, by the content of all that they depend on.
+    """Caches keys and values of passages, keyed by a digest of everything that they depend on.
 
-    That is the passage's rows (tokens, and the chunks behind its slots) and the shared text before the passages with
-    its distance. Keys are kept as they were rotated when they were computed and moved to their place by one further
-    rotation in float32.
+    This is the content of the passage's rows (tokens, and the chunks of its slots), the shared text before the passages
+    and the passage's distance from it. Keys are stored with their original rotation; one more rotation in float32 moves
+    them to their position in a prompt.
 
-    Without text before the passages, or with ``position_ids="parallel"``, where each passage starts right behind that
-    text, a passage is found at any place among others. With text before them and other position ids it is found only at
-    the same distance from that text: attention knows distances, so further off its values are others.
+    A passage is found at any place among the passages if no text precedes them, or with ``position_ids="parallel"``,
+    where every passage starts right after that text. With other position ids and text before the passages, it is found
+    only at the same distance from that text, because attention, and so the values, depend on the distance.
 
-    The entries belong to the weights that made them: call ``clear`` after a change.
+    Call ``clear`` after the model's weights have changed.
 
     Parameters
     ----------
     model : RefragForCausalLM
         With ``decoder_mask="passages"``.
     max_bytes : int, optional
-        What is used least goes when the entries take more.
+        Evict the least recently used entries above this size.
 
     Attributes
     ----------
     hits, misses : int
-        Passages found and passages computed; the shared text before them is not counted.
+        Numbers of passages found and computed, not counting the shared text before them.
 
     Raises
     ------
     ValueError
-        If the decoder's mask is another, or its keys can't be moved: no RoPE, or one that changes with the length.
+        If ``decoder_mask`` isn't "passages", or the decoder's keys can't be moved: it has no RoPE, or one that depends
+        on the sequence length.
     """
 
     def __init__(self, model: RefragForCausalLM, max_bytes: int | None = None) -> None:
         if model.config.decoder_mask != "passages":
             raise ValueError(
-                f"decoder_mask: got {model.config.decoder_mask!r}, needs 'passages': else a passage's keys and values "
-                "depend on the passages before it"
+                f"decoder_mask: got {model.config.decoder_mask!r}, needs 'passages': otherwise a passage's keys and "
+                "values depend on the passages before it"
             )
         if max_bytes is not None and max_bytes < 1:
             raise ValueError(f"max_bytes: got {max_bytes}, needs 1 or more")
@@ -82,32 +83,32 @@ class PassageCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all entries."""
+        """Size of all entries in bytes."""
         return sum(entry.nbytes for entry in self._entries.values())
 
     def clear(self) -> None:
-        """Forget all entries."""
+        """Remove all entries."""
         self._entries.clear()
 
     def read(self, prompt: MixedPrompt, *, chunk_embeds: torch.Tensor | None = None) -> GenerationState:
-        """Read a prompt, computing only what is not in the cache; ``model.generate(state=...)`` goes on from there.
+        """Prefill a prompt, computing only uncached rows; ``model.generate(state=...)`` continues from there.
 
         Parameters
         ----------
         prompt : MixedPrompt
-            Of one sequence: shared text or none, passages, shared text.
+            One sequence: optional shared text, passages, shared text.
         chunk_embeds : Tensor [N, d_enc], optional
-            Of the prompt's chunks; those that are needed are encoded here when they aren't given.
+            Embeddings of the prompt's chunks. By default, the chunks of uncached passages are encoded here.
 
         Returns
         -------
         GenerationState
-            As from ``model.read(prompt)``.
+            As returned by ``model.read(prompt)``.
 
         Raises
         ------
         ValueError
-            If the prompt has another form, or more rows than a sliding window of the decoder.
+            If the prompt has another structure, or more rows than the decoder's sliding window.
         PromptTooLongError
             If it doesn't fit into the decoder's window.
         """
@@ -131,17 +132,17 @@ class PassageCache:
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         if window is not None and rows > window:
             raise ValueError(
-                f"prompt: got {rows} rows, needs at most the {window} of the decoder's sliding window: beyond it, what "
-                "a passage sees depends on its place"
+                f"prompt: got {rows} rows, needs at most the {window} of the decoder's sliding window: beyond it, the "
+                "keys that a passage attends to depend on its place"
             )
         require_room(self.model, GenerationState(), rows, int(prompt.position_ids.max()) + 1)
 
     def _found_or_read(
         self, prompt: MixedPrompt, wanted: list[tuple[bytes, list[int]]], shared: bool
     ) -> dict[bytes, _Entry]:
-        """Return the entries of all parts; one pass of the decoder computes those that are missing.
+        """Return the entries of all parts, and compute the missing ones in one pass of the decoder.
 
-        ``shared`` says whether the first part is text before the passages.
+        ``shared`` tells whether the first part is text before the passages.
         """
         entries = {key: self._entries[key] for key, _ in wanted if key in self._entries}
         missing = {key: spans for key, spans in wanted if key not in entries}
@@ -170,7 +171,7 @@ class PassageCache:
     def _fill(
         self, state: GenerationState, entries: Sequence[_Entry], prompt: MixedPrompt, spans: Sequence[int]
     ) -> None:
-        """Put entries, moved to where the prompt has them, into an empty state."""
+        """Move entries to their positions in the prompt and put them into an empty state."""
         if not entries:
             return
         part = prompt.take(spans)
@@ -194,7 +195,7 @@ class PassageCache:
 
 
 def _parts(prompt: MixedPrompt) -> tuple[list[int], list[list[int]], list[int]]:
-    """Return the spans before the passages, of each passage, and after them."""
+    """Return the spans before the passages, the spans of each passage, and the spans after them."""
     if prompt.layout.num_sequences != 1:
         raise ValueError(f"prompt: got {prompt.layout.num_sequences} sequences, needs one")
     before: list[int] = []
@@ -208,23 +209,23 @@ def _parts(prompt: MixedPrompt) -> tuple[list[int], list[list[int]], list[int]]:
         if after:
             raise ValueError(
                 f"prompt: got shared text between passages (span {after[0]}), needs it only before the first or after "
-                "the last: a passage behind it would depend on the passages before it"
+                "the last: a passage after it would depend on the passages before it"
             )
         if passage != last:
             passages.append([])
         passages[-1].append(span)
         last = passage
     if len(passages) != len({int(prompt.passage_of_span[spans[0]]) for spans in passages}):
-        raise ValueError("prompt: got a passage in two places, needs its chunks side by side")
+        raise ValueError("prompt: got a passage in two places, needs its chunks to be adjacent")
     if not after:
         if passages or not before:
-            raise ValueError("prompt: ends with a passage or is empty, needs text behind the passages to go on from")
+            raise ValueError("prompt: ends with a passage or is empty, needs text after the passages")
         before, after = [], before
     return before, passages, after
 
 
 def _keyed(prompt: MixedPrompt, before: list[int], passages: list[list[int]]) -> list[tuple[bytes, list[int]]]:
-    """Return key and spans of the text before the passages, if there is any, and of each passage."""
+    """Return the key and the spans of the text before the passages, if there is any, and of each passage."""
     host = prompt.to("cpu")
     if not before:
         return [(_digest(b"alone", _content(host, spans)), spans) for spans in passages]
@@ -238,13 +239,13 @@ def _keyed(prompt: MixedPrompt, before: list[int], passages: list[list[int]]) ->
 
 
 def _rows(prompt: MixedPrompt, spans: list[int]) -> slice:
-    """Return the rows of spans that stand side by side."""
+    """Return the rows of adjacent spans."""
     offsets = prompt.layout.chunk_offsets
     return slice(int(offsets[spans[0]]), int(offsets[spans[-1] + 1]))
 
 
 def _content(prompt: MixedPrompt, spans: list[int]) -> bytes:
-    """Return a digest of all that the spans' embeddings and the distances in them follow from."""
+    """Return a digest of everything that determines the spans' embeddings and relative positions."""
     rows = _rows(prompt, spans)
     slots, positions = prompt.slot_of_row[rows], prompt.position_ids[rows]
     chunks = (slots[slots >= 0] // prompt.latents).unique().tolist()
@@ -271,6 +272,6 @@ def _digest(*pieces: bytes) -> bytes:
 
 
 def _append_spans(model: RefragForCausalLM, state: GenerationState, prompt: MixedPrompt, spans: list[int]) -> None:
-    """Read some spans of a prompt behind a state, at the positions that the prompt gives them."""
+    """Append some spans of a prompt to a state, at their positions in the prompt."""
     part = prompt.take(spans)
     append(model, state, dataclasses.replace(part, position_ids=part.position_ids - state.next_position), None)

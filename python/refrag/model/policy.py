@@ -1,8 +1,7 @@
-"""The expansion policy: scores for chunks, and picks drawn from them without replacement (REFRAG, A.1).
+"""The expansion policy: scores chunks and samples picks from the scores without replacement (REFRAG, A.1).
 
-Picks are made one after another from the same scores, which are not computed again in between: pick t is chunk i with
-probability ``softmax(s - n)_i``, where n is infinite for the chunks already taken. Such a list of picks has the
-probability that Plackett and Luce give to a ranking's first places.
+All picks are sampled sequentially from the same scores: pick t is chunk i with probability ``softmax(s - n)_i``, where
+n is infinite for the chunks picked before. This is the Plackett-Luce model for the first places of a ranking.
 """
 
 from __future__ import annotations
@@ -19,28 +18,28 @@ _INF = float("inf")
 def sample_picks(
     scores: torch.Tensor, count: int | torch.Tensor, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Draw chunks one after another, without replacement.
+    """Sample chunks sequentially, without replacement.
 
     Parameters
     ----------
     scores : Tensor, floating point [B, L]
-        Logits s; ``-inf`` for what can't be picked, such as the places after a shorter sequence's last chunk.
+        Logits s; ``-inf`` for entries that can't be picked, such as padding after a shorter sequence's last chunk.
     count : int or Tensor, int64 [B]
-        Picks of each sequence, up to L.
+        Number of picks in each sequence, up to L.
     generator : torch.Generator, optional
         On the scores' device.
 
     Returns
     -------
     Tensor, int64 [B, n]
-        In the order in which they were picked; n is the largest count. -1 fills up the rows of sequences with a smaller
-        count, or with fewer chunks than that.
+        Picks in the order of sampling; n is the largest count. Rows of sequences with a smaller count, or with fewer
+        chunks, are padded with -1.
 
     Raises
     ------
     ValueError
-        If the shapes don't fit, a count is negative or above L, or a score is NaN or ``+inf`` (the scores' values are
-        looked at on the CPU only).
+        If the shapes don't fit, a count is negative or above L, or a score is NaN or ``+inf`` (the values of
+        the scores are checked on the CPU only).
 
     Examples
     --------
@@ -61,8 +60,8 @@ def sample_picks(
         bounds = (count, count)
     if bounds[0] < 0 or bounds[1] > chunks:
         wrong = bounds[0] if bounds[0] < 0 else bounds[1]
-        raise ValueError(f"count: got {wrong}, needs 0 to {chunks}, the chunks that there are")
-    # The order of s + Gumbel noise is a draw from that very distribution (Yellott 1977).
+        raise ValueError(f"count: got {wrong}, needs 0 to {chunks}, the number of chunks")
+    # Sorting s + Gumbel noise samples from this distribution (Yellott 1977).
     noise = torch.empty_like(scores, dtype=torch.float64).exponential_(generator=generator).log().neg()
     best, picks = (scores.detach().double() + noise).topk(bounds[1], dim=1)
     surplus = torch.arange(bounds[1], device=scores.device) >= counts[:, None]
@@ -70,27 +69,27 @@ def sample_picks(
 
 
 def picks_log_prob(scores: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
-    """Return the log-probability of each pick, given those before it.
+    """Return the log-probability of each pick, given the picks before it.
 
-    Their sum over a row is the log-probability of the row's picks in this order.
+    The sum over a row is the log-probability of the row's picks in this order.
 
     Parameters
     ----------
     scores : Tensor, floating point [B, L]
         As in ``sample_picks``.
     picks : Tensor, int64 [B, n]
-        Chunks in the order in which they were picked, none twice; -1 only at the end of a row.
+        Chunks in the order of sampling, without duplicates; -1 only at the end of a row.
 
     Returns
     -------
     Tensor [B, n]
-        Differentiable in ``scores``; 0 for -1, ``-inf`` for a chunk that can't be picked. float32, or float64 for
-        float64.
+        Differentiable with respect to ``scores``; 0 for -1, ``-inf`` for a chunk that can't be picked. float32, or
+        float64 for float64 scores.
 
     Raises
     ------
     ValueError
-        If the shapes don't fit; on the CPU also if a pick is not among the chunks or comes twice, or a score is NaN or
+        If the shapes don't fit; on the CPU also if a pick is out of range or a duplicate, or a score is NaN or
         ``+inf``.
 
     Examples
@@ -109,9 +108,9 @@ def picks_log_prob(scores: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
     chosen = picks.clamp(min=0)
     hits = torch.zeros(*picks.shape, scores.shape[1], dtype=torch.int32, device=scores.device)
     hits.scatter_(2, chosen[..., None], made[..., None].int())
-    taken = (hits.cumsum(1) - hits) > 0  # [B, n, L]: before pick t
+    taken = (hits.cumsum(1) - hits) > 0  # [B, n, L]: picked before pick t
     left = scores[:, None].masked_fill(taken, -_INF)
-    # Nothing may be left where no pick was made: logsumexp of nothing has no gradient.
+    # Where no pick was made, all chunks may have been taken, and logsumexp over -inf alone has no gradient.
     left = torch.where(made[..., None], left, 0.0)
     log_prob = left.gather(2, chosen[..., None])[..., 0] - left.logsumexp(2)
     return torch.where(made, log_prob, 0.0)
@@ -120,7 +119,7 @@ def picks_log_prob(scores: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
 def _check_scores(scores: torch.Tensor) -> None:
     if scores.dim() != 2 or not scores.is_floating_point():
         raise ValueError(f"scores: got {scores.dtype} {list(scores.shape)}, needs floating point [B, L]")
-    # Elsewhere looking at the values would wait for the device.
+    # On other devices, checking the values would synchronize.
     if scores.device.type == "cpu" and bool((scores.isnan() | (scores == _INF)).any()):
         raise ValueError("scores: got NaN or +inf, needs finite numbers or -inf")
 
@@ -139,17 +138,17 @@ def _check_picks(picks: torch.Tensor, chunks: int) -> None:
 
 
 class ExpansionPolicy(nn.Module, PyTorchModelHubMixin):
-    """Scores each chunk by its worth as text: a transformer over the chunks' embeddings (REFRAG, A.1).
+    """Scores how much each chunk gains from expansion: a transformer over the chunks' embeddings (REFRAG, A.1).
 
-    The paper gives two layers and leaves width, heads and positions open. Here the embeddings are normed to length 1
-    and mapped to ``width``, sinusoids mark the order of a sequence's chunks, and any number of chunks is taken. The
-    last layer starts at zero: an untrained policy picks at random. ``save_pretrained`` and ``from_pretrained`` write
-    and read a folder.
+    The paper specifies two layers, but not the width, the number of heads or the position encoding. Here the embeddings
+    are normalized to length 1 and projected to ``width``, sinusoids encode the order of a sequence's chunks, and the
+    number of chunks is not limited. The last layer is initialized to zero, so that an untrained policy picks at random.
+    ``save_pretrained`` and ``from_pretrained`` write and read a folder.
 
     Parameters
     ----------
     embedding_size : int
-        d_enc, the width of chunk embeddings.
+        d_enc, the size of a chunk's embedding.
     width : int
     num_layers : int
     num_heads : int
@@ -177,7 +176,7 @@ class ExpansionPolicy(nn.Module, PyTorchModelHubMixin):
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(embedding_size)
         self.input = nn.Linear(embedding_size, width)
-        # Quieter than the sinusoids: what a place is worth is learnt before what a text is worth.
+        # Smaller than the sinusoids: the policy learns the value of a position before the value of a text.
         nn.init.normal_(self.input.weight, std=0.3)
         nn.init.zeros_(self.input.bias)
         layer = nn.TransformerEncoderLayer(
@@ -189,7 +188,7 @@ class ExpansionPolicy(nn.Module, PyTorchModelHubMixin):
         nn.init.zeros_(self.score.bias)
 
     def settings(self) -> dict[str, int]:
-        """Return the arguments that make another like it."""
+        """Return the arguments of the constructor."""
         return {
             "embedding_size": self.embedding_size,
             "width": self.input.out_features,
@@ -203,14 +202,14 @@ class ExpansionPolicy(nn.Module, PyTorchModelHubMixin):
         Parameters
         ----------
         chunk_embeds : Tensor [B, L, d_enc]
-            From ``RefragForCausalLM.encode_chunks``; what lies beyond a sequence's own chunks is not looked at.
+            From ``RefragForCausalLM.encode_chunks``; rows after a sequence's last chunk are ignored.
         counts : Tensor, int64 [B], optional
-            Chunks of each sequence; L when it isn't given.
+            Number of chunks in each sequence. Defaults to L.
 
         Returns
         -------
         Tensor [B, L]
-            ``-inf`` beyond a sequence's chunks.
+            ``-inf`` after a sequence's last chunk.
 
         Raises
         ------
@@ -219,29 +218,30 @@ class ExpansionPolicy(nn.Module, PyTorchModelHubMixin):
         """
         if chunk_embeds.dim() != 3 or chunk_embeds.shape[2] != self.embedding_size:
             raise ValueError(
-                f"chunk_embeds: got {list(chunk_embeds.shape)}, needs [B, L, {self.embedding_size}], the policy's width"
+                f"chunk_embeds: got {list(chunk_embeds.shape)}, needs [B, L, {self.embedding_size}], the policy's size"
             )
         batch, length, _ = chunk_embeds.shape
         if counts is None:
             counts = torch.full((batch,), length, device=chunk_embeds.device)
         elif counts.shape != (batch,):
-            raise ValueError(f"counts: got {list(counts.shape)}, needs [{batch}], one number a sequence")
+            raise ValueError(f"counts: got {list(counts.shape)}, needs [{batch}], one per sequence")
         if not batch or not length:
             return chunk_embeds.new_zeros(batch, length)
         absent = torch.arange(length, device=chunk_embeds.device) >= counts[:, None]
-        # Zeros, so that no NaN gets through what attention only multiplies by 0.
+        # Zeros instead of NaN: attention multiplies padding by 0, but 0 * NaN is NaN.
         normed = self.norm(chunk_embeds.masked_fill(absent[..., None], 0.0).to(self.input.weight.dtype))
-        # Of length 1, not of size 1 in each dimension: an optimizer's step, alike for all weights, would otherwise move
-        # the scores further the wider the embeddings are, and thousands of dimensions drown all that was learnt.
+        # Normalize to length 1, not to variance 1 per dimension: an optimizer's step has the same size for all weights
+        # and would otherwise move the scores further for larger embeddings. With thousands of dimensions, it would undo
+        # what was learned.
         hidden = self.input(normed * self.embedding_size**-0.5)
         hidden = hidden + _sinusoids(length, hidden.shape[2], hidden)
-        # A sequence without chunks would leave a row of attention with nothing to see.
+        # Don't mask sequences without chunks: their attention rows would be fully masked.
         padding = absent & (counts > 0)[:, None]
         return self.score(self.layers(hidden, src_key_padding_mask=padding))[..., 0].masked_fill(absent, -_INF)
 
 
 def _sinusoids(length: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    """Return the positions of "Attention is all you need" (section 3.5), [length, width]."""
+    """Return the position encodings [length, width] of "Attention is all you need", section 3.5."""
     rates = torch.exp(torch.arange(0, width, 2, device=like.device) * (-math.log(10000.0) / width))
     angles = torch.arange(length, device=like.device)[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], 2).flatten(1).to(like.dtype)

@@ -1,7 +1,7 @@
-"""A prefill whose tensors stay where they are, so that a GPU replays it as one CUDA graph.
+"""A prefill on static tensors, which a GPU replays as one CUDA graph.
 
-Reading a compressed prompt is so little work that queueing its kernels from Python, one layer after the other, takes
-longer than running them. A graph is captured once for all prompts of up to so many rows, and replayed on each.
+The prefill of a compressed prompt is so short that launching its kernels from Python, layer by layer, takes longer than
+running them. A graph is captured once for all prompts up to a number of rows, and replayed for each prompt.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from refrag.model.modeling import RefragForCausalLM
 from refrag.model.state import key_values
 from refrag_kernels import ChunkLayout, ChunkMask
 
-ROW_STEP = 64  # rows of a bucket are a multiple of this: up to so many rows are computed in vain
+ROW_STEP = 64  # buckets are multiples of this number of rows, so fewer than 64 rows are padding
 
 
 class PrefillGraph:
-    """Reads prompts of up to ``rows`` rows with static tensors; on a GPU by replaying a CUDA graph.
+    """Prefills prompts of up to ``rows`` rows with static tensors; on a GPU, it replays a CUDA graph.
 
-    The first ``read`` captures the graph. It holds the addresses of the model's weights: after an adapter is loaded, or
-    the model moved, make a new one. Results are those of ``model(prompt=..., use_cache=True, logits_to_keep=1)``, up to
-    the order in which partial sums are added.
+    The first ``read`` captures the graph, which contains the addresses of the model's weights: create a new one after
+    loading an adapter or moving the model. The results equal those of
+    ``model(prompt=..., use_cache=True, logits_to_keep=1)`` up to the order in which partial sums are added.
 
     Parameters
     ----------
     model : RefragForCausalLM
-        In eval mode; one slot a chunk or more.
+        In eval mode; with any number of latents.
     rows : int
-        Packed rows of all sequences of a prompt, at most; the graph computes as many.
+        Maximum number of packed rows in a prompt, over all sequences; the graph always computes this many.
     chunks : int
-        Chunk embeddings of a prompt, at most.
+        Maximum number of chunk embeddings in a prompt.
     sequences : int
-        Sequences of a prompt, at most.
+        Maximum number of sequences in a prompt.
     ranges_per_block : int
-        See ``refrag_kernels.PlanCapacity.for_rows``; 4 holds causal prompts, with interleaved passages more are needed.
+        See ``refrag_kernels.PlanCapacity.for_rows``; 4 is enough for causal prompts, interleaved passages need more.
     pool : optional
-        A memory pool to share with other graphs that never run at the same time: ``graph.pool()`` of one of them, which
-        has to be kept.
+        A memory pool to share with other graphs that never run at the same time: the ``pool()`` of one of them, which
+        must be kept alive.
 
     Examples
     --------
@@ -71,14 +71,14 @@ class PrefillGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._memory_pool = pool
         self._output: Any = None
-        # Tensors made in inference mode could not be refilled outside of it.
+        # Tensors created in inference mode can't be refilled outside it.
         with torch.inference_mode(False):
             self._allocate(ranges_per_block)
 
     def _allocate(self, ranges_per_block: int) -> None:
         model, rows, sequences = self.model, self.rows, self.sequences
         device, on_gpu = model.device, model.device.type == "cuda"
-        # Token ids, slots, position ids, and the row of each sequence's logits, in one buffer that one copy fills.
+        # Token ids, slots, position ids and each sequence's last row share a buffer, so that one copy fills them all.
         words = 3 * rows + sequences
         self._fields = torch.zeros(words, dtype=torch.int64, device=device)
         self._staging = torch.zeros(words, dtype=torch.int64, pin_memory=on_gpu)
@@ -94,7 +94,7 @@ class PrefillGraph:
         )
 
     def fits(self, prompt: MixedPrompt) -> bool:
-        """Whether the prompt has no more rows, chunks and sequences than the static tensors."""
+        """Return whether a prompt's rows, chunks and sequences fit into the static tensors."""
         layout = prompt.layout
         return (
             layout.total_rows <= self.rows
@@ -104,20 +104,21 @@ class PrefillGraph:
         )
 
     def read(self, prompt: MixedPrompt, chunk_embeds: torch.Tensor | None = None) -> tuple[torch.Tensor, Cache]:
-        """Read a prompt.
+        """Prefill a prompt.
 
         Parameters
         ----------
         prompt : MixedPrompt
-            On the CPU, as ``RefragProcessor`` makes it: a prompt on the GPU is fetched from there first.
+            On the CPU, as ``RefragProcessor`` returns it; a prompt on the GPU is copied to the host first.
         chunk_embeds : Tensor [N, d_enc], optional
-            Of the prompt's chunks; the prompt's own, or encoded here, when they aren't given.
+            Embeddings of the prompt's chunks. Defaults to the prompt's ``chunk_embeds``; if there are none either, the
+            chunks are encoded here.
 
         Returns
         -------
         Tensor [1, B, V], Cache
-            Logits of each sequence's last row, and the keys and values of the packed rows: views of the static tensors,
-            which the next ``read`` overwrites. ``copy_of`` gives a cache that stays.
+            Logits of each sequence's last row, and the keys and values of the packed rows. Both are views of the static
+            tensors, which the next ``read`` overwrites; ``copy_of`` copies the cache.
 
         Raises
         ------
@@ -128,7 +129,7 @@ class PrefillGraph:
             layout = prompt.layout
             raise ValueError(
                 f"prompt: got {layout.total_rows} rows, {len(prompt.chunks)} chunks and {layout.num_sequences} "
-                f"sequences of {prompt.latents} slots a chunk, needs at most {self.rows}, {self.chunks} and "
+                f"sequences of {prompt.latents} slots per chunk, needs at most {self.rows}, {self.chunks} and "
                 f"{self.sequences} of {self.model.config.latents}"
             )
         with torch.no_grad():
@@ -145,11 +146,11 @@ class PrefillGraph:
         return logits[:, : prompt.layout.num_sequences], _first_rows(cache, rows)
 
     def pool(self) -> Any:
-        """Return the graph's memory pool, None before its first ``read``."""
+        """Return the graph's memory pool; before the first ``read``, the one passed to the constructor."""
         return self._memory_pool if self._graph is None else self._graph.pool()
 
     def _fill(self, prompt: MixedPrompt, chunk_embeds: torch.Tensor | None) -> None:
-        """Write a prompt into the static tensors; padding rows are text that no row sees."""
+        """Write a prompt into the static tensors; padding rows are text that no row attends to."""
         chunk_embeds = prompt.chunk_embeds if chunk_embeds is None else chunk_embeds
         if chunk_embeds is None and len(prompt.expanded) < len(prompt.chunks):
             chunk_embeds = self.model.encode_chunks(prompt.to(self.model.device).encoder_input)
@@ -161,10 +162,10 @@ class PrefillGraph:
                 )
             self._embeds[: len(chunk_embeds)].copy_(chunk_embeds, non_blocking=True)
         layout = prompt.layout.host()
-        # First what may be refused: the static tensors of the last prompt then still fit each other.
+        # Refill the plans first: if this raises, the static tensors still hold the previous prompt consistently.
         self._plans.refill(layout, self.model.mask(prompt))
         if self._copied is not None:
-            self._copied.synchronize()  # the copy before has read the staging buffer
+            self._copied.synchronize()  # wait until the previous copy has read the staging buffer
         staging, total = self._staging.view(-1), layout.total_rows
         token_ids, slots, positions = staging[: 3 * self.rows].view(3, self.rows)
         token_ids[:total], token_ids[total:] = prompt.token_ids, 0
@@ -193,7 +194,7 @@ class PrefillGraph:
         return output.logits, cache
 
     def _capture(self) -> None:
-        # Twice before, on a stream of its own: kernels are compiled, libraries choose, and plans are made.
+        # Warm up twice on a side stream: this compiles kernels, lets libraries select algorithms and builds the plans.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -207,7 +208,7 @@ class PrefillGraph:
 
 
 def copy_of(cache: Cache) -> DynamicCache:
-    """Return a cache with keys and values of its own, to which rows can be appended."""
+    """Return a copy of a cache, to which rows can be appended."""
     copied = DynamicCache()
     for number, (keys, values) in enumerate(key_values(cache)):
         copied.update(keys.clone(), values.clone(), number)
@@ -215,7 +216,7 @@ def copy_of(cache: Cache) -> DynamicCache:
 
 
 class _RowsAsGiven(DynamicLayer):
-    """A layer that holds the tensors it is given: in a graph their addresses don't change."""
+    """A cache layer that keeps the tensors it receives, whose addresses don't change within a graph."""
 
     def update(self, key_states, value_states, *args, **kwargs):  # type: ignore[no-untyped-def]
         self.dtype, self.device = key_states.dtype, key_states.device

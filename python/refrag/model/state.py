@@ -1,4 +1,4 @@
-"""A reading that goes on: keys and values of what a decoder has read, to which prompts and chunks are appended."""
+"""Incremental prefill state: a decoder's keys and values, to which prompts and chunks are appended."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from refrag_kernels import ChunkLayout, ChunkMask
 
 
 class GenerationState:
-    """What a decoder has read of one sequence: ``RefragForCausalLM.read`` makes one, reading and generating prolong it.
+    """The rows of one sequence that a decoder has read; ``RefragForCausalLM.read`` creates it.
 
-    An error while something is appended leaves it as it was.
+    Reading and generating extend it. It doesn't change if an error occurs while something is appended.
 
     Attributes
     ----------
     cache : DynamicCache
-        Keys and values of every row, also in layers with a sliding window: rows may be appended at any time.
+        Keys and values of every row, also in layers with a sliding window, so that rows can be appended at any time.
     lengths : list of int
-        Rows of each span read so far.
+        Number of rows of each span read so far.
     passages : list of int
-        Passage of each span, -1 for shared text.
+        Passage of each span; -1 for shared text.
     chunks : list of Chunk
         All chunks of the prompts read so far, compressed or not.
     next_position : int
         Position id of the next row.
     unread : list of int
-        Generated tokens that the decoder hasn't read, the last one as a rule: they are read with what comes next.
+        Generated tokens that the decoder hasn't read yet, usually the last one. They are read before the next rows.
     """
 
     def __init__(self) -> None:
-        # No config: layers with a sliding window would drop rows, and plans count all of them.
+        # Without a config, which would make layers with a sliding window drop rows: plans index all rows.
         self.cache = DynamicCache()
         self.lengths: list[int] = []
         self.passages: list[int] = []
@@ -49,16 +49,16 @@ class GenerationState:
 
     @property
     def rows(self) -> int:
-        """Rows read so far."""
+        """Number of rows read so far."""
         return sum(self.lengths)
 
     def tokens_of(self, chunk: int | str | Chunk) -> list[int]:
-        """Return the tokens of a chunk that was read, by its number, or of all chunks of a passage, by its id.
+        """Return the tokens of a chunk, or, for a string, of all chunks of the passage with this id.
 
         Raises
         ------
         ValueError
-            If there is no such chunk or passage.
+            If the chunk or passage is unknown.
         """
         if isinstance(chunk, Chunk):
             return list(chunk.token_ids)
@@ -75,13 +75,13 @@ class GenerationState:
 
     @contextlib.contextmanager
     def restored_on_error(self) -> Iterator[None]:
-        """Put everything back if what is inside fails or is interrupted."""
+        """Restore the state if the body raises an exception or is interrupted."""
         before = {
             name: list(value) if isinstance(value, list) else value
             for name, value in vars(self).items()
             if name != "cache"
         }
-        # A dynamic layer never writes into its tensors: it replaces them by longer ones.
+        # A dynamic layer never modifies its tensors in place: it replaces them with longer ones.
         layers: list[Any] = self.cache.layers[:]
         held = key_values(self.cache)
         try:
@@ -99,14 +99,14 @@ class GenerationState:
         Raises
         ------
         ValueError
-            If nothing was read yet.
+            If the state is empty.
         """
         if self._logits is None:
-            raise ValueError("state: holds nothing, needs a prompt: model.read(prompt)")
+            raise ValueError("state: is empty, needs a prompt: model.read(prompt)")
         return self._logits
 
     def note_prompt(self, prompt: MixedPrompt, logits: torch.Tensor | None) -> None:
-        """Take note of a prompt whose keys and values are in the cache now, and of its last row's logits."""
+        """Record a prompt whose keys and values have been added to the cache, and the logits of its last row."""
         self.passages += self.numbered(prompt)
         self.lengths += prompt.layout.lengths()[0]
         self.chunks += prompt.chunks
@@ -115,7 +115,7 @@ class GenerationState:
         self.unread = []
 
     def note_generated(self, token_ids: Sequence[int]) -> None:
-        """Take note of tokens that were generated; those that the decoder hasn't read yet are kept."""
+        """Record generated tokens, and keep those that the decoder hasn't read yet."""
         read = self.cache.get_seq_length() - self.rows
         if read:
             self.lengths.append(read)
@@ -124,12 +124,12 @@ class GenerationState:
         self.unread = list(token_ids[read:])
 
     def numbered(self, prompt: MixedPrompt) -> list[int]:
-        """Return the passage of each span of a prompt, counted on from the passages read so far."""
+        """Return the passage of each span of a prompt, numbered after the passages read so far."""
         first = max(self.passages, default=-1) + 1
         return [passage if passage < 0 else first + passage for passage in prompt.passage_of_span.tolist()]
 
     def plans(self, prompt: MixedPrompt, decoder_mask: str) -> AttentionPlans:
-        """Return the plans by which a prompt is read behind this state's rows."""
+        """Return the attention plans for appending a prompt to this state."""
         mask = ChunkMask.full()
         if decoder_mask == "passages":
             mask = ChunkMask.passages([*self.passages, *self.numbered(prompt)])
@@ -138,13 +138,13 @@ class GenerationState:
 
 
 def key_values(cache: Cache) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the keys and the values [B, H, rows, D] of every layer of a cache, all of them attention layers."""
-    layers: list[Any] = cache.layers  # for mypy, some kinds of layers hold none
+    """Return the keys and the values [B, H, rows, D] of each layer of a cache that has attention layers only."""
+    layers: list[Any] = cache.layers  # to mypy, some layer classes have no keys
     return [(layer.keys, layer.values) for layer in layers]
 
 
 def append(model: Any, state: GenerationState, prompt: MixedPrompt | None, chunk_embeds: torch.Tensor | None) -> None:
-    """Read a prompt of one sequence behind what ``state`` holds; without a prompt only what is still unread.
+    """Append a single-sequence prompt to ``state``; without a prompt, read only the tokens that are still unread.
 
     Parameters
     ----------
@@ -156,9 +156,9 @@ def append(model: Any, state: GenerationState, prompt: MixedPrompt | None, chunk
     Raises
     ------
     ValueError
-        If the prompt is of several sequences or has no rows.
+        If the prompt has several sequences or no rows.
     PromptTooLongError
-        If it doesn't fit into the decoder's window; says by how many rows, and how many would fit.
+        If it doesn't fit into the decoder's window; states the excess rows and how many would fit.
     """
     if prompt is None:
         if not state.unread:
@@ -170,7 +170,7 @@ def append(model: Any, state: GenerationState, prompt: MixedPrompt | None, chunk
                 f"prompt: got {prompt.layout.num_sequences} sequences of {prompt.layout.total_rows} rows in all, needs "
                 "one that is not empty: a state holds one sequence"
             )
-        prompt = _behind_text(state.unread, prompt) if state.unread else prompt
+        prompt = _after_text(state.unread, prompt) if state.unread else prompt
     require_room(model, state, prompt.layout.total_rows, int(prompt.position_ids.max()) + 1)
     prompt = prompt.to(model.device)
     with state.restored_on_error(), torch.no_grad():
@@ -200,37 +200,37 @@ def require_room(model: Any, state: GenerationState, rows: int, positions: int) 
     over = max(state.rows + rows, state.next_position + positions) - window
     if over > 0:
         raise PromptTooLongError(
-            f"prompt: {rows} rows behind the {state.rows} that the state holds are {over} over the decoder's window of "
+            f"prompt: {rows} rows after the {state.rows} that the state holds are {over} over the decoder's window of "
             f"{window}; {max(window - held, 0)} would fit"
         )
 
 
 def _require_room_for_answer(model: Any, state: GenerationState, config: Any, options: dict[str, Any]) -> None:
-    """Refuse to generate more tokens than the decoder's window has room for behind a state's rows."""
+    """Refuse to generate more tokens than fit into the decoder's window after a state's rows."""
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if window is None:
         return
     wanted = {name: options.get(name) or getattr(config, name, None) for name in ("max_new_tokens", "max_length")}
     new = wanted["max_new_tokens"]
-    if new is None:  # transformers' own length where none is given
+    if new is None:  # transformers' default length
         new = 20 if wanted["max_length"] is None else wanted["max_length"] - state.rows
     room = max(window - max(state.rows, state.next_position), 0)
     if new > room:
         raise PromptTooLongError(
-            f"max_new_tokens: {new} tokens behind the {state.rows} rows that the state holds are {new - room} over the "
+            f"max_new_tokens: {new} tokens after the {state.rows} rows that the state holds are {new - room} over the "
             f"decoder's window of {window}; {room} would fit"
         )
 
 
 def generate_from(model: Any, state: GenerationState, generate: Callable[..., Any], options: dict[str, Any]) -> Any:
-    """Generate behind a state with transformers' ``generate``, and take note of what was generated.
+    """Continue from a state with transformers' ``generate``, and record the generated tokens in the state.
 
     Raises
     ------
     ValueError
-        If the options ask for several sequences or another cache.
+        If the options request several sequences or another cache.
     PromptTooLongError
-        If so many new tokens don't fit into the decoder's window.
+        If the new tokens don't fit into the decoder's window.
     """
     config = options.get("generation_config") or model.generation_config
     for name in ("num_beams", "num_return_sequences"):
@@ -241,10 +241,10 @@ def generate_from(model: Any, state: GenerationState, generate: Callable[..., An
         if options.get(name, config.use_cache if name == "use_cache" else None) not in (None, True):
             raise ValueError(f"{name}: got {options.get(name)!r} beside a state, which has a cache of its own")
     rows, end = state.rows, state.next_position
-    state.last_logits()  # or an error
+    state.last_logits()  # raises if the state is empty
     _require_room_for_answer(model, state, config, options)
     result = generate(
-        # Their number of rows is looked at, and no more: the first step takes the state's logits.
+        # Only the number of rows matters: the first step returns the state's logits.
         inputs_embeds=torch.zeros(1, 1, 1, dtype=model.dtype, device=model.device).expand(1, rows, 1),
         attention_mask=torch.ones(1, rows, dtype=torch.int64, device=model.device),
         position_ids=torch.arange(end - rows, end, device=model.device)[None],
@@ -257,12 +257,12 @@ def generate_from(model: Any, state: GenerationState, generate: Callable[..., An
 
 
 def first_step(state: GenerationState) -> CausalLMOutputWithPast:
-    """Return what the first step of a generation behind a state gives: nothing is left to compute."""
+    """Return the output of the first generation step from a state, whose logits are known already."""
     return CausalLMOutputWithPast(logits=state.last_logits(), past_key_values=state.cache)
 
 
 def text_prompt(token_ids: Sequence[int], latents: int = 1) -> MixedPrompt:
-    """Return a prompt of one span of text, for a model of so many latents."""
+    """Return a prompt of one span of text, for a model with this number of latents."""
     rows = len(token_ids)
     return MixedPrompt(
         token_ids=torch.tensor(token_ids, dtype=torch.int64, device="cpu"),
@@ -277,8 +277,8 @@ def text_prompt(token_ids: Sequence[int], latents: int = 1) -> MixedPrompt:
     )
 
 
-def _behind_text(token_ids: Sequence[int], prompt: MixedPrompt) -> MixedPrompt:
-    """Return a prompt of one sequence with tokens put before it."""
+def _after_text(token_ids: Sequence[int], prompt: MixedPrompt) -> MixedPrompt:
+    """Return a single-sequence prompt with tokens prepended to it."""
     text, prompt = text_prompt(token_ids), prompt.to("cpu")
     return dataclasses.replace(
         prompt,

@@ -1,4 +1,4 @@
-"""Encoders that are made of the decoder: of its embedding table alone, or of its first layers."""
+"""Encoders built from the decoder: from its embedding table alone, or from its first layers."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
 
 
 def token_encoder(decoder: PreTrainedModel, *, layers: int = 0, places: int = 512) -> PreTrainedModel:
-    """Return an encoder on a decoder's token embeddings.
+    """Build an encoder from a decoder's token embeddings.
 
-    A pretrained encoder with a tokenizer of its own loses what the decoder has to write: MiniLM's, say, knows no
-    capitals and no line ends. This one loses nothing and costs next to nothing; what it lacks is any knowledge of
-    language, which is why its chunks want pooling "concat". Its tokenizer is the decoder's.
+    A pretrained encoder with its own tokenizer loses details that the decoder needs to write: MiniLM's tokenizer, for
+    example, drops case and line breaks. This encoder shares the decoder's tokenizer, loses nothing and costs almost
+    nothing. But it has no knowledge of language, so its chunks need the pooling "concat".
 
     Parameters
     ----------
     decoder : PreTrainedModel
         Its embedding table is copied.
     layers : int
-        Transformer layers over the embeddings, untrained.
+        Number of untrained transformer layers on top of the embeddings.
     places : int
-        Tokens of the longest chunk.
+        Maximum number of tokens in a chunk.
 
     Returns
     -------
     PreTrainedModel
-        A BertModel as wide as the decoder.
+        A BertModel with the decoder's hidden_size.
 
     Raises
     ------
@@ -64,37 +64,37 @@ def token_encoder(decoder: PreTrainedModel, *, layers: int = 0, places: int = 51
         encoder = BertModel(config, add_pooling_layer=False)
     with torch.no_grad():
         encoder.embeddings.word_embeddings.weight.copy_(table)
-        # Places start small beside the tokens, whose sizes differ from decoder to decoder.
+        # Position embeddings start small relative to the token embeddings, whose scale depends on the decoder.
         size = table.float().pow(2).mean().sqrt()
         encoder.embeddings.position_embeddings.weight.mul_(0.1 * size / 0.02)
         encoder.embeddings.token_type_embeddings.weight.zero_()
-    # transformers' decorator of `to` keeps self among the arguments for mypy.
+    # To mypy, transformers' decorator of `to` leaves self among the arguments.
     return encoder.to(device=table.device, dtype=table.dtype).train(decoder.training)  # type: ignore[call-arg]
 
 
 @torch.no_grad()
 def first_layers(decoder: PreTrainedModel, layers: int) -> PreTrainedModel:
-    """Return an encoder made of a decoder's token embeddings and its first layers.
+    """Build an encoder from a decoder's token embeddings and its first layers.
 
-    It attends in both directions where a plan without causality is given, as ``encode_packed`` does. The norm behind
-    the last layer has weights of 1: the decoder's own norm is fitted to its last layer. Its tokenizer is the decoder's.
+    It attends in both directions under a non-causal plan, as in ``encode_packed``. The norm after its last layer has
+    weights of 1, because the decoder's norm is fitted to the decoder's last layer. It shares the decoder's tokenizer.
 
     Parameters
     ----------
     decoder : PreTrainedModel
         A causal language model; its weights are copied.
     layers : int
-        How many of its layers, from the first.
+        Number of layers to copy.
 
     Returns
     -------
     PreTrainedModel
-        As wide as the decoder. Its config notes ``layers`` as ``decoder_layers``.
+        Has the decoder's hidden_size. Its config stores ``layers`` as ``decoder_layers``.
 
     Raises
     ------
     ValueError
-        If the decoder doesn't have so many layers, or its parts have other names than Llama's.
+        If the decoder has fewer layers, or its modules have other names than Llama's.
 
     Examples
     --------
@@ -108,7 +108,7 @@ def first_layers(decoder: PreTrainedModel, layers: int) -> PreTrainedModel:
     source: Any = decoder.base_model
     for name in ("embed_tokens", "layers", "norm"):
         if not hasattr(source, name):
-            raise ValueError(f"decoder: got {type(decoder).__name__} without {name}, needs one of Llama's kind")
+            raise ValueError(f"decoder: got {type(decoder).__name__} without {name}, needs a Llama-like decoder")
     config = copy.deepcopy(decoder.config)
     config.num_hidden_layers = layers
     config.use_cache = False
@@ -119,7 +119,7 @@ def first_layers(decoder: PreTrainedModel, layers: int) -> PreTrainedModel:
     with torch.device("meta"):
         encoder: Any = AutoModel.from_config(config)
     encoder.embed_tokens = copy.deepcopy(source.embed_tokens)
-    # Layers look into the config for the attention to run: into the encoder's, not into a copy of the decoder's.
+    # Layers read the attention implementation from their config: it must be the encoder's, not a copy of the decoder's.
     encoder.layers = nn.ModuleList(
         copy.deepcopy(layer, {id(source.config): config}) for layer in source.layers[:layers]
     )

@@ -1,4 +1,4 @@
-"""What a decoder multiplies its token embeddings by."""
+"""The scale of a decoder's token embeddings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import nn
 
 
 def token_scale_of(table: nn.Module) -> float:
-    """Return what a decoder's embedding multiplies its rows by, without reading from the device."""
+    """Return the factor by which a decoder scales its token embeddings, without a read from the device."""
     scale = getattr(table, "embed_scale", None)
-    if isinstance(scale, torch.Tensor):  # Gemma's, whose number is on the host too
+    if isinstance(scale, torch.Tensor):  # Gemma, which also has the value on the host
         return _rounded(float(getattr(table, "scalar_embed_scale", scale)), table.weight.dtype)  # type: ignore[arg-type]
     return 1.0 if scale is None else float(scale)
 

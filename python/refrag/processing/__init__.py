@@ -1,1 +1,1 @@
-"""From text and passages to the packed rows of a prompt, and which of its chunks stand as text."""
+"""Turns text and passages into the packed rows of a prompt, and selects the chunks to expand."""

@@ -1,4 +1,4 @@
-"""Chat templates, which take strings, around passages."""
+"""Applies chat templates, which take strings, to messages with passages."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def render_chat(
         raise TypeError(f"messages: got {type(messages).__name__}, needs a list of dicts")
     contents = [_parts(message, number) for number, message in enumerate(messages)]
     passages = [part for parts in contents for part in parts if isinstance(part, Passage)]
-    # Templates take strings, so a passage travels through as a mark that no text holds.
+    # Templates take strings, so each passage is replaced by a mark that doesn't occur in any text.
     everything = "\n".join(text for message in messages for text in _strings(message))
     mark = "\ue000"
     while mark in everything:
         mark += "\ue001"
     plain: list[Any] = [
         message
-        if message.get("content") is None  # a call of a tool, say: the template knows what to write
+        if message.get("content") is None  # for example a tool call, which the template handles
         else {**message, "content": "".join(mark if isinstance(part, Passage) else part for part in parts)}
         for message, parts in zip(messages, contents)
     ]
@@ -62,7 +62,7 @@ def _parts(message: Mapping[str, Any], number: int) -> Sequence[Part]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield the strings in a message, other fields than its content included."""
+    """Yield all strings in a message, including those in fields other than its content."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

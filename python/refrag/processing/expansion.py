@@ -1,4 +1,4 @@
-"""Which chunks of a batch stand as text: from a share, a number, names or a selector to the chunks' indices."""
+"""Resolves a share, a number, names or a selector to the indices of the chunks to expand."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def expanded_chunks(
     selector: Selector | None,
     chunk_embeds: torch.Tensor | None = None,
 ) -> frozenset[int]:
-    """Return the chunks to expand, numbered through the batch; see ``RefragProcessor.__call__``.
+    """Return the indices of the chunks to expand, counted through the batch; see ``RefragProcessor.__call__``.
 
     Parameters
     ----------
     chunks : sequence of sequences of Chunk
-        Of each prompt.
+        Chunks of each prompt.
     questions : sequence of str
-        Of each prompt.
+        Question of each prompt.
     expand, expand_count, selector
-        What the user asked for.
+        As for ``RefragProcessor.__call__``.
     chunk_embeds : Tensor [N, d_enc], optional
-        The chunks' embeddings where a store has them: for selectors that compare by a ``TextEmbedder``.
+        Known embeddings of the chunks, for selectors that use a ``TextEmbedder``.
 
     Raises
     ------
-    ValueError
-        Names the argument that doesn't fit.
+    TypeError, ValueError
+        If an argument is invalid; names it.
     """
     if expand is not None and expand_count is not None:
         raise ValueError(f"expand_count: got {expand_count} beside expand = {expand}, needs one of the two")
@@ -87,7 +87,7 @@ def _named(chunks: Sequence[Sequence[Chunk]], names: Collection[int | str]) -> f
 def _counts(
     chunks: Sequence[Sequence[Chunk]], expand: float | None, expand_count: int | Sequence[int] | None
 ) -> Sequence[int | None]:
-    """Return how many chunks to pick of each prompt; None leaves it to the selector."""
+    """Return how many chunks to pick in each prompt; None lets the selector decide."""
     if expand is not None:
         if not 0 <= expand <= 1:
             raise ValueError(f"expand: got {expand}, needs a share from 0 to 1")

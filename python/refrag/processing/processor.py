@@ -1,4 +1,4 @@
-"""RefragProcessor: from text and passages to the packed rows of a MixedPrompt."""
+"""RefragProcessor: turns text and passages into the packed rows of a MixedPrompt."""
 
 from __future__ import annotations
 
@@ -26,37 +26,37 @@ from refrag.store.store import ChunkStore, StoreError
 
 
 class RefragProcessor:
-    """Turns prompts, lists of text and passages in any order, into packed rows.
+    """Turns prompts, which are lists of text and passages in any order, into packed rows.
 
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
-        The decoder's; a fast one.
+        The decoder's tokenizer, which must be a fast one.
     encoder_tokenizer : PreTrainedTokenizerBase
-        The encoder's. The two are aligned by text: each chunk is tokenized again for the encoder.
+        The encoder's tokenizer. It tokenizes the text of each chunk again.
     k : int
-        Decoder tokens of a chunk.
+        Number of decoder tokens in a chunk.
     window : int, optional
-        Rows that the decoder can hold; a longer prompt is an error.
+        Size of the decoder's context window in rows; a longer prompt is an error.
     position_ids : {"contiguous", "original", "parallel"}
         As in RefragConfig.
     encoder_special_tokens : bool
         As in RefragConfig.
     encoder_window : int
-        Encoder tokens that are read together, at most the encoder's positions: RefragConfig's ``window``.
+        Number of encoder tokens in a window, at most the encoder's positions: ``window`` of RefragConfig.
     chunker : {"fixed", "sentence"} or Chunker
-        Cuts passages: FixedChunks(tokenizer, k), SentenceChunks(tokenizer), or one of your own.
+        Splits passages into chunks: FixedChunks(tokenizer, k), SentenceChunks(tokenizer), or a custom chunker.
     latents : int
-        Slots of a compressed chunk, as in RefragConfig.
+        Number of slots of a compressed chunk, as in RefragConfig.
     start_token : bool
-        Whether a prompt that would begin with a slot gets the decoder's start token before it, where its tokenizer has
-        one (``bos_token``). Decoders attend to their first row whatever it holds and read next to nothing from it
-        (arXiv 2309.17453): a slot there is lost.
+        Whether to insert the tokenizer's ``bos_token``, if it has one, before a prompt that would begin with a slot.
+        Decoders use their first row as an attention sink and read next to nothing from it (arXiv 2309.17453), so a slot
+        there would be lost.
 
     Raises
     ------
     ValueError
-        If k is below 1, or position_ids or chunker is unknown.
+        If k is below 1, or ``position_ids`` or ``chunker`` is unknown.
 
     Examples
     --------
@@ -116,7 +116,7 @@ class RefragProcessor:
         chunker: str | Chunker = "fixed",
         start_token: bool = True,
     ) -> RefragProcessor:
-        """Make the processor that goes with a model: its k, its choices, and its decoder's window."""
+        """Create the processor for a model from its config, with the decoder's context window."""
         return cls(
             tokenizer,
             encoder_tokenizer,
@@ -131,12 +131,12 @@ class RefragProcessor:
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write both tokenizers and the settings below ``folder``.
+        """Write both tokenizers and the settings to ``folder``.
 
         Raises
         ------
         ValueError
-            If the chunker is one of your own, which can't be written.
+            If the chunker is a custom one, which can't be written.
         """
         if self.chunker_name is None:
             raise ValueError(f"chunker: got {type(self.chunker).__name__}, needs fixed or sentence to be written")
@@ -161,12 +161,12 @@ class RefragProcessor:
     def apply_chat_template(
         self, messages: Sequence[dict[str, str | Sequence[Part]]], *, add_generation_prompt: bool = True
     ) -> list[Part]:
-        """Write a conversation in the decoder's chat template.
+        """Apply the decoder's chat template to a conversation.
 
         Parameters
         ----------
         messages : sequence of dicts
-            "role", and "content": a string, or a list of text and passages.
+            Each has a "role" and a "content", which is a string or a list of text and passages.
 
         Returns
         -------
@@ -176,9 +176,9 @@ class RefragProcessor:
         Raises
         ------
         TypeError
-            If a message is made of anything else; names it.
+            If a message contains anything else; names it.
         ValueError
-            If the template leaves a passage out or repeats it.
+            If the template omits or repeats a passage.
         """
         return render_chat(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
 
@@ -195,31 +195,31 @@ class RefragProcessor:
         store: ChunkStore | None = None,
         begin: bool = True,
     ) -> MixedPrompt:
-        """Pack one prompt or a batch of them.
+        """Pack a prompt or a batch of prompts.
 
         Parameters
         ----------
         prompts : list of str and Passage, or a list of such lists
-            A string or Passage alone is a prompt of one part.
+            A single string or Passage is a prompt of one part.
         expand : float or collection of int and str, optional
-            Share of each prompt's chunks that ``selector`` picks to stand as text, 0 to 1; or what is to stand as text
-            itself: chunks, numbered through the batch, and whole passages by their id.
+            The share of each prompt's chunks that ``selector`` picks for expansion, from 0 to 1. Or the chunks to
+            expand: indices of chunks, counted through the batch, and ids of passages, which are expanded as a whole.
         expand_count : int or sequence of int, optional
-            Instead of a share: how many chunks, of every prompt or of each.
+            The number of chunks that ``selector`` picks, instead of a share: one for all prompts, or one for each.
         selector : Selector, optional
-            Needed unless nothing, everything or named chunks are expanded. Without a share and a count it decides how
-            many.
+            Picks the chunks to expand. Needed unless nothing, everything or given chunks are expanded. Without a share
+            and a count, it decides how many chunks to pick.
         question : str or sequence of str, optional
-            What the selector compares with, for all prompts or for each; the last text of each when it isn't given.
+            The question for the selector: one for all prompts, or one for each. Defaults to each prompt's last text.
         max_new_tokens : int
-            Room to leave in the decoder's window.
+            Number of positions to reserve in the decoder's window.
         store : ChunkStore, optional
-            Where all passages are found, by their text, or by their id where they have none; their chunks and
-            embeddings are taken from it, so that the model has nothing to encode, nor a selector that compares by a
-            ``TextEmbedder`` but the question.
+            A store that holds all passages; they are found by their text, or by their id if they have no text. Their
+            chunks and embeddings come from the store, so that the model encodes nothing, and a selector with a
+            ``TextEmbedder`` encodes only the question.
         begin : bool
-            Whether a sequence begins here: with the token that the decoder's tokenizer begins texts with if it has one,
-            and see ``start_token``. False for what is appended to a ``GenerationState``.
+            Whether the prompts begin a sequence and get the tokenizer's prefix, such as a BOS token, and the
+            ``start_token``. Pass False for a prompt that is appended to a ``GenerationState``.
 
         Returns
         -------
@@ -228,15 +228,15 @@ class RefragProcessor:
         Raises
         ------
         TypeError
-            If a prompt or a question is made of anything else than text and passages; names the part.
+            If a prompt or a question contains anything but text and passages; names the part.
         ValueError
-            If a prompt is empty, a passage has no text, ``expand`` is outside 0 to 1 or names a chunk or passage that
-            isn't there, ``expand_count`` is more than a prompt's chunks, or there are not as many counts or questions
-            as prompts.
+            If a prompt is empty, a passage has no text, ``expand`` is outside 0 to 1 or names an unknown chunk or
+            passage, ``expand_count`` exceeds a prompt's chunks, or the number of counts or questions differs from the
+            number of prompts.
         StoreError
-            If a passage isn't in the store, or the store's chunks were cut by another rule.
+            If a passage isn't in the store, or the store was filled with another chunker.
         PromptTooLongError
-            If a prompt doesn't fit; says by how many tokens, and what k or how many expanded chunks would fit.
+            If a prompt doesn't fit; states the excess, and which k or how many expanded chunks would fit.
         """
         batch = _batch(prompts)
         stored, chunk_embeds = None, None
@@ -267,7 +267,7 @@ class RefragProcessor:
         return packed
 
     def _embedded(self, sequences: Sequence[Sequence[Span]], selector: Selector | None) -> torch.Tensor | None:
-        """Return the chunks' embeddings where the selector compares by them: in their windows, not each alone."""
+        """Return the chunks' embeddings, encoded in their windows, if the selector uses a ``TextEmbedder``."""
         embedder = getattr(selector, "embed", None)
         if not isinstance(embedder, TextEmbedder):
             return None
@@ -284,7 +284,7 @@ class RefragProcessor:
             raise StoreError(f"store {store.folder}: chunker: holds {held}, got a processor of {own}")
 
     def spans(self, prompt: Part | Sequence[Part]) -> list[Span]:
-        """Return a prompt's text and chunks before they are packed, as training wants them.
+        """Return a prompt's text and chunks, before packing, for training.
 
         Raises
         ------
@@ -300,7 +300,7 @@ class RefragProcessor:
         """Return the spans of a prompt."""
         spans: list[Span] = []
         passages = 0
-        prefix = self.tokenizer("", add_special_tokens=True)["input_ids"]  # Llama's <s>, say; empty for many
+        prefix = self.tokenizer("", add_special_tokens=True)["input_ids"]  # for example Llama's <s>; empty for many
         for position, part in enumerate(prompt):
             if isinstance(part, Passage):
                 if stored is None and not part.text.strip():
@@ -320,21 +320,21 @@ class RefragProcessor:
                     spans.append((-1, token_ids))
         if not spans:
             raise ValueError(f"prompt {index}: is empty, needs text or passages")
-        # A chat template writes the prefix itself; then it isn't repeated.
+        # Don't repeat a prefix that the chat template wrote.
         beginning = spans[0][1] if isinstance(spans[0][1], list) else []
         if begin and prefix and beginning[: len(prefix)] != prefix:
             spans.insert(0, (-1, prefix))
         return spans
 
-    def _started(self, spans: list[Span], is_text: bool) -> list[Span]:
-        """Return the spans with the start token before a first chunk that doesn't stand as text."""
+    def _started(self, spans: list[Span], is_expanded: bool) -> list[Span]:
+        """Return the spans, with the start token before a first chunk that isn't expanded."""
         start = self.tokenizer.bos_token_id
-        if is_text or not self.start_token or start is None or not isinstance(spans[0][1], Chunk):
+        if is_expanded or not self.start_token or start is None or not isinstance(spans[0][1], Chunk):
             return spans
         return [(-1, [start]), *spans]
 
     def _questions(self, batch: Sequence[Sequence[Part]], question: str | Sequence[str] | None) -> list[str]:
-        """Return what selectors compare with, for each prompt."""
+        """Return the question of each prompt."""
         if question is None:
             return [next((part for part in reversed(prompt) if isinstance(part, str)), "") for prompt in batch]
         if not isinstance(question, (str, list, tuple)):
@@ -373,32 +373,35 @@ class RefragProcessor:
 
     def _what_fits(self, spans: list[Span], first: int, expanded: frozenset[int], room: int) -> str:
         if self.position_ids == "original":
-            return 'original position ids run on through compressed chunks, so no k fits; position_ids="contiguous" may'
+            return (
+                "original position ids also count the tokens of compressed chunks, so no k fits; try "
+                'position_ids="contiguous"'
+            )
         plain, chunk = 0, first
-        as_text: list[int] = []
+        expanded_lengths: list[int] = []
         compressed: dict[int, list[int]] = {}
         for passage, span in spans:
             if not isinstance(span, Chunk):
                 plain += len(span)
                 continue
             if chunk in expanded:
-                as_text.append(len(span.token_ids))
+                expanded_lengths.append(len(span.token_ids))
             else:
                 compressed.setdefault(passage, []).append(len(span.token_ids))
             chunk += 1
         fits = []
-        text = plain + sum(as_text)
+        text = plain + sum(expanded_lengths)
         slots = self.latents
         if self.chunker_name == "fixed" and compressed and text + slots * len(compressed) <= room:
             k = self.k + 1
             while text + slots * sum(-(-sum(lengths) // k) for lengths in compressed.values()) > room:
                 k += 1
             fits.append(f"k = {k}")
-        # Whichever of the expanded chunks stay so: the longest are counted.
-        left = room - plain - slots * (len(as_text) + sum(map(len, compressed.values())))
-        if as_text and left >= 0:
-            longest = itertools.accumulate(length - slots for length in sorted(as_text, reverse=True))
-            fits.append(f"{sum(more <= left for more in longest)} of its {len(as_text)} expanded chunks")
+        # As many as fit whichever of them stay expanded: assume the longest.
+        left = room - plain - slots * (len(expanded_lengths) + sum(map(len, compressed.values())))
+        if expanded_lengths and left >= 0:
+            longest = itertools.accumulate(length - slots for length in sorted(expanded_lengths, reverse=True))
+            fits.append(f"{sum(more <= left for more in longest)} of its {len(expanded_lengths)} expanded chunks")
         if fits:
             return " or ".join(fits) + " would fit"
         if self.chunker_name == "fixed":
@@ -407,7 +410,7 @@ class RefragProcessor:
 
 
 def _batch(prompts: Part | Sequence[Part] | Sequence[Sequence[Part]]) -> Sequence[Sequence[Part]]:
-    """Return prompts as a list of lists of parts, whatever those are."""
+    """Normalize prompts to a list of lists of parts, which aren't checked."""
     if isinstance(prompts, (str, Passage)):
         return [[prompts]]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):

@@ -70,7 +70,7 @@ class RandomSelector:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
-        return torch.randperm(len(chunks), generator=self.generator)[: _given(self, count)].tolist()
+        return torch.randperm(len(chunks), generator=self.generator)[: _required(self, count)].tolist()
 
 
 class CosineSelector:
@@ -86,7 +86,7 @@ class CosineSelector:
         self.embed = embed
 
     def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
-        count = _given(self, count)
+        count = _required(self, count)
         return _cosines(self.embed, question, chunks).topk(count).indices.tolist() if count else []
 
 
@@ -156,7 +156,7 @@ class PerplexitySelector:
         self.start = start
 
     def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
-        count = _given(self, count)
+        count = _required(self, count)
         if not count:
             return []
         return self.log_perplexities(chunks).topk(count, largest=self.order == "desc").indices.tolist()
@@ -212,7 +212,7 @@ class PolicySelector:
         self.generator = generator
 
     def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
-        count = _given(self, count)
+        count = _required(self, count)
         if not count:
             return []
         with torch.no_grad():
@@ -286,7 +286,7 @@ def by_name(
     return RandomSelector(seed) if name == "random" else makers[name](**needs)
 
 
-def _given(selector: Selector, count: int | None) -> int:
+def _required(selector: Selector, count: int | None) -> int:
     if count is None:
         raise ValueError(f"expand: got None, {type(selector).__name__} needs a share or a number of chunks to pick")
     return count

@@ -1,4 +1,4 @@
-"""Finding passages for a question."""
+"""Finds passages for a question."""
 
 from refrag import deprecated
 

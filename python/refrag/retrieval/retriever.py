@@ -1,4 +1,4 @@
-"""Retrieval by embedding: the passages whose embedding is nearest to the question's."""
+"""Embedding retrieval: ranks passages by the similarity of their embeddings to the question's."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from refrag.cache import build_once
 from refrag.model.encoder import encode_packed, pack_texts
 from refrag.model.inputs import Passage
 
-Progress = Callable[[Sequence[Any]], Iterable[Any]]  # wraps what is worked through, to show how far it is
+Progress = Callable[[Sequence[Any]], Iterable[Any]]  # wraps a sequence to show progress while it is iterated
 
 _BATCH = 32
-_TOKENS = 256  # what all-MiniLM-L6-v2 was made for (its sentence_bert_config.json)
+_TOKENS = 256  # all-MiniLM-L6-v2's maximum length (its sentence_bert_config.json)
 
 
 class Retriever:
-    """Ranks passages by the cosine of mean-pooled embeddings, which are kept in the cache folder.
+    """Ranks passages by the cosine similarity of mean-pooled embeddings, which are stored in the cache folder.
 
     Parameters
     ----------
     encoder : PreTrainedModel
         A sentence encoder, with attention "refrag".
     tokenizer : PreTrainedTokenizerBase
-        The encoder's.
+        The encoder's tokenizer.
     passages : sequence of Passage
     track : callable, optional
-        Wraps the batches of a first run, to show progress.
+        Wraps the batches to show progress if the embeddings aren't cached yet.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Retriever:
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.passages = list(passages)
-        # A path may hold other weights one day, so the files' sizes and times are in the key.
+        # The weights at a path may change, so the key contains the files' sizes and modification times.
         content = hashlib.blake2b(digest_size=12)
         for text in (_identity(encoder), *(passage.text for passage in self.passages)):
             content.update(f"{len(text)} {text}".encode())
@@ -53,13 +53,13 @@ class Retriever:
         self.embeds = load_file(entry / "embeds.safetensors")["embeds"]
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return embeddings [N, d_enc], not normalized, of texts cut to 256 tokens."""
+        """Return embeddings [N, d_enc], not normalized, of texts truncated to 256 tokens."""
         with torch.inference_mode():
             packed = pack_texts(self.tokenizer, texts, truncate_to=_TOKENS)
             return encode_packed(self.encoder, packed, "mean").float()
 
     def rank(self, question: str) -> list[tuple[Passage, float]]:
-        """Return all passages with their cosine to the question, best first.
+        """Return all passages with their cosine similarity to the question, best first.
 
         Raises
         ------
@@ -81,7 +81,7 @@ class Retriever:
 
 
 def _identity(encoder: PreTrainedModel) -> str:
-    """Return what tells this encoder's weights from others'."""
+    """Return a string that identifies the encoder's weights."""
     name = encoder.name_or_path or ""
     folder = Path(name)
     files = sorted(folder.glob("*.safetensors")) if name and folder.is_dir() else []

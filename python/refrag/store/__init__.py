@@ -1,4 +1,4 @@
-"""The store: chunk embeddings on disk, found by what they were made of."""
+"""The store: chunk embeddings on disk, keyed by the content that they were computed from."""
 
 from refrag import deprecated
 

@@ -1,4 +1,4 @@
-"""What a chunk embedding depends on besides the passage's text, so that a store of another kind can be refused."""
+"""Fingerprint: everything besides a passage's text that its chunk embeddings depend on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from refrag.model.config import RefragConfig
 
-# Fields of a config that say nothing about what the encoder computes, and change from one loading to the next.
+# Config fields that don't affect what the encoder computes, but may differ each time it is loaded.
 _VOLATILE = frozenset(
     "_name_or_path architectures attn_implementation _attn_implementation dtype torch_dtype transformers_version "
     "id2label label2id use_cache gradient_checkpointing auto_map".split()
@@ -25,7 +25,7 @@ _VOLATILE = frozenset(
 
 
 class TextInputs(Protocol):
-    """By what passages are cut and tokenized: a RefragProcessor, or anything with the same attributes."""
+    """A RefragProcessor, or any object with the attributes that determine how passages are split and tokenized."""
 
     tokenizer: PreTrainedTokenizerBase
     encoder_tokenizer: PreTrainedTokenizerBase
@@ -36,22 +36,24 @@ class TextInputs(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprint:
-    """How passages become chunk embeddings: everything but the text.
+    """Identifies how passages become chunk embeddings: everything but the text.
+
+    A store refuses an encoder with another fingerprint.
 
     Attributes
     ----------
     encoder : str
-        The encoder's name, for people: the same weights under two names give the same embeddings.
+        The encoder's name, for messages only: the same weights under two names give the same embeddings.
     revision : str
         Digest of the encoder's weights and configuration.
     encoder_tokenizer : str
         Digest of the encoder's tokenizer.
     tokenizer : str
-        Digest of the decoder's tokenizer, by whose tokens passages are cut.
+        Digest of the decoder's tokenizer, whose tokens the chunker counts.
     chunker : str
-        The rule by which they are cut, such as "fixed, k = 16".
+        The chunker's description, such as "fixed, k = 16".
     pooling : str
-        How a chunk's rows become one embedding.
+        How a chunk's rows are pooled to its embedding.
     encoder_special_tokens : bool
         As in RefragConfig.
     width : int
@@ -69,14 +71,14 @@ class Fingerprint:
 
     @classmethod
     def of(cls, encoder: PreTrainedModel, processor: TextInputs, config: RefragConfig) -> Fingerprint:
-        """Take the fingerprint of an encoder and a processor as they are now.
+        """Compute the fingerprint of an encoder and a processor in their current state.
 
-        Reads all of the encoder's weights, to tell them from others'.
+        This hashes all weights of the encoder.
 
         Raises
         ------
         ValueError
-            If the processor's chunker is one of your own and has no ``description``.
+            If the processor has a custom chunker without a ``description``.
         """
         return cls(
             encoder=encoder.name_or_path or encoder.config.model_type,
@@ -92,12 +94,12 @@ class Fingerprint:
 
     @functools.cached_property
     def digest(self) -> bytes:
-        """32 bytes that two fingerprints share only if they give the same embeddings."""
+        """32 bytes, equal for two fingerprints only if they give the same embeddings."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "encoder"}
         return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=32).digest()
 
     def differences(self, other: Fingerprint) -> list[str]:
-        """Return what tells ``other`` from this fingerprint, a phrase for each field: what is here, what is there."""
+        """Return a phrase for each field that differs, with its value here and in ``other``."""
         found = []
         if self.revision != other.revision:
             names = [f"{fingerprint.encoder} (revision {fingerprint.revision})" for fingerprint in (self, other)]
@@ -112,8 +114,8 @@ class Fingerprint:
 def encoder_digest(encoder: PreTrainedModel) -> str:
     """Return a digest of an encoder's weights and configuration, 24 hexadecimal digits.
 
-    The pooler is left out: chunk embeddings don't pass through it, and transformers fills it with random numbers where
-    a checkpoint has none.
+    The pooler is excluded: chunk embeddings don't use it, and transformers initializes it randomly if the checkpoint
+    has none.
     """
     content = hashlib.blake2b(digest_size=12)
     config = {name: value for name, value in encoder.config.to_diff_dict().items() if name not in _VOLATILE}
@@ -127,7 +129,7 @@ def encoder_digest(encoder: PreTrainedModel) -> str:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of all that decides a tokenizer's token ids, 24 hexadecimal digits."""
+    """Return a digest of everything that determines a tokenizer's token ids, 24 hexadecimal digits."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         for name in ("truncation", "padding"):  # left behind by the last call

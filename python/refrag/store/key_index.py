@@ -1,4 +1,4 @@
-"""Finding 16-byte keys: sorted arrays, 24 bytes a key, where a dict of Python objects would take five times as much."""
+"""An index of 16-byte keys in sorted arrays: 24 bytes per key, a fifth of what a dict of Python objects takes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ KEY_BYTES = 16
 
 
 class KeyIndex:
-    """The places of keys; it doesn't change, ``extended`` makes a new one.
+    """An immutable index from keys to their positions; ``extended`` returns a new one.
 
-    Keys are digests, so that their first 8 bytes nearly always decide; the other 8 are compared afterwards.
+    Keys are digests, so their first 8 bytes are almost always unique; the other 8 are compared afterwards.
 
     Examples
     --------
@@ -30,11 +30,11 @@ class KeyIndex:
         return len(self._place)
 
     def extended(self, keys: Sequence[np.ndarray]) -> KeyIndex:
-        """Return an index that also has ``keys``, uint8 [n, 16] each; their places go on from those it has."""
+        """Return an index that also contains ``keys``, uint8 [n, 16] each; their positions follow the present ones."""
         halves = np.concatenate([np.zeros((0, 2), np.uint64), *(_halves(part.tobytes()) for part in keys)])
         if not len(halves):
             return self
-        # Stable, and inserted to the right: of equal keys the one that came last stands last.
+        # A stable sort, inserted to the right: equal keys stay in the order in which they were added.
         order = np.argsort(halves[:, 0], kind="stable")
         at = np.searchsorted(self._first, halves[order, 0], side="right")
         larger = KeyIndex()
@@ -44,17 +44,17 @@ class KeyIndex:
         return larger
 
     def find(self, keys: bytes) -> np.ndarray:
-        """Return the place of each key, int64 [n], -1 where there is none; of equal keys, the last one's."""
+        """Return the position of each key, int64 [n], or -1 if it is absent; of equal keys, the last one's."""
         wanted = _halves(keys)
         if not len(self):
             return np.full(len(wanted), -1)
-        # A key below all others gets -1 here, the last entry, whose bytes are not its own either.
+        # A key below all others gets index -1, the last entry, whose bytes don't match either.
         at = np.searchsorted(self._first, wanted[:, 0], side="right") - 1
         found = (self._first[at] == wanted[:, 0]) & (self._second[at] == wanted[:, 1])
         places = np.where(found, self._place[at], -1)
         for missed in np.flatnonzero(~found):
             i = at[missed]
-            while i >= 0 and self._first[i] == wanted[missed, 0]:  # only the first 8 bytes are alike
+            while i >= 0 and self._first[i] == wanted[missed, 0]:  # only the first 8 bytes are equal
                 if self._second[i] == wanted[missed, 1]:
                     places[missed] = self._place[i]
                     break

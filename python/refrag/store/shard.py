@@ -1,4 +1,4 @@
-"""One file of a chunk store: a safetensors file that is written once, as a whole, and mapped into memory to be read."""
+"""A shard of a chunk store: a safetensors file that is written once, atomically, and memory-mapped for reading."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from refrag.store.key_index import KEY_BYTES
 
 
 class StoreError(ValueError):
-    """A chunk store can't be used, or not for this; the message names the store or the passage."""
+    """Raised if a chunk store can't be used, or not for this purpose; names the store or the passage."""
 
 
 class Shard:
-    """A mapped shard.
+    """A memory-mapped shard.
 
-    Its tensors, for N passages with R chunks, and M passage ids:
+    It contains these tensors for N passages with R chunks, and M passage ids:
 
-    - ``keys`` uint8 [N, 16], ``offsets`` int64 [N + 1]: the passages' keys, and which rows are theirs
+    - ``keys`` uint8 [N, 16], ``offsets`` int64 [N + 1]: the passages' keys and their ranges of rows
     - ``rows`` [R, d_enc]: the embeddings, before projection
     - ``text`` uint8, ``text_offsets`` int64 [R + 1]: the chunks' text in UTF-8
-    - ``token_ids`` int32, ``token_offsets`` int64 [R + 1]: the chunks' tokens for the decoder
-    - ``id_keys`` and ``id_passages`` uint8 [M, 16]: digests of ids, and the keys of the passages that they stand for
-    - ``ids`` uint8, ``id_offsets`` int64 [M + 1]: the ids themselves in UTF-8
+    - ``token_ids`` int32, ``token_offsets`` int64 [R + 1]: the chunks' decoder tokens
+    - ``id_keys`` and ``id_passages`` uint8 [M, 16]: digests of the ids, and the keys of their passages
+    - ``ids`` uint8, ``id_offsets`` int64 [M + 1]: the ids in UTF-8
 
     Raises
     ------
     StoreError
-        If the file is damaged, or belongs to another store.
+        If the file is damaged or belongs to another store.
     """
 
     def __init__(self, path: Path, fingerprint_digest: bytes) -> None:
@@ -44,7 +44,7 @@ class Shard:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 fingerprint = (file.metadata() or {}).get("recipe")
             if fingerprint != fingerprint_digest.hex():
-                raise StoreError(f"{path}: is a shard of another store, of fingerprint {fingerprint}")
+                raise StoreError(f"{path}: is a shard of another store, with fingerprint {fingerprint}")
             self.rows: torch.Tensor = tensors.pop("rows")
             arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
             self.keys = arrays["keys"]
@@ -55,10 +55,10 @@ class Shard:
             self._token_ids, self._token_offsets = arrays["token_ids"], arrays["token_offsets"]
             self._ids, self._id_offsets = arrays["ids"], arrays["id_offsets"]
         except (SafetensorError, KeyError, OSError) as error:
-            raise StoreError(f"{path}: is not a whole shard ({error})") from error
+            raise StoreError(f"{path}: is damaged ({error})") from error
 
     def chunks(self, passage: int) -> list[Chunk]:
-        """Return the chunks of the shard's passage of that number."""
+        """Return the chunks of a passage, given its number in the shard."""
         first, last = int(self.offsets[passage]), int(self.offsets[passage + 1])
         text_ends = self._text_offsets[first : last + 1].tolist()
         token_ends = self._token_offsets[first : last + 1].tolist()
@@ -73,7 +73,7 @@ class Shard:
         ]
 
     def ids(self) -> list[str]:
-        """Return the ids that the shard brings."""
+        """Return the ids in the shard."""
         text, ends = self._ids.tobytes(), self._id_offsets.tolist()
         return [_decode(text[start:end]) for start, end in zip(ends, ends[1:])]
 
@@ -88,7 +88,7 @@ def write_shard(
     id_keys: Sequence[bytes],
     id_passages: Sequence[bytes],
 ) -> None:
-    """Write a shard; it appears under its name whole, and on the disk, or not at all.
+    """Write a shard atomically and durably.
 
     Parameters
     ----------
@@ -124,13 +124,13 @@ def write_shard(
     try:
         save_file(tensors, part, metadata={"recipe": fingerprint_digest.hex()})
         publish(part, path)
-    except (SafetensorError, OSError) as error:  # a full disk, say
+    except (SafetensorError, OSError) as error:  # for example a full disk
         part.unlink(missing_ok=True)
         raise StoreError(f"{path}: can't be written ({error})") from error
 
 
 def publish(part: Path, path: Path) -> None:
-    """Rename a finished file to its name, so that even a power failure leaves it whole or absent."""
+    """Rename a finished file to its final name, so that even after a power failure it is complete or absent."""
     os.chmod(part, usual_mode(part.parent))
     with open(part, "rb") as file:
         os.fsync(file.fileno())
@@ -143,7 +143,7 @@ def publish(part: Path, path: Path) -> None:
 
 
 def encode_text(text: str) -> bytes:
-    """Return UTF-8 that any Python string has, broken surrogates included."""
+    """Encode any Python string as UTF-8, including unpaired surrogates."""
     return text.encode("utf-8", "surrogatepass")
 
 

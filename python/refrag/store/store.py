@@ -1,4 +1,4 @@
-"""ChunkStore: chunk embeddings on disk, found by what they were made of."""
+"""ChunkStore: chunk embeddings on disk, keyed by the content that they were computed from."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, 
 
 
 class UnknownPassageError(StoreError):
-    """A passage isn't in the store."""
+    """Raised if a passage isn't in the store."""
 
 
 class PassageEmbeds(NamedTuple):
-    """Chunk embeddings of some passages, one passage after another.
+    """Chunk embeddings of some passages, concatenated.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class PassageEmbeds(NamedTuple):
 
 
 class PutCounts(NamedTuple):
-    """What a ``put`` did: passages that are new, passages that were there, ids that stood for another text before."""
+    """Counts of a ``put``: new passages, known passages, and ids that referred to another text before."""
 
     new: int
     known: int
@@ -56,19 +56,19 @@ class PutCounts(NamedTuple):
 
 
 class ChunkStore:
-    """Chunk embeddings of passages, kept in immutable safetensors shards that are mapped into memory.
+    """Chunk embeddings of passages in immutable, memory-mapped safetensors shards.
 
     A passage's key is blake2b over its text, keyed by the digest of the ``Fingerprint``: the encoder's weights, the
-    tokenizers, the chunker with its k, the pooling. So a passage is encoded once however often it is met, and what
-    another encoder made is never found. The rows are those before the projector, which can be trained on without
-    making them stale. Beside them stand the chunks' text and tokens, so that ``Passage(id=...)`` is all that a prompt
-    needs: nothing is tokenized or encoded again.
+    tokenizers, the chunker with its k, and the pooling. A passage is therefore encoded only once, and embeddings from
+    another encoder are never returned. The rows are the projector's inputs, so training the projector doesn't
+    invalidate them. The store also contains the chunks' text and tokens: a prompt with ``Passage(id=...)`` needs no
+    tokenizing or encoding.
 
-    One process writes at a time, the others wait for the lock; any number read meanwhile. A shard is written under
-    another name, synced and renamed: a writer that is killed leaves all earlier shards as they were, and no half of
-    one. Readers see shards that came later after ``refresh``.
+    One process writes at a time while others wait for the lock; any number of processes read concurrently. A shard is
+    written to a temporary file, synced and renamed, so a killed writer leaves all earlier shards intact and no partial
+    shard. Readers see later shards after ``refresh``.
 
-    Made by ``create`` and ``open``; filled by ``PassageEncoder.fill`` or ``refrag encode``.
+    Use ``create`` or ``open`` to get a store, and ``PassageEncoder.fill`` or ``refrag encode`` to fill it.
 
     Examples
     --------
@@ -100,20 +100,20 @@ class ChunkStore:
     def create(
         cls, folder: str | os.PathLike[str], fingerprint: Fingerprint, dtype: torch.dtype = torch.float32
     ) -> ChunkStore:
-        """Make an empty store.
+        """Create an empty store.
 
         Parameters
         ----------
         folder : path
-            Made when it isn't there.
+            Created if it doesn't exist.
         fingerprint : Fingerprint
         dtype : {torch.float32, torch.bfloat16, torch.float16}
-            Of the rows on disk.
+            Dtype of the rows on disk.
 
         Raises
         ------
         StoreError
-            If the folder holds a store already, or the dtype is another.
+            If the folder already contains a store, or the dtype isn't supported.
         """
         root = Path(folder)
         if dtype not in DTYPES.values():
@@ -141,13 +141,13 @@ class ChunkStore:
         ----------
         folder : path
         fingerprint : Fingerprint, optional
-            What the store must have been made by. Without it nothing is compared: for a program that has no encoder,
-            only a projector that was trained for this one.
+            The fingerprint that the store must have. Without it, nothing is compared: for a program that has no
+            encoder, only a projector trained for the store's encoder.
 
         Raises
         ------
         StoreError
-            If there is no store, it was made by another fingerprint (names the differences), or a shard is damaged.
+            If there is no store, its fingerprint differs (states the differences), or a shard is damaged.
         """
         root = Path(folder)
         try:
@@ -156,7 +156,7 @@ class ChunkStore:
                 raise StoreError(f"store {root}: has format {manifest['format']}, needs {_FORMAT}")
             held, dtype = Fingerprint(**manifest["recipe"]), DTYPES[manifest["dtype"]]
         except FileNotFoundError:
-            raise _none(root) from None
+            raise _not_a_store(root) from None
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise StoreError(f"store {root}: its {_MANIFEST} can't be read ({error})") from error
         _require(root, held, fingerprint or held)
@@ -164,17 +164,17 @@ class ChunkStore:
 
     @deprecated.renamed_keyword("recipe", "fingerprint")
     def require(self, fingerprint: Fingerprint) -> None:
-        """Refuse another fingerprint than the store's.
+        """Refuse a fingerprint other than the store's.
 
         Raises
         ------
         StoreError
-            Names what differs: what the store holds, and what it got.
+            If they differ; states the differences.
         """
         _require(self.folder, self.fingerprint, fingerprint)
 
     def __len__(self) -> int:
-        """Return the number of passages, counted by text."""
+        """Return the number of passages with distinct texts."""
         return len(self._state.passages)
 
     def __contains__(self, passage: Passage) -> bool:
@@ -187,16 +187,16 @@ class ChunkStore:
         return ChunkStore.open, (self.folder, self.fingerprint)
 
     def refresh(self) -> int:
-        """Look for shards that were written since; return how many passages they bring.
+        """Load shards written in the meantime, and return the number of passages that they add.
 
         Raises
         ------
         StoreError
-            If the store is gone, or a shard is damaged.
+            If the store no longer exists or a shard is damaged.
         """
         with self._refreshing:
             if not (self.folder / _MANIFEST).exists():
-                raise _none(self.folder)
+                raise _not_a_store(self.folder)
             state = self._state
             known = set(state.names)
             names = sorted(path.name for path in self.folder.glob("shard-*.safetensors") if path.name not in known)
@@ -207,7 +207,7 @@ class ChunkStore:
             return len(self._state.passages) - len(state.passages)
 
     def ids(self) -> Iterator[str]:
-        """Yield all passage ids, each once."""
+        """Yield each passage id once."""
         seen = set()
         for shard in self._state.shards:
             for name in shard.ids():
@@ -230,17 +230,17 @@ class ChunkStore:
         Parameters
         ----------
         passages : sequence of Passage
-            Each is found by its text, or by its id where it has no text.
+            Each is found by its text, or by its id if it has no text.
 
         Returns
         -------
         PassageEmbeds
-            A copy, in the order of ``passages``.
+            A copy of the rows, in the order of ``passages``.
 
         Raises
         ------
         UnknownPassageError
-            If one isn't in the store; names it.
+            If a passage isn't in the store; names it.
         """
         parts, offsets = [], [0]
         for shard, place in self._locate(passages):
@@ -251,25 +251,25 @@ class ChunkStore:
         return PassageEmbeds(rows, offsets)
 
     def chunks(self, passages: Sequence[Passage]) -> list[list[Chunk]]:
-        """Return the chunks of passages, as they were cut when they were stored; found as in ``get_many``."""
+        """Return the stored chunks of passages, which are found as in ``get_many``."""
         return [shard.chunks(place) for shard, place in self._locate(passages)]
 
     def passage(self, id: str) -> Passage:
-        """Return the passage of an id, with its text.
+        """Return the passage with an id, including its text.
 
         Raises
         ------
         UnknownPassageError
-            If the store has no such id.
+            If the id isn't in the store.
         """
         return Passage("".join(chunk.text for chunk in self.chunks([Passage(id=id)])[0]), id)
 
     def holds(self, passages: Sequence[Passage]) -> list[bool]:
-        """Return for each passage whether it is in the store; found as in ``get_many``."""
+        """Return for each passage whether it is in the store, where it is found as in ``get_many``."""
         return (self._places(self._state, passages) >= 0).tolist()
 
     def missing(self, passages: Sequence[Passage]) -> list[int]:
-        """Return which of the passages a ``put`` would add something of: a new text, or an id for it."""
+        """Return the indices of passages whose text is new, or whose id doesn't refer to that text yet."""
         state = self._state
         keys = [self._key(passage.text) for passage in passages]
         absent = state.find(keys) < 0
@@ -286,19 +286,19 @@ class ChunkStore:
         *,
         aliases: Sequence[Passage] = (),
     ) -> PutCounts:
-        """Add passages, as one shard; what the store has already is left out, by text.
+        """Add passages as one shard, except those whose text is in the store already.
 
-        An id that stood for another text stands for the new one from now on.
+        An id that referred to another text refers to the new one afterwards.
 
         Parameters
         ----------
         passages : sequence of Passage
         chunks : sequence of sequences of Chunk
-            Each passage's; together they are its text.
+            The chunks of each passage, which together make up its text.
         embeds : Tensor [N, d_enc]
-            Their rows, one passage after another.
+            The embeddings of all chunks, in order.
         aliases : sequence of Passage
-            Further ids for texts that the store has, or gets by this call.
+            Additional ids for texts that are in the store or added by this call.
 
         Returns
         -------
@@ -307,7 +307,7 @@ class ChunkStore:
         Raises
         ------
         StoreError
-            If the arguments don't fit together, a passage has no text, or a row isn't finite in the store's dtype.
+            If the arguments are inconsistent, a passage has no text, or a row isn't finite in the store's dtype.
             Nothing is written then.
         """
         rows = self._checked(passages, chunks, embeds)
@@ -335,7 +335,7 @@ class ChunkStore:
                 moved_ids=sum(old not in (None, key) for key, old in zip(wanted.values(), held)),
             )
             if new or ids:
-                # What a killed writer left bears this number too, and is overwritten.
+                # This overwrites a temporary file of the same number that a killed writer left behind.
                 number = 1 + max((int(name[6:-12]) for name in state.names), default=-1)
                 write_shard(
                     self.folder / f"shard-{number:08d}.safetensors",
@@ -353,7 +353,7 @@ class ChunkStore:
     def _checked(
         self, passages: Sequence[Passage], chunks: Sequence[Sequence[Chunk]], embeds: torch.Tensor
     ) -> torch.Tensor:
-        """Return the rows in the store's dtype, or raise."""
+        """Check the arguments of ``put`` and return the rows in the store's dtype."""
         if len(chunks) != len(passages):
             raise StoreError(f"chunks: got {len(chunks)} lists, needs {len(passages)}, one for each passage")
         for index, (passage, own) in enumerate(zip(passages, chunks)):
@@ -384,19 +384,19 @@ class ChunkStore:
         return hashlib.blake2b(encode_text(text), digest_size=KEY_BYTES, key=self.fingerprint.digest).digest()
 
     def _places(self, state: StoreState, passages: Sequence[Passage]) -> np.ndarray:
-        """Return the number of each passage, -1 for one that isn't there."""
+        """Return the number of each passage, or -1 for an unknown one."""
         by_id = [passage.id for passage in passages if not passage.text and passage.id is not None]
         of_ids: dict[str | None, bytes | None] = dict(zip(by_id, state.keys_of_ids(by_id))) if by_id else {}
-        # No passage has the key of zeros, which stands for an id that isn't there (one in 2 ** 128 aside).
+        # All zeros marks an unknown id: no passage has this key, but for a chance of 1 in 2 ** 128.
         nothing = bytes(KEY_BYTES)
         keys = [self._key(passage.text) if passage.text else of_ids.get(passage.id) or nothing for passage in passages]
         return state.find(keys)
 
     def _locate(self, passages: Sequence[Passage]) -> list[tuple[Shard, int]]:
-        """Return each passage's shard and its number there."""
+        """Return each passage's shard and its number in the shard."""
         for index, passage in enumerate(passages):
             if not passage.text and passage.id is None:
-                raise StoreError(f"passage {index}: has neither text nor id, needs one to be found by")
+                raise StoreError(f"passage {index}: has neither text nor id, needs one of the two")
         state = self._state
         places = self._places(state, passages)
         if len(places) and places.min() < 0:
@@ -411,12 +411,12 @@ class ChunkStore:
         if not passage.text:
             return f"passage id {passage.id!r}: is not in {has}{others}"
         known = passage.id is not None and state.keys_of_ids([passage.id])[0] is not None
-        note = "; under its id stands another text" if known else ""
+        note = "; its id belongs to another text" if known else ""
         return f"passage {_name(passage, index)}: its text is not in {has}{others}{note}"
 
 
-def _none(folder: Path) -> StoreError:
-    return StoreError(f"store {folder}: is none, it has no {_MANIFEST}")
+def _not_a_store(folder: Path) -> StoreError:
+    return StoreError(f"store {folder}: is not a store, it has no {_MANIFEST}")
 
 
 def _require(folder: Path, held: Fingerprint, got: Fingerprint) -> None:
@@ -430,11 +430,11 @@ def _name(passage: Passage, index: int) -> str:
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Hold the writer's lock. The kernel drops it when its holder dies."""
+    """Hold the writer's lock, which the operating system releases if the process dies."""
     try:
         lock = open(folder / ".lock", "w")
     except FileNotFoundError:
-        raise _none(folder) from None
+        raise _not_a_store(folder) from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

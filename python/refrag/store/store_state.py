@@ -1,4 +1,4 @@
-"""What the readers of a store see: its shards, and where in them each passage and each id is."""
+"""A snapshot of a store's shards, with an index of their passages and ids."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from refrag.store.shard import Shard, encode_text
 
 @dataclasses.dataclass(frozen=True)
 class StoreState:
-    """Some shards; replaced as a whole by one with more of them, so that threads never see half a refresh.
+    """An immutable set of shards; a refresh replaces it as a whole, so that threads never see a partial refresh.
 
     Attributes
     ----------
     names : tuple of str
-        The shards' files, in the order in which they were written.
+        File names of the shards, in the order of writing.
     shards : tuple of Shard
     starts : tuple of int
-        The number of each shard's first passage, counted through all shards.
+        The number of each shard's first passage, counted across shards.
     passages : KeyIndex
-        From a passage's key to its number.
+        Maps a passage's key to its number.
     ids : KeyIndex
-        From an id's key to a row of ``id_passages``.
+        Maps an id's key to a row of ``id_passages``.
     id_passages : array, uint8 [M, 16]
-        Keys of the passages that ids stand for.
+        Key of each id's passage.
     """
 
     names: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ class StoreState:
     id_passages: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, KEY_BYTES), np.uint8))
 
     def extended(self, names: Sequence[str], shards: Sequence[Shard]) -> StoreState:
-        """Return a state with further shards."""
+        """Return a state with additional shards."""
         counts = [len(shard.keys) for shard in shards]
         starts = len(self.passages) + np.cumsum([0, *counts[:-1]])
         return StoreState(
@@ -52,16 +52,16 @@ class StoreState:
         )
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Return the number of the passage with each key, int64 [n], -1 where there is none."""
+        """Return the number of the passage with each key, int64 [n], or -1 if there is none."""
         return self.passages.find(b"".join(keys))
 
     def keys_of_ids(self, ids: Sequence[str]) -> list[bytes | None]:
-        """Return the key of the passage that each id stands for, None for an unknown one."""
+        """Return the key of each id's passage, or None for an unknown id."""
         places = self.ids.find(b"".join(map(key_of_id, ids)))
         return [self.id_passages[place].tobytes() if place >= 0 else None for place in places]
 
     def owners(self, numbers: np.ndarray) -> list[tuple[Shard, int]]:
-        """Return the shard of each passage, and its number there."""
+        """Return each passage's shard and its number in the shard."""
         owners = np.searchsorted(self.starts, numbers, side="right") - 1
         return [
             (self.shards[owner], number - self.starts[owner])
@@ -70,5 +70,5 @@ class StoreState:
 
 
 def key_of_id(id: str) -> bytes:
-    """Return the digest by which an id is found."""
+    """Return the key of an id, a digest."""
     return hashlib.blake2b(encode_text(id), digest_size=KEY_BYTES).digest()
