@@ -249,7 +249,7 @@ ALLOWED: dict[str, list[tuple[str, str, str]]] = {
         (r"tests/kernels/test_backends\.py", r"backends\.pinned\(", "tests that the old name warns"),
     ],
     "fingerprint": [
-        (r"python/refrag/__init__\.py", r"ChunkRecipe", "the old name warns for a release"),
+        (r"python/refrag/(__init__|deprecated)\.py", r"ChunkRecipe", "the old name warns for a release"),
         (r"tests/.*test_(deprecat|old_names|moved)\w*\.py", r"ChunkRecipe|\.recipe\b", "tests that old names warn"),
         (r"CHANGELOG\.md", r"`ChunkRecipe`", "says what was renamed"),
     ],

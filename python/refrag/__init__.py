@@ -1,4 +1,4 @@
-"""REFRAG on transformers: an encoder whose chunk embeddings stand among a decoder's tokens."""
+"""REFRAG on transformers: a decoder that reads chunk embeddings of an encoder among its tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # for type checkers; a test holds it equal to the table
     from refrag.store.store import ChunkStore as ChunkStore
     from refrag.store.store import UnknownPassageError as UnknownPassageError
 
-# Loaded when first asked for: torch and transformers take seconds, which "refrag --help" needn't wait for.
+# Imported on first use: torch and transformers take seconds to import, and "refrag --help" shouldn't wait for them.
 _NAMES_OF = {
     "data.chunking": "Chunker FixedChunks SentenceChunks",
     "encoding.passage_encoder": "PassageEncoder",

@@ -1,4 +1,4 @@
-"""What training changes: whole parts of the model, or low-rank adapters on them; and the small file that keeps it."""
+"""Adapters: which parameters are trained, whole or through low-rank updates, and the file that stores them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,56 +24,84 @@ from refrag.model.token_encoder import first_layers, token_encoder
 from refrag.weights import named_adapter
 
 _DECODER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Attention only: the encoder's feed-forward layers run fused, from their weights as they lie.
+# Attention only: the encoder's feed-forward layers run as fused kernels that read their weights directly.
 _ENCODER_LAYERS = ("query", "key", "value", "q_proj", "k_proj", "v_proj", "Wqkv")
 _FIELDS = ("chunk_size", "pooling", "encoder_special_tokens", "projector_norm", "projector_activation",
            "projector_bias", "position_ids", "decoder_mask", "pool_segments", "latents", "encoder_window")  # fmt: skip
 _FORMAT = 1
-LORA_SCALE = 2  # of low-rank updates, whatever their rank: alpha / rank
+LORA_SCALE = 2  # alpha / rank, the same for every rank
 
 
 __getattr__ = deprecated.renamed(__name__)
 
 
 class AdapterError(ValueError):
-    """An adapter doesn't fit the model, or isn't one."""
+    """A file is not an adapter, or the adapter doesn't fit the model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainableSpec:
-    """Which parts of the model are trained; the projector always is.
+    """Which parts of the model to train; the projector always is.
 
     Attributes
     ----------
-    encoder, decoder : {"all", "lora", "none"}
+    train_encoder, train_decoder : {"all", "lora", "none"}
         The paper trains the whole encoder throughout, and the whole decoder after reconstruction.
     rank : int
-        Of the low-rank adapters (LoRA, arXiv 2106.09685); their scale is ``LORA_SCALE``.
+        Rank of the low-rank adapters (LoRA, arXiv 2106.09685); their scale is ``LORA_SCALE``.
     """
 
-    encoder: str = "all"
-    decoder: str = "none"
+    train_encoder: str = "all"
+    train_decoder: str = "none"
     rank: int = 32
 
+    # Without annotations, so these are not fields.
+    encoder = deprecated.renamed_attribute("encoder", "train_encoder")
+    decoder = deprecated.renamed_attribute("decoder", "train_decoder")
+
     def __post_init__(self) -> None:
-        for name in ("encoder", "decoder"):
+        for name in ("train_encoder", "train_decoder"):
             if getattr(self, name) not in ("all", "lora", "none"):
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, needs all, lora or none")
         if self.rank < 1:
             raise ValueError(f"rank: got {self.rank}, needs 1 or more")
 
 
-def prepare(model: RefragForCausalLM, trained: TrainableSpec) -> RefragForCausalLM:
-    """Mark what is trained, adding adapters where they are asked for; trained weights become float32.
+for _part in ("encoder", "decoder"):
+    TrainableSpec.__init__ = deprecated.renamed_keyword(_part, f"train_{_part}")(  # type: ignore[method-assign]
+        TrainableSpec.__init__
+    )
+
+
+class Trainable(Protocol):
+    """A TrainableSpec, or options with its fields, such as those of a training stage."""
+
+    @property
+    def train_encoder(self) -> str: ...
+
+    @property
+    def train_decoder(self) -> str: ...
+
+    @property
+    def rank(self) -> int: ...
+
+
+def prepare(model: RefragForCausalLM, trained: Trainable) -> RefragForCausalLM:
+    """Set ``requires_grad`` as specified, and add low-rank adapters; trained weights become float32.
+
+    Parameters
+    ----------
+    model : RefragForCausalLM
+    trained : TrainableSpec or options of a training stage
 
     Returns
     -------
     RefragForCausalLM
-        The same.
+        The model that was passed.
     """
     model.requires_grad_(False)
     for name, layers in (("encoder", _ENCODER_LAYERS), ("decoder", _DECODER_LAYERS)):
-        how, part = getattr(trained, name), getattr(model, name)
+        how, part = getattr(trained, f"train_{name}"), getattr(model, name)
         if how == "all":
             part.requires_grad_(True)
         elif how == "lora":
@@ -81,14 +109,14 @@ def prepare(model: RefragForCausalLM, trained: TrainableSpec) -> RefragForCausal
     model.projector.requires_grad_(True)
     for name, parameter in model.named_parameters():
         if "pooler" in name.split("."):
-            parameter.requires_grad_(False)  # nothing reads it, and DDP would wait for its gradient
+            parameter.requires_grad_(False)  # it is never used, and DDP would wait for its gradient
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the tensors that training changes, by name; whole where processes hold shares (all have to call then)."""
+    """Return the trained tensors by name. With sharded parameters, gather them: all processes must call this."""
     own = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in own.items()}
 
@@ -99,18 +127,18 @@ def save_adapter(
     trained: Mapping[str, torch.Tensor] | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write what was trained, in bfloat16, and what it belongs to.
+    """Write the trained tensors in bfloat16, and a description of the model that they belong to.
 
     Parameters
     ----------
     model : RefragForCausalLM
-        Prepared by ``prepare``.
+        A model that ``prepare`` returned.
     folder : path
-        Made where it isn't there.
+        Created if it doesn't exist.
     trained : mapping of str to Tensor, optional
-        What ``trained_state`` gave.
+        The result of ``trained_state``, which is called by default.
     notes : mapping, optional
-        More to write down about the adapter, as JSON has it.
+        More metadata, as JSON values.
 
     Returns
     -------
@@ -123,21 +151,21 @@ def save_adapter(
         "fields": {field: getattr(model.config, field) for field in _FIELDS},
         "encoder": signature(model.encoder),
         "decoder": signature(model.decoder),
-        # Where they came from; empty for an encoder that was made of the decoder's embeddings.
+        # Empty for an encoder made of the decoder's embeddings.
         "sources": {"encoder": _source(model.encoder), "decoder": _source(model.decoder)},
-        # Of an encoder that was made of the decoder's first layers.
+        # More than 0 for an encoder made of the decoder's first layers.
         "decoder_layers": getattr(model.encoder.config, "decoder_layers", 0),
     }
     return _write(folder, trained_state(model) if trained is None else trained, about)
 
 
 def add_policy(source: str | os.PathLike[str], policy: ExpansionPolicy, folder: str | os.PathLike[str]) -> Path:
-    """Write an adapter once more, with a policy.
+    """Copy an adapter and add a policy, or replace its policy.
 
     Parameters
     ----------
     source, folder : path
-        Of the adapter without, or with another, and of the new one; they may be the same.
+        The adapter to copy, and the folder of the new one; they may be the same.
     policy : ExpansionPolicy
     """
     about, tensors = read_adapter(source)
@@ -147,9 +175,9 @@ def add_policy(source: str | os.PathLike[str], policy: ExpansionPolicy, folder: 
 
 
 def adapter_path(source: str | os.PathLike[str]) -> Path | None:
-    """Return the file of an adapter: itself, the one in a folder, or that of a name such as "distilled"; None if none.
+    """Return an adapter's file, given the file, its folder, or a name such as "distilled"; None if there is none.
 
-    What is there under such a name, relative to the current folder, goes first.
+    A file or folder of that name in the current folder takes precedence.
     """
     path = Path(source)
     if not path.exists():
@@ -159,17 +187,17 @@ def adapter_path(source: str | os.PathLike[str]) -> Path | None:
 
 
 def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return what an adapter says about itself, and its tensors.
+    """Return an adapter's metadata and its tensors.
 
     Parameters
     ----------
     path : path
-        As for ``adapter_path``.
+        A file, folder or name, as in ``adapter_path``.
 
     Raises
     ------
     AdapterError
-        If the file is no adapter.
+        If the file is not an adapter.
     """
     path = Path(path)
     path = adapter_path(path) or (path / "adapter.safetensors" if path.is_dir() else path)
@@ -187,16 +215,16 @@ def read_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
 def load_adapter(
     path: str | os.PathLike[str], decoder: PreTrainedModel, encoder: PreTrainedModel | None = None
 ) -> tuple[RefragForCausalLM, ExpansionPolicy | None]:
-    """Make the model that an adapter belongs to.
+    """Build the model of an adapter.
 
-    Low-rank updates are added to the weights of ``encoder`` and ``decoder``, so the model runs at their speed.
+    Low-rank updates are merged into the weights of ``encoder`` and ``decoder``, so they add no cost at inference.
 
     Parameters
     ----------
     path : path
-        A folder that a training stage wrote, the file in it, or the name of an adapter that comes along, "distilled".
+        The folder that a training stage wrote, the file in it, or the name of a bundled adapter, "distilled".
     decoder, encoder : PreTrainedModel
-        Those that it was trained on; without an encoder, one is made of the decoder, as it was for the training.
+        The models that it was trained on. Without an encoder, one is made of the decoder, as it was for training.
 
     Returns
     -------
@@ -206,7 +234,7 @@ def load_adapter(
     Raises
     ------
     AdapterError
-        If the file is no adapter, or was trained on other models.
+        If the file is not an adapter, or was trained on other models.
     """
     about, tensors = read_adapter(path)
     if encoder is None:
@@ -228,7 +256,7 @@ def load_policy(path: str | os.PathLike[str]) -> ExpansionPolicy:
     Raises
     ------
     AdapterError
-        If the file is no adapter, or holds no policy.
+        If the file is not an adapter, or holds no policy.
     """
     policy = _policy(*read_adapter(path))
     if policy is None:
@@ -238,12 +266,12 @@ def load_policy(path: str | os.PathLike[str]) -> ExpansionPolicy:
 
 @torch.no_grad()
 def merge_state(model: RefragForCausalLM, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put trained tensors into a model without adapters: low-rank updates are added, anything else replaces.
+    """Merge trained tensors into a model without adapters: add low-rank updates, replace all other weights.
 
     Raises
     ------
     AdapterError
-        If the model has no such weight, or one of another shape.
+        If the model lacks a weight, or has it in another shape.
     """
     weights = dict(model.named_parameters())
     for name, value in tensors.items():
@@ -297,7 +325,7 @@ def _inject_lora(part: PreTrainedModel, layers: tuple[str, ...], rank: int) -> N
 
 
 def signature(part: PreTrainedModel) -> str:
-    """Tell models apart: their architecture and sizes."""
+    """Return a string that tells models apart: the model type and sizes."""
     config: RefragConfig | object = part.config
     sizes = [getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
     return f"{getattr(config, 'model_type', '?')} " + " ".join(map(str, sizes))

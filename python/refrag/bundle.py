@@ -1,4 +1,4 @@
-"""What is trained: a model and its tokenizers, loaded and joined by a projector that slots can be read through."""
+"""A model with its tokenizers, loaded for training, and the initial weights of its projector."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from refrag.model.token_encoder import token_encoder
 
 @dataclasses.dataclass
 class ModelBundle:
-    """A model and the tokenizers that go with it."""
+    """A model and its two tokenizers."""
 
     model: RefragForCausalLM
     tokenizer: PreTrainedTokenizerBase
@@ -35,15 +35,15 @@ class ModelBundle:
         preset: str,
         **fields: Any,
     ) -> ModelBundle:
-        """Load pretrained parts and join them by a new projector, started by ``start_projector``.
+        """Load a pretrained encoder and decoder, and join them with a projector initialized by ``start_projector``.
 
-        With the preset "tokens" there is no encoder to load: it is made by ``token_encoder``.
+        With the preset "tokens" there is no encoder to load: ``token_encoder`` makes one of the decoder's embeddings.
         """
         language_model = AutoModelForCausalLM.from_pretrained(decoder)
         tokenizer = encoder_tokenizer = AutoTokenizer.from_pretrained(decoder)
         if preset == "tokens":
             if encoder is not None:
-                raise ValueError(f"encoder: got {encoder}, needs None: preset tokens reads by the decoder's embeddings")
+                raise ValueError(f"encoder: got {encoder}, needs None: preset tokens uses the decoder's embeddings")
             text_model = token_encoder(language_model)
         else:
             if encoder is None:
@@ -61,7 +61,7 @@ class ModelBundle:
         *,
         encoder: str | os.PathLike[str] | None = None,
     ) -> tuple[ModelBundle, ExpansionPolicy | None]:
-        """Load the model of an adapter, with the encoder and decoder that it was trained on, and its policy."""
+        """Load an adapter, and its policy if it has one, on the encoder and decoder that it was trained on."""
         language_model = AutoModelForCausalLM.from_pretrained(decoder)
         tokenizer = encoder_tokenizer = AutoTokenizer.from_pretrained(decoder)
         text_model = None
@@ -72,18 +72,18 @@ class ModelBundle:
 
     @property
     def k(self) -> int:
-        """Decoder tokens of a chunk."""
+        """Decoder tokens per chunk."""
         return self.model.config.chunk_size
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
-        """Return the chunk embeddings of texts, as selectors want them: [N, d_enc]."""
+        """Return the chunk embeddings of texts, as selectors expect them: [N, d_enc]."""
         special = self.model.config.encoder_special_tokens
         return self.model.encode_chunks(pack_texts(self.encoder_tokenizer, texts, special_tokens=special))
 
     def signature(self) -> dict[str, Any]:
-        """Say what a checkpoint of these parts belongs to."""
+        """Return the model's properties that a checkpoint must match to be resumed."""
         decoder, encoder = self.model.decoder.config, self.model.encoder.config
-        # Not where a chunk has one slot: checkpoints of before there were others stay valid.
+        # Omit the default of one slot per chunk, so that checkpoints from before this option still match.
         latents = self.model.config.latents
         return {
             **({"latents": latents} if latents > 1 else {}),
@@ -96,10 +96,11 @@ class ModelBundle:
 
 @torch.no_grad()
 def start_projector(model: RefragForCausalLM) -> None:
-    """Start the projector where slots can be read.
+    """Initialize the projector so that the decoder can read its slots.
 
-    Slots get the size of token embeddings: torch's own start would drown them or let them drown all else. With pooling
-    "concat" each run of a chunk gets dimensions of its own, by a random projection, so that their order is not mixed.
+    Slots get the root mean square of token embeddings: with torch's default initialization they would be negligible
+    beside the text, or drown it. With pooling "concat", a random projection gives each segment of a chunk dimensions of
+    its own, so that the order of segments is kept.
     """
     up, down = model.projector.up, model.projector.down
     width = up.out_features

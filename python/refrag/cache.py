@@ -1,4 +1,4 @@
-"""The cache folder: things made once, seen by other processes either whole or not at all."""
+"""The cache folder. Each entry is built once, and other processes see it only when it is complete."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def cache_folder() -> Path:
 
 
 def build_once(name: str, build: Callable[[Path], None]) -> Path:
-    """Return the cache's folder ``name``, building it first if it isn't there.
+    """Return the cache entry ``name``, building it first if it doesn't exist.
 
-    ``build`` fills a temporary folder, which is renamed once it is whole: a run that is broken off leaves no
-    half-written entry, and of two processes that need the same entry one builds it while the other waits.
+    ``build`` fills a temporary folder, which is renamed once it is complete, so an interrupted run leaves no partial
+    entry. If two processes need the same entry, one builds it while the other waits.
 
     Parameters
     ----------
     name : str
-        The entry. Put a version into it: a finished entry is never built again.
+        Name of the entry. Include a version: a finished entry is never rebuilt.
     build : callable
         Called with an empty folder.
 
@@ -48,7 +48,7 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
         entry.parent.mkdir(parents=True, exist_ok=True)
         lock = open(entry.parent / f".{name}.lock", "w")
     with lock:
-        # The kernel drops the lock when its holder dies, so a killed run blocks nobody.
+        # The operating system releases the lock when its holder dies, so a killed run blocks nobody.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if entry.exists():
             return entry
@@ -77,5 +77,5 @@ def _naming_folder(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise CacheError(
             f"cache folder {folder}: can't be written ({error.strerror or error}); "
-            "set REFRAG_CACHE to a folder that can, with about 600 MB free"
+            "set REFRAG_CACHE to a writable folder with about 600 MB free"
         ) from error

@@ -29,30 +29,30 @@ def refrag() -> None:
 def demo(
     question: Annotated[str, typer.Option(help="What to ask the Python language reference.")] = QUESTION,
     context_tokens: Annotated[
-        int, typer.Option(help="Fill the context with retrieved passages up to so many tokens, question included.")
+        int, typer.Option(help="Maximum tokens of the prompt, question included; retrieved passages fill it.")
     ] = 4096,
-    passages: Annotated[int | None, typer.Option(help="Retrieve no more than so many passages.")] = None,
+    passages: Annotated[int | None, typer.Option(help="Maximum number of passages to retrieve.")] = None,
     k: Annotated[
-        int, typer.Option("--k", help="Tokens of a chunk: each becomes one input row. An adapter is trained for 8.")
+        int, typer.Option("--k", help="Tokens per chunk, which becomes one input row. A trained adapter exists for 8.")
     ] = 8,
     expand: Annotated[
-        float, typer.Option(help="Share of the chunks, 0 to 1, that stand as text: those nearest to the question.")
+        float, typer.Option(help="Share of the chunks, 0 to 1, to keep as text: those most similar to the question.")
     ] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the answers.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of each answer.")] = 48,
     plot_tokens: Annotated[
-        str, typer.Option(help="Context lengths of the plot, separated by commas; empty for no plot.")
+        str, typer.Option(help="Context lengths to plot, separated by commas; empty for no plot.")
     ] = "512,1024,2048,4096,8192",
-    rounds: Annotated[int, typer.Option(help="How often to time each reading; fewer from 4,096 tokens on.")] = 3,
-    output_dir: Annotated[Path, typer.Option(help="Where the plot and the figures go.")] = Path("demo-output"),
+    rounds: Annotated[int, typer.Option(help="Timing runs per method; fewer from 4,096 tokens on.")] = 3,
+    output_dir: Annotated[Path, typer.Option(help="Folder for the plot and the figures.")] = Path("demo-output"),
 ) -> None:
-    """Answer a question over retrieved passages twice: from their full text and from compressed chunks.
+    """Answer a question from retrieved passages twice: from their full text and from compressed chunks.
 
-    Prints both answers and a table of times and sizes; writes a plot of the time to first token against the context's
+    Prints both answers and a table of times and sizes. Writes a plot of the time to first token against the context
     length, and all figures as JSON.
     """
     console = Console()
     with clear_errors(console):
-        # Torch and transformers take seconds to load: "--help" and mistakes in the options don't wait for them.
+        # torch and transformers take seconds to import: "--help" and invalid options shouldn't wait for them.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         with console.status("loading torch and transformers"):
             from refrag.demo.demo import FULL, Demo, DemoSettings, Models, figures, write_figures
@@ -66,7 +66,7 @@ def demo(
         prepared = Demo(settings, models, lambda batches: track(console, batches, "encoding the corpus, once"))
         prepared.check_plot()
         prepared.warm_up()
-        what = f"reading {context_tokens:,} tokens in four ways, {rounds} times each"
+        what = f"timing four ways to read {context_tokens:,} tokens, {rounds} times each"
         answered = prepared.answer(lambda steps: track(console, steps, what))
         print_answers(console, settings, answered, models)
         print_table(console, settings, answered)
@@ -88,16 +88,16 @@ def demo(
 @app.command()
 def report(
     layout: Annotated[
-        str, typer.Option(help="Rows of each chunk; 8x1 stands for eight slots. Sequences are separated by ';'.")
+        str, typer.Option(help="Rows of each chunk; 8x1 means eight chunks of one row. ';' separates sequences.")
     ] = "64,24x1,16,16,24x1,40",
     passages: Annotated[
-        str, typer.Option(help="Passage of each chunk, -1 for shared text, such as -1,26x0,24x1,-1.")
+        str, typer.Option(help="Passage of each chunk, or -1 for shared text: -1,26x0,24x1,-1, for example.")
     ] = "",
-    causal: Annotated[bool, typer.Option(help="Whether a row sees no later row.")] = True,
+    causal: Annotated[bool, typer.Option(help="Whether rows attend only to themselves and earlier rows.")] = True,
     figures: Annotated[Path | None, typer.Option(help="The figures.json of `refrag demo`, for the curves.")] = None,
-    output: Annotated[Path, typer.Option(help="The HTML file.")] = Path("refrag-report.html"),
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("refrag-report.html"),
 ) -> None:
-    """Draw a layout, its masks and its plans, and the demo's curves, into one HTML file."""
+    """Draw a layout with its masks and plans, and optionally the demo's curves, into one HTML file."""
     console = Console()
     with clear_errors(console):
         from refrag.demo import html_report
@@ -105,10 +105,10 @@ def report(
 
         lengths = [html_report.numbers(part, "--layout") for part in layout.split(";")]
         drawn = ChunkLayout.from_lengths(lengths)
-        masks = {"every chunk sees every chunk": ChunkMask.full()}
+        masks = {"every chunk attends to every chunk": ChunkMask.full()}
         if passages:
             ids = html_report.numbers(passages, "--passages")
-            masks["passages see shared text and themselves"] = ChunkMask.passages(ids)
+            masks["passages attend to shared text and themselves"] = ChunkMask.passages(ids)
         measured = None if figures is None else html_report.read_figures(figures)
         output.write_text(html_report.report(drawn, masks, causal, measured))
         console.print(f"Wrote {output}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What the commands write to the terminal beside their results."""
+"""Progress and errors of the commands on the terminal."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rich.text import Text
 
 
 def say(console: Console, step: str) -> None:
-    """Print a line that says what is being done."""
+    """Print a line that says what the command is doing."""
     console.print(f"[dim]{step} ...[/dim]", highlight=False)
 
 
 def track(console: Console, items: Sequence[Any], what: str) -> Iterable[Any]:
-    """Yield ``items`` under a progress bar; where there is no terminal, after a line that says what is done."""
+    """Yield ``items`` under a progress bar, or without a terminal, after a line that says what the command is doing."""
     if not items:
         return
     if not console.is_terminal:
@@ -32,12 +32,12 @@ def track(console: Console, items: Sequence[Any], what: str) -> Iterable[Any]:
 
 @contextlib.contextmanager
 def clear_errors(console: Console) -> Iterator[None]:
-    """End the program with one line for what the user can put right; anything else keeps its traceback."""
+    """Turn errors that the user can fix into one line and exit code 2; other errors keep their traceback."""
     from refrag.cache import CacheError
 
     try:
         yield
     except (ValueError, CacheError, OSError) as error:
-        # No markup: a message may hold brackets of its own.
+        # No markup: a message may contain brackets.
         Console(stderr=True).print(Text.assemble(("refrag:", "red"), f" {error}"), soft_wrap=True)
         raise typer.Exit(2) from None

@@ -1,6 +1,6 @@
-"""Names of modules and classes of the release before: they work for one more, with a DeprecationWarning.
+"""Old names of modules and classes, which keep working for one release with a DeprecationWarning.
 
-Code finds them here, and so do pickles and files of ``torch.save``, which name modules.
+They also resolve in pickles and ``torch.save`` files, which refer to modules by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
-# Room -> modules that it took in under their own names, from the top of refrag or from where the room's name stands.
+# Package -> modules that moved into it under their own names, from the top level of refrag.
 _ROOMS = {
     "data": "chunking passage_files sources",
     "demo": "caution html_report inspection pictures plot report streaming timing",
@@ -45,7 +45,7 @@ _MODULES = {
     "training.parts": "bundle",
     "training.recipe": "training.stages",
 }
-# By the module in which a name was, if that has moved by the module's new name.
+# Old name, qualified by its module (by the new name of a module that moved) -> new name.
 _SELECTORS = {
     f"{kind}Chooser": f"refrag.processing.selectors.{kind}Selector"
     for kind in ("", "Cosine", "Perplexity", "Policy", "Random", "Threshold")
@@ -61,10 +61,10 @@ _NAMES = {
 
 
 def moved(package: str, module: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a room that bears a former module's name: what was in that is in ``module`` now."""
+    """Return the ``__getattr__`` of a package named like a former module, whose contents are in ``module`` now."""
 
     def find(name: str) -> Any:
-        # A module of the room that isn't imported yet is looked for here first.
+        # Importing a submodule of the package looks it up here first.
         if name.startswith("__") or importlib.util.find_spec(f"{package}.{name}") is not None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = _find(module, name, package)
@@ -75,12 +75,12 @@ def moved(package: str, module: str) -> Callable[[str], Any]:
 
 
 def renamed(module: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a module some of whose names have changed."""
+    """Return the ``__getattr__`` of a module in which some names have changed."""
     return lambda name: _find(module, name, module)
 
 
 def renamed_keyword(old: str, new: str) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
-    """Return a decorator that accepts the keyword ``old`` for ``new``, with a warning."""
+    """Return a decorator that accepts the keyword ``old`` in place of ``new``, with a warning."""
 
     def decorate(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
         @functools.wraps(function)
@@ -124,7 +124,7 @@ def _find(module: str, name: str, asked: str) -> Any:
 
 
 def _warn(old: str, new: str) -> None:
-    # On the line that used the name, however it got here; the machinery of imports isn't counted by warnings.
+    # Warn at the line that used the name; warnings itself skips the frames of importlib when it counts.
     frame: FrameType | None = sys._getframe()
     level = 1
     while frame is not None:
@@ -138,7 +138,7 @@ def _warn(old: str, new: str) -> None:
 
 
 class _OldModule(ModuleType):
-    """A module under its former name."""
+    """A module under its old name."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -147,7 +147,7 @@ class _OldModule(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds modules under their former names."""
+    """Finds modules under their old names."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -162,10 +162,10 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         new = f"refrag.{_MODULES[module.__name__.removeprefix('refrag.')]}"
         _warn(module.__name__, new)
-        importlib.import_module(new)  # an error of its own is raised by the import, as before
+        importlib.import_module(new)  # so that an error of the new module is raised by the import of the old name
 
 
 def install() -> None:
-    """Let Python find former modules."""
+    """Make modules importable under their old names."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())  # before files that an earlier installation may have left
+        sys.meta_path.insert(0, _Finder())  # ahead of files that an earlier installation may have left behind

@@ -1,4 +1,4 @@
-"""Files that are seen whole or not at all, and the modes of files that libraries make private."""
+"""Atomic writes, and normal permissions for files that libraries create as private."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def usual_mode(folder: Path) -> int:
-    """Return the mode that a new file in a folder gets, by the umask; safetensors' 0600 would hide it from its sharers.
+    """Return the mode that the umask gives a new file in a folder, instead of the 0600 that safetensors sets.
 
-    Taken from a file that is made and removed: to read the umask is to change it, for all threads.
+    Creates and removes a file to find out, since reading the umask means changing it for all threads.
     """
     probe = folder / f".mode-{uuid.uuid4().hex}"
     try:
@@ -23,7 +23,7 @@ def usual_mode(folder: Path) -> int:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, and its folder where it is missing; whoever looks sees it whole or not at all."""
+    """Write a file atomically, creating its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(prefix=f".{path.name}.part-", dir=path.parent)
     try:

@@ -1,4 +1,4 @@
-"""A model and its processor, from a folder or from the demo's weights."""
+"""Load a model and its processor from a folder, or from the demo's weights."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from refrag.model.modeling import RefragForCausalLM
 from refrag.model.policy import ExpansionPolicy
 from refrag.processing.processor import RefragProcessor
 
-DEFAULT_K = 8  # what the adapter that comes along was trained for
+DEFAULT_K = 8  # the bundled adapter was trained for it
 
 
 def load_model(folder: Path | None, k: int | None = None) -> RefragForCausalLM:
-    """Load what ``save_pretrained`` wrote; without a folder the demo's model.
+    """Load a model that ``save_pretrained`` wrote, or without a folder the demo's model.
 
-    That is SmolLM2-135M with the adapter that was trained for this k, or, where there is none, SmolLM2-135M and MiniLM
+    The demo's model is SmolLM2-135M with the adapter trained for this k; if there is none, SmolLM2-135M and MiniLM
     joined by an untrained projector.
 
     Parameters
     ----------
     folder : Path, optional
     k : int, optional
-        Tokens of a chunk; that of the folder's model, or 8.
+        Tokens per chunk; by default those of the folder's model, or 8.
 
     Raises
     ------
@@ -49,12 +49,12 @@ def load_model(folder: Path | None, k: int | None = None) -> RefragForCausalLM:
 
 
 def load_processor(folder: Path | None, k: int | None = None, chunker: str = "fixed") -> RefragProcessor:
-    """Load the processor that goes with ``load_model``, without the model's weights.
+    """Load the processor of the model that ``load_model`` returns, without the model's weights.
 
     Parameters
     ----------
     folder : Path, optional
-        Where ``RefragForCausalLM.save_pretrained`` and ``RefragProcessor.save_pretrained`` wrote.
+        Folder that ``RefragForCausalLM.save_pretrained`` and ``RefragProcessor.save_pretrained`` wrote.
     k : int, optional
     chunker : {"fixed", "sentence"}
 
@@ -76,7 +76,7 @@ def load_processor(folder: Path | None, k: int | None = None, chunker: str = "fi
         )  # fmt: skip
     own = DEFAULT_K if k is None else k
     trained = weights.adapter_file(own)
-    # The trained adapter's encoder reads the decoder's tokens.
+    # The trained adapter's encoder uses the decoder's tokenizer.
     decoder = weights.decoder_folder()
     encoder = decoder if trained else weights.encoder_folder()
     parts = [AutoConfig.from_pretrained(path, local_files_only=True) for path in (decoder, encoder)]
@@ -87,7 +87,7 @@ def load_processor(folder: Path | None, k: int | None = None, chunker: str = "fi
 
 
 def is_adapter(folder: Path | None) -> bool:
-    """Whether this is what a stage of ``refrag train`` wrote, the file in it, or the name of an adapter of ours."""
+    """Return whether this is an adapter: the folder that ``refrag train`` wrote, its file, or a bundled one's name."""
     return folder is not None and adapter_path(folder) is not None
 
 
@@ -99,7 +99,7 @@ def load_trained(
     encoder: str | None = None,
     decoder: str | None = None,
 ) -> tuple[RefragForCausalLM, RefragProcessor, ExpansionPolicy | None]:
-    """Load the model of a training stage, its processor, and its policy if it has one.
+    """Load the model that a training stage wrote, its processor, and its policy if it has one.
 
     Parameters
     ----------
@@ -107,12 +107,12 @@ def load_trained(
     k : int, optional
     chunker : {"fixed", "sentence"}
     encoder, decoder : str, optional
-        Folders or names of those it was trained on, where they are not where ``trained_sources`` finds them.
+        Folders or names of the models it was trained on; by default those that ``trained_sources`` finds.
 
     Raises
     ------
     ValueError
-        If the adapter was trained on others, or for another k.
+        If the adapter was trained on other models, or for another k.
     """
     from refrag.bundle import ModelBundle
 
@@ -128,7 +128,7 @@ def load_trained(
 def trained_sources(adapter: Path, encoder: str | None = None, decoder: str | None = None) -> tuple[str | None, str]:
     """Return the encoder and decoder to load for an adapter: those given, else those that it was trained on.
 
-    A folder that is not there (any more) is taken for the demo's model: whether that fits is checked when it is loaded.
+    The demo's model replaces a folder that no longer exists; loading checks whether it fits.
 
     Parameters
     ----------
@@ -138,16 +138,16 @@ def trained_sources(adapter: Path, encoder: str | None = None, decoder: str | No
     Returns
     -------
     encoder : str or None
-        None for one that is made of the decoder's token embeddings.
+        None for an encoder made of the decoder's token embeddings.
     decoder : str
 
     Raises
     ------
     AdapterError
-        If the file is no adapter.
+        If the file is not an adapter.
     """
     about = read_adapter(adapter)[0]
-    # An adapter of before they were written down: of the demo's models.
+    # Adapters from before the sources were recorded were trained on the demo's models.
     sources = about.get("sources", {"encoder": "" if about["fields"]["pooling"] == "concat" else None, "decoder": None})
     if encoder is None and sources["encoder"] != "":
         encoder = _present(sources["encoder"]) or str(weights.encoder_folder())
@@ -155,7 +155,7 @@ def trained_sources(adapter: Path, encoder: str | None = None, decoder: str | No
 
 
 def _present(source: str | None) -> str | None:
-    """Return a source unless it is a folder that is not there."""
+    """Return a source unless it is a folder that doesn't exist."""
     return source if source and (not Path(source).is_absolute() or Path(source).is_dir()) else None
 
 
@@ -163,7 +163,7 @@ def _require(folder: Path, file: str) -> None:
     if not (folder / file).is_file():
         raise ValueError(
             f"--model: {folder} holds no {file}, needs a folder that RefragForCausalLM.save_pretrained and "
-            "RefragProcessor.save_pretrained wrote, or that of a training stage, or distilled"
+            "RefragProcessor.save_pretrained wrote, the folder of a training stage, or distilled"
         )
 
 

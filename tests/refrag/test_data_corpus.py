@@ -108,7 +108,7 @@ def test_no_source_has_more_than_its_share(archive, tmp_path):
             ["--package", "no-such-manual"],
             "no-such-manual: apt-get download failed (E: Unable to locate package no-such",
         ),
-        (["--package", "git-man"], "git-man: is held out for measuring, and never trained on"),
+        (["--package", "git-man"], "git-man: is held out for evaluation and must not be trained on"),
         (["--package", "postgresql-doc"], "postgresql-doc: is held out"),
         (["--package", "postgresql-doc-15"], "postgresql-doc-15: is held out"),
         (["--package", "../evil"], "../evil: is not the name of a package"),
@@ -116,10 +116,10 @@ def test_no_source_has_more_than_its_share(archive, tmp_path):
         (["--validation", "1"], "validation: got 1.0, needs a share from 0 up to 1"),
         (
             [*names("red", "green"), "--cap", "0.25"],
-            "cap: got 0.25, which needs more sources of like size; there are 2",
+            "cap: got 0.25 with 2 sources, needs more sources of similar size",
         ),
         ([*names("red"), "--cap", "1", "--min-characters", "99999"], "none has 99999 characters of new prose"),
-        (["--output", "."], "--output: . is there already; a new folder is needed"),
+        (["--output", "."], "--output: . exists, needs a new folder"),
     ],
 )
 def test_bad_input_is_one_clear_line(archive, tmp_path, arguments, message):

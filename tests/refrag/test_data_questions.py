@@ -142,7 +142,7 @@ def test_wordnet_and_foldoc(tmp_path):
 
 
 def test_dictionaries_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match="gcide.index: is not there, needs dictionary gcide"):
+    with pytest.raises(ValueError, match="gcide.index: doesn't exist, needs dictionary gcide"):
         read_dictionary(tmp_path, "gcide")
     write(tmp_path, "gcide", GCIDE)
     (tmp_path / "gcide.dict.dz").write_bytes(b"no gzip")
@@ -237,7 +237,7 @@ def test_bad_settings(options, message):
 
 
 def test_too_few_passages():
-    with pytest.raises(ValueError, match="passages: got 300, there are too few others"):
+    with pytest.raises(ValueError, match="passages: got 300, needs more than"):
         glossary_questions(entries(), embed, QuestionSettings(passages=300, hard=0, unanswerable=0))
 
 
@@ -317,9 +317,9 @@ def test_the_glossary_command(tmp_path, monkeypatch):
     questions += read_questions(tmp_path / "out" / "glossary-test.jsonl")
     assert len(questions) == 40 and {question["source"] for question in questions} == {"gcide", "wn", "foldoc"}
     for extra, message in (
-        (["--held-out-domain", "alchemy"], "--held-out-domain: got alchemy, which no entry is marked with"),
+        (["--held-out-domain", "alchemy"], "--held-out-domain: got alchemy, which marks no entry"),
         (["--questions", "9999"], "questions: got 9,999, the dictionaries have"),
-        (["--test", "0"], "glossary: there is no test question"),
+        (["--test", "0"], "glossary: got no test question"),
     ):
         result = CliRunner().invoke(app, [*arguments[:-3], "--output", "bad", *extra])
         assert result.exit_code == 2 and message in " ".join(result.stderr.split()), result.output

@@ -13,6 +13,7 @@ import pytest
 import refrag
 import torch
 from refrag import AllChunks, ChunkStore, NoChunks, PassageEncoder, RefragProcessor, deprecated
+from refrag.adapters import TrainableSpec
 from refrag.integrations.answering import Answerer
 
 from tests.refrag import small_answerer
@@ -181,3 +182,14 @@ def test_recipe_of_a_store_and_an_encoder(parts, tmp_path):
 
 def path():
     return ":".join(sys.path)
+
+
+def test_fields_of_a_trainable_spec():
+    with pytest.warns(DeprecationWarning, match="encoder=.*train_encoder=") as caught:
+        spec = TrainableSpec(encoder="lora", train_decoder="all")
+    assert [warning.filename for warning in caught] == [__file__]
+    assert spec == TrainableSpec("lora", "all", 32)
+    with pytest.warns(DeprecationWarning, match=r"TrainableSpec.decoder is TrainableSpec.train_decoder now"):
+        assert spec.decoder == "all"
+    with pytest.raises(TypeError, match="encoder: got it beside train_encoder"):
+        TrainableSpec(encoder="lora", train_encoder="all")

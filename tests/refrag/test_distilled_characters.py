@@ -3,25 +3,25 @@
 import json
 import unicodedata
 
-import distill_files
 import numpy as np
 import pytest
 import torch
 from refrag import FixedChunks
 from refrag.cli import app
-from refrag.encoder import encode_packed
+from refrag.model.encoder import encode_packed
 from refrag.model.inputs import PackedTexts
 from refrag.training.distill import batches
 from refrag.training.distill.evaluation import _alone, _last
 from refrag.training.distill.loop import distill, read_files
 from refrag.training.distill.models import Distillation
 from refrag.training.token_files import load_tokens, tokens_inside_characters
-from test_whole_characters import DOCUMENTS, byte_level, texts
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from refrag_kernels import ChunkLayout
+from tests.refrag import distill_files
+from tests.refrag.test_whole_characters import DOCUMENTS, byte_level, texts
 
 CPU = torch.device("cpu")
 
@@ -201,7 +201,7 @@ def test_a_run_on_japanese(japanese):
 
 
 def test_what_cannot_be_cut_is_refused_by_name(japanese, tmp_path, tokenizer):
-    with pytest.raises(ValueError, match=r"k: got 2, needs \d or more: tokens has a character of so many tokens"):
+    with pytest.raises(ValueError, match=r"k: got 2, needs \d or more: tokens has a character of that many tokens"):
         distill(distill_files.options(japanese, k=2, contexts=(16,), output=tmp_path / "k"))
     foreign = distill_files.write_tokens(tmp_path / "foreign.tok", distill_files.documents(2, 5))
     with pytest.raises(ValueError, match=r"foreign.tok: has tokens of tokenizer \w{12}, needs"):

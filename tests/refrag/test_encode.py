@@ -96,7 +96,7 @@ def test_json_lines_shards_and_resume(run, corpus, tmp_path, expected):
     with corpus.open("a") as file:
         file.write('\n{"text": "One more.", "id": "more"}\n{"text": "One more.", "id": "p3"}\n')
     result = run(corpus)
-    assert "1 passages encoded, 21 skipped" in result.output and "1 ids stand for another text" in result.output
+    assert "1 passages encoded, 21 skipped" in result.output and "1 ids now refer to another text" in result.output
     assert len(list((tmp_path / "store").glob("shard-*"))) == 5
     store = ChunkStore.open(tmp_path / "store", expected.fingerprint)
     assert store.passage("p3").text == store.passage("more").text == "One more." and len(store) == 21

@@ -162,7 +162,7 @@ def test_the_stage_keeps_its_policy_in_the_adapter(tmp_path, tokenizer, parts):
     from refrag.adapters import TrainableSpec, load_adapter, prepare, save_adapter
     from refrag.training.policy_stage import run_policy_stage
 
-    save_adapter(prepare(parts.model, TrainableSpec(encoder="none")), tmp_path / "model")
+    save_adapter(prepare(parts.model, TrainableSpec(train_encoder="none")), tmp_path / "model")
     documents = training_parts.documents(tokenizer)
 
     def run(steps, folder):
@@ -197,7 +197,7 @@ def test_rollouts_can_be_scored_in_lower_precision(tmp_path, tokenizer, parts):
     from refrag.adapters import TrainableSpec, prepare, save_adapter
     from refrag.training.policy_stage import run_policy_stage
 
-    save_adapter(prepare(parts.model, TrainableSpec(encoder="none")), tmp_path / "model")
+    save_adapter(prepare(parts.model, TrainableSpec(train_encoder="none")), tmp_path / "model")
     documents = training_parts.documents(tokenizer)
     rewards = {}
     for precision in ("no", "bf16"):

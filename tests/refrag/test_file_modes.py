@@ -70,7 +70,7 @@ def test_a_corpus(tmp_path, mask):
 
 def test_an_adapter(tmp_path, mask, tokenizer, encoder_tokenizer):
     model = training_parts.parts(tokenizer, encoder_tokenizer).model
-    save_adapter(prepare(model, TrainableSpec(encoder="none")), tmp_path / "adapter")
+    save_adapter(prepare(model, TrainableSpec(train_encoder="none")), tmp_path / "adapter")
     add_policy(tmp_path / "adapter", ExpansionPolicy(32, width=8, num_heads=2), tmp_path / "policy")
     for name in ("adapter", "policy"):
         check(tmp_path / name, mask)

@@ -12,8 +12,8 @@ from tests.support.accuracy import relative_error
 
 
 @pytest.mark.parametrize("encoder", ["lora", "all"])
-def test_a_model_with_lora_computes_the_same_after_loading(encoder, tmp_path):
-    model = prepare(tiny.refrag(), TrainableSpec(encoder=encoder, decoder="lora", rank=2))
+def test_a_model_prepared_for_lora_is_itself_when_loaded(encoder, tmp_path):
+    model = prepare(tiny.refrag(), TrainableSpec(train_encoder=encoder, train_decoder="lora", rank=2))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(0, 0.3)

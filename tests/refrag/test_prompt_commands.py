@@ -143,7 +143,7 @@ def stage(tmp_path_factory):
     """The output of a training stage: a projector for the demo's decoder, and a policy."""
     folder = tmp_path_factory.mktemp("stage")
     parts = ModelBundle.load(None, weights.decoder_folder(), k=8, preset="tokens")
-    save_adapter(prepare(parts.model, TrainableSpec(encoder="none")), folder)
+    save_adapter(prepare(parts.model, TrainableSpec(train_encoder="none")), folder)
     add_policy(folder, ExpansionPolicy(parts.model.config.chunk_width, width=8, num_heads=2), folder)
     return folder
 

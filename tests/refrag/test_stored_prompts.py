@@ -154,7 +154,7 @@ def test_bad_input_gives_a_one_line_error(store, corpus, tmp_path):
 def test_a_stage_with_a_merged_encoder(corpus, tmp_path, tokenizer):
     """The store's revision is the digest of weights that include the low-rank updates."""
     parts = ModelBundle.load(weights.encoder_folder(), weights.decoder_folder(), 8, "lclm")
-    trained = prepare(parts.model, TrainableSpec(encoder="lora", decoder="none", rank=2))
+    trained = prepare(parts.model, TrainableSpec(train_encoder="lora", train_decoder="none", rank=2))
     for name, parameter in trained.encoder.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.02)

@@ -74,7 +74,7 @@ def test_bad_files_are_named(tmp_path):
         (
             [*files, *held_out],
             {"training": True},
-            r"heldout-perl.tok: is held out \(heldout-perl\), and never trained on",
+            r"heldout-perl.tok: is held out \(heldout-perl\) and must not be trained on",
         ),
         ([*files, *other], {}, "other.tok: has tokens of tokenizer bbbbbbbbbbbb, needs aaaaaaaaaaaa"),
         (files, {"tokenizer": "c" * 64}, "train-1.tok: has tokens of tokenizer aaaaaaaaaaaa, needs cccccccccccc"),

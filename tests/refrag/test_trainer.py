@@ -79,7 +79,7 @@ def test_passes_make_no_difference(tmp_path, tokenizer, encoder_tokenizer):
 
 
 def test_the_loss_is_that_of_the_model(tmp_path, parts, tokenizer):
-    prepare(parts.model, TrainableSpec(encoder="all", decoder="all")).eval()
+    prepare(parts.model, TrainableSpec(train_encoder="all", train_decoder="all")).eval()
     ids = training_parts.documents(tokenizer).token_ids
     samples = [next_paragraph(ids[start : start + 14].tolist(), 8, 4, tokenizer, [1]) for start in (0, 50)]
     prompt, labels = collate_for(parts, samples)
@@ -100,8 +100,8 @@ def test_the_loss_is_that_of_the_model(tmp_path, parts, tokenizer):
 
 
 def trainer_of(parts, tmp_path, accelerator=None, **settings):
-    """Return a trainer of projector, encoder and decoder, which are three parameter groups of the optimizer."""
-    prepare(parts.model, TrainableSpec(encoder="all", decoder="all"))
+    """Return a trainer of the projector, the encoder and the decoder, which are three groups of the optimizer."""
+    prepare(parts.model, TrainableSpec(train_encoder="all", train_decoder="all"))
     ids = training_parts.documents(parts.tokenizer).token_ids
     settings = {"steps": 2, "batch_size": 4, "max_rows": 40, "projector_rate": 1e-3, "encoder_rate": 1e-4, **settings}
 
@@ -203,7 +203,7 @@ def test_two_processes_take_the_same_steps(tmp_path, options):
     adapter = load_file(tmp_path / "alone" / "adapter.safetensors")
     close = [tuple(value and pytest.approx(value, rel=2e-4) for value in one) for one in alone]
     assert len(close) == 12 and trained_in_two_processes(tmp_path / "both", *options) == close
-    # Checkpoints are complete: two processes can resume from one process's checkpoint.
+    # Checkpoints are not sharded: two processes resume from a single process's.
     shutil.rmtree(max((tmp_path / "alone" / "checkpoints").iterdir()))
     (tmp_path / "alone" / "adapter.safetensors").unlink()
     assert trained_in_two_processes(tmp_path / "alone", *options) == close
@@ -225,7 +225,7 @@ def test_a_batch_that_does_not_divide_by_the_processes(tmp_path):
 
 def test_a_batch_of_fewer_samples_than_processes_is_one_error(tmp_path, parts):
     processes = types.SimpleNamespace(num_processes=3, process_index=0, device=torch.device("cpu"))
-    with pytest.raises(TrainingError, match="^batch_size: got 2, needs 3 or more, a sample for each process$"):
+    with pytest.raises(TrainingError, match="^batch_size: got 2, needs 3 or more, one sample for each process$"):
         trainer_of(parts, tmp_path, processes, batch_size=2)
 
 
@@ -322,7 +322,7 @@ def test_a_devices_generator_goes_on(monkeypatch):
 def test_low_rank_updates_have_one_scale(tmp_path, tokenizer, encoder_tokenizer, parts, monkeypatch):
     """The scale used in training is the one used for merging."""
     monkeypatch.setattr("refrag.adapters.LORA_SCALE", 3)
-    prepare(parts.model, TrainableSpec(encoder="lora", decoder="lora", rank=2)).eval()
+    prepare(parts.model, TrainableSpec(train_encoder="lora", train_decoder="lora", rank=2)).eval()
     for name, value in parts.model.named_parameters():
         if ".lora_B." in name:
             value.data.normal_(0, 0.1).copy_(value.data.bfloat16())  # the file holds bfloat16
@@ -390,7 +390,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, tokenizer, encoder_tok
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, parts):
     with torch.no_grad():
         parts.model.projector.up.weight[0, 0] = float("nan")
-    with pytest.raises(TrainingError, match="loss: is nan in step 1, samples 0 to 5; the newest checkpoint is none"):
+    with pytest.raises(TrainingError, match="loss: got nan in step 1, samples 0 to 5; the newest checkpoint is none"):
         train(tmp_path, model=parts)
     assert not (tmp_path / "adapter.safetensors").exists()
 
@@ -453,7 +453,7 @@ def test_bad_settings(field):
     with pytest.raises(ValueError, match=f"{field}: got 0"):
         LoopOptions(**{"steps": 1, field: 0})
     with pytest.raises(ValueError, match="decoder: got 'some'"):
-        TrainableSpec(decoder="some")
+        TrainableSpec(train_decoder="some")
 
 
 def test_the_log_is_json_lines(tmp_path):

@@ -254,7 +254,7 @@ def test_refuses(passages, options, message, llm):
 
 
 def test_refuses_a_mark_without_a_passage(llm):
-    with pytest.raises(VLLMValidationError, match="which stands for a passage, and no passage is given"):
+    with pytest.raises(VLLMValidationError, match="which marks a passage, without a passage for it"):
         llm.generate([f"Read {MARK}"], GREEDY, use_tqdm=False)
 
 

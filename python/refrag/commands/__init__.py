@@ -1,1 +1,1 @@
-"""Commands of ``refrag``, one module each."""
+"""The commands of ``refrag``, one module each."""

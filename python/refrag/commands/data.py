@@ -1,4 +1,4 @@
-"""`refrag data`: text and questions to train and measure on, from Debian's packages."""
+"""`refrag data`: make training and evaluation data from Debian packages."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     from refrag.corpus.questions import Question
 
-data = typer.Typer(no_args_is_help=True, help="Make text and questions to train and measure on.")
+data = typer.Typer(no_args_is_help=True, help="Make text and questions for training and evaluation.")
 
-Packages = Annotated[Path, typer.Option("--packages", help="Folder where downloaded packages are kept.")]
-Passages = Annotated[int, typer.Option(help="Passages of a question.")]
-Unanswerable = Annotated[float, typer.Option(help="Share of them whose answer is not in the passages.")]
-Compressed = Annotated[bool, typer.Option("--xz", help="Compress the training questions by xz.")]
-Seed = Annotated[int, typer.Option(help="Of all that is drawn at random.")]
+Packages = Annotated[Path, typer.Option("--packages", help="Folder for downloaded packages, which are reused.")]
+Passages = Annotated[int, typer.Option(help="Passages per question.")]
+Unanswerable = Annotated[float, typer.Option(help="Share of the questions whose answer is not in the passages.")]
+Compressed = Annotated[bool, typer.Option("--xz", help="Compress the training questions with xz.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
 
 
 @data.command()
@@ -31,23 +31,23 @@ def corpus(
     packages: Packages = Path("debian-packages"),
     package: Annotated[
         list[str] | None,
-        typer.Option(help="Debian package to take; may be repeated. Without it, some forty packages of manuals."),
+        typer.Option(help="Debian package to use; may be repeated. By default, some forty packages of manuals."),
     ] = None,
     held_out: Annotated[
         bool,
         typer.Option(help="Read the held-out manuals too: Debian's handbook, PostgreSQL, Perl and Git."),
     ] = True,
-    cap: Annotated[float, typer.Option(help="Share of the text that a single package may have.")] = 0.25,
-    validation: Annotated[float, typer.Option(help="Share of the documents that is set apart.")] = 0.02,
-    min_characters: Annotated[int, typer.Option(help="Shorter documents are dropped.")] = 1000,
+    cap: Annotated[float, typer.Option(help="Maximum share of the text from a single package.")] = 0.25,
+    validation: Annotated[float, typer.Option(help="Share of the documents for validation.")] = 0.02,
+    min_characters: Annotated[int, typer.Option(help="Minimum length of a document, in characters.")] = 1000,
     workers: Annotated[int, typer.Option(help="Processes that convert files.")] = 2,
     seed: Seed = 0,
 ) -> None:
     """Make a corpus from manuals: train.jsonl, valid.jsonl, heldout-*.jsonl and manifest.json.
 
-    Packages are downloaded by apt-get; root is not needed. HTML, manual pages, Info files and text become plain
-    text without navigation; each paragraph is kept once, and what is not English prose is dropped. The held-out
-    manuals are for measuring only: none of their paragraphs is in the text to train on.
+    Downloads packages with apt-get, without root. Converts HTML, manual pages, Info files and text to plain text
+    without navigation, removes repeated paragraphs, and drops files that are not English prose. The held-out manuals
+    are for evaluation only: the training text contains none of their paragraphs.
     """
     console = Console()
     with clear_errors(console):
@@ -58,7 +58,7 @@ def corpus(
         names = list(dict.fromkeys(package or DOCUMENTATION))
         refuse_held_out(names)
         if output.exists():
-            raise ValueError(f"--output: {output} is there already; a new folder is needed")
+            raise ValueError(f"--output: {output} exists, needs a new folder")
         wanted = [*names, *(name for group in HELD_OUT.values() for name in group if held_out)]
         found = {name: fetch(name, packages) for name in track(console, wanted, "downloading packages")}
         domains = {domain: [found[name] for name in group] for domain, group in HELD_OUT.items()} if held_out else {}
@@ -76,21 +76,21 @@ def tokens(
     corpus: Annotated[Path, typer.Argument(help="Output folder of `refrag data corpus`.")],
     output: Annotated[Path, typer.Option(help="Folder for train.tok, valid.tok and heldout-*.tok.")],
     decoder: Annotated[
-        str | None, typer.Option(help="Whose tokenizer is used, by folder or name; else SmolLM2.")
+        str | None, typer.Option(help="Folder or name of the decoder whose tokenizer to use; by default SmolLM2.")
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens to train on, the same number of each package as far as they reach; else all."),
+        typer.Option(help="Tokens to train on, as equally from each package as possible; by default all."),
     ] = None,
-    valid_tokens: Annotated[int, typer.Option(help="Most tokens of valid.tok.")] = 500_000,
-    held_out_tokens: Annotated[int, typer.Option(help="Most tokens of each heldout-*.tok.")] = 300_000,
+    valid_tokens: Annotated[int, typer.Option(help="Maximum tokens of valid.tok.")] = 500_000,
+    held_out_tokens: Annotated[int, typer.Option(help="Maximum tokens of each heldout-*.tok.")] = 300_000,
     piece_mib: Annotated[
-        int | None, typer.Option("--piece-mib", help="Most MiB of a file: more are written as train-1.tok and so on.")
+        int | None, typer.Option("--piece-mib", help="Maximum MiB per file; larger sets become train-1.tok and so on.")
     ] = None,
 ) -> None:
-    """Write a corpus as files of tokens, for training on a machine without a network.
+    """Tokenize a corpus into token files, for training on a machine without a network.
 
-    numpy and Python's standard library read them: refrag.training.token_files.load_tokens.
+    refrag.training.token_files.load_tokens reads them with numpy and Python's standard library alone.
     """
     console = Console()
     with clear_errors(console):
@@ -117,19 +117,21 @@ def tokens(
 def glossary(
     output: Annotated[Path, typer.Option(help="Folder for glossary-train.jsonl and glossary-test.jsonl.")],
     packages: Packages = Path("debian-packages"),
-    questions: Annotated[int, typer.Option(help="How many, of each field as evenly as they reach.")] = 24_000,
+    questions: Annotated[int, typer.Option(help="Number of questions, spread evenly over the fields.")] = 24_000,
     passages: Passages = 10,
-    hard: Annotated[float, typer.Option(help="Share of them whose other passages are MiniLM's nearest.")] = 0.5,
+    hard: Annotated[
+        float, typer.Option(help="Share of the questions with MiniLM's nearest entries as passages.")
+    ] = 0.5,
     unanswerable: Unanswerable = 0.1,
-    test: Annotated[float, typer.Option(help="Share of the headwords that is set apart.")] = 0.03,
+    test: Annotated[float, typer.Option(help="Share of the headwords for testing.")] = 0.03,
     held_out_domain: Annotated[
         list[str] | None,
-        typer.Option(help="Field such as law, medicine or anatomy, to test on only; may be repeated."),
+        typer.Option(help="Field for testing only, such as law, medicine or anatomy; may be repeated."),
     ] = None,
     xz: Compressed = False,
     seed: Seed = 0,
 ) -> None:
-    """Make questions about words: "What is an abatis?", over ten entries of dictionaries.
+    """Make questions about words, such as "What is an abatis?", with ten dictionary entries as passages each.
 
     The dictionaries are GCIDE, which marks fields such as law and medicine, WordNet and FOLDOC (Debian: dict-gcide,
     dict-wn, dict-foldoc). No headword of a test question is in a training question or its passages.
@@ -154,7 +156,7 @@ def glossary(
                 entries += read_dictionary(folder / "usr" / "share" / "dictd", name)
         unknown = set(settings.held_out_domains) - {entry.domain for entry in entries}
         if unknown:
-            raise ValueError(f"--held-out-domain: got {', '.join(sorted(unknown))}, which no entry is marked with")
+            raise ValueError(f"--held-out-domain: got {', '.join(sorted(unknown))}, which marks no entry")
         encoder = weights.encoder_folder()
         model = AutoModel.from_pretrained(encoder, attn_implementation=attention.NAME, local_files_only=True).eval()
         tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
@@ -174,16 +176,18 @@ def manpages(
     packages: Packages = Path("debian-packages"),
     package: Annotated[
         list[str] | None,
-        typer.Option(help="Debian package with manual pages; may be repeated. Without it, some sixty packages."),
+        typer.Option(help="Debian package with manual pages; may be repeated. By default, some sixty packages."),
     ] = None,
     passages: Passages = 10,
-    hard: Annotated[float, typer.Option(help="Share of them whose other passages are of the page or option.")] = 0.5,
+    hard: Annotated[
+        float, typer.Option(help="Share of the questions with passages of the same page or option name.")
+    ] = 0.5,
     unanswerable: Unanswerable = 0.1,
-    test: Annotated[float, typer.Option(help="Share of the pages that is set apart.")] = 0.03,
+    test: Annotated[float, typer.Option(help="Share of the pages for testing.")] = 0.03,
     xz: Compressed = False,
     seed: Seed = 0,
 ) -> None:
-    """Make questions about options: "In tar, what does --strip-components do?", over ten options' descriptions.
+    """Make questions about options, such as "In tar, what does --strip-components do?", with ten descriptions each.
 
     No page of a test question is in a training question or its passages.
     """
@@ -211,7 +215,7 @@ def _write_sides(console: Console, output: Path, name: str, sides: Sequence[Sequ
 
     for side, questions in zip(("train", "test"), sides):
         if not questions:
-            raise ValueError(f"{name}: there is no {side} question; more entries, or another --test, are needed")
+            raise ValueError(f"{name}: got no {side} question, needs more entries or another --test")
     for side, questions in zip(("train", "test"), sides):
         path = output / f"{name}-{side}.jsonl{'.xz' * (xz and side == 'train')}"
         write_questions(path, questions)

@@ -1,4 +1,4 @@
-"""`refrag train distill`: slots that hold their chunks' meaning."""
+"""`refrag train distill`: train by distillation from the decoder that reads the full text."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from refrag.training.distill.options import DistillOptions
 
 @option_command(DistillOptions)
 def distill(options: DistillOptions, console: Console) -> None:
-    """Another recipe: make slots hold their chunks' meaning, taught by the decoder that reads the text itself.
+    """Train by distillation instead: the decoder that reads the full text teaches the model that reads slots.
 
-    The encoder is made of the decoder's first layers. Runs for a number of steps, or for minutes by the clock. A run
-    that was broken off goes on when it is started again with the same options.
+    The encoder is made of the decoder's first layers. Runs for a number of steps or minutes. An interrupted run
+    resumes when it is started again with the same options.
     """
     from refrag.training.distill.loop import distill as run
 

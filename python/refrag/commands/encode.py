@@ -1,4 +1,4 @@
-"""`refrag encode`: fill a store of chunk embeddings from a corpus."""
+"""`refrag encode`: encode a corpus into a store of chunk embeddings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from refrag.console import clear_errors, say
 
-_SHOWN = 5  # of the records that were left out
+_SHOWN = 5  # maximum number of skipped records to list
 
 
 def encode(
@@ -22,50 +22,50 @@ def encode(
         list[Path],
         typer.Argument(help="Files of JSON lines (.jsonl, .ndjson) or Parquet, or folders of text files."),
     ],
-    store: Annotated[Path, typer.Option(help="The store's folder; made when it isn't there, else filled up.")],
+    store: Annotated[Path, typer.Option(help="Folder of the store, which is created or extended.")],
     model: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a saved model and its processor, of a training stage, or distilled. Without it and "
-            "without --encoder, --decoder and --preset, the demo's model, as for `refrag generate`."
+            help="Folder of a saved model and processor, or of a training stage, or distilled. By default the demo's "
+            "model, as for `refrag generate`, unless --encoder, --decoder or --preset is given."
         ),
     ] = None,
-    encoder: Annotated[str | None, typer.Option(help="Encoder, by folder or name; else MiniLM.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Folder or name of the encoder; by default MiniLM.")] = None,
     decoder: Annotated[
-        str | None, typer.Option(help="Decoder, of which only the tokenizer is read; else SmolLM2.")
+        str | None, typer.Option(help="Folder or name of the decoder, for its tokenizer; by default SmolLM2.")
     ] = None,
-    k: Annotated[int | None, typer.Option("--k", help="Tokens of a chunk; 8 for the demo's model, else 16.")] = None,
-    chunker: Annotated[str | None, typer.Option(help="How passages are cut: fixed (the default) or sentence.")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Tokens per chunk; 8 for the demo's model, else 16.")] = None,
+    chunker: Annotated[str | None, typer.Option(help="Chunker of passages: fixed (the default) or sentence.")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="paper (the default) or lclm, which is the default for MiniLM: see RefragConfig.")
+        str | None, typer.Option(help="paper (the default) or lclm (the default for MiniLM): see RefragConfig.")
     ] = None,
     encoder_dtype: Annotated[
-        str, typer.Option(help="What the encoder computes in: auto (as it was saved), float32, bfloat16 or float16.")
+        str, typer.Option(help="Dtype that the encoder runs in: auto (as saved), float32, bfloat16 or float16.")
     ] = "auto",
     dtype: Annotated[
-        str | None, typer.Option(help="Of a new store's rows: float32 (the default), bfloat16 or float16.")
+        str | None, typer.Option(help="Dtype of a new store's embeddings: float32 (the default), bfloat16 or float16.")
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field or column of the text.")] = "text",
     id_field: Annotated[
-        str | None, typer.Option(help="Field or column of the id; without it `id`, where there is one.")
+        str | None, typer.Option(help="Field or column of the id; by default `id`, if there is one.")
     ] = None,
-    pattern: Annotated[str, typer.Option(help="Which files of a folder, and of those below it, are taken.")] = "*.txt",
+    pattern: Annotated[str, typer.Option(help="Pattern of the files to read in a folder and below it.")] = "*.txt",
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out records that are no passages, instead of stopping.")
+        bool, typer.Option("--skip-bad", help="Skip records that are not passages, instead of stopping.")
     ] = False,
-    batch_tokens: Annotated[int, typer.Option(help="Encoder tokens that are read at once.")] = 8192,
+    batch_tokens: Annotated[int, typer.Option(help="Encoder tokens per batch.")] = 8192,
     shard_passages: Annotated[
-        int, typer.Option(help="Passages of a shard: what is lost at most when the command is broken off.")
+        int, typer.Option(help="Passages per shard, and the most that an interruption can lose.")
     ] = 4096,
-    device: Annotated[str, typer.Option(help="Where the encoder runs: cpu, cuda, ...")] = "cpu",
-    engine: Annotated[str, typer.Option(help="here, or ray for Ray Data.")] = "here",
+    device: Annotated[str, typer.Option(help="Device of the encoder: cpu, cuda, ...")] = "cpu",
+    engine: Annotated[str, typer.Option(help="here (this process), or ray for Ray Data.")] = "here",
     workers: Annotated[
-        int | None, typer.Option(help="With --engine ray: encoders; one for each node, or GPU, when it isn't given.")
+        int | None, typer.Option(help="With --engine ray, number of encoders; by default one per node or GPU.")
     ] = None,
 ) -> None:
-    """Fill a store of chunk embeddings from a corpus.
+    """Encode a corpus into a store of chunk embeddings.
 
-    A passage that the store has already is skipped, by its text: a command that was broken off is simply repeated.
+    Skips passages whose text the store already has, so an interrupted command can simply be repeated.
     """
     console = Console()
     with clear_errors(console):
@@ -96,7 +96,7 @@ def encode(
         what = f"{new:,} passages encoded, {known:,} skipped as stored already, in {seconds:.1f} s: {store}"
         console.print(what, highlight=False, soft_wrap=True)
         if moved:
-            console.print(f"{moved:,} ids stand for another text than before", highlight=False)
+            console.print(f"{moved:,} ids now refer to another text", highlight=False)
         if left_out:
             console.print(f"{len(left_out):,} records left out:", highlight=False)
             for reason in left_out[:_SHOWN]:
@@ -107,7 +107,7 @@ def encode(
 
 @contextlib.contextmanager
 def _counting(console: Console, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how many passages are done; where there is no terminal, by a line for each tenth of them."""
+    """Show how many passages are done: by a progress bar, or without a terminal, by a line for each tenth."""
     if console.is_terminal:
         columns = (TextColumn("[dim]encoding"), BarColumn(), MofNCompleteColumn())
         with Progress(

@@ -1,4 +1,4 @@
-"""`refrag eval`: what a trained adapter keeps of its context."""
+"""`refrag eval`: measure how much of its context a trained adapter keeps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from refrag.commands.train import load_trained_parts
 from refrag.console import track
 from refrag.training.options import PerplexityOptions
 
-evaluate = typer.Typer(no_args_is_help=True, help="Measure a trained adapter on held-out text.")
+evaluate = typer.Typer(no_args_is_help=True, help="Evaluate a trained adapter on held-out text.")
 
 
 @evaluate.callback()
@@ -27,7 +27,7 @@ def _evaluate() -> None:
 @evaluate.command()
 @option_command(PerplexityOptions)
 def perplexity(options: PerplexityOptions, console: Console) -> None:
-    """The paper's table: log-perplexity with the full context, without, its last s/k tokens, compressed, expanded.
+    """Measure the paper's table: log-perplexity with the full context, none, its last s/k tokens, compressed, expanded.
 
     Writes perplexity.md, perplexity.json and perplexity.png.
     """
@@ -63,10 +63,10 @@ def perplexity(options: PerplexityOptions, console: Console) -> None:
                 track=functools.partial(reading, name),
             )  # fmt: skip
         tables[name] = table.summary(raw[name])
-        # After each domain: nothing is lost when a later one can't be read.
+        # Write after each domain, so that an error in a later one loses nothing.
         written = ("context", "output_tokens", "rates", "samples", "seed", "precision")
         settings = {option: getattr(options, option) for option in written}
-        settings |= {"choosers": options.selectors, "k": parts.k}  # the file's name for them
+        settings |= {"choosers": options.selectors, "k": parts.k}  # "choosers" is the key in existing files
         files = table.write_tables(options.output, tables, {**settings, "log_perplexity_of_samples": raw})
     console.print(Markdown(table.markdown(tables)))
     console.print("Wrote " + ", ".join(map(str, files)), highlight=False, soft_wrap=True)

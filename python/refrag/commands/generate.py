@@ -1,4 +1,4 @@
-"""`refrag generate`: answer a question over passages, writing the answer as it comes."""
+"""`refrag generate`: answer a question from passages, and stream the answer."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def generate(
     expand: options.Expand = None,
     threshold: options.Threshold = None,
     policy: options.Policy = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above it tokens are drawn.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of the answer.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 means greedy decoding.")] = 0.0,
     seed: options.Seed = 0,
     encoder: options.Encoder = None,
     decoder: options.Decoder = None,
     store: options.Store = None,
     ids: options.Ids = None,
 ) -> None:
-    """Answer a question over passages; chunks that are not expanded are read as one embedding each.
+    """Answer a question from passages; the decoder reads one embedding for each chunk that is not expanded.
 
-    The answer goes to standard output as it is written, what was read and how fast to standard error.
+    Streams the answer to standard output, and writes prompt sizes and times to standard error.
     """
     notes = Console(stderr=True)
     with clear_errors(notes):
@@ -72,7 +72,7 @@ def generate(
         notes.print(_summary(prompt, tokens, streamer.times, start), style="dim", highlight=False, soft_wrap=True)
         warning = caution(model, processor.k)
         if warning is not None and len(prompt.expanded) < len(prompt.chunks):
-            advice = " Take --k 8, a trained --model, or --selector everything." if warning == UNTRAINED else ""
+            advice = " Use --k 8, a trained --model, or --selector everything." if warning == UNTRAINED else ""
             notes.print(warning + advice, style="yellow", highlight=False, soft_wrap=True)
 
 

@@ -22,7 +22,7 @@ def inspect(
     expand: options.Expand = None,
     threshold: options.Threshold = None,
     policy: options.Policy = None,
-    hidden: Annotated[bool, typer.Option("--hidden", help="Write the text of compressed chunks too.")] = False,
+    hidden: Annotated[bool, typer.Option("--hidden", help="Show the text of compressed chunks too.")] = False,
     seed: options.Seed = 0,
     encoder: options.Encoder = None,
     decoder: options.Decoder = None,
@@ -31,7 +31,7 @@ def inspect(
 ) -> None:
     """Draw a prompt: its text, a slot such as [3] for each compressed chunk, expanded chunks as [4: text], and counts.
 
-    Colours are left out where NO_COLOR is set or the output is no terminal.
+    Output is without colours if NO_COLOR is set or standard output is not a terminal.
     """
     console = Console()
     with clear_errors(console):

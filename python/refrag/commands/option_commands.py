@@ -1,4 +1,4 @@
-"""Commands of `refrag` made of a dataclass of options: its fields are their options, and a file may give them too."""
+"""Commands whose options are the fields of a dataclass, and can also be given in a file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from refrag.training.config_files import CONFIG_HELP, read_config
 
 
 def option_command(options: type[T]) -> Callable[[Callable[[T, Console], None]], Callable[..., None]]:
-    """Return a decorator that makes a function of options and the console one that ``app.command()`` takes.
+    """Return a decorator that turns a function of (options, console) into a function for ``app.command()``.
 
     Parameters
     ----------
     options : type
-        A dataclass: each field becomes an option. ``--config`` takes a file of them.
+        A dataclass; each field becomes an option, and ``--config`` reads them from a file.
     """
 
     def command_of(run: Callable[[T, Console], None]) -> Callable[..., None]:
@@ -40,7 +40,7 @@ def option_command(options: type[T]) -> Callable[[Callable[[T, Console], None]],
             if config is not None:
                 with clear_errors(Console()):
                     ctx.obj = read_config(config, options)
-                # The command line need not give what is required and in the file.
+                # Required options may be missing on the command line if the file has them.
                 required = [argument.name for argument in arguments(options) if argument.required]
                 ctx.default_map = {name: ctx.obj[name] for name in required if name in ctx.obj}
             return config
@@ -59,7 +59,7 @@ def option_command(options: type[T]) -> Callable[[Callable[[T, Console], None]],
 
 
 def _parameter(argument: Argument) -> inspect.Parameter:
-    """Return the parameter that typer makes an option of."""
+    """Return a parameter from which typer makes an option."""
     kind, default = argument.kind, argument.default
     if argument.by_commas:
         kind, default = str, ",".join(f"{value:g}" if argument.kind is float else str(value) for value in default)

@@ -1,4 +1,4 @@
-"""What `refrag generate` and `refrag inspect` have in common: from the options to a prompt."""
+"""Options common to `refrag generate` and `refrag inspect`, and the prompt made from them."""
 
 from __future__ import annotations
 
@@ -20,54 +20,56 @@ if TYPE_CHECKING:
 Files = Annotated[
     list[Path] | None,
     typer.Argument(
-        help="Passages: .jsonl, .ndjson, .parquet and folders of .txt as `refrag encode` reads them, other files "
-        "whole, - for standard input."
+        help="Passages: .jsonl, .ndjson, .parquet and folders of .txt, as for `refrag encode`; any other file is one "
+        "passage; - is standard input."
     ),
 ]
-Question = Annotated[str, typer.Option(help="What to ask of them.")]
+Question = Annotated[str, typer.Option(help="Question to answer from the passages.")]
 Model = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of a saved model and processor, or of a training stage, or distilled, the adapter of that name "
-        "that comes along; without it the demo's."
+        help="Folder of a saved model and processor, or of a training stage, or distilled, a bundled adapter; by "
+        "default the demo's model."
     ),
 ]
 Encoder = Annotated[
     str | None,
-    typer.Option(help="Folder or name of what a training stage began with, where it isn't found there any more."),
+    typer.Option(help="Folder or name of the model that a training stage started from, if it has moved since."),
 ]
 Decoder = Encoder
-K = Annotated[int | None, typer.Option("--k", help="Tokens of a chunk; 8, or what the model was made for.")]
+K = Annotated[int | None, typer.Option("--k", help="Tokens per chunk; by default the model's, 8 for the demo's.")]
 Chunker = Annotated[str, typer.Option(help="How passages are cut: fixed or sentence.")]
 SelectorName = Annotated[
     str | None,
     typer.Option(
         "--selector",
         "--chooser",
-        help="What picks the chunks to expand: nothing, everything, random, cosine, threshold, perplexity-asc, "
-        "perplexity-desc or policy. Cosine when --expand is given alone.",
+        help="Selector of the chunks to expand: nothing, everything, random, cosine, threshold, perplexity-asc, "
+        "perplexity-desc or policy; cosine if only --expand is given.",
     ),
 ]
 Expand = Annotated[
     str | None,
-    typer.Option(help="How much to expand: a share of the chunks such as 0.25 or 25%, or a whole number of them."),
+    typer.Option(help="Chunks to expand: a share such as 0.25 or 25%, or a whole number."),
 ]
-Threshold = Annotated[float | None, typer.Option(help="For the selector threshold: cosine to the question, -1 to 1.")]
+Threshold = Annotated[
+    float | None, typer.Option(help="For the selector threshold: minimum cosine to the question, -1 to 1.")
+]
 Policy = Annotated[
     Path | None,
-    typer.Option(help="For the selector policy: folder of a saved ExpansionPolicy; the demo's model has its own."),
+    typer.Option(help="For the selector policy: folder of a saved ExpansionPolicy; by default the model's own."),
 ]
 Store = Annotated[
     Path | None,
-    typer.Option(help="Store that `refrag encode` filled with the passages: their chunks aren't encoded again."),
+    typer.Option(help="Store that `refrag encode` filled with the passages, whose embeddings are reused."),
 ]
-Ids = Annotated[list[str] | None, typer.Option("--id", help="Passage of the store, by its id; may be repeated.")]
-Seed = Annotated[int, typer.Option(help="For the selector random, and for sampling.")]
+Ids = Annotated[list[str] | None, typer.Option("--id", help="Id of a passage in the store; may be repeated.")]
+Seed = Annotated[int, typer.Option(help="Seed of the selector random, and of sampling.")]
 
 
 @dataclasses.dataclass
 class PromptOptions:
-    """The options that make a prompt; the model is loaded when something needs it."""
+    """The options that determine a prompt; loads the model on first use."""
 
     files: list[Path]
     question: str
@@ -112,7 +114,7 @@ class PromptOptions:
         return self._model
 
     def prompt(self, max_new_tokens: int = 0) -> tuple[RefragProcessor, MixedPrompt]:
-        """Return the processor and the prompt it made."""
+        """Make the prompt; return the processor and the prompt."""
         from refrag.data.passage_files import read_passages
         from refrag.loading import is_adapter, load_processor, load_trained
         from refrag.model.inputs import Passage
@@ -129,10 +131,10 @@ class PromptOptions:
             processor = load_processor(self.model_folder, self.k, self.chunker)
         parts: Any = []
         if self.store is None:
-            # A blank line parts them, and belongs to the passage so that it is compressed with it.
+            # Passages are separated by a blank line, which is compressed with the passage before it.
             parts += [Passage(one.text.rstrip() + "\n\n", one.id) for one in passages]
         else:
-            # The store knows passages as they are, so the blank line is text.
+            # The store identifies passages by their exact text, so the blank line is text of its own.
             for passage in [*passages, *(Passage(id=name) for name in self.ids or ())]:
                 parts += [passage, "\n\n"]
         parts.append(self.question.strip())
@@ -149,7 +151,7 @@ class PromptOptions:
         return processor, prompt
 
     def _open_store(self, processor: RefragProcessor) -> ChunkStore | None:
-        """Return the store, or refuse what another encoder, or another way of cutting passages, has filled."""
+        """Open the store; refuse one that was filled with another encoder or another chunker."""
         if self.store is None:
             return None
         from refrag.store.fingerprint import Fingerprint
@@ -159,7 +161,7 @@ class PromptOptions:
         return ChunkStore.open(self.store, Fingerprint.of(model.encoder, processor, model.config))
 
     def chunk_embeds(self, prompt: MixedPrompt) -> Any:
-        """Return the embeddings that a selector has made of the prompt's chunks already, or None."""
+        """Return the embeddings that the selector computed for the prompt's chunks, or None."""
         if self._embedder is None or prompt.chunk_embeds is not None:
             return None
         return self._embedder([chunk.text for chunk in prompt.chunks])
@@ -192,7 +194,7 @@ class PromptOptions:
         )
 
     def _policy(self, k: int) -> ExpansionPolicy:
-        """Return the policy that the options name; a stage's model and the demo's may have one of their own."""
+        """Return the policy that the options name, or the policy of the model."""
         if self.policy is None and self._stage_policy is not None:
             return self._stage_policy
         from refrag import weights
@@ -208,7 +210,7 @@ class PromptOptions:
 
 
 def amount(text: str | None) -> dict[str, Any]:
-    """Return ``--expand`` as the processor takes it.
+    """Convert ``--expand`` to arguments of the processor.
 
     Raises
     ------

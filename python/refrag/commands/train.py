@@ -1,4 +1,4 @@
-"""`refrag train`: the stages of the recipe, one command each."""
+"""`refrag train`: the stages of the training recipe, one command each."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ train = typer.Typer(no_args_is_help=True, help="Train the projector, encoder, de
 @train.command()
 @option_command(ReconstructOptions)
 def reconstruct(options: ReconstructOptions, console: Console) -> None:
-    """Stage 1: make the decoder write a text again from its chunks (REFRAG, 3.1).
+    """Stage 1: train the model to reconstruct a text from its chunks (REFRAG, 3.1).
 
-    A run that was broken off goes on from its last checkpoint when it is started again with the same options.
+    An interrupted run resumes from its last checkpoint when it is started again with the same options.
     """
     _train(options, console)
 
@@ -39,21 +39,21 @@ def reconstruct(options: ReconstructOptions, console: Console) -> None:
 @train.command()
 @option_command(PretrainOptions)
 def pretrain(options: PretrainOptions, console: Console) -> None:
-    """Stage 2: make it write what follows the chunks (REFRAG, 3.1); with ``--expand 0.1``, from mixed input."""
+    """Stage 2: train the model to continue the text after its chunks (REFRAG, 3.1); ``--expand 0.1`` mixes text in."""
     _train(options, console)
 
 
 @train.command()
 @option_command(FinetuneOptions)
 def finetune(options: FinetuneOptions, console: Console) -> None:
-    """Stage 3: make it answer questions over passages (REFRAG, 3.1)."""
+    """Stage 3: train the model to answer questions from passages (REFRAG, 3.1)."""
     _train(options, console)
 
 
 @train.command()
 @option_command(PolicyOptions)
 def policy(options: PolicyOptions, console: Console) -> None:
-    """Stage 4: make a policy choose the chunks to expand, by reinforcement learning (REFRAG, A.1)."""
+    """Stage 4: train a policy that chooses the chunks to expand, by reinforcement learning (REFRAG, A.1)."""
     from refrag.data.documents import read_documents, split_documents
     from refrag.training.policy_stage import run_policy_stage
 
@@ -89,12 +89,12 @@ def _train(options: StageOptions, console: Console) -> None:
 
 
 def say_written(console: Console, output: Path) -> None:
-    """Print which files a training has written."""
+    """Print which files a training run has written."""
     console.print(f"Wrote {output}/adapter.safetensors and log.jsonl", highlight=False, soft_wrap=True)
 
 
 def folders(encoder: str | None, decoder: str | None, preset: str) -> tuple[str | None, str]:
-    """Return the encoder and decoder that the options name, or the demo's; no encoder for the preset "tokens"."""
+    """Return the encoder and decoder that the options name, by default the demo's; preset "tokens" has no encoder."""
     from refrag import weights
 
     if encoder is None and preset != "tokens":
@@ -108,7 +108,7 @@ def folders(encoder: str | None, decoder: str | None, preset: str) -> tuple[str 
 def load_trained_parts(
     console: Console, adapter: Path, encoder: str | None, decoder: str | None
 ) -> tuple[ModelBundle, Any]:
-    """Load the model of an adapter, and its policy or None; its encoder and decoder unless others are named."""
+    """Load an adapter and its policy, or None, on its own encoder and decoder unless others are named."""
     from refrag.bundle import ModelBundle
     from refrag.loading import trained_sources
 
@@ -120,12 +120,12 @@ def load_trained_parts(
 
 
 def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Read a .jsonl file of questions, or a .jsonl.xz file.
+    """Read questions from a .jsonl or .jsonl.xz file.
 
     Raises
     ------
     ValueError
-        If a line is no JSON object, or the file is not UTF-8; names it.
+        If a line is not a JSON object, or the file is damaged or not UTF-8. The message names the file and line.
     """
     import json
     import lzma

@@ -1,4 +1,4 @@
-"""Text and questions to train on, made from Debian's packages of documentation and dictionaries."""
+"""Training text and questions, made from Debian's documentation and dictionary packages."""
 
 from refrag import deprecated
 

@@ -1,4 +1,4 @@
-"""How much of each source is taken."""
+"""How much to take from each source."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Sequence
 
 
 def even_level(sizes: Sequence[int], total: int, *, what: str = "tokens: got {}, the sources have {} together") -> int:
-    """Return the level up to which each source gives what it has, so that they give ``total`` together.
+    """Return the level for which the sum of ``min(size, level)`` over all sources is ``total``, up to rounding.
 
     Parameters
     ----------
     sizes : sequence of int
     total : int
     what : str
-        Says what is wrong where all of them together have less.
+        Format of the error message, with places for ``total`` and the sum of all sizes.
 
     Raises
     ------
     ValueError
-        If they do.
+        If the sources have less than ``total`` together.
 
     Examples
     --------
@@ -38,7 +38,7 @@ def even_level(sizes: Sequence[int], total: int, *, what: str = "tokens: got {},
 
 
 def capped_level(sizes: Sequence[int], cap: float) -> int:
-    """Return the highest level at which no source has more than a share of ``cap`` of what is taken.
+    """Return the highest level for which no source exceeds a share ``cap`` of the sum of ``min(size, level)``.
 
     Raises
     ------
@@ -54,7 +54,7 @@ def capped_level(sizes: Sequence[int], cap: float) -> int:
         raise ValueError(f"cap: got {cap}, needs a share above 0 and up to 1")
     ordered = sorted(sizes)
     for taken in range(len(ordered), 0, -1):
-        # Those before `taken` whole, the others up to the level: level = cap * (whole + others * level).
+        # Sources before `taken` whole, the others up to the level: level = cap * (whole + others * level).
         whole, others = sum(ordered[:taken]), len(ordered) - taken
         if not others:
             if ordered[-1] <= cap * whole:
@@ -64,4 +64,4 @@ def capped_level(sizes: Sequence[int], cap: float) -> int:
             level = int(cap * whole / (1 - cap * others))
             if ordered[taken - 1] <= level:
                 return level
-    raise ValueError(f"cap: got {cap}, which needs more sources of like size; there are {len(sizes)}")
+    raise ValueError(f"cap: got {cap} with {len(sizes)} sources, needs more sources of similar size")

@@ -1,4 +1,4 @@
-"""A corpus: documents of many packages, cleaned, split and written with a manifest of where they come from."""
+"""Build a corpus: clean and split the documents of many packages, and write them with a manifest of their sources."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class Document:
     ----------
     id : str
         Package and path.
-    text, source : str
-        ``source`` is the package.
+    text : str
+    source : str
+        The package.
     """
 
     id: str
@@ -38,12 +39,12 @@ class Document:
 
 @dataclasses.dataclass
 class Source:
-    """What became of a package.
+    """The documents of a package.
 
     Attributes
     ----------
     entry : dict
-        For the manifest: name, version, sha256, licences and counts.
+        The package's entry in the manifest: name, version, sha256, licences and counts.
     documents : list of Document
     """
 
@@ -53,20 +54,20 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class CorpusSettings:
-    """How a corpus is made.
+    """Settings of a corpus.
 
     Attributes
     ----------
     cap : float
-        Share of the characters that a single package may have.
+        Maximum share of the characters from a single package.
     validation : float
-        Share of the documents that are set apart.
+        Share of the documents for validation.
     min_characters : int
-        Of a document.
+        Minimum length of a document.
     workers : int
-        Processes that convert files.
+        Number of processes that convert files.
     seed : int
-        Draws the documents of a package that has too many, and those set apart.
+        Seed for sampling the documents of packages over the cap, and the validation documents.
     """
 
     cap: float = 0.25
@@ -92,19 +93,19 @@ def build_corpus(
 ) -> dict[str, Any]:
     """Write a corpus: ``train.jsonl``, ``valid.jsonl``, ``heldout-NAME.jsonl`` for each domain, and ``manifest.json``.
 
-    The held-out domains are read first, so that none of their paragraphs is left in the text to train on.
+    Reads the held-out domains first, so that deduplication removes their paragraphs from the training text.
 
     Parameters
     ----------
     packages : sequence of Package
-        To train on.
+        Packages to train on.
     held_out : mapping
-        Domain -> packages that models are measured on.
+        Domain -> packages for evaluation.
     settings : CorpusSettings
     output : Path
-        The folder, which must not exist. It appears once it is whole.
+        The folder, which must not exist. It appears once it is complete.
     progress : callable, optional
-        Wraps the packages.
+        Wraps the packages to show progress.
 
     Returns
     -------
@@ -114,7 +115,7 @@ def build_corpus(
     Raises
     ------
     ValueError
-        If the folder exists, a package holds no text that can be used, or too few packages are given for the cap.
+        If the folder exists, a package has no usable text, or there are too few packages for the cap.
     """
     once = Deduplicator()
     with whole_folder(output) as part, concurrent.futures.ProcessPoolExecutor(settings.workers) as pool:
@@ -150,7 +151,7 @@ def build_corpus(
 
 @contextlib.contextmanager
 def whole_folder(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes ``output`` when all went well, and is removed otherwise.
+    """Yield a temporary folder that is renamed to ``output`` on success, and removed otherwise.
 
     Raises
     ------
@@ -158,7 +159,7 @@ def whole_folder(output: Path) -> Iterator[Path]:
         If ``output`` exists.
     """
     if output.exists():
-        raise ValueError(f"{output}: is there already; a new folder is needed")
+        raise ValueError(f"{output}: exists, needs a new folder")
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(f".{output.name}.part-{uuid.uuid4().hex}")
     part.mkdir()
@@ -187,7 +188,7 @@ def _read(package: Package, settings: CorpusSettings, once: Deduplicator, parall
         documents.append(Document(f"{package.name}/{file.name}", fresh, package.name))
     if not documents:
         raise ValueError(
-            f"{package.name}: of {len(files)} files none has {settings.min_characters} characters of new prose"
+            f"{package.name}: none of its {len(files)} files has {settings.min_characters} characters of new prose"
         )
     entry = {
         "name": package.name,
@@ -206,7 +207,7 @@ def _prose(file: TextFile) -> str:
 
 
 def _up_to(level: int, documents: list[Document], seed: int) -> list[Document]:
-    """Return documents with so many characters together at most, drawn at random."""
+    """Sample documents with at most ``level`` characters in total."""
     taken, characters = [], 0
     for document in sorted(documents, key=lambda document: _draw(seed, "cap", document.id)):
         if characters + len(document.text) <= level:
@@ -216,7 +217,7 @@ def _up_to(level: int, documents: list[Document], seed: int) -> list[Document]:
 
 
 def _draw(seed: int, what: str, id: str) -> float:
-    """Return a number from 0 to 1 that follows from the seed and a document's id, whatever else there is."""
+    """Return a number from 0 to 1 that depends only on the seed, the purpose and a document's id."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{what}/{id}".encode()).digest()[:7], "big") / 2**56
 
 

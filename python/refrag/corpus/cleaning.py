@@ -1,4 +1,4 @@
-"""What is worth training on: English prose, each paragraph once."""
+"""Filters for training text: keep English prose, and each paragraph once."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import hashlib
 import re
 from collections import Counter
 
-# The words that a language model's filter looks for (Rae et al., arXiv 2112.11446, appendix A), and others that no
-# other language has many of ("a", "in" and "for" are words of several).
+# The stop words of Rae et al. (arXiv 2112.11446, appendix A), and others that are rare in other languages (unlike "a",
+# "in" and "for").
 _STOP_WORDS = frozenset("the be to of and that have with is it as are this by from can if which or not".split())
 _WORD = re.compile(r"[^\W\d_]+")
-_SHORT = 40  # letters of a paragraph that may be repeated: headings and the like,
-_REPEATS = 3  # but so often in a document
+_SHORT = 40  # shorter paragraphs, such as headings, may be repeated,
+_REPEATS = 3  # but only this often in a document
 
 
 def is_english_prose(text: str, *, share: float = 0.1) -> bool:
-    """Return whether a share of the words are those that English prose can't do without.
+    """Return whether at least ``share`` of the words are English stop words.
 
     Half of the pages in Debian's manuals have more than a fifth; listings and other languages have less than a tenth.
 
@@ -29,7 +29,7 @@ def is_english_prose(text: str, *, share: float = 0.1) -> bool:
 
 
 class Deduplicator:
-    """Keeps each paragraph where it is first met. Digits, capitals and spacing don't make a paragraph another one.
+    """Removes paragraphs that occurred before, ignoring differences in digits, capitals and spacing.
 
     Examples
     --------
@@ -43,7 +43,7 @@ class Deduplicator:
         self._seen: set[bytes] = set()
 
     def fresh(self, text: str) -> str | None:
-        """Return a text without the paragraphs met before; None if those are more than half of it."""
+        """Remove the paragraphs that occurred before; return None if less than half of the text remains."""
         kept = []
         short: Counter[str] = Counter()
         for paragraph in re.split(r"\n\s*\n", text):

@@ -1,4 +1,4 @@
-"""Debian packages as sources of text: downloaded by name and unpacked into a folder. Root is not needed."""
+"""Debian packages as sources of text, downloaded by name and unpacked into a folder without root."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-# Manuals of many kinds, all from Debian's section "main", whose licences are free.
+# Manuals of many kinds, all from Debian's section "main", which has only free licences.
 DOCUMENTATION = (
     "apache2-doc", "autoconf-doc", "bash-doc", "bind9-doc", "cmake-doc", "debian-faq", "debian-policy",
     "debian-reference-en", "developers-reference", "erlang-doc", "exim4-doc-html", "fp-docs-3.2.2", "freebsd-manpages",
@@ -23,7 +23,7 @@ DOCUMENTATION = (
     "sqlite3-doc", "vim-doc", "zsh-doc",
 )  # fmt: skip
 
-# The domains that models are measured on: never trained on.
+# Domains for evaluation, which must never be trained on.
 HELD_OUT = {
     "handbook": ("debian-handbook",),
     "postgres": ("postgresql-doc-15",),
@@ -34,7 +34,7 @@ _HELD_OUT_NAME = re.compile(r"(debian-handbook|postgresql-doc(-\d+)?|perl-doc|gi
 
 
 class PackageError(ValueError):
-    """A package can't be had or can't be used; the message names it."""
+    """A package is not available or not usable; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Package:
     path: Path
 
     def sha256(self) -> str:
-        """Return the hash of the file."""
+        """Return the file's hash."""
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
@@ -72,7 +72,7 @@ class Package:
 
 
 def refuse_held_out(names: Sequence[str]) -> None:
-    """Refuse packages that models are measured on.
+    """Refuse packages that are held out for evaluation.
 
     Raises
     ------
@@ -81,11 +81,11 @@ def refuse_held_out(names: Sequence[str]) -> None:
     """
     for name in names:
         if _HELD_OUT_NAME.fullmatch(name):
-            raise PackageError(f"{name}: is held out for measuring, and never trained on")
+            raise PackageError(f"{name}: is held out for evaluation and must not be trained on")
 
 
 def fetch(name: str, folder: Path) -> Package:
-    """Return a package, downloading it by ``apt-get download`` unless ``folder`` holds it.
+    """Return a package, running ``apt-get download`` unless ``folder`` already contains it.
 
     Raises
     ------
@@ -97,7 +97,7 @@ def fetch(name: str, folder: Path) -> Package:
     folder.mkdir(parents=True, exist_ok=True)
     found = _downloaded(name, folder)
     if found is None:
-        # Downloaded elsewhere, so that a broken-off download is not taken for a package.
+        # Download into a temporary folder, so that an interrupted download isn't mistaken for a package.
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder) as part:
             _run(["apt-get", "download", "-q", name], name, cwd=part)
             for file in Path(part).glob("*.deb"):
@@ -111,21 +111,21 @@ def fetch(name: str, folder: Path) -> Package:
 def licences(package: Package, folder: Path) -> list[str]:
     """Return the short names of the licences that a package states in its ``copyright`` file.
 
-    The names are those of the machine-readable format (``License: GPL-2+``), in its order, but the one of most files
-    (``Files: *``) first; of a file in free form, "in free
-    form" and the licences in ``/usr/share/common-licenses`` that it refers to. A package may share the documentation
-    folder of another one of its source; then that one is downloaded.
+    For a file in the machine-readable format (``License: GPL-2+``), these are its names in order, but the main licence
+    (``Files: *``) first; for a file in free form, "in free form" and the licences in ``/usr/share/common-licenses``
+    that it refers to. If the package's documentation folder is a link to that of another package, this downloads
+    the other package.
 
     Parameters
     ----------
     package : Package
     folder : Path
-        Where it is unpacked.
+        The unpacked package.
 
     Raises
     ------
     PackageError
-        If there is no ``copyright`` file: the licence is unknown.
+        If there is no ``copyright`` file, so that the licence is unknown.
     """
     own = folder / "usr" / "share" / "doc" / package.name
     if own.is_symlink():
@@ -146,7 +146,7 @@ def licences(package: Package, folder: Path) -> list[str]:
 
 
 def _downloaded(name: str, folder: Path) -> Package | None:
-    """Return the newest download of a package: files are called NAME_VERSION_ARCHITECTURE.deb, with : as %3a."""
+    """Return the newest download of a package. Files are called NAME_VERSION_ARCHITECTURE.deb, with : as %3a."""
     files = sorted(folder.glob(f"{name}_*.deb"), key=lambda file: (file.stat().st_mtime_ns, file.name))
     if not files:
         return None
@@ -166,7 +166,7 @@ def _run(command: list[str], name: str, cwd: str | None = None) -> None:
 
 
 def _digest(file) -> str:  # type: ignore[no-untyped-def]
-    digest = hashlib.sha256()  # hashlib.file_digest is of Python 3.11
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Entries of dictd's dictionaries: GCIDE with its fields, WordNet and FOLDOC."""
+"""Read entries of dictd dictionaries: GCIDE with its fields, WordNet and FOLDOC."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# Digits of dictd's numbers, the most significant first.
+# dictd writes numbers in base 64, the most significant digit first.
 _DIGITS = {
     letter: value for value, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
 }
 _FIELD = r"\(((?:[A-Z][a-z]+\.?)(?:(?: ?& ?|, )[A-Z][a-z]+\.?)*)\)"
-# After an abbreviation or an initial no clause ends.
+# No clause ends after an abbreviation or an initial.
 _ABBREVIATIONS = ("esp", "specif", "usu", "cf", "Cf", "etc", "e\\.g", "i\\.e", "[A-Z]")
 _CLAUSE_END = re.compile(r"(?<=[;.])" + "".join(rf"(?<!\b{short}\.)" for short in _ABBREVIATIONS) + r" (?=\S)")
-# GCIDE's marks of fields.
+# GCIDE's labels of fields.
 _DOMAINS = {
     "Alg": "mathematics", "Anat": "anatomy", "Arch": "architecture", "Astron": "astronomy", "Biol": "biology",
     "Bot": "botany", "Chem": "chemistry", "Com": "commerce", "Computers": "computing", "Eccl": "church",
@@ -34,19 +34,19 @@ DICTIONARIES = ("gcide", "wn", "foldoc")
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What a dictionary says about a word.
+    """An entry of a dictionary.
 
     Attributes
     ----------
     headword : str
     definition : str
-        The first sense, or the first that is marked with a field.
+        The first sense with a field label, or else the first sense.
     text : str
-        The entry in running text, without etymology and pronunciation.
+        The entry as running text, without etymology and pronunciation.
     kind : str
         noun, verb, or other.
     domain : str
-        The field of that sense, such as law or medicine; "general" where none is marked, "computing" for FOLDOC.
+        The field of that sense, such as law or medicine; "general" without a label, "computing" for FOLDOC.
     source : str
         gcide, wn or foldoc.
     """
@@ -65,25 +65,25 @@ def read_dictionary(folder: Path, name: str) -> list[Entry]:
     Parameters
     ----------
     folder : Path
-        Where NAME.index and NAME.dict.dz are.
+        Folder of NAME.index and NAME.dict.dz.
     name : str
         gcide, wn or foldoc.
 
     Raises
     ------
     ValueError
-        If the files are missing or are no dictionary; names them.
+        If the files are missing, or are not a dictionary. The message names them.
     """
     index, content = folder / f"{name}.index", folder / f"{name}.dict.dz"
     for file in (index, content):
         if not file.is_file():
-            raise ValueError(f"{file}: is not there, needs dictionary {name}")
+            raise ValueError(f"{file}: doesn't exist, needs dictionary {name}")
     try:
         data = gzip.decompress(content.read_bytes())
         places = [line.split("\t") for line in index.read_text(encoding="utf-8").splitlines()]
         spans = {(_number(start), _number(length)): word for word, start, length in reversed(places)}
     except (OSError, EOFError, ValueError, KeyError):
-        raise ValueError(f"{index}: is no index of a dictd dictionary, or {content.name} is damaged") from None
+        raise ValueError(f"{index}: is not the index of a dictd dictionary, or {content.name} is damaged") from None
     parse = _PARSERS[name]
     entries = []
     for (start, length), word in sorted(spans.items()):
@@ -105,7 +105,7 @@ def _gcide(word: str, text: str) -> Entry | None:
     if found is None:
         return None
     headword = _plain(found[1])
-    # The head, with pronunciation and etymology, ends with the line after which a sense begins.
+    # The head, with pronunciation and etymology, ends before the first line that begins a sense.
     end = 1
     while end < len(lines) and not (
         _balanced(" ".join(lines[:end])) and re.match(r"   (\d+\. |\([a-z]\) |\"?[A-Z])", lines[end])
@@ -113,7 +113,7 @@ def _gcide(word: str, text: str) -> Entry | None:
         end += 1
     head = " ".join(lines[:end])
     blocks = re.split(r"\n\s*\n", "\n".join(lines[end:]))
-    # Quotations are indented more than senses are.
+    # Quotations are indented more deeply than senses.
     blocks = [" ".join(block.split()) for block in blocks if block.strip() and not re.match(r"\n*\s{9}", block)]
     senses = [block for block in blocks if not re.match(r"(Note|Syn|Usage):|--|\{", block)]
     if not senses:
@@ -165,7 +165,7 @@ _PARSERS: dict[str, Callable[[str, str], Entry | None]] = {"gcide": _gcide, "wn"
 
 
 def first_clauses(text: str) -> str | None:
-    """Return the first clauses of a text, some 24 words, without a full stop; None if that isn't 3 to 40 words.
+    """Return the first clauses of a text, up to about 24 words, without a full stop; None unless 3 to 40 words.
 
     Examples
     --------
@@ -184,14 +184,14 @@ def first_clauses(text: str) -> str | None:
 
 
 def first_words(text: str, count: int) -> str:
-    """Return the first clauses with so many words together, and at least the first words."""
+    """Return the first clauses with at most ``count`` words; cut the first clause if it alone is longer."""
     taken: list[str] = []
     for clause in _clauses(text):
         words = clause.split()
         if taken and len(taken) + len(words) > count:
             break
         taken += words[: count if not taken else None]
-    return re.sub(r"(?<=[.;]) \d+\.?$", "", " ".join(taken).rstrip(" ;,"))  # no number of a sense that was cut off
+    return re.sub(r"(?<=[.;]) \d+\.?$", "", " ".join(taken).rstrip(" ;,"))  # remove the number of a sense cut off
 
 
 def _entry(headword: str, first: str, text: str, kind: str, domain: str, source: str) -> Entry | None:
@@ -202,7 +202,7 @@ def _entry(headword: str, first: str, text: str, kind: str, domain: str, source:
     if definition is None or says_little or not headword or len(headword) > 40:
         return None
     words = first_words(_plain(text), _PASSAGE_WORDS)
-    if definition not in words:  # a later sense of many
+    if definition not in words:  # a later sense, which was cut off
         words = first_words(_plain(first), _PASSAGE_WORDS)
     return Entry(headword, definition, words, kind, domain, source)
 
@@ -212,7 +212,7 @@ def _clauses(text: str) -> Iterator[str]:
 
 
 def _plain(text: str) -> str:
-    """Take out what marks a text up: links, accents in brackets, labels such as [Obs.], names of authors."""
+    """Remove markup: links, accents in brackets, labels such as [Obs.], and names of authors."""
     text = re.sub(r"\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\[(?:['`^\"=.~,-]|\^)?([A-Za-z]{1,2})['\"]?\]", r"\1", text)
     text = re.sub(r"\[[^\]]*\]|--\s*called also .*?(?=\.|$)|--\s*[A-Z]\S*[`*\"]\S*, \w+\.?|--\s*\w{1,3}\.?$", "", text)
@@ -221,7 +221,7 @@ def _plain(text: str) -> str:
 
 
 def _balanced(text: str) -> bool:
-    # Accents in brackets, such as [=a], are balanced in themselves.
+    # Bracketed accents such as [=a] are balanced too.
     return text.count("[") == text.count("]") and text.count("(") <= text.count(")")
 
 

@@ -10,16 +10,18 @@ from refrag.corpus.budget import even_level
 from refrag.corpus.dictionaries import Entry
 from refrag.corpus.questions import Question, QuestionSettings, draw_question
 
-_NEIGHBOURS = 24  # of which those of the same headword are left out
+_NEIGHBOURS = 24  # nearest entries to fetch, from which those of the same headword are then removed
 
 
 def select_entries(entries: Sequence[Entry], count: int, settings: QuestionSettings) -> list[Entry]:
-    """Return so many entries, of each dictionary's domains as evenly as they reach; one of a headword and dictionary.
+    """Sample ``count`` entries, spread over each dictionary's domains as evenly as possible.
+
+    Takes at most one entry per headword and domain of a dictionary.
 
     Raises
     ------
     ValueError
-        If there are fewer.
+        If there are fewer entries.
     """
     groups: dict[tuple[str, str], dict[str, Entry]] = {}
     for entry in entries:
@@ -36,15 +38,15 @@ def select_entries(entries: Sequence[Entry], count: int, settings: QuestionSetti
 def glossary_questions(
     entries: Sequence[Entry], embed: Callable[[Sequence[str]], np.ndarray], settings: QuestionSettings
 ) -> tuple[list[Question], list[Question]]:
-    """Return the questions to train on and the test questions: no headword is in both.
+    """Return the training questions and the test questions, which have no headword in common.
 
     Parameters
     ----------
     entries : sequence of Entry
-        Each is asked for once, and stands in others' contexts. In training contexts there are only entries of training
-        headwords.
+        There is one question about each entry, and it is a passage of other questions. Training passages are entries of
+        training headwords only.
     embed : callable
-        Texts -> unit vectors [N, d], for what is alike.
+        Texts -> unit vectors [N, d], to find similar entries.
     settings : QuestionSettings
 
     Raises
@@ -91,7 +93,7 @@ def question_text(entry: Entry) -> str:
     >>> question_text(Entry("tort", "Any civil wrong or injury", "", "noun", "law", "gcide"))
     'In law, what does "tort" mean?'
     """
-    # GCIDE begins all headwords with a capital.
+    # GCIDE capitalizes all headwords.
     word = entry.headword[:1].lower() + entry.headword[1:] if entry.source == "gcide" else entry.headword
     where = "" if entry.domain == "general" or entry.source == "foldoc" else f"In {entry.domain}, "
     ask = "what" if where else "What"
@@ -104,12 +106,12 @@ def question_text(entry: Entry) -> str:
 
 
 def passage_text(entry: Entry) -> str:
-    """Return an entry as it stands in a context."""
+    """Format an entry as a passage."""
     return f"{entry.headword}: {entry.text.rstrip('.')}."
 
 
 def _nearest(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """Return the indices of the vectors nearest to each query, nearest first, in blocks that bound the memory."""
+    """Return the indices of the vectors nearest to each query, nearest first. Works in blocks to limit memory."""
     count = min(_NEIGHBOURS, len(vectors))
     rows = [np.empty((0, count), dtype=np.int64)]
     for start in range(0, len(queries), 1024):

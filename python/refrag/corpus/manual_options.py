@@ -1,4 +1,4 @@
-"""Questions about options of programs, from manual pages: "In tar, what does --strip-components do?"."""
+"""Questions about the options of programs, from manual pages: "In tar, what does --strip-components do?"."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from refrag.corpus.dictionaries import first_clauses, first_words
 from refrag.corpus.questions import Question, QuestionSettings, draw_question
 from refrag.corpus.texts import manual_html, parse_html, text_files
 
-# Programs with many options; none of the pages is in the corpus.
+# Packages of programs with many options; the corpus contains none of their pages.
 PROGRAMS = (
     "apt", "bind9-dnsutils", "binutils-common", "bsdextrautils", "bzip2", "coreutils", "cpio", "cryptsetup-bin",
     "curl", "diffutils", "dpkg", "dpkg-dev", "e2fsprogs", "fdisk", "ffmpeg", "findutils", "gawk", "gdb", "gnupg",
@@ -34,9 +34,9 @@ class Option:
     page : str
         The program.
     names : tuple of str
-        Such as -x and --extract.
+        All spellings, such as -x and --extract.
     heading, text : str
-        What the manual writes before and in its description.
+        The option's heading and description in the manual.
     source : str
         The package.
     """
@@ -49,12 +49,12 @@ class Option:
 
     @property
     def passage(self) -> str:
-        """How the option stands in a context."""
+        """The option as a passage."""
         return f"{self.page} {self.heading}: {first_words(self.text, 70)}"
 
 
 def read_options(folder: Path, source: str) -> list[Option]:
-    """Return the options that the manual pages of an unpacked package describe."""
+    """Return the options described in the manual pages of an unpacked package."""
     options: dict[tuple[str, str], Option] = {}
     for file in text_files(folder):
         if file.kind == "man" and re.search(r"/man[18]/", file.name):
@@ -69,9 +69,9 @@ def read_options(folder: Path, source: str) -> list[Option]:
 
 
 def option_questions(options: Sequence[Option], settings: QuestionSettings) -> tuple[list[Question], list[Question]]:
-    """Return the questions to train on and the test questions: no page is in both.
+    """Return the training questions and the test questions, which have no page in common.
 
-    Contexts that are hard hold options of the same page, and of the same name from others.
+    Passages of hard questions are options of the same page, and options of the same name on other pages.
 
     Raises
     ------
@@ -118,8 +118,8 @@ def option_questions(options: Sequence[Option], settings: QuestionSettings) -> t
 
 
 def _described(tree: Any) -> Iterator[tuple[str, str]]:
-    """Yield headings and descriptions: of lists, and of paragraphs that an indented block follows."""
-    for node in tree.body or ():  # all nodes below, in order
+    """Yield headings with descriptions: from definition lists, and from paragraphs followed by an indented block."""
+    for node in tree.body or ():  # all descendants, in document order
         if node.tag not in ("dt", "p"):
             continue
         following = node.next

@@ -1,4 +1,4 @@
-"""Questions over passages: the one that answers, and others to be told from it."""
+"""Questions with passages, one of which has the answer while the others are distractors."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ UNANSWERED = "The passages do not say."
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question, its answer and the passages to find it in.
+    """A question, its answer and its passages.
 
     Attributes
     ----------
     question, answer : str
     passages : list of str
     gold : int
-        Index of the passage that answers; -1 where none does, and the answer says so.
+        Index of the passage with the answer; -1 if none has it, which the answer then says.
     domain, source : str
-        Such as law and gcide.
+        For example law and gcide.
     """
 
     question: str
@@ -39,20 +39,20 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class QuestionSettings:
-    """How contexts are drawn.
+    """How to draw passages and split questions.
 
     Attributes
     ----------
     passages : int
-        Of a context.
+        Passages per question.
     hard : float
-        Share of the questions whose other passages are the most alike; the rest has them at random.
+        Share of the questions whose distractors are the most similar passages; other questions have random ones.
     unanswerable : float
-        Share of the questions whose answer is not among the passages.
+        Share of the questions whose answer is not in the passages.
     test : float
-        Share of the headwords or pages that is set apart.
+        Share of the headwords or pages for testing.
     held_out_domains : tuple of str
-        Domains that are in no training question or passage: all their questions are test questions.
+        Domains for testing only, which are in no training question or passage.
     seed : int
     """
 
@@ -71,12 +71,12 @@ class QuestionSettings:
                 raise ValueError(f"{name}: got {getattr(self, name)}, needs a share from 0 up to 1")
 
     def is_test(self, key: str, domain: str) -> bool:
-        """Return whether a headword or page is set apart; it follows from the seed and the key alone."""
+        """Return whether a headword or page is for testing, which depends only on the seed, the key and the domain."""
         digest = hashlib.sha256(f"{self.seed}/test/{key.lower()}".encode()).digest()
         return domain in self.held_out_domains or int.from_bytes(digest[:7], "big") / 2**56 < self.test
 
     def random(self, key: str) -> random.Random:
-        """Return the random numbers of one question."""
+        """Return a random generator for one question."""
         return random.Random(f"{self.seed}/{key}")
 
 
@@ -91,21 +91,21 @@ def draw_question(
     domain: str,
     source: str,
 ) -> Question:
-    """Return a question with its context.
+    """Draw the passages of a question.
 
     Parameters
     ----------
     asked : tuple of str
         Question and answer.
     gold : str
-        The passage that answers.
+        The passage with the answer.
     alike : sequence of str
-        Passages that don't answer, the most alike first.
+        Similar passages, the most similar first.
     others : sequence of str
         Passages to draw from at random.
     settings : QuestionSettings
     answers : callable
-        Whether a passage might answer too: such ones are left out.
+        Returns whether a passage may have the answer too; such passages are not drawn.
     domain, source : str
 
     Raises
@@ -127,7 +127,7 @@ def draw_question(
             context.append(candidate)
     if len(context) < wanted:
         raise ValueError(
-            f"passages: got {settings.passages}, there are too few others ({len(others)}) for {asked[0]!r}"
+            f"passages: got {settings.passages}, needs more than {len(others)} others to draw from for {asked[0]!r}"
         )
     if answered:
         context.append(gold)
@@ -138,11 +138,11 @@ def draw_question(
 
 
 def write_questions(path: Path, questions: Iterable[Question]) -> None:
-    """Write questions as JSON lines, compressed by xz where the name ends so; seen either whole or not at all."""
+    """Write questions as JSON lines atomically, compressed if the name ends with .xz."""
     lines = "".join(json.dumps(dataclasses.asdict(question), ensure_ascii=False) + "\n" for question in questions)
     content = lines.encode()
     if path.suffix == ".xz":
-        # Passages come again far apart, as others' company: the window spans them.
+        # Passages recur far apart, as distractors of other questions: use a window large enough to find them.
         filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 27}]
         content = lzma.compress(content, filters=filters)
     write_whole(path, content)

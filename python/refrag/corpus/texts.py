@@ -1,4 +1,4 @@
-"""Plain text of a package's files: HTML, manual pages, Info files and text, compressed or not."""
+"""Extract plain text from a package's files: HTML, manual pages, Info files and text, optionally compressed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _HTML = (".html", ".htm", ".xhtml")
 _TEXT = (".txt", ".md", ".rst", ".adoc")
 _MAN = re.compile(r"(?:^|/)man/man\d\w*/[^/]+\.\d\w*$")  # English pages only: others are below man/LANGUAGE/
 _INFO = re.compile(r"(?:^|/)info/[^/]+\.info(-\d+)?$")
-# Indexes, search pages, sources of the same text and listings of programs.
 _LANGUAGE = re.compile(r"[a-z]{2,3}([-_][A-Z]{2}|-[a-z]{2})?")
+# Indexes, search pages, sources of the same text and program listings.
 _SKIPPED = re.compile(
     r"(?:^|/)(_sources|_modules|_static)/|(?:^|/)(copyright|changelog[^/]*|news[^/]*|readme\.debian|"
     r"(gen|py-mod)index[^/]*|index-[\w-]+|search|[^/]*-(all|members|index))(\.\w+)?$",
@@ -26,13 +26,13 @@ _SKIPPED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class TextFile:
-    """A file that holds text.
+    """A file with text.
 
     Attributes
     ----------
     path : Path
     name : str
-        The path inside the package, which names the document.
+        The path within the package, which is also the document's name.
     kind : str
         html, man, info or text.
     """
@@ -43,10 +43,10 @@ class TextFile:
 
 
 def text_files(folder: Path) -> list[TextFile]:
-    """Return the files below a folder that hold documentation, ordered by name.
+    """Return the documentation files below a folder, ordered by name.
 
-    Plain text counts only where there is nothing else: beside HTML it is usually the source of the same pages. Folders
-    of other languages beside an English one are left out.
+    Omits plain text unless there is nothing else, since beside HTML it is usually the source of the same pages. Omits
+    folders of other languages next to an English one.
     """
     found = []
     for path in _english(folder):
@@ -60,7 +60,7 @@ def text_files(folder: Path) -> list[TextFile]:
 
 
 def read_text(file: TextFile) -> str:
-    """Return a file's text; an empty string where it can't be read as what its name says.
+    """Return a file's text, or an empty string if it can't be read.
 
     Raises
     ------
@@ -86,20 +86,20 @@ def read_text(file: TextFile) -> str:
 
 
 def html_text(content: bytes, *, main_content: bool = True) -> str:
-    """Return the text of a page, without navigation where ``main_content`` is set."""
+    """Return the text of an HTML page, without navigation if ``main_content`` is set."""
     tree = parse_html(content)
     text = _resiliparse().extract.html2text.extract_plain_text(tree, main_content=main_content, alt_texts=False)
     return _tidy(text)
 
 
 def parse_html(content: bytes) -> Any:
-    """Return a page as resiliparse's tree, in the encoding that it is found to have."""
+    """Parse an HTML page into resiliparse's tree, detecting its encoding."""
     html = _resiliparse().parse
     return html.html.HTMLTree.parse_from_bytes(content, html.encoding.detect_encoding(content))
 
 
 def manual_html(content: bytes) -> bytes:
-    """Return a manual page as HTML, by ``mandoc``.
+    """Convert a manual page to HTML with ``mandoc``.
 
     Raises
     ------
@@ -108,18 +108,18 @@ def manual_html(content: bytes) -> bytes:
     """
     program = shutil.which("mandoc")
     if program is None:
-        raise FileNotFoundError("mandoc: is not on PATH; manual pages are read by it (Debian: apt-get install mandoc)")
+        raise FileNotFoundError("mandoc: not on PATH, needed to read manual pages (Debian: apt-get install mandoc)")
     html = subprocess.run([program, "-T", "html", "-O", "fragment"], input=content, capture_output=True).stdout
     return re.sub(rb'<table class="(head|foot)">.*?</table>', b"", html, flags=re.DOTALL)  # name, date and section
 
 
 def needs(files: Iterable[TextFile]) -> None:
-    """Check that what converts these files is there, before hours are spent.
+    """Check that the converters of these files are installed, before hours of work.
 
     Raises
     ------
     FileNotFoundError, ModuleNotFoundError
-        As ``read_text`` does.
+        As ``read_text``.
     """
     kinds = {file.kind for file in files}
     if kinds & {"html", "man"}:
@@ -129,7 +129,7 @@ def needs(files: Iterable[TextFile]) -> None:
 
 
 def _english(folder: Path) -> Iterator[Path]:
-    """Yield what lies below a folder in order of name, without translations."""
+    """Yield the files below a folder in order of name, without translations."""
     entries = sorted(folder.iterdir())
     languages = [entry for entry in entries if entry.is_dir() and _LANGUAGE.fullmatch(entry.name)]
     english = [entry for entry in languages if entry.name[:2] == "en" and not entry.name[2:3].isalpha()]
@@ -165,5 +165,5 @@ def _resiliparse() -> Any:
         import resiliparse.parse.encoding
         import resiliparse.parse.html
     except ImportError:
-        raise ModuleNotFoundError("HTML is read by resiliparse: pip install 'refrag-kernels[data]'") from None
+        raise ModuleNotFoundError("reading HTML needs resiliparse: pip install 'refrag-kernels[data]'") from None
     return resiliparse

@@ -1,4 +1,4 @@
-"""Token files of a corpus, for training on a machine without a network."""
+"""Tokenize a corpus into token files, for training on a machine without a network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from refrag.corpus.budget import even_level
 from refrag.training.token_files import TokenSet, tokenizer_hash, tokens_inside_characters, write_tokens
 
-_BATCH = 256  # documents: enough for the tokenizer's threads
+_BATCH = 256  # documents per batch: enough to keep the tokenizer's threads busy
 
 
 def tokenize_corpus(
@@ -32,18 +32,18 @@ def tokenize_corpus(
     Parameters
     ----------
     corpus, output : Path
-        Folders. Files of the same names are replaced.
+        Folders. Existing token files are replaced.
     tokenizer : PreTrainedTokenizerBase
         The decoder's.
     tokens : int, optional
-        Tokens to train on: sources with more are taken to one level, so that each gives as much as it can up to it.
-        Without it, all.
+        Number of training tokens; all by default. Every source is cut to the same maximum, which is chosen to reach
+        this number.
     other_tokens, held_out_tokens : int
-        Most tokens of the validation set, and of each held-out domain.
+        Maximum tokens of the validation set, and of each held-out domain.
     piece_bytes : int, optional
-        Size of a file at most; larger sets are written in pieces.
+        Maximum size of a file; larger sets are written in pieces.
     progress : callable, optional
-        Wraps the files of the corpus.
+        Wraps the files of the corpus to show progress.
 
     Returns
     -------
@@ -53,12 +53,12 @@ def tokenize_corpus(
     Raises
     ------
     ValueError
-        If the folder holds no corpus, the tokenizer's numbers don't fit into 16 bits, or there is less text to train on
-        than asked for.
+        If the folder contains no corpus, the tokenizer's numbers don't fit into 16 bits, or there are fewer training
+        tokens than requested.
     """
     if len(tokenizer) > 1 << 16:
-        raise ValueError(f"tokenizer: has {len(tokenizer)} tokens, needs {1 << 16} or fewer, for numbers of 16 bits")
-    # Too little text to train on is found before anything is written.
+        raise ValueError(f"tokenizer: has {len(tokenizer)} tokens, needs {1 << 16} or fewer, for 16-bit numbers")
+    # The training text comes first, so that an error about too little of it comes before anything is written.
     files = sorted(corpus.glob("*.jsonl"), key=lambda file: (file.name != "train.jsonl", file.name))
     if not files or files[0].name != "train.jsonl":
         raise ValueError(f"{corpus}: holds no train.jsonl, needs the output of `refrag data corpus`")
@@ -115,9 +115,9 @@ def _encode(fast: Any, texts: list[str]) -> list[np.ndarray]:
 
 
 def _up_to(level: int, documents: list[np.ndarray], sources: list[str], inside: np.ndarray) -> list[tuple[int, int]]:
-    """Return which documents are kept, and how many tokens of each, so that no source has more than ``level``.
+    """Return the documents to keep, and how many tokens of each, so that no source has more than ``level``.
 
-    A document that is cut ends with a whole character.
+    Cuts documents only between characters.
     """
     left = dict.fromkeys(sources, level)
     kept = []

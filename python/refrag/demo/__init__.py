@@ -1,4 +1,4 @@
-"""The demo of ``refrag demo``, the drawings of ``refrag report``, and what the commands print about prompts."""
+"""``refrag demo``, the drawings of ``refrag report``, and what the commands print about prompts."""
 
 from refrag import deprecated
 

@@ -1,4 +1,4 @@
-"""What the demo's adapters can't do yet, in a sentence or two that are printed beside their answers."""
+"""Limitations of the bundled adapters, which the commands print beside their answers."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from refrag import weights
 from refrag.adapters import adapter_path
 
 UNTRAINED = (
-    "The projector between encoder and decoder is untrained, so an answer from compressed chunks is not good text yet; "
+    "The projector between encoder and decoder is untrained, so answers from compressed chunks are not good text yet; "
     "the times and sizes don't depend on its training."
 )
-# The shares are measured against the trained decoder's own ends of the scale: docs/results.md.
+# The shares are relative to the trained decoder without and with the full context: docs/results.md.
 TRAINED = (
     "The adapter that reads compressed chunks was trained for about an hour on one CPU core: its slots keep 4 to 12 % "
-    "of what a context is worth, so expect the topic at best. docs/results.md has its figures."
+    "of a context's value, so expect the topic of an answer at best. docs/results.md has the figures."
 )
 DISTILLED = (
     "The adapter that reads compressed chunks was trained on manuals, for six minutes on one H200: its slots keep 32 "
-    "to 41 % of what a context of another manual is worth, of a story next to nothing. docs/results.md has its figures."
+    "to 41 % of the value of a context from other manuals, almost none of a story's. docs/results.md has the figures."
 )
 
 
 def caution(model: Path | None, k: int) -> str | None:
-    """Return what to say about answers from compressed chunks; None for a model that isn't ours.
+    """Return a note about answers from compressed chunks, or None for a model that isn't bundled.
 
     Parameters
     ----------
     model : Path, optional
-        As for ``refrag generate --model``: without it the demo's.
+        As for ``refrag generate --model``; by default the demo's.
     k : int
-        Tokens of a chunk.
+        Tokens per chunk.
 
     Examples
     --------

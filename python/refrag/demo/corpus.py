@@ -1,4 +1,4 @@
-"""The demo's corpus: the Python language reference, which ships inside Python itself."""
+"""The demo's corpus: the Python language reference, which ships with Python itself."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PASSAGE_WORDS = 120  # about 200 tokens of this text: a dozen chunks at k = 16
 
 
 def python_reference() -> list[Passage]:
-    """Return the reference cut into passages of whole paragraphs; their ids are such as "with#3".
+    """Return the reference as passages of whole paragraphs, with ids such as "with#3".
 
-    Topics quote each other at length. A paragraph is kept where it is first met, going from the shortest topic to the
-    longest, so that it stands in the topic that is about it.
+    Topics quote each other at length. Each paragraph is kept only in the shortest topic that has it, which is usually
+    the one that is about it.
 
     Examples
     --------
@@ -36,7 +36,7 @@ def python_reference() -> list[Passage]:
 
 
 def _new_paragraphs(text: str, seen: set[str]) -> Iterator[list[str]]:
-    """Yield the runs of paragraphs that haven't been seen before."""
+    """Yield runs of paragraphs that haven't occurred before."""
     paragraphs = [part for part in re.split(r"\n\s*\n", text.strip("\n")) if part.strip()]
     fresh = []
     for paragraph in paragraphs:
@@ -49,7 +49,7 @@ def _new_paragraphs(text: str, seen: set[str]) -> Iterator[list[str]]:
 
 
 def _blocks(paragraphs: list[str]) -> Iterator[str]:
-    """Yield paragraphs joined until a passage is long enough."""
+    """Join paragraphs until each passage has ``PASSAGE_WORDS`` words or more."""
     block: list[str] = []
     words = 0
     for paragraph in paragraphs:

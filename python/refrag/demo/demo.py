@@ -1,4 +1,4 @@
-"""The demo: one question over retrieved passages, answered from their full text and from compressed chunks."""
+"""The demo: answer one question from the full text of retrieved passages and from compressed chunks."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ READINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class DemoSettings:
-    """What the user chose; see ``refrag demo --help``.
+    """The options of the demo; see ``refrag demo --help``.
 
     Raises
     ------
     ValueError
-        If a value is out of range; names the option.
+        If a value is out of range. The message names the option.
     """
 
     question: str
@@ -68,18 +68,18 @@ class DemoSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """What the demo runs.
+    """The models of the demo.
 
     Attributes
     ----------
     plain : PreTrainedModel
-        The decoder as Hugging Face has it.
+        Hugging Face's decoder.
     refrag : RefragForCausalLM
-        REFRAG on the same weights, trained where an adapter for its k is there.
+        REFRAG with the same decoder weights, and a trained adapter if there is one for k.
     processor : RefragProcessor
-        Its own.
+        The processor of ``refrag``.
     retriever, retriever_tokenizer
-        MiniLM, which finds the passages.
+        MiniLM, which retrieves the passages.
     """
 
     plain: PreTrainedModel
@@ -90,7 +90,7 @@ class Models:
 
     @staticmethod
     def load(k: int) -> Models:
-        """Load the demo's weights; without an adapter for k, the projector is new, from a fixed seed."""
+        """Load the demo's weights. Without an adapter for k, the projector is random, with a fixed seed."""
         decoder, encoder = weights.decoder_folder(), weights.encoder_folder()
         refrag, processor = load_model(None, k), load_processor(None, k)
         with weights.quiet_transformers():
@@ -105,18 +105,18 @@ class Models:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The decoder's."""
+        """The decoder's tokenizer."""
         return self.processor.tokenizer
 
     @property
     def window(self) -> int:
-        """Rows that the decoder can hold."""
+        """Maximum number of rows that the decoder can read."""
         return self.plain.config.max_position_embeddings
 
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """The outcome for one context: what was read, how fast, and what was written."""
+    """The result for one context: the passages, the timings and the answers."""
 
     passages: list[str]
     readings: dict[str, Reading]
@@ -133,14 +133,14 @@ class Demo:
     settings : DemoSettings
     models : Models
     track : callable
-        Shows the progress of encoding the corpus on the first run.
+        Shows progress while the corpus is encoded, on the first run.
     """
 
     def __init__(self, settings: DemoSettings, models: Models, track: Progress = iter) -> None:
         self.settings = settings
         self.models = models
         self.processor = models.processor
-        # The full text is checked here, by its option's name.
+        # No window: prompts() checks the full text's length itself, so that it can name the option.
         self.unbounded = RefragProcessor(models.tokenizer, models.processor.encoder_tokenizer, settings.k)
         self.retriever = Retriever(models.retriever, models.retriever_tokenizer, python_reference(), track)
         self.ranked = [passage for passage, _ in self.retriever.rank(settings.question)]
@@ -148,7 +148,7 @@ class Demo:
         self.frame_tokens = self._count(self.frame)
 
     def answer(self, track: Progress = iter) -> Answered:
-        """Read the prompt of the chosen length in every way, and write on from each."""
+        """Read the prompt in every way, and generate after each."""
         settings = self.settings
         parts, full, compressed = self.prompts(
             settings.context_tokens, settings.max_new_tokens, "--context-tokens", settings.passages
@@ -170,7 +170,7 @@ class Demo:
         return Answered(ids, readings, continuations, compressed, pressure.share())
 
     def check_plot(self) -> None:
-        """Raise the error of a plot's context that doesn't fit, before minutes have gone by."""
+        """Check that the plot's contexts fit, before minutes of work."""
         for tokens in self.settings.plot_tokens:
             self.prompts(tokens, 0, "--plot-tokens")
 
@@ -179,29 +179,29 @@ class Demo:
         _, full, compressed = self.prompts(tokens, 0, "--plot-tokens")
         readings = self._readings(full, compressed)
         del readings[OWN_FULL]
-        # The longest contexts take half a minute a round: fewer rounds there, and the figures say how many.
+        # The longest contexts take half a minute per round, so they get fewer rounds; the figures list all of them.
         time_readings(readings, min(self.settings.rounds, 3 if tokens < 4096 else 2 if tokens < 8192 else 1))
         return readings
 
     def warm_up(self) -> None:
-        """Read a short prompt in every way, so that no measurement pays for what only the first call does."""
+        """Read a short prompt in every way, to keep one-time work of the first call out of the timings."""
         _, full, compressed = self.prompts(self.frame_tokens + 64, 0, "--context-tokens")
         time_readings(self._readings(full, compressed), 1)
 
     def prompts(
         self, tokens: int, max_new_tokens: int, option: str, most_passages: int | None = None
     ) -> tuple[list[Part], MixedPrompt, MixedPrompt]:
-        """Return the parts of a prompt of up to ``tokens`` tokens, and its rows in full and compressed.
+        """Return the parts of a prompt of up to ``tokens`` tokens, and the prompt in full and compressed.
 
         Raises
         ------
         ValueError
-            If that leaves no room for passages, or doesn't fit the decoder's window; names ``option``.
+            If that leaves no room for passages, or exceeds the decoder's window. The message names ``option``.
         """
         if tokens <= self.frame_tokens:
             raise ValueError(
-                f"{option}: got {tokens}, needs more than {self.frame_tokens}, which the question and the "
-                "instruction take"
+                f"{option}: got {tokens}, needs more than {self.frame_tokens}, the length of the question and the "
+                "instruction"
             )
         parts = self._parts(self._fill(tokens - self.frame_tokens, most_passages))
         selector = CosineSelector(self.retriever.embed) if 0 < self.settings.expand < 1 else None
@@ -227,7 +227,7 @@ class Demo:
         return self.unbounded(parts, expand=1.0).layout.total_rows
 
     def _fill(self, tokens: int, most_passages: int | None) -> list[Passage]:
-        """Return the best passages, the last one cut, that have so many tokens together."""
+        """Return the best passages with at most ``tokens`` tokens in total, cutting the last one."""
         chosen: list[Passage] = []
         for passage in self.ranked[:most_passages]:
             text = passage.text.rstrip() + "\n\n"
@@ -265,7 +265,7 @@ class Demo:
 
 
 def figures(settings: DemoSettings, answered: Answered, plotted: dict[int, dict[str, Reading]]) -> dict[str, Any]:
-    """Return all that was measured, for JSON; times in seconds."""
+    """Return all measurements as JSON values; times are in seconds."""
 
     def measured(readings: dict[str, Reading]) -> dict[str, Any]:
         full = readings[FULL].first_token

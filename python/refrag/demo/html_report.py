@@ -1,4 +1,4 @@
-"""``refrag report``: one HTML file, without anything from elsewhere, on a user's layout and the demo's figures."""
+"""``refrag report``: one self-contained HTML file about a layout and the demo's figures."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ td:first-child, th:first-child { text-align: left; } th { border-bottom: 1px sol
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """Return "64,8x1,32" as 64, eight times 1, 32.
+    """Parse a list such as "64,8x1,32": 64, eight times 1, 32.
 
     Raises
     ------
     ValueError
-        If it is something else; names ``option``.
+        If it is not such a list. The message names ``option``.
 
     Examples
     --------
@@ -53,7 +53,7 @@ def read_figures(path: Path) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If the file holds something else.
+        If the file has no such figures.
     """
     try:
         figures = json.loads(path.read_text())
@@ -70,12 +70,12 @@ def report(layout: ChunkLayout, masks: dict[str, ChunkMask], causal: bool, figur
     Parameters
     ----------
     layout : ChunkLayout
-        Drawn, and planned under each mask.
+        The layout to draw, and to plan for each mask.
     masks : dict of str to ChunkMask
-        By title.
+        Masks by title.
     causal : bool
     figures : dict or None
-        What ``refrag demo`` measured; without it the report has no curves.
+        The figures of ``refrag demo``; without them the report has no curves.
     """
     body = [f"<h1>{layout.total_rows:,} rows in {layout.num_chunks:,} chunks</h1>", "<h2>Layout</h2>"]
     body += [_key((TEXT, "text, or an expanded chunk"), (SLOT, "slot of a compressed chunk")), layout_svg(layout)]
@@ -85,7 +85,7 @@ def report(layout: ChunkLayout, masks: dict[str, ChunkMask], causal: bool, figur
         allowed, computed = stats["pairs_allowed"], stats["pairs_computed"]
         body.append(f"<h2>Mask and plan: {html.escape(title)}{', causal' if causal else ''}</h2>")
         rows = [("pairs of rows allowed", f"{allowed:,}"), ("pairs computed", f"{computed:,}")]
-        rows += [("computed for each allowed", f"{computed / allowed:.2f}" if allowed else "none is allowed")]
+        rows += [("computed per allowed pair", f"{computed / allowed:.2f}" if allowed else "none is allowed")]
         rows += [(f"tiles {kind}", f"{stats[f'tiles_{kind}']:,}") for kind in ("full", "partial", "skipped")]
         body.append(_table(["", ""], rows))
         key = ((FULL, "full tile"), (ALLOWED, "allowed pair of a partial tile"), (WASTE, "computed for nothing"))
@@ -100,7 +100,7 @@ def report(layout: ChunkLayout, masks: dict[str, ChunkMask], causal: bool, figur
 
 
 def _measured(figures: dict[str, Any]) -> list[str]:
-    # With matplotlib and the demo's models behind them: a report of a layout alone doesn't wait for these.
+    # Imported here, since matplotlib and the demo's models are slow to import and a layout alone doesn't need them.
     from refrag.demo.demo import CACHED, ENCODED, FULL, READINGS
     from refrag.demo.plot import plot_curves
 
@@ -131,7 +131,7 @@ def _measured(figures: dict[str, Any]) -> list[str]:
     source = f"{machine['processor']}, {machine['threads']} threads, {machine['dtype']}, k = {k}"
     return [
         "<h2>Time to first token, and keys and values in the cache</h2>",
-        f"<p>{html.escape(source)}; written by <code>refrag demo</code>.</p>",
+        f"<p>{html.escape(source)}; measured by <code>refrag demo</code>.</p>",
         image(seconds, f"Time to first token, k = {k}", "time to first token, seconds", "faster"),
         image(mebibytes, f"Keys and values in the cache, k = {k}", "MiB", "less"),
         _table(heads, rows),

@@ -1,4 +1,4 @@
-"""What a prompt holds: its counts, and a drawing of its text, slots and expanded chunks."""
+"""Inspect a prompt: its counts, and a drawing of its text, slots and expanded chunks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ class PromptCounts:
     Attributes
     ----------
     rows : int
-        What the decoder reads.
+        Number of rows that the decoder reads.
     full_rows : int
-        What it would read if every chunk were text.
+        Number of rows if all chunks were text.
     chunks, expanded : int
+        Number of chunks, and of expanded ones among them.
     passage_rows, passage_tokens : int
-        Rows of the passages, and their tokens.
+        Number of rows and of tokens of the passages.
 
     Examples
     --------
@@ -54,7 +55,7 @@ class PromptCounts:
 
     @property
     def rate(self) -> float:
-        """Compression of the passages: k / (1 - p + kp) where a share p of chunks of k tokens is expanded (A.1)."""
+        """Compression rate of the passages: k / (1 - p + kp) if a share p of chunks of k tokens is expanded (A.1)."""
         return self.passage_tokens / self.passage_rows if self.passage_rows else 1.0
 
     def __str__(self) -> str:
@@ -67,7 +68,7 @@ class PromptCounts:
 def draw(prompt: MixedPrompt, tokenizer: PreTrainedTokenizerBase, *, hidden: bool = False) -> Text:
     """Draw a prompt: text as it is, ``[3]`` for the slot of chunk 3, ``[4: its text]`` for expanded chunk 4.
 
-    The marks tell them apart where there are no colours. Slots side by side are drawn as one range.
+    The brackets distinguish them even without colours. Adjacent slots are drawn as one range.
 
     Parameters
     ----------
@@ -75,7 +76,7 @@ def draw(prompt: MixedPrompt, tokenizer: PreTrainedTokenizerBase, *, hidden: boo
     tokenizer : PreTrainedTokenizerBase
         The decoder's.
     hidden : bool
-        Whether to write the text of compressed chunks too, as ``[3~ its text]``.
+        Whether to show the text of compressed chunks too, as ``[3~ its text]``.
 
     Returns
     -------
@@ -118,7 +119,7 @@ def draw(prompt: MixedPrompt, tokenizer: PreTrainedTokenizerBase, *, hidden: boo
 
 
 def _spans(prompt: MixedPrompt) -> Iterator[tuple[int | None, list[int], bool]]:
-    """Yield each span's chunk or None, its token ids, and whether a sequence starts with it."""
+    """Yield each span's chunk number or None, its token ids, and whether it begins a sequence."""
     token_ids = prompt.token_ids.tolist()
     passages = iter(prompt.passage_of_span.tolist())
     row = chunk = 0

@@ -1,24 +1,24 @@
-"""Layouts, masks and plans as SVG: which pairs of rows are allowed, which tiles are computed, what is wasted."""
+"""Draw layouts, masks and plans as SVG: which pairs of rows are allowed, which tiles are computed or wasted."""
 
 from __future__ import annotations
 
 from refrag_kernels import AttentionPlan, ChunkLayout
 
-MOST_ROWS = 4096  # beyond it a picture has more shapes than a browser likes
-_CELLS = 512  # up to so many rows the pairs of a partial tile are drawn one by one
+MOST_ROWS = 4096  # browsers are slow with the number of shapes beyond it
+_CELLS = 512  # maximum number of rows for drawing the pairs of a partial tile one by one
 _TILE = 16
 
 FULL, ALLOWED, WASTE, SLOT, TEXT = "#1f6fb4", "#5aa0d8", "#f3c48b", "#d9730d", "#b9cfe4"
 
 
 def layout_svg(layout: ChunkLayout, width: int = 720) -> str:
-    """Return a strip for each sequence: text spans and expanded chunks as bars, slots as marks.
+    """Draw a strip for each sequence: text spans and expanded chunks as bars, slots as marks.
 
     Parameters
     ----------
     layout : ChunkLayout
     width : int
-        Of the picture, in pixels.
+        Width of the picture in pixels.
     """
     lengths = layout.lengths()
     scale = width / max(1, *(sum(sequence) for sequence in lengths)) if lengths else 1.0
@@ -33,16 +33,16 @@ def layout_svg(layout: ChunkLayout, width: int = 720) -> str:
 
 
 def plan_svg(plan: AttentionPlan, size: int = 640) -> str:
-    """Return the matrix of a plan: query rows down, key rows across.
+    """Draw the matrix of a plan: query rows down, key rows across.
 
-    Dark: tiles of 16 x 16 pairs that are computed without a test. In the others light blue pairs are allowed, orange
-    ones computed for nothing. White is skipped.
+    Full tiles of 16 x 16 pairs, which are computed without a mask, are dark blue. In partial tiles, allowed pairs are
+    light blue, and pairs computed for nothing are orange. Skipped tiles are white.
 
     Parameters
     ----------
     plan : AttentionPlan
     size : int
-        Width and height of the picture, in pixels.
+        Width and height of the picture in pixels.
 
     Raises
     ------
@@ -97,7 +97,7 @@ def _rect(x: float, y: float, width: float, height: float, colour: str, title: s
 
 
 def _svg(width: int, height: int, shapes: list[str], label: str, edge: bool = False) -> str:
-    # Neighbouring tiles share edges: without antialiasing no seams show between them.
+    # Adjacent tiles share edges, and without antialiasing there are no seams between them.
     style = ' stroke="#ffffff" stroke-width="0.6"' if edge else ' shape-rendering="crispEdges"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '

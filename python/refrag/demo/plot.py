@@ -1,4 +1,4 @@
-"""Plots of what readings cost against the context's length: the demo's, and the report's."""
+"""Plots of the cost of readings against the context length, for the demo and the report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 import matplotlib
 
-matplotlib.use("Agg")  # a file is written; no display is needed
+matplotlib.use("Agg")  # writes files without a display
 
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
@@ -21,16 +21,16 @@ _MARKERS = {FULL: "o", ENCODED: "s", CACHED: "D"}
 
 
 def plot_first_token(points: dict[int, dict[str, Reading]], k: int, path: Path) -> None:
-    """Draw the time to first token of each reading against the context's tokens, both axes logarithmic.
+    """Plot the time to first token of each reading against the context length, on logarithmic axes.
 
     Parameters
     ----------
     points : dict
         Context tokens -> readings.
     k : int
-        Tokens of a chunk, for the title.
+        Tokens per chunk, for the title.
     path : Path
-        A PNG file.
+        PNG file to write.
     """
     curves = {name: [(count, points[count][name].first_token) for count in sorted(points)] for name in _COLOURS}
     title = f"Time to first token, k = {k}, float32, CPU"
@@ -40,17 +40,18 @@ def plot_first_token(points: dict[int, dict[str, Reading]], k: int, path: Path) 
 def plot_curves(
     curves: dict[str, list[tuple[int, float]]], title: str, y_label: str, better: str, to: Path | BinaryIO
 ) -> None:
-    """Draw what readings cost against the context's tokens, both axes logarithmic.
+    """Plot the cost of readings against the context length, on logarithmic axes.
 
     Parameters
     ----------
     curves : dict
-        Reading, of ``READINGS`` of the demo -> (tokens, cost), ascending; ``FULL`` is what others are compared with.
+        Name of a reading in the demo's ``READINGS`` -> (tokens, cost) in ascending order. Others are compared with
+        ``FULL``.
     title, y_label : str
     better : str
-        What a smaller cost is called.
+        The word for a lower cost, such as "faster".
     to : Path or binary file
-        Takes a PNG.
+        Where to write the PNG.
     """
     tokens = [count for count, _ in curves[FULL]]
     figure, axes = plt.subplots(figsize=(8, 5), dpi=150)
@@ -76,14 +77,14 @@ def plot_curves(
 
 
 def _label_ends(axes: Axes, curves: dict[str, list[tuple[int, float]]], better: str) -> None:
-    """Write what each curve is beside its end; where ends are close, labels move up."""
+    """Label each curve at its end; move labels up where ends are close to each other."""
     lowest = float("-inf")
     for name, points in sorted(curves.items(), key=lambda curve: curve[1][-1][1]):
         tokens, cost = points[-1]
         label = READINGS[name]
         if name != FULL:
             label += f"\n{curves[FULL][-1][1] / cost:.1f} x {better} at {tokens:,} tokens"
-        end = axes.transData.transform((tokens, cost))[1] * 72 / axes.figure.dpi  # in points, as fonts are
+        end = axes.transData.transform((tokens, cost))[1] * 72 / axes.figure.dpi  # in points, like font sizes
         place = max(end, lowest + 30)
         lowest = place
         axes.annotate(

@@ -1,4 +1,4 @@
-"""What the demo prints: both answers side by side, and one table."""
+"""The demo's output: both answers side by side, and one table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from refrag.demo.demo import CACHED, FULL, READINGS, Answered, DemoSettings, Mod
 
 
 def print_answers(console: Console, settings: DemoSettings, answered: Answered, models: Models) -> None:
-    """Print the question, what was read, and both answers side by side."""
+    """Print the question, the context, and both answers side by side."""
     compressed = answered.compressed
     total, expanded = len(compressed.chunks), len(compressed.expanded)
     shown = ", ".join(answered.passages[:6]) + (", ..." if len(answered.passages) > 6 else "")
@@ -34,14 +34,14 @@ def print_answers(console: Console, settings: DemoSettings, answered: Answered, 
 
 
 def print_table(console: Console, settings: DemoSettings, answered: Answered) -> None:
-    """Print rows, times and sizes of every reading."""
+    """Print the rows, times and sizes of every reading."""
     rounds = len(answered.readings[FULL].seconds)
     table = Table(
         title=f"{answered.readings[FULL].rows:,} tokens of context, k = {settings.k}, float32, "
         f"median of {rounds} round{'s' if rounds > 1 else ''}",
         title_justify="left",
         box=box.SIMPLE,
-        padding=(0, 1, 0, 0),  # with this the table fits into 80 columns
+        padding=(0, 1, 0, 0),  # narrow enough for 80 columns
         show_edge=False,
     )
     table.add_column("", no_wrap=True)
@@ -62,7 +62,7 @@ def print_table(console: Console, settings: DemoSettings, answered: Answered) ->
     console.print(table)
     if (answered.cpu_pressure or 0) > 0.25:
         console.print(
-            f"[yellow]Other programs kept this machine's CPUs busy ({answered.cpu_pressure:.0%} of the time somebody "
-            "waited for one): don't trust these times.[/yellow]",
+            f"[yellow]Other programs kept this machine's CPUs busy ({answered.cpu_pressure:.0%} of the time some "
+            "process waited for one): don't trust these times.[/yellow]",
             highlight=False,
         )

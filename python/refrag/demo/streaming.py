@@ -1,4 +1,4 @@
-"""Text on standard output as it is generated."""
+"""Streaming of generated text to standard output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 
 class TimedStreamer(TextStreamer):
-    """transformers' TextStreamer, without special tokens, that notes when each token came.
+    """transformers' TextStreamer, which also records the time of each token and skips special tokens.
 
     Attributes
     ----------
@@ -19,7 +19,7 @@ class TimedStreamer(TextStreamer):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, **options: Any) -> None:
-        # generate() hands over the prompt's ids first: none, since the prompt goes in as embeddings.
+        # generate() passes the prompt's ids first; there are none, since the prompt consists of embeddings.
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, **options)
         self.times: list[float] = []
 

@@ -1,4 +1,4 @@
-"""Time to first token, time per token and KV-cache bytes of the ways to read one prompt."""
+"""Measure time to first token, time per token and KV-cache bytes for several ways to read one prompt."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Prefill = Callable[[], CausalLMOutputWithPast]
 
 @dataclasses.dataclass
 class Reading:
-    """One way to read a prompt, and what was measured of it.
+    """One way to read a prompt, and its timings.
 
     Attributes
     ----------
     rows : int
-        Rows that the decoder reads.
+        Number of rows that the decoder reads.
     prefill : callable
-        Reads the prompt: logits of the last row only, and the filled cache.
+        Reads the prompt; returns the logits of the last row and the filled cache.
     seconds : list of float
         Times to the first token, one per round.
     """
@@ -46,15 +46,15 @@ class Reading:
 def time_readings(
     readings: dict[str, Reading], rounds: int, track: Progress = iter
 ) -> dict[str, CausalLMOutputWithPast]:
-    """Time every reading ``rounds`` times, in turn, so that a busy machine disturbs all alike.
+    """Time every reading ``rounds`` times, interleaved, so that a busy machine affects all of them alike.
 
     Parameters
     ----------
     readings : dict
-        By name; their ``seconds`` grow.
+        Readings by name; appends to their ``seconds``.
     rounds : int
     track : callable, optional
-        Wraps the single readings, to show progress.
+        Wraps the single timings to show progress.
 
     Returns
     -------
@@ -64,7 +64,7 @@ def time_readings(
     outputs: dict[str, CausalLMOutputWithPast] = {}
     with torch.inference_mode():
         for name in track([*readings] * rounds):
-            outputs.pop(name, None)  # the cache of the last round goes before the next is made
+            outputs.pop(name, None)  # free the cache of the last round before making the next
             start = time.perf_counter()
             output = readings[name].prefill()
             output["logits"].argmax(-1)
@@ -74,7 +74,7 @@ def time_readings(
 
 
 class CpuPressure:
-    """How much of a stretch of time some program of this machine waited for a CPU (Linux's pressure stall information).
+    """The share of time in which some process waited for a CPU, from Linux's pressure stall information.
 
     Our own threads hardly wait for each other, so a high share means that other programs disturbed the measurement.
     """
@@ -83,7 +83,7 @@ class CpuPressure:
         self._start = time.perf_counter(), _stalled()
 
     def share(self) -> float | None:
-        """Return the share since this was made, 0 to 1; None where the system doesn't tell."""
+        """Return the share since this object was created, 0 to 1, or None if the system doesn't report it."""
         began, stalled = self._start
         now = _stalled()
         return None if now is None or stalled is None else (now - stalled) / (time.perf_counter() - began)
@@ -99,16 +99,16 @@ def _stalled() -> float | None:
 
 @dataclasses.dataclass
 class Continuation:
-    """What a decoder wrote after a prompt.
+    """The tokens that a decoder generated after a prompt, and their cost.
 
     Attributes
     ----------
     token_ids : list of int
-        Up to the end-of-sequence token, without it.
+        Tokens before the end-of-sequence token.
     seconds_per_token : float
         Median time of a decode step.
     kv_bytes : int
-        Keys and values after the prompt, before the first new token.
+        Size of the KV cache after the prompt, before the first new token.
     """
 
     token_ids: list[int]
@@ -125,20 +125,20 @@ def continue_greedily(
     first_position: int | None = None,
     min_steps: int = 8,
 ) -> Continuation:
-    """Write on from a prompt that has been read, timing each token.
+    """Generate greedily after a prefilled prompt, timing each token.
 
     Parameters
     ----------
     decoder : PreTrainedModel
     output : CausalLMOutputWithPast
-        Of the prompt; its cache grows.
+        The prompt's output; generation extends its cache.
     end : set of int
         End-of-sequence tokens.
     max_new_tokens : int
     first_position : int, optional
-        Position of the first new token, where it isn't the number of rows read.
+        Position of the first new token, if it isn't the number of rows read.
     min_steps : int
-        Decode steps to time even where the answer is shorter.
+        Minimum number of decode steps to time, even if the answer is shorter.
     """
     cache = output["past_key_values"]
     kv_bytes = sum(keys.nbytes + values.nbytes for keys, values in key_values(cache))

@@ -1,1 +1,1 @@
-"""REFRAG in other stacks: each module needs its stack only when it is used."""
+"""Integrations with other frameworks, each of which is needed only by its own module."""

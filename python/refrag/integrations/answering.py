@@ -1,4 +1,4 @@
-"""Question and passages in, answer out: what the adapters of the RAG frameworks have in common."""
+"""Answer questions from passages: the common part of the integrations with RAG frameworks."""
 
 from __future__ import annotations
 
@@ -27,42 +27,43 @@ TEMPLATE = "Answer the question with the help of these documents.\n\n{passages}\
 
 
 class Answerer:
-    """A model, its processor and the choices of a prompt, ready to be asked.
+    """Answers questions with a model, its processor and the settings of a prompt.
 
-    One answer is generated at a time; whoever asks meanwhile, from any thread, waits.
+    Generates one answer at a time; concurrent calls, from any thread, wait.
 
     Parameters
     ----------
     model : RefragForCausalLM
     processor : RefragProcessor
-        That goes with the model.
+        The model's processor.
     template : str
-        What the user says, with ``{passages}`` and then ``{question}`` in it once each; it is put into the decoder's
-        chat template where it has one.
+        The user's message, with ``{passages}`` and then ``{question}`` once each. If the decoder has a chat template,
+        the message is formatted with it.
     selector : str or Selector, optional
-        Picks the chunks that stand as text: one of ``selectors.NAMES`` of ``refrag.processing`` or an object. Cosine
-        if ``expand`` is a share above 0 or ``expand_count`` is given, else none.
+        Selects the chunks to expand to text: a name in ``refrag.processing.selectors.NAMES``, or an object. By default
+        cosine if ``expand`` is a share above 0 or ``expand_count`` is given, else none.
     expand : float or collection of int and str, optional
-        Share of the chunks to expand, or which, as ``RefragProcessor`` takes it.
+        Share of the chunks to expand, or which chunks, as for ``RefragProcessor``.
     expand_count : int, optional
-        Instead of a share: how many chunks, or all where there are fewer.
+        Maximum number of chunks to expand, instead of a share.
     policy : ExpansionPolicy, optional
         For the selector "policy".
     store : ChunkStore, optional
-        Where all passages are found, by their text, or by their id where they have none.
+        Store with all passages, which are looked up by their text, or by their id if they have no text.
     max_new_tokens : int
-        Length of an answer.
+        Maximum tokens of an answer.
     **generation
         Further arguments of ``model.generate``, such as ``do_sample`` and ``temperature``.
 
     Raises
     ------
     ValueError
-        If the template lacks a place, a number is out of range, or the selector is unknown or lacks something.
+        If the template lacks a placeholder, a number is out of range, or the selector is unknown or lacks a model it
+        needs.
 
     Examples
     --------
-    The demo's model, whose adapter was trained for about an hour:
+    With the demo's model, whose adapter was trained for about an hour:
 
     >>> answerer = Answerer.from_pretrained(max_new_tokens=16)
     >>> passages = [Passage("The bridge of Orla was built in 1871.", "orla.txt")]
@@ -86,7 +87,7 @@ class Answerer:
         max_new_tokens: int = 256,
         **generation: Any,
     ) -> None:
-        self._frame = _frame(template)
+        self._frame = _split_template(template)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, needs 1 or more")
         if expand_count is not None and (expand is not None or expand_count < 0):
@@ -100,7 +101,7 @@ class Answerer:
         self.generation = generation
         if selector is None and (expand_count or (isinstance(expand, float) and 0 < expand < 1)):
             selector = "cosine"
-        # The chunks that a selector has embedded needn't be encoded again; with a store nothing need be.
+        # Reuse the embeddings that a selector computed; with a store, nothing has to be encoded.
         self._embedder: TextEmbedder | None = None
         if selector in ("cosine", "policy"):
             self._embedder = TextEmbedder(model, processor.encoder_tokenizer)
@@ -121,17 +122,17 @@ class Answerer:
         Parameters
         ----------
         folder : str or Path, optional
-            What ``save_pretrained`` or a stage of ``refrag train`` wrote; without it the demo's model.
+            Folder that ``save_pretrained`` or a stage of ``refrag train`` wrote; by default the demo's model.
         k : int, optional
-            Tokens of a chunk; that of the model, or 8.
+            Tokens per chunk; by default the model's, or 8.
         chunker : {"fixed", "sentence"}
         **options
-            As for ``Answerer``.
+            Further arguments of ``Answerer``.
 
         Raises
         ------
         ValueError
-            If the folder holds no model, or one made for another k.
+            If the folder contains no model, or one made for another k.
         """
         path = None if folder is None else Path(folder)
         policy = None
@@ -145,14 +146,14 @@ class Answerer:
         return cls(model, processor, **{"policy": policy, **options})
 
     def prompt(self, question: str, passages: Sequence[Passage]) -> MixedPrompt:
-        """Make the prompt of a question over passages.
+        """Make the prompt for a question and passages.
 
         Raises
         ------
         ValueError
-            If the question is empty, a passage has no text, or ``expand`` names what isn't there.
+            If the question is empty, a passage has no text, or ``expand`` names an unknown chunk or passage.
         PromptTooLongError
-            If it doesn't fit the decoder's window with the answer.
+            If the prompt and the answer don't fit the decoder's window.
         """
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"question: got {question!r}, needs text")
@@ -160,10 +161,10 @@ class Answerer:
         parts: list[Part] = [before]
         for one in passages:
             if self.store is None:
-                # As in training, a blank line parts passages and belongs to the one before it.
+                # As in training, a blank line separates passages and is compressed with the one before it.
                 parts.append(Passage(one.text.rstrip() + "\n\n" if one.text else "", one.id))
             else:
-                parts += [one, "\n\n"]  # a store knows them as they are
+                parts += [one, "\n\n"]  # a store identifies passages by their exact text
         parts.append(between + question.strip() + after)
         if self.processor.tokenizer.chat_template:
             parts = self.processor.apply_chat_template([{"role": "user", "content": parts}])
@@ -183,17 +184,17 @@ class Answerer:
         return str(self.processor.tokenizer.decode(tokens[0], skip_special_tokens=True))
 
     def stream(self, question: str, passages: Sequence[Passage]) -> AnswerStream:
-        """Return the answer piece by piece as it is generated; errors of ``prompt`` come at once."""
+        """Return an iterator over the answer as it is generated; errors of ``prompt`` are raised at once."""
         with self._lock:
             prompt = self.prompt(question, passages)
         return AnswerStream(self, prompt)
 
     async def aanswer(self, question: str, passages: Sequence[Passage]) -> str:
-        """As ``answer``, in a thread. If the caller is cancelled, generation stops too."""
+        """Run ``answer`` in a thread. If the caller is cancelled, generation stops too."""
         return "".join([piece async for piece in self.astream(question, passages)])
 
     async def astream(self, question: str, passages: Sequence[Passage]) -> AsyncIterator[str]:
-        """As ``stream``, from a thread."""
+        """Run ``stream`` in a thread."""
         pieces = await asyncio.to_thread(self.stream, question, passages)
         try:
             while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
@@ -211,9 +212,9 @@ class Answerer:
 
 
 class AnswerStream(Iterator[str]):
-    """An answer's pieces, generated by a thread of its own; from ``Answerer.stream``.
+    """The pieces of an answer, generated by a thread of its own; returned by ``Answerer.stream``.
 
-    The thread starts at the first ``next``. ``close``, or dropping the object, ends it at its next token.
+    The thread starts at the first ``next``. ``close``, or deleting the object, stops it at the next token.
     """
 
     def __init__(self, answerer: Answerer, prompt: MixedPrompt) -> None:
@@ -226,7 +227,7 @@ class AnswerStream(Iterator[str]):
 
     def __next__(self) -> str:
         if self._thread is None:
-            # Given what it needs and not self, so that dropping the stream is seen.
+            # Don't pass self: a reference in the thread would prevent __del__ when the caller drops the stream.
             arguments = (self._answerer, self._prompt, self._streamer, self._stop, self._failure)
             self._thread = threading.Thread(target=_generate_into, args=arguments, daemon=True)
             self._thread.start()
@@ -244,7 +245,7 @@ class AnswerStream(Iterator[str]):
         raise StopIteration
 
     def close(self) -> None:
-        """Generate no further; to be called from any thread, at any time."""
+        """Stop generating. May be called from any thread, at any time."""
         self._stop.set()
 
     def __del__(self) -> None:
@@ -252,7 +253,7 @@ class AnswerStream(Iterator[str]):
 
 
 class _AtMost:
-    """A selector told to pick so many chunks; how many there are changes with what was retrieved."""
+    """Makes a selector pick a fixed number of chunks, or all chunks of a prompt that has fewer."""
 
     def __init__(self, selector: Selector, most: int) -> None:
         self.selector = selector
@@ -285,11 +286,11 @@ def _generate_into(
     except BaseException as error:
         failure.append(error)
     finally:
-        streamer.on_finalized_text("", stream_end=True)  # whoever waits is let go, whatever happened
+        streamer.on_finalized_text("", stream_end=True)  # release a waiting caller in any case
 
 
-def _frame(template: str) -> tuple[str, str, str]:
-    """Return what stands before the passages, between them and the question, and behind it."""
+def _split_template(template: str) -> tuple[str, str, str]:
+    """Split a template into the text before the passages, before the question, and after it."""
     before, passages, rest = template.partition("{passages}")
     between, question, after = rest.partition("{question}")
     if not (passages and question) or "{passages}" in rest or "{question}" in after:

@@ -1,4 +1,4 @@
-"""REFRAG as a component of Haystack: query and documents in, answers out."""
+"""A Haystack component: query and documents in, answers out."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ except ImportError as error:
 
 @component
 class RefragGenerator:
-    """Answers a query over documents, each of them a passage: in place of prompt builder, generator and answer builder.
+    """Answers a query from documents, each a passage. Replaces prompt builder, generator and answer builder.
 
     Parameters
     ----------
     model : str, optional
-        Folder of a saved model and processor, or of a training stage; without it the demo's model. It is loaded by
-        ``warm_up``, or by the first run.
+        Folder of a saved model and processor, or of a training stage; the demo's model by default. ``warm_up`` or the
+        first run loads it.
     k : int, optional
     chunker, template, selector, expand, expand_count, max_new_tokens : optional
-        As for ``Answerer`` and its ``from_pretrained``.
+        See ``Answerer`` and its ``from_pretrained``.
     generation_kwargs : dict, optional
         Further arguments of the model's ``generate``.
     streaming_callback : callable, optional
         Called with each ``StreamingChunk``.
     answerer : Answerer, optional
-        Instead of all but ``streaming_callback``; such a component can't be written to a file.
+        Replaces all parameters but ``streaming_callback``; such a component can't be saved.
 
     Raises
     ------
     ValueError
-        If a model is given beside an answerer.
+        If both a model and an answerer are given.
 
     Examples
     --------
@@ -83,17 +83,17 @@ class RefragGenerator:
             self._answerer = Answerer.from_pretrained(self.model, **self.options, **self.generation_kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a pipeline's file holds of it.
+        """Serialize the component for a pipeline's file.
 
-        Haystack reads such a file with ``Pipeline.load(..., allowed_modules=["refrag.integrations.haystack"])``.
+        Haystack loads such a file with ``Pipeline.load(..., allowed_modules=["refrag.integrations.haystack"])``.
 
         Raises
         ------
         ValueError
-            If it was made of an answerer.
+            If the component was made from an answerer.
         """
         if self._given is not None:
-            raise ValueError("answerer: can't be written, needs a component made of a model's folder")
+            raise ValueError("answerer: can't be saved, needs a component made from a model's folder")
         callback = self.streaming_callback
         return default_to_dict(
             self,
@@ -105,7 +105,7 @@ class RefragGenerator:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RefragGenerator:
-        """Make it of what ``to_dict`` returned."""
+        """Make a component from the result of ``to_dict``."""
         parameters = dict(data.get("init_parameters", {}))
         if "chooser" in parameters:  # in files that were written before the parameter was renamed
             parameters["selector"] = parameters.pop("chooser")
@@ -117,15 +117,15 @@ class RefragGenerator:
     def run(
         self, query: str, documents: list[Document], streaming_callback: StreamingCallbackT | None = None
     ) -> dict[str, list[GeneratedAnswer]]:
-        """Answer.
+        """Answer a query.
 
         Parameters
         ----------
         query : str
         documents : list of Document
-            With text; their ids are those of the passages.
+            Documents with text; their ids become the passages' ids.
         streaming_callback : callable, optional
-            Instead of the component's own.
+            Replaces the component's own callback.
 
         Returns
         -------
@@ -151,7 +151,7 @@ class RefragGenerator:
     async def run_async(
         self, query: str, documents: list[Document], streaming_callback: StreamingCallbackT | None = None
     ) -> dict[str, list[GeneratedAnswer]]:
-        """As ``run``; the model runs in a thread, and a callback has to be async."""
+        """Answer as ``run`` does, with the model in a thread; a callback must be async."""
         answerer = self._ready()
         callback = select_streaming_callback(self.streaming_callback, streaming_callback, requires_async=True)
         text = ""

@@ -1,4 +1,4 @@
-"""REFRAG as a Runnable of LangChain: question and documents in, answer out."""
+"""A LangChain Runnable: question and documents in, answer out."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ except ImportError as error:
 
 
 class RefragChain(Runnable[dict[str, Any], str]):
-    """Answers the question of a dict over its documents, each of them a passage; other keys are ignored.
+    """Answers the question in a dict from the documents in it, each a passage; ignores other keys.
 
-    Invoked, batched, streamed and awaited as any Runnable. With question_key="input" and documents_key="context" it
-    stands where ``create_stuff_documents_chain`` does, in ``create_retrieval_chain`` say.
+    Supports invoke, batch, stream and their async variants, as every Runnable. With question_key="input" and
+    documents_key="context" it replaces ``create_stuff_documents_chain``, for example in ``create_retrieval_chain``.
 
     Parameters
     ----------
     answerer : Answerer
-        The model and the choices of the prompt, its template too.
+        The model and the settings of the prompt, including its template.
     question_key, documents_key : str
-        Where they are in the dict.
+        Keys of the question and the documents in the dict.
     name : str
-        For traces.
+        Name in traces.
 
     Examples
     --------
@@ -62,15 +62,17 @@ class RefragChain(Runnable[dict[str, Any], str]):
         ValueError
             If a key is missing, or as ``Answerer.prompt``.
         TypeError
-            If a document is none.
+            If an item is not a Document.
         """
-        return self._call_with_config(lambda asked: self.answerer.answer(*self._asked(asked)), input, config)
+        return self._call_with_config(
+            lambda asked: self.answerer.answer(*self._question_and_passages(asked)), input, config
+        )
 
     async def ainvoke(self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any) -> str:
-        """As ``invoke``; the model runs in a thread."""
+        """Answer as ``invoke`` does, with the model in a thread."""
 
         async def answer(asked: dict[str, Any]) -> str:
-            return await self.answerer.aanswer(*self._asked(asked))
+            return await self.answerer.aanswer(*self._question_and_passages(asked))
 
         return await self._acall_with_config(answer, input, config)
 
@@ -79,27 +81,27 @@ class RefragChain(Runnable[dict[str, Any], str]):
 
         def pieces(inputs: Iterator[dict[str, Any]]) -> Iterator[str]:
             for asked in inputs:
-                yield from self.answerer.stream(*self._asked(asked))
+                yield from self.answerer.stream(*self._question_and_passages(asked))
 
         yield from self._transform_stream_with_config(iter([input]), pieces, config)
 
     async def astream(
         self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[str]:
-        """As ``stream``; the model runs in a thread."""
+        """Answer as ``stream`` does, with the model in a thread."""
 
         async def inputs() -> AsyncIterator[dict[str, Any]]:
             yield input
 
         async def pieces(given: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
             async for asked in given:
-                async for piece in self.answerer.astream(*self._asked(asked)):
+                async for piece in self.answerer.astream(*self._question_and_passages(asked)):
                     yield piece
 
         async for piece in self._atransform_stream_with_config(inputs(), pieces, config):
             yield piece
 
-    def _asked(self, asked: dict[str, Any]) -> tuple[str, list[Passage]]:
+    def _question_and_passages(self, asked: dict[str, Any]) -> tuple[str, list[Passage]]:
         if not isinstance(asked, dict):
             raise TypeError(f"input: got {type(asked).__name__}, needs a dict")
         for key in (self.question_key, self.documents_key):

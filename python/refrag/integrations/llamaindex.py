@@ -1,4 +1,4 @@
-"""REFRAG as a response synthesizer of LlamaIndex: the retrieved nodes are read as chunks, most of them compressed."""
+"""A LlamaIndex response synthesizer that reads the retrieved nodes as chunks, most of them compressed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ except ImportError as error:
 
 
 class RefragSynthesizer(BaseSynthesizer):
-    """Answers a query over nodes, each of them a passage.
+    """Answers a query from nodes, each a passage.
 
-    Response, source nodes, metadata, events and the response to no nodes at all are LlamaIndex's own.
+    The response object, source nodes, metadata, events, and the response without nodes come from LlamaIndex's base
+    class.
 
     Parameters
     ----------
     answerer : Answerer
-        The model and the choices of the prompt, its template too.
+        The model and the settings of the prompt, including its template.
     streaming : bool
-        Whether responses are streams.
+        Whether to stream responses.
     metadata_mode : MetadataMode
-        Which metadata a passage begins with. NONE where the answerer has a store, which knows the text alone.
+        Which metadata to put before a passage. Use NONE if the answerer has a store, which identifies passages by their
+        text alone.
     **options
         ``callback_manager`` and ``empty_response``, as for any synthesizer.
 
@@ -55,7 +57,7 @@ class RefragSynthesizer(BaseSynthesizer):
         metadata_mode: MetadataMode = MetadataMode.LLM,
         **options: Any,
     ) -> None:
-        # The base class would make an OpenAI client where it gets no LLM; this one is never asked.
+        # Without an LLM, the base class would make an OpenAI client; this one is never called.
         super().__init__(llm=MockLLM(), streaming=streaming, **options)
         self._answerer = answerer
         self._metadata_mode = metadata_mode
@@ -67,7 +69,7 @@ class RefragSynthesizer(BaseSynthesizer):
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
-        """As the base class does it, with the nodes' ids as those of the passages."""
+        """Answer as the base class does, with the nodes' ids as the passages' ids."""
         return super().synthesize(
             query, nodes, additional_source_nodes, passages=self._passages(nodes), **response_kwargs
         )
@@ -79,7 +81,7 @@ class RefragSynthesizer(BaseSynthesizer):
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
-        """As ``synthesize``; the model runs in a thread."""
+        """Answer as ``synthesize`` does, with the model in a thread."""
         return await super().asynthesize(
             query, nodes, additional_source_nodes, passages=self._passages(nodes), **response_kwargs
         )
@@ -91,7 +93,7 @@ class RefragSynthesizer(BaseSynthesizer):
         passages: Sequence[Passage] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TEXT_TYPE:
-        """Answer over texts, or over ``passages`` where they are given."""
+        """Answer from texts, or from ``passages`` if they are given."""
         passages = [Passage(text) for text in text_chunks] if passages is None else passages
         if self._streaming:
             return (piece for piece in self._answerer.stream(query_str, passages))
@@ -104,7 +106,7 @@ class RefragSynthesizer(BaseSynthesizer):
         passages: Sequence[Passage] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TEXT_TYPE:
-        """As ``get_response``; the model runs in a thread."""
+        """Answer as ``get_response`` does, with the model in a thread."""
         passages = [Passage(text) for text in text_chunks] if passages is None else passages
         if self._streaming:
             return self._answerer.astream(query_str, passages)

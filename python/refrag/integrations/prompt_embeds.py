@@ -1,7 +1,7 @@
-"""Mixed prompts as the prompt embeddings that vLLM and SGLang take, and a key that names their content.
+"""Convert mixed prompts to prompt embeddings for vLLM and SGLang, with a cache key of their content.
 
-The server runs the decoder alone (``model.decoder.save_pretrained(folder)``); encoder and projector run here. Tested on
-vLLM 0.32 for CPUs (``make test-vllm``); what SGLang takes is written from the source of 0.5.23.
+The server runs only the decoder (``model.decoder.save_pretrained(folder)``); encoder and projector run here. Tested
+with vLLM 0.32 on CPUs (``make test-vllm``); the code for SGLang follows the source of 0.5.23.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from refrag.model.config import RefragConfig
 from refrag.model.inputs import MixedPrompt
 from refrag.model.modeling import RefragForCausalLM
 
-# SGLang multiplies whatever it is given by the square root of the width in these two (models/gemma.py, gemma2.py).
+# For these two, SGLang multiplies all input embeddings by the square root of hidden_size (models/gemma.py, gemma2.py).
 _SCALED_BY_SGLANG = ("gemma", "gemma2")
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptEmbeds:
-    """One prompt as rows of a decoder's input; from ``build``.
+    """The input embeddings of one prompt; made by ``build``.
 
     Attributes
     ----------
     embeds : Tensor [T, d_dec]
-        Every row, text too; contiguous, on the CPU, finite.
+        All rows, including text; contiguous, on the CPU, finite.
     token_ids : list of int
-        Token of each row; 0 in a slot.
+        Token of each row; 0 for slots.
     is_token : list of bool
         Which rows are text.
     key : str
-        As from ``mixed_cache_key``.
+        The prompt's ``mixed_cache_key``.
     model_type : str
-        The decoder's, as in its config.
+        The decoder's model type, as in its config.
     """
 
     embeds: torch.Tensor
@@ -51,8 +51,8 @@ class PromptEmbeds:
         """Return the prompt for ``LLM(..., enable_prompt_embeds=True).generate``.
 
         vLLM's prefix cache hashes token ids (0 in slots) and the blocks' rows of ``prompt_embeds``, but not the mask
-        ``prompt_is_token_ids`` (its issue 56655). Here the rows of text hold their tokens' embeddings too, so equal
-        hashes mean equal input, whatever the mask.
+        ``prompt_is_token_ids`` (vLLM issue 56655). Here, text rows contain their tokens' embeddings as well, so equal
+        hashes mean equal inputs, whatever the mask.
         """
         return {
             "prompt_embeds": self.embeds,
@@ -61,9 +61,9 @@ class PromptEmbeds:
         }
 
     def for_vllm_server(self) -> str:
-        """Return what the field ``prompt_embeds`` of vLLM's ``/v1/completions`` takes: base64 of ``torch.save``.
+        """Return the value of the field ``prompt_embeds`` in vLLM's ``/v1/completions``: base64 of ``torch.save``.
 
-        The server has to run with ``--enable-prompt-embeds``. With the openai client:
+        The server must run with ``--enable-prompt-embeds``. With the openai client:
         ``client.completions.create(model=..., prompt="", extra_body={"prompt_embeds": built.for_vllm_server()})``.
         """
         buffer = io.BytesIO()
@@ -71,43 +71,43 @@ class PromptEmbeds:
         return base64.b64encode(buffer.getvalue()).decode("ascii")
 
     def for_sglang(self) -> dict[str, Any]:
-        """Return the fields of SGLang's ``GenerateReqInput``, or of the JSON that its ``/generate`` takes.
+        """Return fields for SGLang's ``GenerateReqInput``, or for the JSON of its ``/generate``.
 
-        SGLang rounds ``input_embeds`` to bfloat16 and takes them only with ``--disable-radix-cache``; ``overrides``
-        needs neither. Not run on SGLang: it needs a GPU.
+        SGLang rounds ``input_embeds`` to bfloat16 and accepts them only with ``--disable-radix-cache``; ``overrides``
+        has neither limitation. Not tested on SGLang, which needs a GPU.
 
         Raises
         ------
         ValueError
-            For a Gemma 1 or 2 decoder, whose embeddings SGLang scales once more.
+            For a Gemma 1 or 2 decoder, whose embeddings SGLang would scale a second time.
         """
         self._require_unscaled()
         return {"input_embeds": self.embeds.tolist()}
 
     def overrides(self) -> tuple[list[int], torch.Tensor, list[int]]:
-        """Return token ids, the slots' rows [N, d_dec] and the rows' positions, for SGLang's embedding overrides.
+        """Return token ids, the slots' rows [N, d_dec] and their positions, for SGLang's embedding overrides.
 
-        ``GenerateReqInput(input_ids=ids, positional_embed_overrides=PositionalEmbeds(embeds, positions), ...)``, handed
-        to the engine's ``tokenizer_manager.generate_request``: SGLang looks the text up itself and writes the rows over
-        their positions. It neither reads nor fills its prefix cache for such a request. Not run on SGLang: it needs a
-        GPU.
+        Pass ``GenerateReqInput(input_ids=ids, positional_embed_overrides=PositionalEmbeds(embeds, positions), ...)`` to
+        the engine's ``tokenizer_manager.generate_request``. SGLang embeds the text itself, then replaces the rows at
+        these positions. It neither reads nor fills its prefix cache for such requests. Not tested on SGLang, which
+        needs a GPU.
 
         Raises
         ------
         ValueError
-            As ``for_sglang``; or if the prompt has no slot, which needs no overrides.
+            As ``for_sglang``; or if the prompt has no slots and so needs no overrides.
         """
         self._require_unscaled()
         positions = [row for row, text in enumerate(self.is_token) if not text]
         if not positions:
-            raise ValueError("overrides: the prompt has no slot, hand over its token_ids alone")
+            raise ValueError("overrides: the prompt has no slots, pass its token_ids alone")
         return list(self.token_ids), self.embeds[positions], positions
 
     def _require_unscaled(self) -> None:
         if self.model_type in _SCALED_BY_SGLANG:
             raise ValueError(
                 f"model_type: got {self.model_type!r}, needs another decoder: SGLang multiplies this one's prompt "
-                "embeddings by the square root of the width"
+                "embeddings by the square root of hidden_size"
             )
 
 
@@ -120,20 +120,21 @@ def build(
     dtype: torch.dtype | None = None,
     name: str = "",
 ) -> list[PromptEmbeds]:
-    """Make prompt embeddings of each prompt of a batch.
+    """Compute the prompt embeddings of each prompt in a batch.
 
     Parameters
     ----------
     model : RefragForCausalLM
-        With decoder_mask "full" and position_ids "contiguous": all that a server of plain decoders computes.
+        A model with decoder_mask "full" and position_ids "contiguous", since servers of plain decoders support no
+        others.
     prompt : MixedPrompt
         B prompts.
     chunk_embeds : Tensor [N, d_enc], optional
-        Of the prompts' chunks; encoded here when they aren't given.
+        Embeddings of the prompts' chunks; encoded here by default.
     dtype : torch.dtype, optional
-        Of the embeddings; the model's when it isn't given. vLLM's server converts what it gets to its own.
+        Dtype of the result; the model's by default. vLLM's server converts embeddings to its own dtype.
     name : str
-        Which weights these are, for the keys; see ``mixed_cache_key``.
+        Name of the weights, for the keys; see ``mixed_cache_key``.
 
     Returns
     -------
@@ -142,7 +143,7 @@ def build(
     Raises
     ------
     ValueError
-        If the model has another mask or other positions, ``dtype`` is no floating-point type, or a prompt is empty.
+        If the model has another mask or other positions, ``dtype`` is not a floating-point type, or a prompt is empty.
 
     Examples
     --------
@@ -159,12 +160,12 @@ def build(
     rows = prompt.layout.sequence_offsets.tolist()
     for index, (start, end) in enumerate(zip(rows, rows[1:])):
         if start == end:
-            raise ValueError(f"prompt: sequence {index} is empty, needs a row to go on from")
+            raise ValueError(f"prompt: sequence {index} is empty, needs one row or more")
     prompt = prompt.to(model.device)
     embeds = model.embed(prompt, chunk_embeds).to("cpu", dtype)
     token_ids, is_token = prompt.token_ids.tolist(), (prompt.slot_of_row < 0).tolist()
     return [
-        # A clone: torch.save and vLLM's messages carry the whole storage of a view, here the whole batch.
+        # Clone, because torch.save and vLLM's messages include the whole storage of a view: here, the whole batch.
         PromptEmbeds(
             embeds[start:end].clone(),
             token_ids[start:end],
@@ -177,35 +178,35 @@ def build(
 
 
 def require_plain_decoder(config: RefragConfig) -> None:
-    """Refuse a model whose decoder is not what a server computes: the causal mask, and positions that count rows.
+    """Refuse a model whose decoder needs more than a causal mask and contiguous positions, as servers compute them.
 
     Raises
     ------
     ValueError
-        Names the field.
+        If a field of the configuration has another value. The message names it.
     """
     for field, needed in (("decoder_mask", "full"), ("position_ids", "contiguous")):
         if getattr(config, field) != needed:
             raise ValueError(
-                f"{field}: got {getattr(config, field)!r}, needs {needed!r}: the server's decoder knows no other"
+                f"{field}: got {getattr(config, field)!r}, needs {needed!r}: the server's decoder supports no other"
             )
 
 
 def mixed_cache_key(prompt: MixedPrompt, *, name: str = "", chunk_embeds: torch.Tensor | None = None) -> list[str]:
-    """Return a key of each prompt's content: prompts of one model that have equal keys are read alike.
+    """Return a key of each prompt's content: with equal keys, a model computes the same for two prompts.
 
-    The key covers which rows are text and their tokens; in each slot what the encoder reads, or its embedding where
-    ``chunk_embeds`` are given; each row's position and passage. Nothing is encoded for it, and it is the same in every
-    process.
+    The key covers which rows are text and their tokens; for each slot the encoder's input, or its embedding if
+    ``chunk_embeds`` are given; and each row's position and passage. Computing it encodes nothing, and the key is the
+    same in all processes.
 
     Parameters
     ----------
     prompt : MixedPrompt
         B prompts.
     name : str
-        What the prompt can't show: the model, its revision, the dtype.
+        Identifies what the prompt doesn't contain: the model, its revision, the dtype.
     chunk_embeds : Tensor [N, d_enc], optional
-        Embeddings that did not come from the model's own encoder and so aren't named by the chunks' text.
+        Embeddings that the model's own encoder did not compute, so that the chunks' text doesn't identify them.
 
     Returns
     -------
@@ -215,7 +216,7 @@ def mixed_cache_key(prompt: MixedPrompt, *, name: str = "", chunk_embeds: torch.
     Raises
     ------
     ValueError
-        If ``chunk_embeds`` has not one row per chunk.
+        If ``chunk_embeds`` doesn't have one row per chunk.
 
     Examples
     --------
@@ -241,10 +242,10 @@ def mixed_cache_key(prompt: MixedPrompt, *, name: str = "", chunk_embeds: torch.
     latents = prompt.latents
     contents = _slot_contents(prompt, {slot // latents for slot in slots if slot >= 0}, chunk_embeds)
 
-    def latent(slot: int) -> list[int]:  # none where a chunk has one slot
+    def latent(slot: int) -> list[int]:  # empty if chunks have one slot
         return [] if latents == 1 else [slot % latents]
 
-    # Every entry is as long as it says, so that no two lists of entries run together to the same bytes.
+    # Each entry's kind determines its length, so different lists of entries never concatenate to the same bytes.
     entries = [
         b"text" + _numbers([token]) if slot < 0 else b"slot" + contents[slot // latents] + _numbers(latent(slot))
         for token, slot in zip(token_ids, slots)
@@ -263,7 +264,7 @@ def mixed_cache_key(prompt: MixedPrompt, *, name: str = "", chunk_embeds: torch.
 
 
 def _slot_contents(prompt: MixedPrompt, chunks: set[int], chunk_embeds: torch.Tensor | None) -> dict[int, bytes]:
-    """Return a digest of 16 bytes for each chunk that stands in a slot."""
+    """Return a 16-byte digest for each compressed chunk."""
     if chunk_embeds is not None:
         rows = chunk_embeds.detach().cpu().contiguous()
         kind = f"{rows.dtype} {list(rows.shape[1:])}".encode()
@@ -273,7 +274,7 @@ def _slot_contents(prompt: MixedPrompt, chunks: set[int], chunk_embeds: torch.Te
     offsets = texts.layout.chunk_offsets.tolist()
     ids = texts.token_ids.tolist()
     if texts.windows is not None:
-        # The whole window is what an embedding depends on, and the chunk's place in it.
+        # An embedding depends on the whole window, and on the chunk's place in it.
         _, counts = texts.windows.unique_consecutive(return_counts=True)
         ends = counts.cumsum(0)
         bounds = [

@@ -1,10 +1,10 @@
-"""Mixed prompts for SGLang's engine: token ids, and the slots' rows over their positions.
+"""Mixed prompts for SGLang's engine: token ids, with the slots' embeddings as overrides.
 
-Written from the source of SGLang 0.5.23, and not run on it: SGLang needs a GPU.
+Follows the source of SGLang 0.5.23, but is not tested on it, since SGLang needs a GPU.
 
-The engine serves the decoder alone (``model.decoder.save_pretrained(folder)``); encoder and projector run here, in the
-process that holds the engine: SGLang's HTTP server takes no override rows, see ``PromptEmbeds.for_sglang`` for that.
-SGLang keeps requests with overrides out of its prefix cache by itself.
+The engine serves only the decoder (``model.decoder.save_pretrained(folder)``); encoder and projector run in the process
+that owns the engine. SGLang's HTTP server accepts no overrides; for the server, see ``PromptEmbeds.for_sglang``. SGLang
+itself keeps requests with overrides out of its prefix cache.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from refrag.integrations.prompt_embeds import PromptEmbeds
 
-# What the overrides take the place of, or what the caller may not set beside them.
+# Fields that the prompts determine, so that the caller must not set them.
 _OWN_FIELDS = ("text", "input_ids", "input_embeds", "positional_embed_overrides", "stream")
 
 
@@ -32,7 +32,7 @@ def generate_request(
     prompts : PromptEmbeds or sequence of PromptEmbeds
         From ``refrag.integrations.prompt_embeds.build``.
     sampling_params : dict or list of dicts, optional
-        As SGLang takes them.
+        SGLang's sampling parameters, for all prompts or one dict for each.
     stream : bool
     **fields
         Further fields of ``GenerateReqInput``, such as ``rid`` and ``return_logprob``.
@@ -44,8 +44,8 @@ def generate_request(
     Raises
     ------
     ValueError
-        If there is no prompt, not one dict of sampling parameters for each, a field is made here, or the decoder is a
-        Gemma 1 or 2, whose embeddings SGLang scales once more.
+        If there is no prompt, a list of sampling parameters has another length, a field is one that this function sets,
+        or the decoder is a Gemma 1 or 2, whose embeddings SGLang would scale a second time.
 
     Examples
     --------
@@ -59,7 +59,7 @@ def generate_request(
 
     for name in _OWN_FIELDS:
         if name in fields:
-            raise ValueError(f"{name}: is made of the prompts, needs not to be given")
+            raise ValueError(f"{name}: got a value, needs none: it is made from the prompts")
     batch = [prompts] if isinstance(prompts, PromptEmbeds) else list(prompts)
     if not batch:
         raise ValueError("prompts: is empty, needs a prompt")
@@ -68,7 +68,7 @@ def generate_request(
     ids: list[list[int]] = []
     overrides: list[PositionalEmbeds | None] = []
     for prompt in batch:
-        if all(prompt.is_token):  # plain text, which SGLang may keep in its prefix cache
+        if all(prompt.is_token):  # without overrides, SGLang may use its prefix cache
             ids.append(list(prompt.token_ids))
             overrides.append(None)
         else:
@@ -86,13 +86,13 @@ def generate_request(
 
 
 def generate(engine: Any, prompts: PromptEmbeds | Sequence[PromptEmbeds], *arguments: Any, **fields: Any) -> Any:
-    """Generate with an ``sglang.Engine``, whose own ``generate`` takes no overrides.
+    """Generate with an ``sglang.Engine``, whose own ``generate`` accepts no overrides.
 
     Parameters
     ----------
     engine : sglang.Engine
     prompts, *arguments, **fields
-        As for ``generate_request``, without ``stream``.
+        Arguments of ``generate_request``, without ``stream``.
 
     Returns
     -------
@@ -102,7 +102,7 @@ def generate(engine: Any, prompts: PromptEmbeds | Sequence[PromptEmbeds], *argum
     Raises
     ------
     ValueError
-        As ``generate_request``; or for ``stream``, which only ``async_generate`` has.
+        As ``generate_request``; or for ``stream``, which only ``async_generate`` supports.
     """
     if fields.pop("stream", False):
         raise ValueError("stream: got True, needs async_generate")
@@ -114,13 +114,13 @@ def generate(engine: Any, prompts: PromptEmbeds | Sequence[PromptEmbeds], *argum
 async def async_generate(
     engine: Any, prompts: PromptEmbeds | Sequence[PromptEmbeds], *arguments: Any, **fields: Any
 ) -> AsyncIterator[dict[str, Any]]:
-    """As ``generate``, yielding each response: with ``stream=True`` all that come while text is generated.
+    """Yield SGLang's responses: with ``stream=True``, one for each step of generation.
 
     Parameters
     ----------
     engine : sglang.Engine
     prompts, *arguments, **fields
-        As for ``generate_request``.
+        Arguments of ``generate_request``.
     """
     request = generate_request(prompts, *arguments, **fields)
     async for response in engine.tokenizer_manager.generate_request(request, None):

@@ -1,4 +1,4 @@
-"""Training: the curriculum of the paper."""
+"""Training: the stages of the paper's recipe, and its curriculum."""
 
 from refrag.training.schedules import PAPER_TABLE, draw_samples, scaled_table
 

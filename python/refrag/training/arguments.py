@@ -1,4 +1,4 @@
-"""Dataclasses of options: one definition for the command line, the config file and the code that uses them."""
+"""Dataclasses of options: one definition for the command line, the config file and the code."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _NEEDS_MANY = {str: "names", int: "whole numbers", float: "numbers", Path: "path
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """One option, as its field, its type and the class's docstring describe it.
+    """One option, described by its field, its type and the class's docstring.
 
     Attributes
     ----------
     name : str
         The field's name.
     kind : type
-        str, int, float, bool or Path, of each value.
+        The type of each value: str, int, float, bool or Path.
     choices : tuple of str
-        The only values, where the field's type is a ``Literal``.
+        The allowed values, if the field's type is a ``Literal``.
     many : bool
-        Whether it holds several values: a tuple.
+        Whether the option takes several values, as a tuple.
     default : object
-        ``dataclasses.MISSING`` where a value is required.
+        ``dataclasses.MISSING`` if a value is required.
     help : str
     formerly : str, optional
-        An earlier name, which the command line and files may still use.
+        An old name that the command line and files may still use.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Argument:
 
     @property
     def flag(self) -> str:
-        """The option on the command line: ``--step-tokens``."""
+        """The option's spelling on the command line, such as ``--step-tokens``."""
         return self.flags[0]
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Its spellings on the command line, the earlier name's last."""
+        """All spellings on the command line, the old name last."""
         return tuple("--" + name.replace("_", "-") for name in (self.name, self.formerly) if name)
 
     @property
@@ -62,16 +62,16 @@ class Argument:
 
     @property
     def by_commas(self) -> bool:
-        """Whether the command line separates several values by commas; those of a required option are repeated."""
+        """Whether commas separate several values on the command line; a required option is repeated instead."""
         return self.many and not self.required
 
     def split(self, text: str) -> tuple[Any, ...]:
-        """Return the values that commas separate on the command line.
+        """Split a comma-separated value of the command line.
 
         Raises
         ------
         ValueError
-            If one is not of the option's type.
+            If a value is not of the option's type.
 
         Examples
         --------
@@ -84,12 +84,12 @@ class Argument:
             raise ValueError(f"{self.flag}: got {text!r}, needs {_NEEDS_MANY[self.kind]} separated by commas") from None
 
     def checked(self, value: Any) -> Any:
-        """Return a value in the option's type: a text as a path, a list as a tuple, a whole number as a float.
+        """Convert a value to the option's type: a string to a path, a list to a tuple, an int to a float.
 
         Raises
         ------
         ValueError
-            If it is of another type, or not among the choices.
+            If it has another type, or is not among the choices.
         """
         if value is None and self.default is None:
             return None
@@ -114,19 +114,19 @@ class Argument:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Base of a command's options: values are checked against the types of their fields."""
+    """Base class of a command's options, which checks values against the types of their fields."""
 
     def __post_init__(self) -> None:
         for argument in arguments(type(self)):
             object.__setattr__(self, argument.name, argument.checked(getattr(self, argument.name)))
 
     def require(self, names: str, fits: Callable[[Any], bool], needs: str) -> None:
-        """Refuse a value that does not fit; None, an option that is not given, always does.
+        """Require that options fulfil a condition; None, an option that is not given, always does.
 
         Raises
         ------
         ValueError
-            If one does not; it names the option, its value and what it needs.
+            If one doesn't. The message names the option, its value and what it needs.
         """
         for name in names.split():
             value = getattr(self, name)
@@ -138,13 +138,13 @@ T = TypeVar("T", bound=Options)
 
 
 def arguments(options: type[Options]) -> tuple[Argument, ...]:
-    """Return the options that a dataclass defines, required ones first.
+    """Return the arguments that a dataclass of options defines, required ones first.
 
     Examples
     --------
     >>> from refrag.training.distill.options import DistillOptions
     >>> {argument.name: argument.help for argument in arguments(DistillOptions)}["k"]
-    'Tokens of a chunk.'
+    'Tokens per chunk.'
     """
     hints = typing.get_type_hints(options)
     texts: dict[str, str] = {}
@@ -159,7 +159,7 @@ def arguments(options: type[Options]) -> tuple[Argument, ...]:
 
 
 def from_command_line(options: type[T], values: Mapping[str, Any]) -> T:
-    """Return options from the values of a command line, where several may still be one text with commas."""
+    """Make options from the values of a command line, splitting values that contain commas."""
     values = dict(values)
     for argument in arguments(options):
         if argument.by_commas and isinstance(values.get(argument.name), str):
@@ -168,7 +168,7 @@ def from_command_line(options: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _kind(hint: Any) -> tuple[type, tuple[str, ...], bool]:
-    """Return the type of each value, its choices, and whether there are several."""
+    """Return the type of a field's values, their choices, and whether it takes several."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         (hint,) = (kind for kind in typing.get_args(hint) if kind is not type(None))
     if typing.get_origin(hint) is Literal:
@@ -179,7 +179,7 @@ def _kind(hint: Any) -> tuple[type, tuple[str, ...], bool]:
 
 
 def _texts(doc: str) -> dict[str, str]:
-    """Return the text of each attribute in a NumPy docstring; several may share one."""
+    """Return the description of each attribute in a NumPy docstring; several attributes may share one."""
     texts = {}
     for names, body in re.findall(r"^(\w[\w, ]*) : .*\n?((?:    .*\n?)*)", inspect.cleandoc(doc), re.MULTILINE):
         text = " ".join(body.split()).replace("``", "")

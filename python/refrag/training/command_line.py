@@ -1,4 +1,4 @@
-"""The command line of a dataclass of options by argparse, where the packages of the console are missing."""
+"""An argparse command line for a dataclass of options, for use without typer and rich."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from refrag.training.config_files import CONFIG_HELP, read_config
 
 
 def parse(options: type[T], program: str, given: Sequence[str] | None = None) -> T:
-    """Return the options of a command line, without the packages that ``refrag`` itself needs.
+    """Parse a command line into options, without the packages that the ``refrag`` command needs.
 
     Raises
     ------
     SystemExit
         If an argument is unknown or missing.
     ValueError
-        If a value doesn't fit.
+        If a value is invalid.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, help=CONFIG_HELP)

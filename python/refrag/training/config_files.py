@@ -1,4 +1,4 @@
-"""Options in a file: TOML, YAML or JSON, with the names that they have on the command line."""
+"""Files of options in TOML, YAML or JSON, named as on the command line."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ def read_config(path: str | os.PathLike[str], options: type[Options]) -> dict[st
     Parameters
     ----------
     path : path
-        A .toml, .yaml, .yml or .json file: ``learning_rate = 2e-4``, ``data = ["texts/"]``. The ``stage.json`` that
-        earlier versions wrote beside an adapter is read too.
+        A .toml, .yaml, .yml or .json file: ``learning_rate = 2e-4``, ``data = ["texts/"]``. It may also be the
+        ``stage.json`` that earlier versions wrote beside an adapter.
     options : type
-        The dataclass whose fields may be given.
+        The dataclass whose fields the file may set.
 
     Returns
     -------
     dict of str to object
-        Values by the names of fields.
+        Values by field name.
 
     Raises
     ------
     ValueError
-        If the file can't be read, or holds an unknown option or a value of another type; it names the file and option.
+        If the file can't be read, or has an unknown option or a value of the wrong type. The message names the file and
+        option.
     """
     path = Path(path)
     read = _READERS.get(path.suffix)
@@ -53,7 +54,7 @@ def read_config(path: str | os.PathLike[str], options: type[Options]) -> dict[st
     known = {argument.name: argument for argument in arguments(options)}
     former = {argument.formerly: argument.name for argument in known.values()}
     if "objective" in values:
-        values = _of_stage(values, path, options)
+        values = _options_of_stage(values, path, options)
     values = {former.get(name, name): value for name, value in values.items()}
     for name in values:
         if name not in known:
@@ -67,14 +68,14 @@ def read_config(path: str | os.PathLike[str], options: type[Options]) -> dict[st
 
 
 def write_config(options: Options, output: str | os.PathLike[str]) -> None:
-    """Write the options that are not None into ``options.toml`` of a folder: ``--config`` repeats the run from it."""
+    """Write all options that are not None to ``options.toml`` in a folder, so that ``--config`` can repeat the run."""
     values = {argument.name: getattr(options, argument.name) for argument in arguments(type(options))}
     lines = [f"{name} = {_toml(value)}\n" for name, value in values.items() if value is not None]
     write_whole(Path(output) / CONFIG_NAME, "".join(lines).encode())
 
 
-def _of_stage(values: dict[str, Any], path: Path, options: type[Options]) -> dict[str, Any]:
-    """Return the options of a ``stage.json``, which nested them and held the same fields for every stage."""
+def _options_of_stage(values: dict[str, Any], path: Path, options: type[Options]) -> dict[str, Any]:
+    """Return the options in a ``stage.json``, which nests some of them and has the same fields for every stage."""
     objective = getattr(options, "objective", None)
     if values["objective"] != objective:
         raise ValueError(f"{path}: was written by the stage {values['objective']}, this one is {objective}")
@@ -110,7 +111,7 @@ def _read_yaml(text: str) -> Any:
         raise ValueError("needs the package PyYAML, or TOML instead") from None
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.2's scalars: 1.1 takes a plain no for false, and 2e-4 for text."""
+        """Resolves scalars as YAML 1.2 does: YAML 1.1 reads a plain no as false, and 2e-4 as a string."""
 
     redefined = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
     Loader.yaml_implicit_resolvers = {

@@ -1,4 +1,4 @@
-"""The states of torch's random generators, of every process: dropout goes on in each where it was."""
+"""The states of torch's random generators in every process, so that dropout resumes exactly."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-_WITH_GENERATORS = ("cuda", "xpu")  # devices that have one each
+_WITH_GENERATORS = ("cuda", "xpu")  # device types with a generator per device
 
 
 def generator_states(accelerator: Accelerator) -> list[dict[str, torch.Tensor]]:
-    """Return the states of every process's generators; all processes have to call."""
+    """Gather the generator states of all processes; every process must call this."""
     own = {"cpu": torch.get_rng_state()}
     device = accelerator.device
     if device.type in _WITH_GENERATORS:
@@ -21,7 +21,7 @@ def generator_states(accelerator: Accelerator) -> list[dict[str, torch.Tensor]]:
 
 
 def restore_generators(accelerator: Accelerator, states: Sequence[dict[str, torch.Tensor]]) -> None:
-    """Put this process's generators into their states; those of a process that wasn't there stay as they are."""
+    """Restore this process's generators. A process for which no state was saved keeps its own."""
     if accelerator.process_index >= len(states):
         return
     own = states[accelerator.process_index]

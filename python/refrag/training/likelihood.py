@@ -1,4 +1,4 @@
-"""The log-likelihood of what follows a context, for many ways to show the context at once."""
+"""The log-likelihood of a target after its context, for several expansions of the context in one pass."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def target_log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probability of every labelled token.
 
-    Logits are formed for the rows before labelled tokens only, a block of them at a time.
+    Computes logits only for the rows before labelled tokens, one block of rows at a time.
 
     Parameters
     ----------
     model : RefragForCausalLM
     prompt : MixedPrompt
     labels : Tensor, int64 [T]
-        -100 where nothing is asked. A row's label is predicted by the row before it.
+        -100 for rows without a label. The row before a labelled row predicts its label.
     chunk_embeds : Tensor [N, d_enc], optional
-        Of the prompt's chunks; encoded here when they aren't given.
+        Embeddings of the prompt's chunks; encoded here by default.
     mask : ChunkMask, optional
-        Of the decoder; the model's own when it isn't given.
+        The decoder's mask; the model's own by default.
 
     Returns
     -------
@@ -69,7 +69,7 @@ def target_log_probs(
 def hidden_rows(
     model: RefragForCausalLM, prompt: MixedPrompt, plans: AttentionPlans, chunk_embeds: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return the rows [T, d_dec] that the decoder makes logits of.
+    """Return the decoder's last hidden states [T, d_dec].
 
     Parameters
     ----------
@@ -92,36 +92,36 @@ def hidden_rows(
 
 
 def logits_of(decoder: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Return the logits [n, V] that a decoder makes of rows [n, d_dec], by its own code: scales, caps, transforms.
+    """Return a decoder's logits [n, V] for hidden states [n, d_dec], with its own scaling, capping and transforms.
 
-    The decoder runs with its layers left out: a shallow copy of it, whose model gives the rows as they are.
+    Runs a shallow copy of the decoder in which the base model is replaced by one that returns the hidden states.
     """
     head = copy.copy(decoder)
-    head.__dict__["_modules"] = {**decoder._modules, _inner(decoder): _AsGiven(hidden[None])}
+    head.__dict__["_modules"] = {**decoder._modules, _inner(decoder): _GivenHidden(hidden[None])}
     logits: torch.Tensor = head(inputs_embeds=hidden[None], use_cache=False, return_dict=True).logits[0]
     return logits
 
 
 def _inner(decoder: PreTrainedModel) -> str:
-    """Return the name of a decoder's model without a head: of the part that its token embeddings are in."""
+    """Return the name of a decoder's base model, the submodule that contains its token embeddings."""
     table = decoder.get_input_embeddings()
     for name, part in decoder.named_children():
         if part is not table and any(module is table for module in part.modules()):
             return name
-    raise ValueError(f"decoder: got {type(decoder).__name__}, whose token embeddings are in no part below its head")
+    raise ValueError(f"decoder: got {type(decoder).__name__}, needs one with its token embeddings in a base model")
 
 
 @dataclasses.dataclass
-class _Rows(MoeModelOutputWithPast):
-    """A model's output, in which whatever else a decoder looks for (cross attentions, a picture's rows) is None."""
+class _BaseOutput(MoeModelOutputWithPast):
+    """A base model's output, in which all other fields that a decoder may read (cross attentions, say) are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
             raise AttributeError(name)
 
 
-class _AsGiven(nn.Module):
-    """Stands for a decoder's model, or for a part of it that the decoder calls (OPT's ``model.decoder``)."""
+class _GivenHidden(nn.Module):
+    """Replaces a decoder's base model, or the submodule of it that the decoder calls (OPT's ``model.decoder``)."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__()
@@ -130,43 +130,43 @@ class _AsGiven(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return self if name in ("decoder", "language_model") else super().__getattr__(name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> _Rows:
-        return _Rows(last_hidden_state=self.hidden)
+    def forward(self, *args: Any, **kwargs: Any) -> _BaseOutput:
+        return _BaseOutput(last_hidden_state=self.hidden)
 
 
 def share_beginning(prompt: MixedPrompt, labels: torch.Tensor) -> tuple[MixedPrompt, torch.Tensor, ChunkMask] | None:
-    """Join sequences that begin alike into one, in which what they begin with stands once.
+    """Join sequences with a common beginning into one sequence that contains the beginning only once.
 
-    Rollouts of one context differ in which chunks are expanded; the spans before the first that differs are the same
-    for all. They become shared text, and the rest of each sequence one passage: under ``ChunkMask.passages`` and a
-    causal plan each sees the shared rows and its own, at its own positions.
+    Rollouts of one context differ in which chunks are expanded; the spans before the first difference are the same for
+    all. They become shared text, and the rest of each sequence becomes a passage: under ``ChunkMask.passages`` and a
+    causal plan, each passage attends to the shared rows and itself, at its own positions.
 
     Parameters
     ----------
     prompt : MixedPrompt
-        G sequences with the same text in the same places.
+        G sequences of the same spans, which may differ in expansion.
     labels : Tensor, int64 [T]
 
     Returns
     -------
     prompt : MixedPrompt
-        One sequence; slots are numbered as before.
+        One sequence with the same slot numbers.
     labels : Tensor
     mask : ChunkMask
     None
-        If there are fewer than two sequences, or it saves a tenth of the rows or less.
+        If there are fewer than two sequences, or sharing saves at most a tenth of the rows.
     """
     lengths = prompt.layout.lengths()
     starts = prompt.layout.sequence_offsets.tolist()
-    alike = _spans_alike(prompt, labels, lengths, starts)
-    shared = sum(lengths[0][:alike]) if lengths else 0
+    common = _num_common_spans(prompt, labels, lengths, starts)
+    shared = sum(lengths[0][:common]) if lengths else 0
     if shared * (len(lengths) - 1) <= 0.1 * prompt.layout.total_rows:
         return None
     rows = torch.cat(
         [torch.arange(0 if not index else start + shared, end) for index, (start, end) in enumerate(pairwise(starts))]
     ).to(prompt.device)
-    spans = [*lengths[0][:alike], *(rows for own in lengths for rows in own[alike:])]
-    passages = [-1] * alike + [branch for branch, own in enumerate(lengths) for _ in own[alike:]]
+    spans = [*lengths[0][:common], *(rows for own in lengths for rows in own[common:])]
+    passages = [-1] * common + [branch for branch, own in enumerate(lengths) for _ in own[common:]]
     joined = dataclasses.replace(
         prompt,
         token_ids=prompt.token_ids[rows],
@@ -178,13 +178,13 @@ def share_beginning(prompt: MixedPrompt, labels: torch.Tensor) -> tuple[MixedPro
     return joined, labels[rows], ChunkMask.passages(passages)
 
 
-def _spans_alike(prompt: MixedPrompt, labels: torch.Tensor, lengths: list[list[int]], starts: list[int]) -> int:
-    """Return how many spans all sequences begin with alike; each keeps a row of its own before its first label."""
+def _num_common_spans(prompt: MixedPrompt, labels: torch.Tensor, lengths: list[list[int]], starts: list[int]) -> int:
+    """Return the number of common spans; each sequence keeps at least one own row before its first label."""
     if len(lengths) < 2:
         return 0
     chunks = len(prompt.chunks) // len(lengths)
     unlike = prompt.slot_of_row.new_tensor([chunks * prompt.latents])
-    alike = 0
+    common = 0
     row = 0
     for span, own in enumerate(zip(*lengths)):
         end = row + own[0]
@@ -197,7 +197,7 @@ def _spans_alike(prompt: MixedPrompt, labels: torch.Tensor, lengths: list[list[i
             torch.stack(
                 [
                     prompt.token_ids[start + row : start + end],
-                    # Each sequence numbers its slots on from those before it.
+                    # Slot numbers continue from one sequence to the next.
                     (prompt.slot_of_row[start + row : start + end] - index * unlike).clamp(min=-1).long(),
                     prompt.position_ids[start + row : start + end],
                 ]
@@ -206,8 +206,8 @@ def _spans_alike(prompt: MixedPrompt, labels: torch.Tensor, lengths: list[list[i
         ]
         if any(not torch.equal(pieces[0], other) for other in pieces[1:]):
             break
-        alike, row = span + 1, end
-    return alike
+        common, row = span + 1, end
+    return common
 
 
 def _log_probs(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

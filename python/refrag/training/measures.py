@@ -1,4 +1,4 @@
-"""What is measured on held-out text while training runs."""
+"""Metrics on held-out text during training."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from refrag.model.modeling import RefragForCausalLM
 from refrag.training.likelihood import hidden_rows, logits_of, target_log_probs
 from refrag.training.samples import Sample, collate_for, next_paragraph, reconstruction
 
-_SEED = 20_250_912  # of the measured samples: the same in every run
+_SEED = 20_250_912  # the same evaluation samples in every run
 
 
 @torch.no_grad()
 def reconstruction_accuracy(
     model: RefragForCausalLM, *, parts: ModelBundle, documents: Documents, samples: int = 256, chunks: int = 1
 ) -> dict[str, Any]:
-    """Measure how exactly text is written again from its slots.
+    """Measure how accurately the decoder reconstructs text from its slots.
 
     Returns
     -------
     dict
-        ``held_out_loss`` per token; ``accuracy``, the share of tokens that are the most likely one, given the true ones
-        before them; ``first_token_accuracy``, of the first token, for which the slots are all there is to go by.
+        ``held_out_loss`` per token; ``accuracy``, the share of tokens predicted correctly given the true tokens before
+        them; ``first_token_accuracy``, the same for each text's first token, which only the slots can predict.
     """
     windows = documents.windows(chunks * parts.k)
     prefix = prefix_ids(parts.tokenizer)
@@ -60,7 +60,7 @@ def next_paragraph_loss(
     output_tokens: int,
     samples: int = 64,
 ) -> dict[str, Any]:
-    """Measure the log-perplexity of what follows ``max_chunks`` chunks; ``held_out_loss`` per token."""
+    """Measure the log-perplexity of the text after ``max_chunks`` chunks: ``held_out_loss``, per token."""
     context = max_chunks * parts.k
     windows = documents.windows(context + output_tokens)
     prefix = prefix_ids(parts.tokenizer)
@@ -73,7 +73,7 @@ def next_paragraph_loss(
 
 @torch.no_grad()
 def target_loss(model: RefragForCausalLM, *, parts: ModelBundle, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Measure the log-perplexity of samples' targets; ``held_out_loss`` per token."""
+    """Measure the log-perplexity of the samples' targets: ``held_out_loss``, per token."""
     total = 0.0
     for start in range(0, len(samples), 8):
         prompt, labels = collate_for(parts, samples[start : start + 8])

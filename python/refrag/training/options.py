@@ -1,4 +1,4 @@
-"""The options of `refrag train` and `refrag eval`, from the command line or a file to where they are used."""
+"""The options of `refrag train` and `refrag eval`: dataclasses that are passed from the command line to the loops."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from refrag.training.arguments import Options
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopOptions(Options):
-    """How to train; the defaults are the paper's (B.3) where it has any.
+    """Options of the training loop; defaults are the paper's (B.3) where it states any.
 
     Attributes
     ----------
     steps : int
         Optimizer steps.
     batch_size : int
-        Samples of a step, over all processes.
+        Samples per step, over all processes.
     learning_rate : float
-        The peak of the learning rate.
+        Peak learning rate.
     projector_rate, encoder_rate : float, optional
-        Peak of this part alone; the learning rate of the others when it isn't given.
+        Peak learning rate of this part, if it differs from the learning rate.
     warmup : float
-        Share of the steps in which the rate rises; then it falls as a cosine to 0.
+        Share of the steps for linear warm-up; the rate then falls to 0 as a cosine.
     betas : tuple of 2 floats
-        AdamW's.
+        AdamW's betas.
     weight_decay : float
-        AdamW's.
+        AdamW's weight decay.
     max_grad_norm : float
         Norm to which all gradients together are clipped.
     max_rows : int
-        Decoder rows of one forward pass: bounds the memory. A step's samples are cut into as many passes as this needs.
+        Maximum decoder rows of a forward pass, which limits memory. A step takes as many passes as its samples need.
     checkpoint_every : int
         Steps between checkpoints.
     log_every : int
-        Steps between entries of the log.
+        Steps between log entries.
     evaluate_every : int
-        Steps between measurements on held-out text.
+        Steps between evaluations on held-out text.
     seed : int
-        Of the samples, their order and dropout.
+        Seed of the samples, their order and dropout.
     """
 
     steps: int = 1000
@@ -69,32 +69,32 @@ class LoopOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
-    """Which model to train, what of it, and where the result goes.
+    """Which model and which parts of it to train, and where to write the result.
 
     Attributes
     ----------
     output : Path
         Folder for the log, checkpoints and the adapter.
     encoder, decoder : str, optional
-        Folder or hub name; the demo's model when it isn't given.
+        Folder or hub name; the demo's model by default.
     k : int
-        Tokens of a chunk.
+        Tokens per chunk.
     preset : str
         paper, lclm or tokens: see RefragConfig.
     pooling : str, optional
-        first, mean, last or concat; the preset's when it isn't given.
+        first, mean, last or concat; the preset's by default.
     latents : int
-        Slots of a compressed chunk.
+        Slots per compressed chunk.
     start : Path, optional
         Output folder of an earlier stage to start from.
     train_encoder, train_decoder : {"all", "lora", "none"}
-        What to train of this part: all, lora or none.
+        Which parameters of this part to train: all, low-rank adapters (lora) or none.
     rank : int
         Rank of the low-rank adapters.
     held_out : float
-        Share of the documents to measure on.
+        Share of the documents that are held out for evaluation.
     precision : {"bf16", "no", "fp16", "fp8"}
-        Mixed precision, as Accelerate knows it: bf16, no (the weights' own), fp16 or fp8.
+        Accelerate's mixed precision: bf16, no (the weights' own dtype), fp16 or fp8.
     """
 
     output: Path
@@ -116,10 +116,10 @@ class ModelOptions(Options):
         self.require("k latents rank", lambda value: value >= 1, "1 or more")
 
 
-# Fields come in the order of the method resolution backwards: those of ModelOptions before those of LoopOptions.
+# Dataclasses collect fields in reverse MRO: ModelOptions' come before LoopOptions'.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageOptions(LoopOptions, ModelOptions):
-    """Options of every stage that trains the model."""
+    """Options common to all stages that train the model."""
 
     objective: ClassVar[str]
 
@@ -131,13 +131,13 @@ class TextOptions(StageOptions):
     Attributes
     ----------
     data : tuple of str
-        Folder of text files, .jsonl or .parquet file, or dataset of the hub (name or name:split); may be repeated.
+        Folder of text files, .jsonl or .parquet file, or hub dataset (name or name:split); may be repeated.
     max_chunks : int
-        Chunks of the longest samples.
+        Number of chunks in the longest samples.
     curriculum : bool
-        Short samples first, by the paper's table 8; or the same, shuffled.
+        Order samples from short to long as in the paper's table 8, instead of shuffling the same lengths.
     fixed_length : bool
-        All samples as long as the longest, instead of the curriculum's lengths.
+        Make all samples as long as the longest, instead of using the curriculum's lengths.
     """
 
     data: tuple[str, ...]
@@ -152,21 +152,21 @@ class TextOptions(StageOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReconstructOptions(TextOptions):
-    """Stage 1: write a text again from its chunks."""
+    """Stage 1: reconstruct a text from its chunks."""
 
     objective: ClassVar[str] = "reconstruction"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainOptions(TextOptions):
-    """Stage 2: write what follows the chunks.
+    """Stage 2: continue the text after its chunks.
 
     Attributes
     ----------
     output_tokens : int
-        o, the tokens written after the context.
+        o, the number of tokens to write after the context.
     expand : float
-        p, the share of the chunks that stay text, drawn at random.
+        p, the share of chunks that stay text, drawn at random.
     """
 
     objective: ClassVar[str] = "next_paragraph"
@@ -188,11 +188,11 @@ class FinetuneOptions(StageOptions):
     Attributes
     ----------
     data : Path
-        .jsonl file: question, passages (a list) and answer on each line.
+        .jsonl file with question, passages (a list) and answer on each line.
     expand : float
-        p, the share of the chunks that stay text, drawn at random.
+        p, the share of chunks that stay text, drawn at random.
     held_out : float
-        Share of the questions to measure on: the last ones.
+        Share of the questions that are held out for evaluation: the last ones.
     """
 
     objective: ClassVar[str] = "answers"
@@ -208,28 +208,28 @@ class FinetuneOptions(StageOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutOptions(Options):
-    """How to train the policy; the paper gives none of these numbers.
+    """Options of the policy's training; the paper states none of these numbers.
 
     Attributes
     ----------
     steps : int
-        Steps, each of ``contexts`` contexts.
+        Number of steps, each over ``contexts`` contexts.
     contexts : int
-        B, the contexts of a step.
+        B, the number of contexts per step.
     rollouts : int
-        G, the expansions drawn for each context.
+        G, the number of expansions drawn for each context.
     expand : float
-        p, the share of the chunks to expand.
+        p, the share of chunks to expand.
     epsilon : float
-        By how much the clip lets a pick's probability ratio differ from 1.
+        How far a pick's probability ratio may differ from 1 before it is clipped.
     updates : int
-        Optimizer steps on each step's rollouts.
+        Optimizer steps on the rollouts of each step.
     learning_rate : float
-        AdamW's, constant.
+        AdamW's learning rate, constant.
     max_grad_norm : float
         Norm to which all gradients together are clipped.
     seed : int
-        Of the contexts, the rollouts and the policy's first weights.
+        Seed of the contexts, the rollouts and the policy's initial weights.
     """
 
     steps: int = 200
@@ -250,7 +250,7 @@ class RolloutOptions(Options):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterOptions(Options):
-    """A trained model, and where the result goes.
+    """Which trained model to use, and where to write the result.
 
     Attributes
     ----------
@@ -259,7 +259,7 @@ class AdapterOptions(Options):
     output : Path
         Folder for the result.
     encoder, decoder : str, optional
-        Folder or hub name; what the adapter was trained on when it isn't given.
+        Folder or hub name; by default the one that the adapter was trained on.
     """
 
     adapter: Path
@@ -275,19 +275,19 @@ class PolicyOptions(RolloutOptions, AdapterOptions):
     Attributes
     ----------
     data : tuple of str
-        Folder of text files, .jsonl or .parquet file, or dataset of the hub (name or name:split); may be repeated.
+        Folder of text files, .jsonl or .parquet file, or hub dataset (name or name:split); may be repeated.
     chunks : int
-        Chunks of a context.
+        Chunks per context.
     output_tokens : int
-        o, the tokens whose likelihood is the reward.
+        o, the number of tokens whose likelihood is the reward.
     width, num_heads : int
-        Of the policy's two layers.
+        Hidden size and attention heads of the policy's two layers.
     checkpoint_every : int
         Steps between checkpoints.
     held_out : float
-        Share of the documents to leave out: what the earlier stages measured on.
+        Share of the documents to leave out: those that the earlier stages held out.
     precision : {"bf16", "no"}
-        Of the passes that score rollouts: bf16, or no (the weights' own). The policy itself is float32.
+        Precision of the passes that score rollouts: bf16, or no (the weights' own dtype). The policy is float32.
     """
 
     data: tuple[str, ...]
@@ -302,18 +302,18 @@ class PolicyOptions(RolloutOptions, AdapterOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditions(Options):
-    """What the table of perplexities compares.
+    """The conditions that the table of perplexities compares.
 
     Attributes
     ----------
     context : int
-        s, the tokens of a context: a multiple of k.
+        s, the number of tokens in a context: a multiple of k.
     output_tokens : int
-        o, the tokens that follow it.
+        o, the number of tokens after the context.
     rates : tuple of float
-        Compression rates at which selectors expand, k / (1 - p + k p), separated by commas; at most k.
+        Compression rates k / (1 - p + k p) at which the selectors expand chunks, separated by commas; at most k.
     selectors : tuple of str
-        Selectors of a given number of chunks, separated by commas; policy is added where the adapter holds one.
+        Selectors to compare, separated by commas; policy is added if the adapter has one.
     """
 
     context: int = 256
@@ -331,17 +331,17 @@ class PerplexityOptions(Conditions, AdapterOptions):
     Attributes
     ----------
     data : tuple of str
-        Domain to measure on, name=source: a source as refrag train takes it; may be repeated.
+        Domain to measure, as name=source, with the same sources as for refrag train; may be repeated.
     samples : int
-        Contexts of each domain.
+        Contexts per domain.
     held_out : float
-        Share of the documents, by content: that of training for a domain it saw, or 1.
+        Share of the documents to measure: training's held_out for a domain that was trained on, else 1.
     untrained : bool
-        Measure the decoder as it was before training, too.
+        Also measure the decoder as it was before training.
     precision : {"bf16", "no"}
-        bf16, or no: the weights' own.
+        bf16, or no (the weights' own dtype).
     seed : int
-        Of the contexts, and of the selector random.
+        Seed of the contexts and of the selector random.
     """
 
     data: tuple[str, ...]

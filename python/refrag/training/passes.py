@@ -1,4 +1,4 @@
-"""Cutting a step's samples into forward passes: bounded in rows, and as many in every process."""
+"""Split a step's samples into forward passes of bounded size, equally many in every process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from refrag.training.samples import Sample
 
 
 def cut_passes(samples: Sequence[Sample], max_rows: int) -> list[list[Sample]]:
-    """Cut samples into passes of at most ``max_rows`` rows; a sample that alone has more gets one to itself."""
+    """Split samples into passes of at most ``max_rows`` rows; a longer sample gets a pass of its own."""
     passes: list[list[Sample]] = []
     rows = 0
     for sample in sorted(samples, key=lambda sample: sample.num_rows):
@@ -21,9 +21,9 @@ def cut_passes(samples: Sequence[Sample], max_rows: int) -> list[list[Sample]]:
 
 
 def make_passes(passes: Sequence[list[Sample]], count: int) -> list[list[Sample]]:
-    """Return ``count`` passes with the same samples: the largest are halved, and some are empty if that isn't enough.
+    """Return ``count`` passes of the same samples: halve the largest, and add empty ones if that isn't enough.
 
-    Where parameters are sharded, a pass in one process waits for its like in the others.
+    With sharded parameters, processes run passes in lockstep, so all need the same number.
 
     Examples
     --------

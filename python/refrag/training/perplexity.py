@@ -1,4 +1,4 @@
-"""The paper's table of perplexities: what follows a context, given the context in full, not at all, or compressed."""
+"""The paper's table of perplexities of the text after a context: with the full context, without it, or compressed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def share_for_rate(rate: float, k: int) -> float:
 
 
 def value_kept(scores: Mapping[str, float], condition: str) -> float:
-    """Return the share of the context's value that a condition keeps (footnote 2): 0 without context, 1 with all."""
+    """Return the share of the context's value that a condition keeps (footnote 2): 0 without context, 1 in full."""
     return (scores[NONE] - scores[condition]) / (scores[NONE] - scores[FULL])
 
 
@@ -67,18 +67,18 @@ def measure(
     samples : int
     seed : int
     policy : ExpansionPolicy, optional
-        Needed for the selector "policy".
+        Required for the selector "policy".
     base : RefragForCausalLM, optional
-        The decoder before training, for the conditions without chunks: a decoder that learnt to read slots also learnt
-        from the text, and would make the comparison kinder. Those conditions then appear twice, "(untrained)" once.
+        The decoder before training. It is measured in the conditions without chunks too, marked "(untrained)": a
+        decoder that learnt to read slots also learnt from the text, which would flatter the comparison.
     track : callable
-        Shows progress.
+        Wraps the sample indices to show progress.
 
     Returns
     -------
     dict of str to list of float
-        Condition -> a log-perplexity (nats per token) for each sample: paired, so that differences have their own
-        standard error.
+        Condition -> the log-perplexity (nats per token) of each sample. Conditions share samples, so that differences
+        have a paired standard error.
     """
     k, context = parts.k, conditions.context
     if context % k:
@@ -109,14 +109,14 @@ def measure(
         embeds = parts.model.encode_chunks(prompt.encoder_input)
 
         def embed(texts: Sequence[str], chunks: Sequence[Chunk] = chunks, own: torch.Tensor = embeds) -> torch.Tensor:
-            # The chunks as the model has them, in their windows; anything else alone.
+            # The sample's chunks were encoded in their windows; encode other texts on their own.
             return own if list(texts) == [chunk.text for chunk in chunks] else parts.embed(texts)
 
         for rate in conditions.rates:
             count = round(share_for_rate(min(rate, k), k) * len(chunks))
             for name in conditions.selectors if count else ():
                 selector = by_name(name, model=parts.model, embed=embed, policy=policy, seed=seed + index)
-                # There is no question: the context's last chunk is what the output goes on from.
+                # There is no question, so use the context's last chunk, which the output continues.
                 expansions[f"{name}, {rate:g}x"] = frozenset(selector(chunks[-1].text, chunks, count))
         variants = [dataclasses.replace(sample, expanded=picks) for picks in expansions.values()]
         losses = _losses(parts, parts.model, variants, embeds.repeat(len(variants), 1))
@@ -126,9 +126,9 @@ def measure(
 
 
 def summary(scores: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Return a row for each condition: the mean log-perplexity, its standard error, and the share of the value kept.
+    """Return a row for each condition: mean log-perplexity, standard error, and share of the context's value kept.
 
-    ``standard_error`` is that of the difference to the full context, paired by sample.
+    ``standard_error`` is that of the difference from the full context, paired by sample.
     """
     means = {name: sum(values) / len(values) for name, values in scores.items()}
     rows = []
@@ -148,7 +148,7 @@ def summary(scores: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
 
 
 def markdown(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return the tables of several domains as one in Markdown."""
+    """Format the tables of several domains as one Markdown table."""
     domains = list(tables)
     names = [row["condition"] for row in tables[domains[0]]]
     lines = ["| | " + " | ".join(domains) + " |", "| --- |" + " ---: |" * len(domains)]

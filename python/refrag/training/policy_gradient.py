@@ -1,4 +1,4 @@
-"""Training the expansion policy by reinforcement learning (REFRAG, A.1): grouped rollouts, clipped ratios."""
+"""Reinforcement learning of the expansion policy (REFRAG, A.1): grouped rollouts and a clipped objective."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from refrag.training.trainer import Collate
 
 
 def group_advantage(rewards: torch.Tensor) -> torch.Tensor:
-    """Return each rollout's advantage over its group: ``(r - mean) / std`` (GRPO).
+    """Return each rollout's advantage within its group: ``(r - mean) / std`` (GRPO).
 
     Parameters
     ----------
     rewards : Tensor [B, G]
-        Of G rollouts of each of B contexts.
+        Rewards of G rollouts for each of B contexts.
 
     Returns
     -------
     Tensor [B, G]
-        0 where all of a group's rewards are the same.
+        0 if all rewards of a group are equal.
 
     Examples
     --------
@@ -42,21 +42,22 @@ def group_advantage(rewards: torch.Tensor) -> torch.Tensor:
 def clipped_objective(
     log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantage: torch.Tensor, made: torch.Tensor, epsilon: float
 ) -> torch.Tensor:
-    """Return PPO's objective, to be maximised: the ratio of each pick, clipped (arXiv 1707.06347, equation 7).
+    """Return PPO's clipped objective, to be maximised (arXiv 1707.06347, equation 7).
 
     Parameters
     ----------
     log_prob, old_log_prob : Tensor [R, n]
-        Of each pick of R rollouts, by the policy as it is and as it was when it made them.
+        Log-probability of each pick of R rollouts under the current policy, and under the one that made the rollouts.
     advantage : Tensor [R]
     made : Tensor, bool [R, n]
-        False for the -1 that fill up shorter rollouts.
+        False for the padding of shorter rollouts.
     epsilon : float
+        How far the probability ratio may differ from 1 before it is clipped.
 
     Returns
     -------
     Tensor []
-        The mean over a rollout's picks, then over rollouts.
+        The mean over each rollout's picks, then over rollouts.
     """
     ratio = (log_prob - old_log_prob).exp()
     gain = advantage[:, None]
@@ -75,26 +76,26 @@ def rollout_rewards(
     *,
     share: bool = True,
 ) -> torch.Tensor:
-    """Score expansions of one context in one packed pass.
+    """Score several expansions of one context in one packed forward pass.
 
     Parameters
     ----------
     model : RefragForCausalLM
     collate : callable
-        As the trainer's.
+        Samples -> a packed prompt and its labels.
     sample : Sample
-        Its own ``expanded`` is not looked at.
+        Its own ``expanded`` is ignored.
     rollouts : sequence of G sets of int
-        The chunks that each expands.
+        The chunks that each rollout expands.
     chunk_embeds : Tensor [L, d_enc]
-        Of the sample's chunks: encoded once for all rollouts.
+        Embeddings of the sample's chunks, encoded once for all rollouts.
     share : bool
-        Whether the rows before the first difference may stand once, where that saves more than a tenth of the rows.
+        Whether rollouts may share the rows before their first difference, if that saves more than a tenth of all rows.
 
     Returns
     -------
     Tensor, float32 [G]
-        Minus the log-perplexity: the mean log-probability of the target's tokens.
+        The negative log-perplexity: the mean log-probability of the target's tokens.
     """
     prompt, labels = collate([dataclasses.replace(sample, expanded=picks) for picks in rollouts])
     mask = None
@@ -107,7 +108,7 @@ def rollout_rewards(
 
 
 def policy_optimizer(policy: ExpansionPolicy, options: RolloutOptions) -> torch.optim.Optimizer:
-    """Return the optimizer of a policy's parameters."""
+    """Return the optimizer for a policy."""
     return torch.optim.AdamW(policy.parameters(), lr=options.learning_rate, weight_decay=0.0)
 
 
@@ -127,16 +128,16 @@ def train_policy(
     ----------
     policy : ExpansionPolicy
     contexts : callable
-        A context's number -> the sample, and the embeddings of its L chunks.
+        A context's index -> the sample, and the embeddings of its L chunks.
     reward : callable
-        Sample, its rollouts and its chunks' embeddings -> rewards [G]; ``rollout_rewards`` with a model.
+        Sample, its rollouts and its chunks' embeddings -> rewards [G], such as ``rollout_rewards`` of a model.
     options : RolloutOptions
     log : callable, optional
-        Gets the figures of each step.
+        Called with the metrics of each step.
     first_step : int
-        To go on from a checkpoint.
+        The step to resume at.
     optimizer : torch.optim.Optimizer, optional
-        Its own, when it goes on from a checkpoint.
+        The optimizer of the run to resume.
     """
     optimizer = optimizer or policy_optimizer(policy, options)
     policy.train()

@@ -1,4 +1,4 @@
-"""The last stage of the recipe: the expansion policy, on documents and a trained, frozen model."""
+"""The last stage of the training recipe: train the expansion policy for a trained, frozen model."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from refrag.training.samples import Sample, collate_for, next_paragraph
 
 
 def run_policy_stage(parts: ModelBundle, options: PolicyOptions, documents: Documents) -> list[dict[str, Any]]:
-    """Train the policy of a trained model; write the adapter with it into ``options.output``.
+    """Train a policy for a trained model, and write the adapter with the policy into ``options.output``.
 
-    A run that was broken off goes on from its last checkpoint.
+    An interrupted run resumes from its last checkpoint.
 
     Parameters
     ----------
     parts : ModelBundle
-        With ``options.adapter`` loaded.
+        The model of ``options.adapter``.
     options : PolicyOptions
     documents : Documents
-        To train on.
+        Training documents.
 
     Returns
     -------
@@ -42,7 +42,7 @@ def run_policy_stage(parts: ModelBundle, options: PolicyOptions, documents: Docu
     Raises
     ------
     ValueError
-        If the folder holds a checkpoint of another options.
+        If the folder holds a checkpoint made with other options.
     """
     model = parts.model.eval().requires_grad_(False)
     context = options.chunks * parts.k
@@ -100,7 +100,7 @@ def run_policy_stage(parts: ModelBundle, options: PolicyOptions, documents: Docu
 
 
 def _stage(options: PolicyOptions) -> dict[str, Any]:
-    """Return the options that a checkpoint must have been made with, in the form and by the names of its file."""
+    """Return the options that must equal a checkpoint's, with the structure and names of the checkpoint file."""
     nested = ("steps", "contexts", "rollouts", "epsilon", "updates", "learning_rate", "max_grad_norm", "seed")
     own = ("chunks", "output_tokens", "width", "num_heads", "checkpoint_every", "precision")
     settings = {"share": options.expand, **{name: getattr(options, name) for name in nested}}

@@ -1,4 +1,4 @@
-"""What the model is trained on: spans of text and chunks, and which of them it learns to write."""
+"""Training samples: spans of text and chunks, and the span that the model learns to write."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from refrag.model.inputs import Chunk, MixedPrompt, Passage
 from refrag.model.packing import Span, pack_spans
 from refrag.processing.processor import RefragProcessor
 
-Sampler = Callable[[int], "Sample"]  # a sample's number -> the sample, always the same
+Sampler = Callable[[int], "Sample"]  # index -> sample; deterministic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Sample:
     spans : tuple of Span
         Text and chunks, in order.
     target : int
-        The span that the model learns to write: text, after what it is written from.
+        Index of the span that the model learns to write; it is text, and follows its context.
     expanded : frozenset of int
-        Which of its chunks stand as text.
+        Chunks that are expanded to text.
     latents : int
-        Slots of a compressed chunk.
+        Slots per compressed chunk.
     """
 
     spans: tuple[Span, ...]
@@ -45,17 +45,17 @@ class Sample:
 
     @property
     def num_chunks(self) -> int:
-        """Chunks, expanded or not."""
+        """Number of chunks, expanded or not."""
         return sum(isinstance(span, Chunk) for _, span in self.spans)
 
     @property
     def num_targets(self) -> int:
-        """Tokens that the loss is over."""
+        """Number of tokens in the loss."""
         return len(self.spans[self.target][1])  # type: ignore[arg-type]
 
     @property
     def num_rows(self) -> int:
-        """Rows that the decoder reads."""
+        """Number of rows that the decoder reads."""
         rows, chunk = 0, 0
         for _, span in self.spans:
             if isinstance(span, Chunk):
@@ -69,17 +69,17 @@ class Sample:
 def chunks_of(
     token_ids: Sequence[int], k: int, tokenizer: PreTrainedTokenizerBase, cuttable: Sequence[bool] | None = None
 ) -> list[Chunk]:
-    """Cut tokens into chunks of k, the last perhaps shorter, as ``FixedChunks`` cuts the text that they stand for.
+    """Cut tokens into chunks of at most k tokens, as ``FixedChunks`` cuts their text.
 
     Parameters
     ----------
     token_ids : sequence of int
-        They begin with a whole character.
+        The first must begin a character.
     k : int
     tokenizer : PreTrainedTokenizerBase
         The decoder's.
     cuttable : sequence of bool, optional
-        For each token, whether a chunk may end with it; without it any may.
+        For each token, whether a chunk may end with it; by default any may.
     """
     places = [True] * len(token_ids) if cuttable is None else cuttable
     pieces: list[tuple[int, ...]] = []
@@ -88,7 +88,7 @@ def chunks_of(
         end = end_of_chunk(places, first, k)
         pieces.append(tuple(token_ids[first:end]))
         first = end
-    # Behind the chunk before it: a decoder that takes the first space for its own would leave it out.
+    # Decode each chunk after the previous one: on its own, some tokenizers would drop its leading space.
     befores = [(), *pieces[:-1]]
     runs = [list(run) for run in [*befores, *map(operator.add, befores, pieces)]]
     texts = tokenizer.batch_decode(runs, clean_up_tokenization_spaces=False)
@@ -102,7 +102,7 @@ def reconstruction(
     prefix: list[int],
     cuttable: Sequence[bool] | None = None,
 ) -> Sample:
-    """Return the first task: write x_1:s from its own s/k chunks (REFRAG, 3.1), up to its last whole character."""
+    """Return a reconstruction sample: write x_1:s from its s/k chunks (REFRAG, 3.1), up to its last whole character."""
     end = len(token_ids) if cuttable is None else end_of_chunk(cuttable, 0, len(token_ids))
     chunks: list[Span] = [(0, chunk) for chunk in chunks_of(token_ids[:end], k, tokenizer, cuttable and cuttable[:end])]
     return _sample(prefix, chunks, list(token_ids[:end]))
@@ -117,19 +117,20 @@ def next_paragraph(
     expanded: Collection[int] = (),
     cuttable: Sequence[bool] | None = None,
 ) -> Sample:
-    """Return the second: write the tokens that follow ``context`` tokens, which stand as chunks (REFRAG, 3.1).
+    """Return a continuation sample: write the tokens after ``context`` tokens, given as chunks (REFRAG, 3.1).
 
-    The context ends with a whole character, a few tokens earlier if need be; as many tokens follow it all the same.
+    The context ends with a whole character, a few tokens earlier if necessary; the output has the same length either
+    way.
     """
     output = len(token_ids) - context
-    # A character of more tokens than the window is cut nevertheless: something has to follow.
+    # Cut a character that has more tokens than the window: the output needs at least one token.
     end = context if cuttable is None else min(end_of_chunk(cuttable, 0, context), len(token_ids) - 1)
     chunks: list[Span] = [(0, chunk) for chunk in chunks_of(token_ids[:end], k, tokenizer, cuttable and cuttable[:end])]
     return _sample(prefix, chunks, list(token_ids[end : end + output]), expanded)
 
 
 def random_picks(chunks: int, expand: float, seed: int, index: int) -> frozenset[int]:
-    """Return the share ``expand`` of the chunks at random, rounded; ``seed`` and ``index`` fix which."""
+    """Pick a share ``expand`` of the chunks at random, rounded; ``seed`` and ``index`` determine which."""
     return frozenset(random.Random(f"{seed}/{index}").sample(range(chunks), round(expand * chunks)))
 
 
@@ -142,19 +143,19 @@ def reconstruction_sampler(
     *,
     seed: int,
 ) -> Sampler:
-    """Return the samples of the reconstruction stage.
+    """Return the sampler of the reconstruction stage.
 
     Parameters
     ----------
     windows_of : callable
-        Tokens -> the runs of so many tokens.
+        Number of tokens -> windows of that length.
     schedule : callable
-        A sample's number -> its chunks, by the curriculum or without one.
+        A sample's index -> its number of chunks, from ``training.schedules``.
     k : int
     tokenizer : PreTrainedTokenizerBase
         The decoder's.
     prefix : list of int
-        From ``prefix_ids``.
+        The result of ``prefix_ids``.
     seed : int
     """
 
@@ -176,14 +177,16 @@ def next_paragraph_sampler(
     output_tokens: int,
     expand: float = 0.0,
 ) -> Sampler:
-    """Return the samples of continual pre-training; the parameters are those of ``reconstruction_sampler``, and
+    """Return the sampler of continual pre-training.
 
     Parameters
     ----------
+    windows_of, schedule, k, tokenizer, prefix, seed
+        See ``reconstruction_sampler``.
     output_tokens : int
-        o, the tokens to write.
+        o, the number of tokens to write.
     expand : float
-        p, the share of the chunks that stand as text, drawn at random (REFRAG, A.1: 0.1 before the policy's training).
+        p, the share of chunks to expand to text, drawn at random (REFRAG, A.1: 0.1 before the policy is trained).
     """
 
     def sample(index: int) -> Sample:
@@ -198,23 +201,23 @@ def next_paragraph_sampler(
 def answer_sampler(
     questions: Sequence[Mapping[str, Any]], processor: RefragProcessor, *, seed: int, expand: float = 0.0
 ) -> Sampler:
-    """Return the samples of fine-tuning: question and retrieved passages, then the answer (REFRAG, 3.1).
+    """Return the sampler of fine-tuning: question and retrieved passages, then the answer (REFRAG, 3.1).
 
     Parameters
     ----------
     questions : sequence of dicts
         "question", "passages" (a list of strings) and "answer".
     processor : RefragProcessor
-        Writes the prompt in the decoder's chat template where it has one: passages, then the question.
+        Formats the prompt, passages then question, with the decoder's chat template if it has one.
     seed : int
-        Of the order; all are seen before one is seen again.
+        Seed of the order, which is a new permutation in every epoch.
     expand : float
-        Share of the chunks that stand as text, drawn at random.
+        Share of chunks to expand to text, drawn at random.
 
     Raises
     ------
     ValueError
-        If there are no questions, or one lacks a part.
+        If there are no questions, or one lacks a field.
     """
     if not questions:
         raise ValueError("questions: got none, needs one or more")
@@ -224,7 +227,7 @@ def answer_sampler(
     tokenizer = processor.tokenizer
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
-    @functools.lru_cache(maxsize=2)  # an evaluation may read another epoch's in between
+    @functools.lru_cache(maxsize=2)  # a step may span two epochs
     def order(epoch: int) -> list[int]:
         return random.Random(f"{seed}/{epoch}").sample(range(len(questions)), len(questions))
 
@@ -254,13 +257,13 @@ def collate(
     latents: int = 1,
     encoder_window: int = 0,
 ) -> tuple[MixedPrompt, torch.Tensor]:
-    """Pack samples.
+    """Pack samples into one prompt with labels.
 
     Returns
     -------
     prompt : MixedPrompt
     labels : Tensor, int64 [T]
-        As ``RefragForCausalLM.forward`` takes them: -100 everywhere but in the targets.
+        Labels for ``RefragForCausalLM.forward``: -100 outside the targets.
     """
     expanded, first = set(), 0
     for sample in samples:
@@ -282,7 +285,7 @@ def collate(
 
 
 def collate_for(parts: ModelBundle, samples: Sequence[Sample]) -> tuple[MixedPrompt, torch.Tensor]:
-    """Pack samples as a model's configuration wants them; see ``collate``."""
+    """Pack samples with the settings of a model's configuration; see ``collate``."""
     config = parts.model.config
     return collate(
         samples,

@@ -1,6 +1,6 @@
-"""How many chunks each training sample has: the paper's curriculum (REFRAG, table 8), or the same without an order.
+"""Schedules of the number of chunks per training sample: the paper's curriculum (REFRAG, table 8), and ablations.
 
-The curriculum goes from single chunks to many, over nine stages.
+The curriculum progresses from single chunks to many over nine stages.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ STAGES = 9
 
 _MANY_CHUNKS = (1, 3, 9, 25, 73, 212, 618, 1802, 5259)
 
-# Chunks of a sample -> samples in each stage.
+# Chunks per sample -> number of samples in each stage.
 PAPER_TABLE: dict[int, tuple[int, ...]] = {
     1: (1333, 445, 148, 49, 16, 6, 2, 1, 0),
     2: (333, 298, 267, 238, 213, 191, 171, 153, 137),
@@ -26,8 +26,8 @@ PAPER_TABLE: dict[int, tuple[int, ...]] = {
     256: _MANY_CHUNKS,
 }
 
-# Chunks -> the row's nominal sum, and the ratio of neighbouring stages: one that gives the paper's row back after
-# rounding. The paper prints no ratios.
+# Chunks -> the row's nominal sum, and the ratio of consecutive stages. The paper states no ratios; these reproduce its
+# rows after rounding.
 _ROWS: dict[int, tuple[int, float]] = {
     1: (2000, 0.33355),
     2: (2000, 0.8945),
@@ -44,15 +44,15 @@ _ROWS: dict[int, tuple[int, float]] = {
 def scaled_table(samples: int, *, max_chunks: int = 256) -> dict[int, tuple[int, ...]]:
     """Scale the curriculum to a number of samples by the paper's rule: each row is a geometric sequence.
 
-    A row with nominal sum N and ratio r holds ``N (r - 1) / (r^9 - 1) r^i`` samples in stage i = 0..8, rounded; N keeps
-    its share of all rows. As in the paper, rounding makes the sum differ from ``samples`` by a few.
+    A row with nominal sum N and ratio r has ``N (r - 1) / (r^9 - 1) r^i`` samples in stage i = 0..8, rounded; N keeps
+    its share of the total. As in the paper, rounding makes the sum differ from ``samples`` by a few.
 
     Parameters
     ----------
     samples : int
-        Samples in all, 1 or more. The paper's own is 42,000.
+        Total number of samples, 1 or more. The paper has 42,000.
     max_chunks : int
-        Leave out rows of more chunks than this; the others take their share.
+        Omit rows with more chunks than this; the other rows take their share.
 
     Returns
     -------
@@ -83,7 +83,7 @@ def scaled_table(samples: int, *, max_chunks: int = 256) -> dict[int, tuple[int,
 
 
 def draw_samples(table: Mapping[int, tuple[int, ...]], *, seed: int) -> Iterator[tuple[int, int]]:
-    """Yield every sample of a table as (stage, chunks): stages in order, each in a random order that ``seed`` fixes.
+    """Yield every sample of a table as (stage, chunks): stages in order, samples of a stage shuffled with ``seed``.
 
     Examples
     --------
@@ -98,14 +98,14 @@ def draw_samples(table: Mapping[int, tuple[int, ...]], *, seed: int) -> Iterator
 
 
 def curriculum_schedule(samples: int, max_chunks: int, *, seed: int) -> Callable[[int], int]:
-    """Return a function from a sample's number to its chunks.
+    """Return a function from a sample's index to its number of chunks.
 
     Parameters
     ----------
     samples : int
-        Samples of the whole run, over which the nine stages are scaled.
+        Number of samples in the run, over which the nine stages are scaled.
     max_chunks : int
-        The longest samples.
+        Number of chunks in the longest samples.
     seed : int
 
     Examples
@@ -118,14 +118,14 @@ def curriculum_schedule(samples: int, max_chunks: int, *, seed: int) -> Callable
 
 
 def shuffled_schedule(samples: int, max_chunks: int, *, seed: int) -> Callable[[int], int]:
-    """Return ``curriculum_schedule``'s lengths in a random order: its ablation."""
+    """Return a schedule with the curriculum's lengths in random order, as an ablation."""
     lengths = _lengths(samples, max_chunks, seed)
     random.Random(seed).shuffle(lengths)
     return _schedule(lengths)
 
 
 def constant_schedule(max_chunks: int) -> Callable[[int], int]:
-    """Return the schedule in which each sample has as many chunks."""
+    """Return a schedule in which every sample has ``max_chunks`` chunks."""
     return lambda index: max_chunks
 
 
@@ -134,7 +134,7 @@ def _lengths(samples: int, max_chunks: int, seed: int) -> list[int]:
 
 
 def _schedule(lengths: list[int]) -> Callable[[int], int]:
-    # Rounding makes the table a few samples shorter or longer than asked for.
+    # Because of rounding, the table may have a few samples more or fewer than the run.
     return lambda index: lengths[min(index, len(lengths) - 1)]
 
 

@@ -1,4 +1,4 @@
-"""The stages of the recipe, each from its options to a trained adapter."""
+"""The stages of the training recipe, each from its options to a trained adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from refrag.adapters import TrainableSpec, merge_state, prepare, save_adapter, trained_state
+from refrag.adapters import merge_state, prepare, save_adapter, trained_state
 from refrag.bundle import ModelBundle
 from refrag.data.documents import Documents, prefix_ids
 from refrag.model.modeling import RefragForCausalLM
@@ -43,9 +43,9 @@ def run_stage(
     parts : ModelBundle
     options : ReconstructOptions, PretrainOptions or FinetuneOptions
     documents, held_out : Documents, or for FinetuneOptions sequences of dicts
-        To train on, and to measure on; disjoint. Questions are as ``answer_sampler`` takes them.
+        Training and evaluation data, disjoint. For questions, see ``answer_sampler``.
     accelerator : Accelerator, optional
-        By default one with the precision of the options.
+        By default one with the options' precision.
 
     Returns
     -------
@@ -53,24 +53,25 @@ def run_stage(
         The log.
     """
     accelerator = accelerator or Accelerator(mixed_precision=options.precision)
-    trained = TrainableSpec(encoder=options.train_encoder, decoder=options.train_decoder, rank=options.rank)
-    prepare(parts.model, trained)
+    prepare(parts.model, options)
     if options.start is not None:
         load_trained(parts.model, options.start)
     sampler, evaluate = _SAMPLES[options.objective](parts, options, documents, held_out)
     latents = parts.model.config.latents
+    # A checkpoint's signature has the parts' names as keys.
+    trained = {"encoder": options.train_encoder, "decoder": options.train_decoder, "rank": options.rank}
 
-    def counted(index: int) -> Sample:  # how many rows it has decides how samples are put together
+    def counted(index: int) -> Sample:  # batches are cut by the samples' number of rows, which depends on latents
         return dataclasses.replace(sampler(index), latents=latents)
 
     trainer = Trainer(
         parts.model, counted, functools.partial(collate_for, parts), options, options.output,
         evaluate=evaluate,
-        signature={**parts.signature(), "objective": options.objective, "trained": dataclasses.asdict(trained)},
+        signature={**parts.signature(), "objective": options.objective, "trained": trained},
         accelerator=accelerator,
     )  # fmt: skip
     log = trainer.train()
-    state = trained_state(parts.model)  # in every process: each may hold a share
+    state = trained_state(parts.model)  # in every process, since parameters may be sharded
     if accelerator.is_main_process:
         save_adapter(parts.model, options.output, state)
     return log
@@ -80,7 +81,7 @@ def _reconstruction(
     parts: ModelBundle, options: ReconstructOptions, documents: Documents, held_out: Documents
 ) -> tuple[Sampler, Evaluate]:
     windows_of = functools.cache(documents.windows)
-    windows_of(options.max_chunks * parts.k)  # refuses documents that are all too short
+    windows_of(options.max_chunks * parts.k)  # raises if all documents are too short
     sampler = reconstruction_sampler(
         windows_of, _schedule(options), parts.k, parts.tokenizer, prefix_ids(parts.tokenizer), seed=options.seed
     )
@@ -118,7 +119,7 @@ def _answers(
     return sampler, functools.partial(target_loss, parts=parts, samples=samples)
 
 
-# By objective: the samples to train on, and what measures the model on the held-out ones.
+# For each objective, a function that returns the training samples and the evaluation.
 _SAMPLES: dict[str, Callable[..., tuple[Sampler, Evaluate | None]]] = {
     ReconstructOptions.objective: _reconstruction,
     PretrainOptions.objective: _next_paragraph,
@@ -135,12 +136,12 @@ def _schedule(options: TextOptions) -> Callable[[int], int]:
 
 @torch.no_grad()
 def load_trained(model: RefragForCausalLM, start: str | os.PathLike[str]) -> None:
-    """Go on from an earlier stage: its adapters where the model has the same, merged into the weights where it hasn't.
+    """Load an earlier stage: into parameters that are trained here too, otherwise merged into the weights.
 
     Raises
     ------
     FileNotFoundError
-        If the folder holds no adapter.
+        If the folder contains no adapter.
     """
     from safetensors.torch import load_file
 

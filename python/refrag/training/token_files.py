@@ -1,8 +1,8 @@
-"""Tokenized documents in files of their own, which numpy and the standard library read.
+"""Files of tokenized documents, readable with numpy and the standard library alone.
 
-A file is a line of JSON, the header, and an xz stream of three arrays: the tokens as uint16, each document's number of
-tokens as uint32, and each document's source as a uint16 index into the header's list; all little-endian. A large set is
-several such files, pieces, each with whole documents.
+A file consists of a header, one line of JSON, and an xz stream of three little-endian arrays: the tokens as uint16, the
+number of tokens of each document as uint32, and the source of each document as a uint16 index into the header's list. A
+large set is split into several files, called pieces, between documents.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ import numpy as np
 from refrag.file_modes import write_whole
 
 _FORMAT = "refrag tokens 1"
-_LIMIT = 1 << 20  # bytes of a header; the list of sources is the largest part of it
-# Tokens are pairs of bytes: positions and literals are told apart by the lowest bit of the position (lp, pb = 1).
+_LIMIT = 1 << 20  # maximum bytes of a header, most of which the list of sources takes
+# Tokens are pairs of bytes: literals and positions depend on the lowest bit of the position (lp, pb = 1).
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 26, "lc": 3, "lp": 1, "pb": 1}]
-# How byte-level tokenizers write the bytes 0x80 to 0xBF, which continue a character in UTF-8: those that are printable
-# in Latin-1 as they are, the others from U+0100 on, behind the 34 of ASCII that are not printable.
+# Byte-level tokenizers map the bytes 0x80 to 0xBF, which continue a character in UTF-8, to themselves if they are
+# printable in Latin-1, and otherwise to code points from U+0122 on, after the 34 unprintable bytes of ASCII.
 _CONTINUING = frozenset({chr(byte) for byte in range(0xA1, 0xC0) if byte != 0xAD} | set(map(chr, range(0x122, 0x144))))
 
 
 class TokenFileError(ValueError):
-    """A file is no token file, is damaged, or may not be used in this way; the message names it."""
+    """A file is not a token file, is damaged, or must not be used in this way; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenSet:
-    """Tokenized documents and what they are for.
+    """Tokenized documents and their split.
 
     Attributes
     ----------
@@ -45,9 +45,9 @@ class TokenSet:
     sources : sequence of str
         Source of each document.
     split : str
-        train, valid or heldout-NAME.
+        "train", "valid" or "heldout-NAME".
     tokenizer : str
-        Hash of the tokenizer, from ``tokenizer_hash``.
+        The tokenizer's hash, from ``tokenizer_hash``.
     """
 
     tokens: np.ndarray
@@ -60,16 +60,16 @@ class TokenSet:
 def load_tokens(
     paths: Sequence[str | os.PathLike[str]], *, training: bool = False, tokenizer: str | None = None
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Read token files that belong together.
+    """Read one or more token files.
 
     Parameters
     ----------
     paths : sequence of path
-        The files: all pieces of a set, or sets made with one tokenizer.
+        The files: all pieces of each set. All sets must be made with one tokenizer.
     training : bool
         Refuse files that are marked as held out.
     tokenizer : str, optional
-        Hash that the files' tokenizer must have, from ``tokenizer_hash``.
+        Required hash of the files' tokenizer, from ``tokenizer_hash``.
 
     Returns
     -------
@@ -82,8 +82,8 @@ def load_tokens(
     Raises
     ------
     TokenFileError
-        If there is no file, one is no token file or damaged, a piece is missing or given twice, tokenizers differ, or a
-        held-out file is to be trained on; names it.
+        If no file is given, a file is not a token file or is damaged, a piece is missing or given twice, tokenizers
+        differ, or ``training`` is set and a file is held out. The message names the file.
     """
     if not paths:
         raise TokenFileError("paths: got none, needs token files")
@@ -93,7 +93,7 @@ def load_tokens(
     for path in map(Path, paths):
         header = read_header(path)
         if training and header["held_out"]:
-            raise TokenFileError(f"{path}: is held out ({header['split']}), and never trained on")
+            raise TokenFileError(f"{path}: is held out ({header['split']}) and must not be trained on")
         tokenizer = tokenizer or header["tokenizer"]
         if header["tokenizer"] != tokenizer:
             raise TokenFileError(f"{path}: has tokens of tokenizer {header['tokenizer'][:12]}, needs {tokenizer[:12]}")
@@ -119,13 +119,13 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     Returns
     -------
     dict
-        tokens, documents, tokens_of_source, split, held_out, tokenizer (its hash), piece ([number, pieces]), sources,
-        set and sha256 (of the arrays).
+        The fields tokens, documents, tokens_of_source, split, held_out, tokenizer (its hash), piece ([number, number of
+        pieces]), sources, set and sha256 (of the arrays).
 
     Raises
     ------
     TokenFileError
-        If the file is no token file.
+        If the file is not a token file.
     """
     with open(path, "rb") as file:
         line = file.readline(_LIMIT)
@@ -141,7 +141,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_tokens(path: Path, content: TokenSet, *, piece_bytes: int | None = None) -> list[Path]:
-    """Write token files, each seen either whole or not at all.
+    """Write token files atomically.
 
     Parameters
     ----------
@@ -149,7 +149,7 @@ def write_tokens(path: Path, content: TokenSet, *, piece_bytes: int | None = Non
         NAME.tok; several pieces are called NAME-1.tok, NAME-2.tok and so on.
     content : TokenSet
     piece_bytes : int, optional
-        What a piece may have at most: documents are told into pieces by what they have uncompressed.
+        Maximum size of a piece; documents are distributed by their uncompressed size.
 
     Returns
     -------
@@ -159,7 +159,7 @@ def write_tokens(path: Path, content: TokenSet, *, piece_bytes: int | None = Non
     Raises
     ------
     ValueError
-        If a document has no tokens, or more than a piece may.
+        If a document has no tokens, or doesn't fit into a piece.
     """
     lengths = content.lengths.astype("<u4")
     if (
@@ -200,17 +200,17 @@ def write_tokens(path: Path, content: TokenSet, *, piece_bytes: int | None = Non
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Return the hash of a fast tokenizer of transformers: of its vocabulary, which is what token numbers depend on."""
+    """Return a hash of a fast tokenizer's vocabulary, which determines its token numbers."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
 def tokens_inside_characters(tokenizer: Any) -> np.ndarray:
-    """Return which tokens begin inside a character, so that no chunk may begin with them: where ``FixedChunks`` cuts.
+    """Return which tokens begin inside a character, so that ``FixedChunks`` begins no chunk with them.
 
-    Of a byte-level tokenizer, and of one that falls back on bytes, these are the tokens whose first byte continues a
-    character in UTF-8. The tokens of all others hold whole characters. A mark that a normalizer (NFC, say) left apart
-    from its letter counts as a character, as it does for ``FixedChunks`` in text that is normalized already.
+    For byte-level tokenizers and those with byte fallback, these are the tokens whose first byte continues a character
+    in UTF-8; other tokenizers have none. A combining mark that a normalizer such as NFC left separate from its letter
+    counts as a character, as it does for ``FixedChunks`` in normalized text.
 
     Parameters
     ----------
@@ -219,7 +219,7 @@ def tokens_inside_characters(tokenizer: Any) -> np.ndarray:
     Returns
     -------
     ndarray, bool [65536]
-        By token number, for any ``tokens`` of a token file.
+        Indexed by token number.
 
     Raises
     ------
@@ -255,10 +255,10 @@ def _read_arrays(path: Path, header: dict[str, Any]) -> tuple[np.ndarray, np.nda
 
 
 def _piece_bounds(lengths: np.ndarray, piece_bytes: int | None) -> list[int]:
-    """Return where pieces of whole documents begin and end, of like size."""
+    """Split documents into pieces of similar size; return the index of each piece's first document, and the end."""
     if piece_bytes is None:
         return [0, len(lengths)]
-    # xz adds less than 1 part in 1,000 to what it can't compress, so that the limit holds for any content.
+    # xz adds less than 0.1% to incompressible data, so the limit holds for any content.
     limit = piece_bytes - piece_bytes // 1000 - (64 << 10)
     bytes_of = 2 * lengths.astype(np.int64) + 6
     if bytes_of.max() > limit:

@@ -1,4 +1,4 @@
-"""The training loop: Accelerate's devices and precision, checkpoints that a killed run goes on from, and a log."""
+"""The training loop: devices and precision from Accelerate, checkpoints to resume interrupted runs, and a log."""
 
 from __future__ import annotations
 
@@ -31,41 +31,41 @@ from refrag.training.options import LoopOptions
 from refrag.training.passes import cut_passes, make_passes
 from refrag.training.samples import Sample, Sampler
 
-# What is trained, whole and by the model's own names, however Accelerate wraps or shards it.
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+# Full trained parameters by the model's own names, however Accelerate wraps or shards the model.
+_FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 Collate = Callable[[Sequence[Sample]], tuple[MixedPrompt, torch.Tensor]]
 
 
 class TrainingError(RuntimeError):
-    """Training can't go on; the message says why and what was kept."""
+    """Training can't continue; the message says why, and which checkpoint was kept."""
 
 
 class Trainer:
-    """Trains what ``prepare`` marked.
+    """Trains the parameters that ``prepare`` selected.
 
     Parameters
     ----------
     model : RefragForCausalLM
     sampler : callable
-        A sample's number -> the sample.
+        A sample's index -> the sample.
     collate : callable
         Samples -> a packed prompt and its labels.
     options : LoopOptions
     output : path
-        Folder of ``log.jsonl``, ``options.toml`` and ``checkpoints/``; a run that was broken off is found there and
-        goes on.
+        Folder of ``log.jsonl``, ``options.toml`` and ``checkpoints/``. If it holds an interrupted run, the trainer
+        resumes it.
     evaluate : callable, optional
-        Model -> figures by name, for the log.
+        Model -> metrics by name, for the log.
     signature : dict, optional
-        What a checkpoint must agree with to be gone on from: k, the models, the stage.
+        Further properties that must equal a checkpoint's to resume it: k, the models, the stage.
     accelerator : Accelerator, optional
-        With its own settings of precision and devices (``accelerate launch`` and its config hold as usual).
+        Determines precision and devices; the settings of ``accelerate launch`` and its config apply as usual.
 
     Raises
     ------
     TrainingError
-        If there are more processes than samples of a step.
+        If there are more processes than samples in a step.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class Trainer:
         accelerator: Accelerator | None = None,
     ) -> None:
         self.accelerator = accelerator or Accelerator()
-        if options.batch_size < self.accelerator.num_processes:  # here, where every process raises it
+        if options.batch_size < self.accelerator.num_processes:  # checked here, so that every process raises
             raise TrainingError(
-                f"batch_size: got {options.batch_size}, needs {self.accelerator.num_processes} or more, a sample for "
+                f"batch_size: got {options.batch_size}, needs {self.accelerator.num_processes} or more, one sample for "
                 "each process"
             )
         self.sampler, self.collate, self.options = sampler, collate, options
@@ -100,10 +100,10 @@ class Trainer:
         self.schedule = schedule
         self.step = 0
         self.tokens = 0
-        self.losses: list[float] = []  # of the steps since the last entry of the log
+        self.losses: list[float] = []  # one per step since the last log entry
 
     def train(self) -> list[dict[str, Any]]:
-        """Train to the last step, from the newest checkpoint if there is one.
+        """Train to the last step, resuming from the newest checkpoint if there is one.
 
         Returns
         -------
@@ -113,8 +113,8 @@ class Trainer:
         Raises
         ------
         TrainingError
-            If the loss is not finite: the last checkpoint stays, and the message names the step and its samples. If
-            the folder holds checkpoints of another run.
+            If the loss is not finite; the last checkpoint is kept, and the message names the step and its samples. Or
+            if the folder holds checkpoints of another run.
         """
         set_seed(self.options.seed)
         self._resume()
@@ -148,7 +148,7 @@ class Trainer:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def _step(self) -> float:
-        """Take one optimizer step; return the mean loss of its tokens."""
+        """Take one optimizer step; return the mean loss per target token."""
         accelerator, world = self.accelerator, self.accelerator.num_processes
         first = self.step * self.options.batch_size
         indices = range(first + accelerator.process_index, first + self.options.batch_size, world)
@@ -161,27 +161,27 @@ class Trainer:
         self.model.train()
         for number, part in enumerate(passes):
             prompt, labels = self.collate(part or passes[0][:1])
-            if not part:  # a pass for the others' sake, in which no token counts
+            if not part:  # an empty pass keeps processes in step: no token counts in its loss
                 labels = labels.fill_(-100)
-            # Processes exchange gradients once a step.
+            # Synchronize gradients once per step, in the last pass.
             last = number == len(passes) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
                 output = self.model(
                     prompt=prompt.to(accelerator.device), labels=labels.to(accelerator.device),
                     num_items_in_batch=targets, use_cache=False,
                 )  # fmt: skip
-                # Processes' gradients are averaged, but each has only its share of the sum.
+                # Undo the average that DDP takes: each process's loss is a share of the sum.
                 accelerator.backward(output.loss * world)
             total += output.loss.detach().float()
             del output
         loss = float(accelerator.reduce(total, "sum"))
         if not math.isfinite(loss):
             raise TrainingError(
-                f"loss: is {loss} in step {self.step + 1}, samples {first} to {first + self.options.batch_size - 1}; "
-                f"the newest checkpoint is {self._newest() or 'none'}"
+                f"loss: got {loss} in step {self.step + 1}, samples {first} to {first + self.options.batch_size - 1}; "
+                f"the newest checkpoint is {self._newest_checkpoint() or 'none'}"
             )
-        # One norm over all groups, in one call: under float16 Accelerate unscales the gradients in it. These very
-        # parameters, because it looks for a sharded model's own.
+        # One call over all parameter groups, since Accelerate unscales float16 gradients in it; and the parameters of
+        # the wrapped model, since it compares them with those of sharded models.
         accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
@@ -191,7 +191,7 @@ class Trainer:
         return loss
 
     def _most_passes(self, passes: list[list[Sample]]) -> int:
-        """Return how many passes the process makes that has the most."""
+        """Return the maximum number of passes over all processes."""
         if self.accelerator.num_processes == 1:
             return len(passes)
         counts = self.accelerator.gather(torch.tensor([len(passes)], device=self.accelerator.device))
@@ -199,7 +199,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast(), _gathered(self.plain):
+        with torch.no_grad(), self.accelerator.autocast(), _unsharded(self.plain):
             return self.evaluate(self.plain)  # type: ignore[misc]
 
     def _log(self, entry: dict[str, Any]) -> None:
@@ -208,11 +208,11 @@ class Trainer:
             with open(self.output / "log.jsonl", "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    # Checkpoints: a folder is written under another name and renamed once it is whole.
+    # A checkpoint's folder is written under a temporary name and renamed once it is complete.
 
     def _save(self) -> None:
-        # Every process takes part: it may hold a share of the parameters, which come whole to the first.
-        trained, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=_WHOLE)
+        # All processes take part: sharded parameters are gathered to the main process.
+        trained, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=_FULL_STATE)
         generators = generator_states(self.accelerator)
         if not self.accelerator.is_main_process:
             return
@@ -220,7 +220,7 @@ class Trainer:
         part = final.with_name(".part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        own = {name for name, _ in self.plain.named_parameters()}  # tied weights once
+        own = {name for name, _ in self.plain.named_parameters()}  # lists tied weights only once
         kept = {name: cast(torch.Tensor, value).contiguous() for name, value in trained.items() if name in own}
         save_file(kept, part / "trained.safetensors")
         os.chmod(part / "trained.safetensors", usual_mode(part))
@@ -235,45 +235,45 @@ class Trainer:
         for old in sorted(final.parent.glob("step-*"))[:-2]:
             shutil.rmtree(old)
 
-    def _newest(self) -> Path | None:
+    def _newest_checkpoint(self) -> Path | None:
         return max((self.output / "checkpoints").glob("step-*"), default=None)
 
     def _resume(self) -> None:
-        checkpoint = self._newest()
+        checkpoint = self._newest_checkpoint()
         log = self.output / "log.jsonl"
         if checkpoint is None:
             log.unlink(missing_ok=True)
             return
         written = json.loads((checkpoint / "signature.json").read_text())
-        # Settings that it knows nothing of had their defaults.
+        # Settings that are newer than the checkpoint had their defaults.
         written["settings"] = json.loads(json.dumps(_settings(LoopOptions()))) | written["settings"]
         wanted = json.loads(json.dumps(self.signature))
         for name in sorted(written.keys() | wanted.keys()):
             if written.get(name) != wanted.get(name):
                 raise TrainingError(
                     f"{checkpoint}: was made with {name} = {written.get(name)}, this run has {wanted.get(name)}; "
-                    "take another folder, or the same settings"
+                    "use another folder, or the same settings"
                 )
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
         trained: dict[str, Any] = load_file(checkpoint / "trained.safetensors")
         set_state_dict(
             self.model, self.optimizer.optimizer, model_state_dict=trained, optim_state_dict=state["optimizer"],
-            options=dataclasses.replace(_WHOLE, strict=False),  # the frozen parameters are in no checkpoint
+            options=dataclasses.replace(_FULL_STATE, strict=False),  # checkpoints omit frozen parameters
         )  # fmt: skip
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.tokens = state["step"], state["tokens"]
-        # Earlier checkpoints hold no losses, and the first process's generator alone.
+        # Checkpoints of earlier versions have no losses, and only the main process's generator state.
         self.losses = list(state.get("losses", []))
         restore_generators(self.accelerator, state.get("generators") or [{"cpu": state["random"]}])
         if self.accelerator.is_main_process:
-            # What was logged after the checkpoint will be logged again.
+            # Entries from after the checkpoint will be logged again.
             kept = log.read_text().splitlines(keepends=True)[: state["log_entries"]]
             log.write_text("".join(kept))
 
 
 @contextlib.contextmanager
-def _gathered(model: RefragForCausalLM) -> Iterator[None]:
-    """Gather what FSDP shards and is read outside of a whole forward pass; layers gather their own when they run."""
+def _unsharded(model: RefragForCausalLM) -> Iterator[None]:
+    """Gather the FSDP-sharded parameters that are used outside ``forward``; layers gather their own when they run."""
     sharded: list[Any] = [part for part in (model, model.get_input_embeddings()) if hasattr(part, "unshard")]
     for part in sharded:
         part.unshard()

@@ -1,27 +1,27 @@
-"""The vLLM plugin: a RefragForCausalLM served by vLLM, with passages as a modality of their own.
+"""The vLLM plugin, with which vLLM serves a RefragForCausalLM and accepts passages as a modality.
 
-vLLM finds ``register`` by the entry point ``vllm.general_plugins`` in every process that it starts.
+vLLM finds ``register`` through the entry point ``vllm.general_plugins`` in every process that it starts.
 
-Modules that need no vLLM: ``passages`` checks what a request gives, ``reading`` settles which chunks stand as text,
-``messages`` takes passages out of chat messages, ``folder_encoder`` embeds texts for selectors. Those that vLLM calls:
-``processing`` makes its inputs, ``model`` computes the embeddings in its worker, ``tokenizer`` and ``renderer`` read
-the saved folder and chat messages.
+Modules that work without vLLM: ``passages`` validates the passages of a request, ``reading`` decides which chunks to
+expand to text, ``messages`` extracts passages from chat messages, and ``folder_encoder`` embeds texts for selectors.
+Modules that vLLM calls: ``processing`` makes its inputs, ``model`` computes the embeddings in its worker, and
+``tokenizer`` and ``renderer`` read the saved folder and chat messages.
 
-Written for vLLM 0.32; it uses vLLM's registries and replaces nothing of it.
+Written for vLLM 0.32; it uses vLLM's registries and patches nothing.
 """
 
 from __future__ import annotations
 
-MODE = "refrag"  # of the tokenizer and the renderer: `vllm serve ... --tokenizer-mode refrag`
+MODE = "refrag"  # mode of the tokenizer and the renderer: `vllm serve ... --tokenizer-mode refrag`
 
 
 def register() -> None:
-    """Tell vLLM of the model, its tokenizer and its renderer; may be called any number of times."""
+    """Register the model, its tokenizer and its renderer with vLLM; repeated calls are harmless."""
     from vllm import ModelRegistry
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
-    import refrag.model.config  # noqa: F401  transformers then knows the model type
+    import refrag.model.config  # noqa: F401  registers the model type with transformers
 
     if MODE in TokenizerRegistry.tokenizers:
         return

@@ -1,4 +1,4 @@
-"""The chunk encoder alone, from the folder of a whole model: what selectors embed texts with where no decoder is."""
+"""The chunk encoder of a saved model without its decoder, for selectors that embed texts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from refrag.model.feed_forward import fuse_feed_forward
 from refrag.model.inputs import PackedTexts
 
 _PREFIX = "encoder."
-POOLER = "pooler"  # of BERT's kind: a layer over the first row that nothing here reads; some folders lack its weights
+POOLER = "pooler"  # BERT's layer over the first row, which is unused here; some folders lack its weights
 
 
 def empty_encoder(config: RefragConfig) -> PreTrainedModel:
-    """Return the model's encoder with fresh weights, on attention "refrag" and without a pooler."""
+    """Return the model's encoder with random weights, attention "refrag" and no pooler."""
     encoder = AutoModel.from_config(config.encoder_config, attn_implementation=attention.NAME).eval()
     if hasattr(encoder, POOLER):
         encoder.pooler = None
@@ -29,17 +29,17 @@ def empty_encoder(config: RefragConfig) -> PreTrainedModel:
 
 
 class FolderEncoder:
-    """Stands for a RefragForCausalLM where ``TextEmbedder`` needs one.
+    """Replaces a RefragForCausalLM in ``TextEmbedder``.
 
     Parameters
     ----------
     folder : path
-        Where ``RefragForCausalLM.save_pretrained`` wrote.
+        Folder that ``RefragForCausalLM.save_pretrained`` wrote.
 
     Raises
     ------
     ValueError
-        If there are no such weights.
+        If the folder has no weights of an encoder.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -50,7 +50,7 @@ class FolderEncoder:
                 own = [name for name in tensors.keys() if name.startswith(_PREFIX)]
                 weights |= {name.removeprefix(_PREFIX): tensors.get_tensor(name) for name in own}
         if not weights:
-            raise ValueError(f"model: {folder} holds no encoder in safetensors files, needs one to compare texts with")
+            raise ValueError(f"model: {folder} holds no encoder in safetensors files, needs one to compare texts")
         dtype = next(iter(weights.values())).dtype
         self.encoder = empty_encoder(self.config).to(dtype=dtype)  # type: ignore[call-arg]  # as in token_encoder
         self.encoder.load_state_dict(
@@ -58,5 +58,5 @@ class FolderEncoder:
         )
 
     def encode_chunks(self, texts: PackedTexts) -> torch.Tensor:
-        """Return embeddings [N, d_enc]."""
+        """Return the chunk embeddings [N, d_enc]."""
         return encode_packed(self.encoder, texts, self.config.pooling, self.config.pool_segments)

@@ -1,4 +1,4 @@
-"""Chat messages with content parts of the type "passage"; nothing of vLLM is needed here."""
+"""Chat messages with content parts of type "passage". Works without vLLM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from refrag.integrations.vllm.passages import MARK, MODALITY
 
 
 def take_passages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Take the passages out of chat messages.
+    """Extract the passages from chat messages.
 
     Parameters
     ----------
@@ -19,15 +19,15 @@ def take_passages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str,
     Returns
     -------
     messages : list of dict
-        A mark stands in the text in each passage's place. The parts of such a message are joined as they are, without
-        anything between; the other messages are as they were.
+        Messages in which a mark in the text replaces each passage. The parts of such a message are concatenated without
+        separators; other messages are unchanged.
     passages : list of dict
-        In the order of their marks.
+        Passages in the order of their marks.
 
     Raises
     ------
     ValueError
-        If the mark is in a text, or a part beside a passage is not text.
+        If a text contains the mark, or a message with passages has parts that are neither passages nor text.
 
     Examples
     --------
@@ -42,7 +42,7 @@ def take_passages(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str,
         parts = content if isinstance(content, list) else [content]
         texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts if not _is_passage(part)]
         if any(isinstance(text, str) and MARK in text for text in texts):
-            raise ValueError(f"message {number}: its text holds {MARK}, which stands for a passage")
+            raise ValueError(f"message {number}: its text contains {MARK}, which is reserved for passages")
         if any(map(_is_passage, parts)):
             joined = ""
             for part in parts:

@@ -1,4 +1,4 @@
-"""The model in vLLM's worker: vLLM's own decoder, with transformers' encoder and the projector before it."""
+"""The model in vLLM's worker: transformers' encoder, the projector, and vLLM's own decoder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from refrag_kernels import ChunkLayout
 
 @MULTIMODAL_REGISTRY.register_processor(PassageProcessor, info=PassageInfo, dummy_inputs=DummyPassages)
 class RefragForVllm(nn.Module, SupportsMultiModal):
-    """RefragForCausalLM's weights, under the names that ``save_pretrained`` gives them."""
+    """RefragForCausalLM in vLLM, with the same weight names as ``save_pretrained`` writes."""
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
@@ -59,12 +59,12 @@ class RefragForVllm(nn.Module, SupportsMultiModal):
         embeds: Sequence[torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> Sequence[torch.Tensor]:
-        """Return each passage's slots in the decoder's space, [n * latents, d_dec] each.
+        """Return each passage's slots as rows of the decoder's input, [n * latents, d_dec].
 
         Parameters
         ----------
         encoder_ids, encoder_lengths, encoder_windows, encoder_slots, embeds : sequences of Tensor
-            Of each passage, as in ``ReadPassage``.
+            One tensor per passage, as in ``ReadPassage``.
         """
         if (
             encoder_ids is None or encoder_lengths is None or encoder_windows is None
@@ -92,7 +92,7 @@ class RefragForVllm(nn.Module, SupportsMultiModal):
         return projected.view(-1, projected.shape[1] // latents).split([latents * len(own) for own in rows])
 
     def _encode(self, token_ids: torch.Tensor, lengths: list[int], windows: list[int]) -> torch.Tensor:
-        """Encode chunks, [N, d_enc], whole windows in passes of no more tokens than memory was measured for."""
+        """Encode chunks to [N, d_enc], whole windows at a time, in passes of at most ``ENCODER_ROWS`` tokens."""
         results = []
         chunk = token = 0
         while chunk < len(lengths):

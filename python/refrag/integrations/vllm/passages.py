@@ -1,4 +1,4 @@
-"""A passage as a request gives it, checked; nothing of vLLM is needed here."""
+"""Parse and validate the passages of a request. Works without vLLM."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from typing import Any
 import torch
 
 MODALITY = "passage"
-MARK = "<|refrag_passage|>"  # stands in a prompt's text for the next passage
+MARK = "<|refrag_passage|>"  # marks the place of the next passage in a prompt's text
 
 _FIELDS = ("text", "id", "embeds")
 
 
 @dataclasses.dataclass(frozen=True)
 class GivenPassage:
-    """A passage as a request gives it; from ``parse_passage``.
+    """A passage of a request; returned by ``parse_passage``.
 
     Attributes
     ----------
     text : str
         Empty if only embeddings or an id are given.
     id : str or None
-        By which the server's store finds it where it has no text, and by which ``expand`` names it.
+        Id for ``expand``, and for the server's store if there is no text.
     embeds : Tensor [n, d_enc] or None
-        Of its chunks.
+        Embeddings of its chunks.
     """
 
     text: str = ""
@@ -38,24 +38,24 @@ class GivenPassage:
 
 
 def parse_passage(item: Any, index: int, width: int, *, takes_embeds: bool = True) -> GivenPassage:
-    """Check a passage of a request.
+    """Parse a passage of a request.
 
     Parameters
     ----------
     item : str, Tensor [n, d_enc], or dict
-        The text; the chunk embeddings; or a dict of "text", "id" and "embeds" (a tensor, or base64 of a tensor written
-        by ``torch.save``), of which it needs one.
+        The text; the chunk embeddings; or a dict with one or more of "text", "id" and "embeds" (a tensor, or base64 of
+        a tensor written by ``torch.save``).
     index : int
-        Its number in the request, for messages.
+        The passage's number in the request, for error messages.
     width : int
         d_enc.
     takes_embeds : bool
-        Whether embeddings are allowed; otherwise they are refused before anything is read from them.
+        Whether embeddings are allowed; otherwise they are refused before they are decoded.
 
     Raises
     ------
     ValueError
-        If it is anything else; names the passage.
+        If it is anything else. The message names the passage.
 
     Examples
     --------
@@ -104,9 +104,9 @@ def _decoded(text: str, name: str) -> torch.Tensor:
         TypeError,
         AttributeError,
     ) as error:
-        # What a damaged file raises differs from place to place; its words may repeat the sender's bytes.
+        # Damaged files raise many types of errors, and their messages may repeat the sender's bytes.
         raise ValueError(f"{name}: embeds: is no tensor written by torch.save ({type(error).__name__})") from None
-    # A few bytes can describe a tensor of any size that repeats one row.
+    # With a stride of 0, a few bytes can describe a tensor of any size.
     if isinstance(loaded, torch.Tensor) and loaded.layout == torch.strided and not loaded.is_contiguous():
         raise ValueError(f"{name}: embeds: got strides {list(loaded.stride())}, needs a contiguous tensor")
     return loaded
@@ -119,7 +119,7 @@ def _checked(embeds: Any, name: str, width: int) -> torch.Tensor:
         raise ValueError(f"{name}: embeds: got {embeds.dtype} {embeds.layout}, needs a dense floating-point tensor")
     if embeds.dim() != 2 or embeds.shape[1] != width or not len(embeds):
         raise ValueError(f"{name}: embeds: got shape {list(embeds.shape)}, needs [chunks, {width}]")
-    # A NaN would stay in the prefix cache, where other requests read it.
+    # A NaN would stay in the prefix cache and reach other requests.
     if not embeds.isfinite().all():
         raise ValueError(f"{name}: embeds: holds values that aren't finite")
     return embeds.detach().cpu().contiguous()

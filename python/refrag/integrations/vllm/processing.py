@@ -1,4 +1,4 @@
-"""From a request's passages to vLLM's multimodal inputs: one item a passage."""
+"""Convert a request's passages to vLLM's multimodal inputs, one item per passage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from refrag.processing.processor import RefragProcessor
 from refrag.store.fingerprint import Fingerprint
 from refrag.store.store import ChunkStore
 
-ENCODER_ROWS = 8192  # of one pass of the encoder: bounds its memory whatever a request holds
+ENCODER_ROWS = 8192  # maximum rows of an encoder pass, which limits its memory for any request
 
 _FIELDS = (
     "encoder_ids",
@@ -38,17 +38,17 @@ _FIELDS = (
     "encoder_windows",
     "encoder_slots",
     "embeds",
-)  # of a ReadPassage: what travels to the worker
+)  # fields of a ReadPassage that are sent to the worker
 
 
 class PassageItems(ProcessorBatchItems[Any]):
-    """Passages of a request: GivenPassage as parsed, ReadPassage once the choice of chunks is made."""
+    """Passages of a request: GivenPassage after parsing, ReadPassage once chunks are selected."""
 
     def __init__(self, passages: Sequence[GivenPassage | ReadPassage]) -> None:
         super().__init__(passages, MODALITY)
 
     def get_item_for_hash(self, index: int) -> object:
-        # The prefix cache tells blocks apart by this: it has to hold all that the passage's rows depend on.
+        # The prefix cache identifies blocks by this, so it must include everything that the passage's rows depend on.
         return self.data[index].content()
 
 
@@ -83,7 +83,7 @@ class PassageParser(MultiModalDataParser):
 
 
 class PassageInfo(BaseProcessingInfo):
-    """What the model folder says of passages."""
+    """The model folder's information about passages."""
 
     def __init__(self, ctx: Any) -> None:
         super().__init__(ctx)
@@ -96,7 +96,7 @@ class PassageInfo(BaseProcessingInfo):
 
     @functools.cached_property
     def processor(self) -> RefragProcessor:
-        """The processor that was saved beside the model."""
+        """The processor saved with the model."""
         try:
             saved = RefragProcessor.from_pretrained(self.model_id)
         except FileNotFoundError as error:
@@ -117,21 +117,21 @@ class PassageInfo(BaseProcessingInfo):
         return ChunkStore.open(folder, fingerprint)
 
     def options(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a request's options over the server's.
+        """Merge a request's options into the server's.
 
         Raises
         ------
         ValueError
-            If a request names a store: that is the server's.
+            If a request names a store, which only the server's options may.
         """
         if "store" in asked:
-            raise ValueError("store: got a value in a request, needs to be set where the server is started")
+            raise ValueError("store: got a value in a request, needs to be set when the server is started")
         own = dict(self.ctx.get_mm_config().mm_processor_kwargs or {})
         own.pop("store", None)
         return {**own, **asked}
 
     def embedder(self) -> TextEmbedder:
-        """Return what selectors compare by; the encoder is loaded when one first asks."""
+        """Return the embedder for selectors; loads the encoder on first use."""
         return self._embedder
 
     @functools.cached_property
@@ -149,7 +149,7 @@ class PassageInfo(BaseProcessingInfo):
         items = super().parse_mm_data(mm_data, validate=validate)
         if validate and not self.ctx.get_mm_config().enable_mm_embeds:
             for index, item in enumerate(items.get(MODALITY, ())):
-                if item.embeds is not None:  # one that a caller in this process has parsed
+                if item.embeds is not None:  # parsed by a caller in this process
                     raise ValueError(f"passage {index}: embeds: needs a server that runs with --enable-mm-embeds")
         return items
 
@@ -161,7 +161,7 @@ class PassageInfo(BaseProcessingInfo):
 
 
 class DummyPassages(BaseDummyInputsBuilder[PassageInfo]):
-    """The most that a request can hold, for vLLM's measurement of memory: slots in all rows, a full pass to encode."""
+    """The largest possible request, for vLLM's memory profiling: all rows are slots, and an encoder pass is full."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
         return MARK * mm_counts.get(MODALITY, 0)
@@ -179,16 +179,16 @@ class DummyPassages(BaseDummyInputsBuilder[PassageInfo]):
 
 
 class PassageProcessor(BaseMultiModalProcessor[PassageInfo]):
-    """Puts each passage's rows in the place of its mark."""
+    """Replaces each mark with its passage's rows."""
 
     def __init__(self, info: PassageInfo, dummy_inputs: DummyPassages) -> None:
         super().__init__(info, dummy_inputs)
-        _ = info.store  # a store that can't be used is an error now, not at a request
+        _ = info.store  # raise errors of the store now, not at a request
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
-        # The choice of chunks looks at all passages, so it is made before vLLM's cache looks at each by itself. What
-        # was chosen is part of the items from here on: the options are settled, and a caller's own uuids, which can't
-        # know of it, count for nothing.
+        # Selecting chunks takes all passages into account, so it happens before vLLM caches passages one by one. From
+        # here on the selection is part of the items, so the options are dropped, and so are the caller's uuids, which
+        # don't identify the selection.
         items = inputs.mm_data_items.get(MODALITY)
         if not items:
             return super().apply(inputs, timing_ctx)
@@ -210,9 +210,9 @@ class PassageProcessor(BaseMultiModalProcessor[PassageInfo]):
         return super().apply(settled, timing_ctx)
 
     def _spliced(self, prompt: list[int], passages: list[ReadPassage]) -> tuple[list[int], list[ReadPassage]]:
-        """Write passages without slots into the prompt, as the text that they are; return the others too.
+        """Insert the tokens of passages without slots into the prompt; return the prompt and the other passages.
 
-        The start token goes before a slot that would come first, as ``RefragProcessor`` does it.
+        Like ``RefragProcessor``, puts the start token before a slot that would come first.
         """
         mark = self._mark
         if prompt.count(mark) != len(passages):
@@ -234,7 +234,7 @@ class PassageProcessor(BaseMultiModalProcessor[PassageInfo]):
         return self.info.get_tokenizer().convert_tokens_to_ids(MARK)
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        # ProcessorBatchItems names its data by the modality's plural.
+        # ProcessorBatchItems uses the plural of the modality as the key.
         passages = hf_data[f"{MODALITY}s"]
         return BatchFeature({field: [getattr(passage, field) for passage in passages] for field in _FIELDS})
 
@@ -246,7 +246,7 @@ class PassageProcessor(BaseMultiModalProcessor[PassageInfo]):
     def _get_prompt_updates(
         self, mm_items: MultiModalDataItems, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> list[PromptReplacement]:
-        passages = list(mm_items.get(MODALITY, ()))  # none where vLLM's cache holds them all
+        passages = list(mm_items.get(MODALITY, ()))  # empty if vLLM's cache has all of them
 
         def rows(index: int) -> PromptUpdateDetails:
             passage = passages[index]

@@ -1,6 +1,6 @@
-"""The passages of a request as the decoder reads them: which rows are text, and what the slots' embeddings are made of.
+"""The passages of a request as the decoder reads them: which rows are text, and the encoder's input for the slots.
 
-Nothing of vLLM is needed here.
+Works without vLLM.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from refrag.processing.expansion import expanded_chunks
 from refrag.processing.processor import RefragProcessor
 from refrag.store.store import ChunkStore
 
-# What a request may say, and of which types. Numbers that JSON may write either way come as int or float.
+# Options of a request and their types. JSON numbers may arrive as int or float.
 _OPTIONS: dict[str, tuple[type, ...]] = {
     "expand": (int, float, list, tuple),
     "expand_count": (int,),
@@ -29,30 +29,30 @@ _OPTIONS: dict[str, tuple[type, ...]] = {
     "threshold": (int, float),
     "seed": (int,),
 }
-# Those that need no decoder: the process that reads requests has none.
+# Selectors that need no decoder, since the process that parses requests has none.
 _SELECTORS = ("nothing", "everything", "random", "cosine", "threshold")
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadPassage:
-    """A passage as the decoder reads it; from ``read_passages``.
+    """A passage as the decoder reads it; returned by ``read_passages``.
 
     Attributes
     ----------
     token_ids : list of int
-        Of its rows; 0 in a slot.
+        Token of each row; 0 for slots.
     is_slot : list of bool
-        Which rows are slots: of each of the n compressed chunks as many as the config's ``latents``.
+        Which rows are slots: ``latents`` (from the config) for each of the n compressed chunks.
     encoder_ids : Tensor, int64 [R]
-        What the encoder reads, chunk by chunk; empty where the embeddings are known.
+        The encoder's input tokens, chunk by chunk; empty if the embeddings are known.
     encoder_lengths : Tensor, int64 [N]
-        Encoder tokens of each chunk that is read: the compressed ones, or with windows all.
+        Number of encoder tokens of each chunk to encode: of the compressed chunks, or with windows of all.
     encoder_windows : Tensor, int64 [N]
-        Which of them are read together.
+        Window of each of these chunks; those of one window are encoded together.
     encoder_slots : Tensor, uint8 [N]
-        Which of them are compressed.
+        Which of these chunks are compressed.
     embeds : Tensor [n, d_enc]
-        Embeddings of the compressed chunks; [0, d_enc] where the encoder makes them.
+        Embeddings of the compressed chunks; [0, d_enc] if the encoder has to compute them.
     """
 
     token_ids: list[int]
@@ -64,7 +64,7 @@ class ReadPassage:
     embeds: torch.Tensor
 
     def content(self) -> dict[str, Any]:
-        """Return all that the passage's rows depend on, for hashing: which are text, and what the others hold."""
+        """Return everything that the passage's rows depend on, for hashing."""
         return {
             "token_ids": torch.tensor(self.token_ids, dtype=torch.int64),
             "is_slot": torch.tensor(self.is_slot, dtype=torch.uint8),
@@ -78,7 +78,7 @@ class ReadPassage:
 
 @dataclasses.dataclass(frozen=True)
 class _CutPassage:
-    """Its chunks, and their embeddings where they are known; chunks of a passage without text have no tokens."""
+    """The chunks of a passage, and their embeddings if known. Chunks of a passage without text have no tokens."""
 
     chunks: list[Chunk]
     embeds: torch.Tensor | None
@@ -92,7 +92,7 @@ def read_passages(
     store: ChunkStore | None = None,
     embedder: Callable[[], TextEmbedder] | None = None,
 ) -> list[ReadPassage]:
-    """Cut the passages of one request into chunks and settle which of them stand as text.
+    """Cut the passages of one request into chunks, and select the chunks to expand to text.
 
     Parameters
     ----------
@@ -101,19 +101,19 @@ def read_passages(
     width : int
         d_enc.
     options : dict, optional
-        The request's: "expand" (a share, or a list of chunks, numbered through the request, and of passages' ids),
-        "expand_count", "selector" (nothing, everything, random, cosine, threshold), "question" and "threshold" for the
-        last two, "seed" for random; as for ``RefragProcessor.__call__``. Chunks that are given by their embeddings
-        alone always stay slots, and selectors don't see them.
+        The request's options, as for ``RefragProcessor.__call__``: "expand" (a share, or a list of passage ids and of
+        chunk numbers, counted over the whole request), "expand_count", "selector" (nothing, everything, random, cosine,
+        threshold), "question" for cosine and threshold, "threshold", "seed" for random. Chunks without text, of which
+        only the embeddings are given, always stay slots and are not passed to selectors.
     store : ChunkStore, optional
-        Where passages without text are found, by id; and the embeddings of those with text that it holds.
+        Provides passages without text by their id, and embeddings of passages with text.
     embedder : callable, optional
-        Called where cosine or threshold has to compare texts.
+        Returns the embedder; called if cosine or threshold has to compare texts.
 
     Raises
     ------
     ValueError
-        Names the passage or the option that doesn't fit.
+        If a passage or an option is invalid. The message names it.
     """
     options = _checked(options or {})
     cut = [_cut(passage, index, processor, store) for index, passage in enumerate(given)]
@@ -170,7 +170,7 @@ def _cut(passage: GivenPassage, index: int, processor: RefragProcessor, store: C
 
 
 def _holds(store: ChunkStore, passage: Passage) -> bool:
-    # What another process has written since is looked for only where a passage is missed.
+    # Look for passages that another process has added only if one is missing.
     return passage in store or (not passage.text and bool(store.refresh()) and passage in store)
 
 
@@ -184,7 +184,7 @@ def _expanded(
     processor: RefragProcessor,
     embedder: Callable[[], TextEmbedder] | None,
 ) -> frozenset[int]:
-    """Return which of the request's chunks stand as text."""
+    """Return which of the request's chunks to expand to text."""
     chunks = [chunk for passage in cut for chunk in passage.chunks]
     expand, name = options.get("expand"), options.get("selector")
     if isinstance(expand, (list, tuple)):
@@ -199,7 +199,7 @@ def _expanded(
     selector = embed = embeds = None
     if name in ("cosine", "threshold") and embedder is not None:
         embed = embedder()
-        if processor.encoder_window:  # each chunk beside its neighbours, as the model reads it
+        if processor.encoder_window:  # encode each chunk with its neighbours, as the model does
             passages = [index for index, passage in enumerate(cut) for _ in passage.chunks]
             texts = _packed(processor, [chunks[i].text for i in with_text], [passages[i] for i in with_text])
             with torch.no_grad():
@@ -229,7 +229,7 @@ def _read(passage: _CutPassage, expanded: set[int], processor: RefragProcessor, 
         nothing = torch.zeros(0, dtype=torch.int64)
         known = torch.zeros(0, width) if passage.embeds is None else passage.embeds[compressed]
         return ReadPassage(token_ids, is_slot, nothing, nothing, nothing, nothing.to(torch.uint8), known)
-    # Neighbours that stand as text are read too where chunks are read together.
+    # With windows, the encoder reads expanded neighbours too.
     numbers = range(len(passage.chunks)) if processor.encoder_window else compressed
     texts = _packed(processor, [passage.chunks[number].text for number in numbers], [0] * len(numbers))
     lengths = texts.layout.chunk_offsets.diff().long()

@@ -1,4 +1,4 @@
-"""Renderer mode "refrag": chat messages with content parts of the type "passage"."""
+"""Renderer mode "refrag", for chat messages with content parts of type "passage"."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from refrag.integrations.vllm.passages import MARK, MODALITY
 
 
 class RefragRenderer(HfRenderer):
-    """vLLM's renderer, which sees marks in the passages' places."""
+    """vLLM's renderer, which gets messages with marks instead of passages."""
 
     def render_messages(self, messages: list[Any], params: Any) -> tuple[list[Any], Any]:
         plain, passages = take_passages(messages)
@@ -26,12 +26,12 @@ class RefragRenderer(HfRenderer):
         return conversation, _with_passages(prompt, passages)
 
     def validate_token_ids(self, token_ids: Sequence[int], *, parameter: str | None = None) -> None:
-        # vLLM calls this on what the decoder is about to read. The mark is behind its vocabulary: one that no passage
-        # has taken the place of would read beyond its embedding table.
+        # vLLM calls this on the decoder's final input. The mark's id is beyond the decoder's vocabulary, so a mark that
+        # no passage has replaced would index past the end of its embedding table.
         if self.tokenizer is not None and self.tokenizer.convert_tokens_to_ids(MARK) in token_ids:
-            # The server answers other errors that are raised this late by HTTP 500.
+            # For other errors raised this late, the server responds with HTTP 500.
             raise VLLMValidationError(
-                f"prompt: holds {MARK}, which stands for a passage, and no passage is given for it", parameter=parameter
+                f"prompt: contains {MARK}, which marks a passage, without a passage for it", parameter=parameter
             )
         super().validate_token_ids(token_ids, parameter=parameter)
 

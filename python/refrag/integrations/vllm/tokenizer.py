@@ -1,4 +1,4 @@
-"""Tokenizer mode "refrag": the decoder's tokenizer of a saved RefragProcessor, which knows the mark of a passage."""
+"""Tokenizer mode "refrag": the decoder's tokenizer of a saved RefragProcessor, with a token that marks passages."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from refrag.integrations.vllm.passages import MARK
 
 
 class RefragTokenizer:
-    """What vLLM's tokenizer registry loads."""
+    """Loader of the tokenizer for vLLM's tokenizer registry."""
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Load the tokenizer that ``RefragProcessor.save_pretrained`` wrote into ``folder``.
 
-        The mark is a token of its own, behind the decoder's vocabulary: passages are put in its place before the
-        decoder sees a prompt.
+        Adds the mark as a token after the decoder's vocabulary; passages replace it before the decoder reads a prompt.
 
         Raises
         ------
         ValueError
-            If there is none.
+            If the folder has no such tokenizer.
         """
         own = Path(folder) / "decoder_tokenizer"
         if not own.is_dir():

@@ -1,4 +1,4 @@
-"""Distillation: slots that hold their chunks' meaning, taught by the decoder that reads the text itself."""
+"""Distillation: a decoder that reads the text teaches the model to predict the same from slots."""
 
 from refrag.training.distill.options import DistillOptions
 

@@ -1,4 +1,4 @@
-"""``python -m refrag.training.distill``: as ``refrag train distill``, where the packages of the console are missing."""
+"""``python -m refrag.training.distill``: ``refrag train distill`` without the command line's packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two attentions for a run, and a comparison of them before it begins: refrag_kernels' own, and torch's."""
+"""Attention for packed groups of equal-length sequences: refrag_kernels' plans, and torch's attention in batches."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ GROUPED = "refrag_grouped"
 
 
 class GroupedPlans(AttentionPlans):
-    """The plans of sequences that come in groups of one length, which torch's attention can take as batches.
+    """Plans for sequences in groups of equal length, which torch's attention can process as batches.
 
     Parameters
     ----------
     groups : sequence of (int, int)
-        Sequences of a group, and rows of each.
+        Number of sequences in each group, and rows per sequence.
     device : torch.device
     causal : bool
     used : ndarray [sequences], optional
-        Rows of each sequence that are no padding, which stands behind them; without it all are. Only where sequences
-        aren't causal: causal rows don't attend to what follows.
+        Rows of each sequence before its padding; all by default. Needed only for sequences that aren't causal, since
+        causal rows don't attend to the padding after them.
 
     Attributes
     ----------
     groups : list of (int, int)
     masks : list of (Tensor or None)
-        For each group, which rows of each sequence may be attended to, [sequences, 1, 1, rows]; None stands for all.
+        For each group, a mask of the rows that may be attended to, [sequences, 1, 1, rows]; None means all.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class GroupedPlans(AttentionPlans):
         start = 0
         for count, each in groups:
             own = used[start : (start := start + count)]
-            whole = int((own == each).cumprod().sum())  # those with padding come last: they cost a mask
+            whole = int((own == each).cumprod().sum())  # padded sequences come last: only they need a mask
             if whole:
                 self.groups.append((whole, each))
                 self.masks.append(None)
@@ -68,9 +68,9 @@ def grouped_attention(
     refrag_plans: GroupedPlans,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention by torch's scaled_dot_product_attention, a group of sequences at a time.
+    """Compute attention with torch's scaled_dot_product_attention, one group of sequences at a time.
 
-    In transformers' calling convention: query [1, H_q, T, D] -> ([1, T, H_q, D], None).
+    Follows transformers' calling convention: query [1, H_q, T, D] -> ([1, T, H_q, D], None).
     """
     parts, start = [], 0
     repeats = query.shape[1] // key.shape[1]
@@ -79,7 +79,7 @@ def grouped_attention(
         q, k, v = (
             states[0, :, start:end].unflatten(1, (count, rows)).transpose(0, 1) for states in (query, key, value)
         )
-        if mask is not None:  # with one, no fused kernel of torch's takes grouped heads
+        if mask is not None:  # none of torch's fused kernels supports both a mask and grouped-query heads
             k, v = (states.repeat_interleave(repeats, 1) for states in (k, v))
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=refrag_plans.causal, scale=scaling, enable_gqa=mask is None

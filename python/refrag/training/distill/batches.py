@@ -1,4 +1,4 @@
-"""The batches of distillation: fixed shapes, drawn from token files, prepared ahead by a thread."""
+"""Distillation batches: fixed shapes, drawn from token files, and prefetched by a thread."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from refrag.training.distill.options import DistillOptions
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Runs of tokens, each cut into chunks, with what follows them.
+    """Runs of tokens, each cut into chunks, and the tokens that follow them.
 
     Attributes
     ----------
     tokens : ndarray, int32 [n, chunks * k + after]
-        The chunks' tokens, those behind them, and zeros where chunks have fewer than k tokens.
+        The chunks' tokens, the tokens after them, and zeros as padding if chunks have fewer than k tokens.
     lengths : ndarray, int64 [n, chunks]
-        Tokens of each chunk: k, or fewer where a character would be cut.
+        Tokens of each chunk: k, or fewer where k would cut a character.
     """
 
     tokens: np.ndarray
@@ -34,7 +34,7 @@ class Windows:
 
     @property
     def contexts(self) -> np.ndarray:
-        """Tokens of all chunks of each run: int64 [n]."""
+        """Number of tokens in all chunks of each run: int64 [n]."""
         return self.lengths.sum(1)
 
     @classmethod
@@ -43,14 +43,14 @@ class Windows:
         return cls(tokens, np.full((len(tokens), chunks), k))
 
     def part(self, rows: Any) -> Windows:
-        """Return some of the runs."""
+        """Select some of the runs."""
         return Windows(self.tokens[rows], self.lengths[rows])
 
 
 class TokenWindows:
-    """Runs of tokens inside documents, each as likely as any other.
+    """Draws runs of tokens within documents, each with the same probability.
 
-    One that would begin inside a character begins with it.
+    A run that would begin inside a character begins with that character's first token instead.
 
     Parameters
     ----------
@@ -58,16 +58,16 @@ class TokenWindows:
     offsets : ndarray, int64 [D + 1]
         Where each document starts.
     name : str
-        Of the files, for errors.
+        Name of the files in error messages.
     inside : ndarray, bool [65536], optional
-        By token number, whether it begins inside a character: from ``tokens_inside_characters``. Without it none does.
+        For each token, whether it begins inside a character: from ``tokens_inside_characters``. By default none does.
     """
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, name: str, inside: np.ndarray | None = None) -> None:
         self.tokens, self.offsets, self.name = tokens, np.asarray(offsets, dtype=np.int64), name
         self.inside = np.zeros(1 << 16, bool) if inside is None else inside
         self._begins = np.append(~self.inside[tokens], True)
-        self._begins[self.offsets] = True  # a document that was cut is no part of the one before it
+        self._begins[self.offsets] = True  # a document always begins a run, even if it was cut inside a character
         self._longest, run = 1, ~self._begins
         while run.any():
             self._longest, run = self._longest + 1, run[1:] & ~self._begins[: len(run) - 1]
@@ -81,16 +81,16 @@ class TokenWindows:
         return np.concatenate([[0], np.cumsum(counts)])
 
     def draw(self, generator: np.random.Generator, count: int, chunks: int, k: int, after: int = 0) -> Windows:
-        """Return ``count`` runs at random: chunks of k tokens, as ``FixedChunks`` cuts them, and the tokens after them.
+        """Draw ``count`` random runs: chunks of k tokens, cut as ``FixedChunks`` does, and ``after`` more tokens.
 
         Raises
         ------
         ValueError
-            If no document is that long, or a character has more than k tokens.
+            If no document is long enough, or a character has more than k tokens.
         """
         if self._longest > k:
             raise ValueError(
-                f"k: got {k}, needs {self._longest} or more: {self.name} has a character of so many tokens"
+                f"k: got {k}, needs {self._longest} or more: {self.name} has a character of that many tokens"
             )
         first = self._first_of_document(chunks * k + after)
         picks = generator.integers(first[-1], size=count)
@@ -101,7 +101,7 @@ class TokenWindows:
         whole = count - int(uneven.sum())
         if whole < count:
             ends[uneven] = self._ends(starts[uneven], chunks, k)
-            last = uneven.argsort(kind="stable")  # where attention wants them: see GroupedPlans
+            last = uneven.argsort(kind="stable")  # GroupedPlans wants padded runs last
             starts, ends = starts[last], ends[last]
         places = np.arange(chunks * k + after)
         tokens = self.tokens[starts[:, None] + places].astype(np.int32)
@@ -109,13 +109,13 @@ class TokenWindows:
         return Windows(tokens, np.diff(ends, axis=1, prepend=starts[:, None]))
 
     def _back(self, places: np.ndarray) -> np.ndarray:
-        """Return the places, those inside a character moved to where it begins."""
+        """Move places inside a character back to where it begins."""
         while not (begins := self._begins[places]).all():
             places = places - ~begins
         return places
 
     def _ends(self, starts: np.ndarray, chunks: int, k: int) -> np.ndarray:
-        """Return where each chunk ends, at most k tokens behind the one before it."""
+        """Return where each chunk ends, at most k tokens after the previous one."""
         ends = np.empty((len(starts), chunks), np.int64)
         for chunk in range(chunks):
             ends[:, chunk] = starts = self._back(starts + k)
@@ -124,18 +124,18 @@ class TokenWindows:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """How many samples of which lengths a batch has. Batches of one shape share their plans and row numbers.
+    """The number of samples in a batch and their lengths. Batches of one shape share plans and row numbers.
 
     Attributes
     ----------
     k, context, output : int
-        Tokens of a chunk, a context, a continuation.
+        Tokens per chunk, context and continuation.
     continuations : int
-        Samples that write what follows their context.
+        Number of samples that continue their context.
     expanded : int
-        Chunks of each of them that stand as text.
+        Chunks per continuation that are left as text.
     reconstructions, chunks : int
-        Samples that write their context again, and its chunks.
+        Number of samples that reconstruct their context, and chunks per sample.
     """
 
     k: int
@@ -148,22 +148,22 @@ class Shape:
 
     @property
     def slots(self) -> int:
-        """Slots of a continuation."""
+        """Slots per continuation."""
         return self.context // self.k - self.expanded
 
     @property
     def continuation_rows(self) -> int:
-        """Rows of a continuation: the first token, slots and expanded chunks, the output."""
+        """Rows per continuation: the first token, slots and expanded chunks, the output."""
         return 1 + self.slots + self.expanded * self.k + self.output
 
     @property
     def reconstruction_rows(self) -> int:
-        """Rows of a reconstruction: the first token, slots, the task's token, the chunks' tokens."""
+        """Rows per reconstruction: the first token, slots, the task's token, the chunks' tokens."""
         return 1 + self.chunks + 1 + self.chunks * self.k
 
 
 def step_shape(options: DistillOptions, context: int, chunks: int, reconstruction: float) -> Shape:
-    """Return the shape of a step: a share of the context tokens is written again, the others are continued."""
+    """Return a step's shape, in which ``reconstruction`` is the share of context tokens that are reconstructed."""
     chunks = min(chunks, context // options.k)
     samples = options.step_tokens / (context + (1 - reconstruction) * options.output_tokens)
     continuations = max(1, round((1 - reconstruction) * samples))
@@ -174,22 +174,24 @@ def step_shape(options: DistillOptions, context: int, chunks: int, reconstructio
 
 
 class Rows:
-    """What batches of a shape have in common, on a device: attention plans and positions.
+    """The attention plans and positions that batches of one shape share, on a device.
 
     Attributes
     ----------
     encoder, teacher, student : Packed
-        Of runs whose chunks have k tokens each. Causal rows don't attend to the zeros behind shorter ones; for the
-        encoder such a batch brings its own.
+        Rows for runs whose chunks all have k tokens. With shorter chunks, the causal teacher and student can use them
+        as well, since no row attends to the padding after it; for the encoder, such a batch has its own.
     """
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
-        each, again = shape.continuations, shape.reconstructions
+        continued, rewritten = shape.continuations, shape.reconstructions
         self.encoder = Packed.of(
-            [(each, shape.context), (again, shape.chunks * shape.k)], device, causal=False
+            [(continued, shape.context), (rewritten, shape.chunks * shape.k)], device, causal=False
         )  # fmt: skip
-        self.teacher = Packed.of([(each, 1 + shape.context + shape.output)], device)
-        self.student = Packed.of([(each, shape.continuation_rows), (again, shape.reconstruction_rows)], device)
+        self.teacher = Packed.of([(continued, 1 + shape.context + shape.output)], device)
+        self.student = Packed.of(
+            [(continued, shape.continuation_rows), (rewritten, shape.reconstruction_rows)], device
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +210,7 @@ class Packed:
         causal: bool = True,
         used: np.ndarray | None = None,
     ) -> Packed:
-        """Pack groups of sequences, (number, rows of each); ``used`` are the rows of each that are no padding."""
+        """Pack groups of (number of sequences, rows per sequence); ``used`` counts each one's rows before padding."""
         positions = np.concatenate([np.tile(np.arange(rows), count) for count, rows in groups])
         plans = GroupedPlans(groups, device, causal=causal, used=used)
         return cls(plans, torch.from_numpy(positions).to(device)[None])
@@ -221,19 +223,19 @@ class Batch:
     Attributes
     ----------
     encoder_ids, teacher_ids, student_ids : Tensor, int64
-        Tokens of packed rows; 0 in the student's slots, and behind sequences with shorter chunks.
+        Tokens of packed rows; 0 in the student's slots and in padding.
     slot_rows, slot_chunks : Tensor, int64 [n]
-        Rows of the student that are slots, and the encoded chunk that stands in each.
+        Rows of the student that are slots, and the encoded chunk for each.
     teacher_outputs, student_outputs : Tensor, int64
         Rows that predict a target: continuations first.
     targets : Tensor, int64
         Token after each of ``student_outputs``.
     chunk_starts, chunk_lengths : Tensor, int64 [N]
-        Row of the encoder that each chunk begins with, and its rows.
+        First encoder row of each chunk, and its number of rows.
     encoder : Packed, optional
-        The encoder's rows where a chunk has fewer than k tokens; otherwise those of the shape's ``Rows``.
+        The encoder's plans and positions if a chunk has fewer than k tokens; None means the shape's ``Rows.encoder``.
     text_tokens : int
-        Tokens of text that the batch is made of.
+        Number of text tokens in the batch: contexts, reconstructed chunks and outputs.
     """
 
     shape: Shape
@@ -260,29 +262,30 @@ def make_batch(
     task_token: int,
     device: torch.device,
 ) -> Batch:
-    """Lay out a batch.
+    """Assemble a batch.
 
     Parameters
     ----------
     shape : Shape
     continued : Windows
-        As many as the shape's continuations: of its context, with its output behind them.
+        One run per continuation: the context's chunks, then the output.
     rewritten : Windows
-        As many as its reconstructions: of its chunks, with nothing behind them.
+        One run per reconstruction: its chunks, with nothing after them.
     picks : ndarray, bool [continuations, context / k]
-        Chunks that stand as text, as many in each row.
+        Chunks that are left as text, equally many in each row.
     first_token, task_token : int
-        What stands before everything, and before a reconstruction.
+        Token that begins every sequence, and token that precedes a reconstruction.
     device : torch.device
-        Where it goes, in one copy that doesn't wait.
+        Device to copy the batch to, in one non-blocking copy.
     """
-    k, each, again, s, o = shape.k, shape.continuations, shape.reconstructions, shape.context, shape.output
+    k, s, o = shape.k, shape.context, shape.output
+    num_continued, num_rewritten = shape.continuations, shape.reconstructions
     per, contexts, within = s // k, continued.contexts, np.arange(k)
     outputs = np.take_along_axis(continued.tokens, contexts[:, None] + np.arange(o), 1)
     lengths = np.where(picks, continued.lengths, 1)
-    starts = np.cumsum(lengths, 1) - lengths + 1  # behind the first token
+    starts = np.cumsum(lengths, 1) - lengths + 1  # after the first token
     begins = np.cumsum(continued.lengths, 1) - continued.lengths
-    student = np.zeros((each, shape.continuation_rows), np.int32)
+    student = np.zeros((num_continued, shape.continuation_rows), np.int32)
     student[:, 0] = first_token
     written = 1 + lengths.sum(1)[:, None] + np.arange(o)
     np.put_along_axis(student, written, outputs, 1)
@@ -291,27 +294,29 @@ def make_batch(
     sample, chunk = sample[own], chunk[own]
     student[sample, starts[sample, chunk] + place] = continued.tokens[sample, begins[sample, chunk] + place]
     sample, chunk = np.nonzero(~picks)
-    again_rows = np.zeros((again, shape.reconstruction_rows), np.int32)
-    again_rows[:, 0] = first_token
-    again_rows[:, 1 + shape.chunks] = task_token
-    again_rows[:, 2 + shape.chunks :] = rewritten.tokens
+    rewritten_rows = np.zeros((num_rewritten, shape.reconstruction_rows), np.int32)
+    rewritten_rows[:, 0] = first_token
+    rewritten_rows[:, 1 + shape.chunks] = task_token
+    rewritten_rows[:, 2 + shape.chunks :] = rewritten.tokens
     real = np.arange(shape.chunks * k) < rewritten.contexts[:, None]
-    first_again = each * shape.continuation_rows + np.arange(again)[:, None] * shape.reconstruction_rows
+    rewritten_start = (
+        num_continued * shape.continuation_rows + np.arange(num_rewritten)[:, None] * shape.reconstruction_rows
+    )
     teacher_rows = 1 + s + o
-    starts_again = np.cumsum(rewritten.lengths, 1) - rewritten.lengths
+    rewritten_begins = np.cumsum(rewritten.lengths, 1) - rewritten.lengths
     pieces = {
         "encoder_ids": [np.where(np.arange(s) < contexts[:, None], continued.tokens[:, :s], 0), rewritten.tokens],
-        "teacher_ids": [np.concatenate([np.full((each, 1), first_token, np.int32), continued.tokens], 1)],
-        "student_ids": [student, again_rows],
+        "teacher_ids": [np.concatenate([np.full((num_continued, 1), first_token, np.int32), continued.tokens], 1)],
+        "student_ids": [student, rewritten_rows],
         "slot_rows": [sample * shape.continuation_rows + starts[sample, chunk],
-                      first_again + 1 + np.arange(shape.chunks)],
-        "slot_chunks": [sample * per + chunk, each * per + np.arange(again * shape.chunks)],
-        "teacher_outputs": [np.arange(each)[:, None] * teacher_rows + contexts[:, None] + np.arange(o)],
-        "student_outputs": [np.arange(each)[:, None] * shape.continuation_rows + written - 1,
-                            (first_again + 1 + shape.chunks + np.arange(shape.chunks * k))[real]],
+                      rewritten_start + 1 + np.arange(shape.chunks)],
+        "slot_chunks": [sample * per + chunk, num_continued * per + np.arange(num_rewritten * shape.chunks)],
+        "teacher_outputs": [np.arange(num_continued)[:, None] * teacher_rows + contexts[:, None] + np.arange(o)],
+        "student_outputs": [np.arange(num_continued)[:, None] * shape.continuation_rows + written - 1,
+                            (rewritten_start + 1 + shape.chunks + np.arange(shape.chunks * k))[real]],
         "targets": [outputs, rewritten.tokens[real]],
-        "chunk_starts": [np.arange(each)[:, None] * s + begins,
-                         each * s + np.arange(again)[:, None] * shape.chunks * k + starts_again],
+        "chunk_starts": [np.arange(num_continued)[:, None] * s + begins,
+                         num_continued * s + np.arange(num_rewritten)[:, None] * shape.chunks * k + rewritten_begins],
         "chunk_lengths": [continued.lengths, rewritten.lengths],
     }  # fmt: skip
     parts = [np.concatenate([piece.ravel() for piece in own]).astype(np.int64) for own in pieces.values()]
@@ -320,9 +325,9 @@ def make_batch(
         whole = whole.pin_memory().to(device, non_blocking=True)
     used, encoder = np.concatenate([contexts, rewritten.contexts]), None
     if (continued.lengths < k).any() or (rewritten.lengths < k).any():
-        groups = [(each, s), (again, shape.chunks * k)]
+        groups = [(num_continued, s), (num_rewritten, shape.chunks * k)]
         encoder = Packed.of(groups, device, causal=False, used=used)
-    tokens = int(used.sum()) + each * o
+    tokens = int(used.sum()) + num_continued * o
     tensors = dict(zip(pieces, whole.split([len(part) for part in parts])))
     return Batch(shape, **tensors, encoder=encoder, text_tokens=tokens)
 
@@ -337,7 +342,7 @@ def batch_at(
     *,
     shape: Shape | None = None,
 ) -> Batch:
-    """Return the batch of step ``index``, which it and ``progress`` determine."""
+    """Return the batch of step ``index``; the same index and progress give the same batch."""
     generator = np.random.default_rng([options.seed, index])
     if shape is None:
         context = options.contexts[generator.integers(len(options.contexts))]
@@ -352,20 +357,20 @@ def batch_at(
 
 
 def reconstruction_share(options: DistillOptions, progress: float) -> float:
-    """Return the share of reconstruction: it falls in three steps over the first third of a run."""
+    """Return the share of reconstruction, which falls in three steps over the first third of a run."""
     level = min(3, int(progress * 9)) / 3
     return options.first_reconstruction + level * (options.reconstruction - options.first_reconstruction)
 
 
 def all_shapes(options: DistillOptions) -> list[Shape]:
-    """Return every shape that a run's steps may have."""
+    """Return all shapes that the steps of a run may have."""
     shares = [reconstruction_share(options, level / 9) for level in range(4)]
     every = itertools.product(options.contexts, options.reconstruction_chunks, shares)
     return list(dict.fromkeys(step_shape(options, *one) for one in every))
 
 
 class Prefetcher:
-    """Makes batches in a thread, a few ahead.
+    """Prepares batches in a thread.
 
     Parameters
     ----------
@@ -374,6 +379,7 @@ class Prefetcher:
     first : int
         The first step's number.
     ahead : int
+        Maximum number of batches waiting.
     """
 
     def __init__(self, make: Callable[[int], Batch], first: int, *, ahead: int = 4) -> None:
@@ -393,7 +399,7 @@ class Prefetcher:
         """Stop the thread."""
         self._stop.set()
         while self._thread.is_alive():
-            try:  # it may be waiting for room
+            try:  # make room: the thread may be waiting for it
                 self._queue.get(timeout=0.05)
             except queue.Empty:
                 pass

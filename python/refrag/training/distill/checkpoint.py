@@ -1,4 +1,4 @@
-"""What a run leaves behind: the adapter, whole at any second, in pieces where asked for, and the optimizer's state."""
+"""Files that a run writes: the adapter, replaced atomically, optionally also in pieces, and the optimizer's state."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ _STATE = "state.pt"
 
 
 class Writer:
-    """Writes adapters in a thread, one at a time; each appears under its name only once it is whole.
+    """Writes adapters in a thread, one at a time; each appears under its final name only once it is complete.
 
     Parameters
     ----------
     model : RefragForCausalLM
-        Whose config the adapter's file describes.
+        The adapter's file records its config.
     folder : Path
-        For ``adapter.safetensors`` and ``state.pt``.
+        Folder of ``adapter.safetensors`` and ``state.pt``.
     pieces : Path, optional
-        For folders ``adapter-STEP`` with the adapter in pieces and their SHA256SUMS; the newest stays.
+        Folder of ``adapter-STEP`` folders with the adapter in pieces and a SHA256SUMS file; only the newest is kept.
     piece_bytes : int
+        Maximum size of a piece.
     """
 
     def __init__(self, model: RefragForCausalLM, folder: Path, pieces: Path | None, piece_bytes: int) -> None:
@@ -42,28 +43,28 @@ class Writer:
     def write(
         self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any], state: Mapping[str, Any] | None
     ) -> None:
-        """Write what training has reached. Returns as soon as the writing of the one before has ended.
+        """Write an adapter in the background; wait only for the previous write.
 
         Parameters
         ----------
         tensors : mapping
-            Of the adapter, on the CPU; the caller doesn't change them any more.
+            The adapter's tensors, on the CPU; the caller must not change them afterwards.
         notes : mapping
-            What the file says beside them: the step, say.
+            Metadata for the adapter's file, such as the step.
         state : mapping, optional
-            For ``resume``.
+            State for resuming the run.
         """
         self.wait()
         self._thread = threading.Thread(target=self._run, args=(tensors, notes, state))
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when everything is written.
+        """Wait until everything is written.
 
         Raises
         ------
         OSError
-            If something couldn't be.
+            If a write failed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -88,12 +89,12 @@ class Writer:
 
 
 def write_pieces(file: Path, folder: Path, step: int, piece_bytes: int) -> Path:
-    """Write a file in pieces: ``cat adapter.safetensors.* > adapter.safetensors`` joins them again.
+    """Write a file in pieces, which ``cat adapter.safetensors.* > adapter.safetensors`` joins again.
 
     Returns
     -------
     Path
-        The folder of the pieces, which replaces that of an earlier step.
+        The folder of the pieces; it replaces the folder of an earlier step.
     """
     final = folder / f"adapter-{step:06d}"
     part = folder / ".part"
@@ -113,7 +114,7 @@ def write_pieces(file: Path, folder: Path, step: int, piece_bytes: int) -> Path:
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """Return the state that a run left behind, or None."""
+    """Return the saved state of a run, or None."""
     path = folder / _STATE
     if not path.exists():
         return None
@@ -121,7 +122,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
 
 
 class Log:
-    """A log of JSON lines in one or more files; each line is there as soon as it is written.
+    """A log of JSON lines, appended to one or more files and flushed line by line.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What is measured during a run: the share of the context's value that slots keep, and what can be read from them."""
+"""Evaluation during a run: the share of the context's value that slots keep, and how much text they reproduce."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 from refrag.training.distill.batches import Batch, Packed, Shape, TokenWindows, Windows, make_batch
 from refrag.training.distill.models import Distillation, hidden_of
 
-CONTEXT, OUTPUT = 256, 64  # s and o of the measured value
+CONTEXT, OUTPUT = 256, 64  # s and o in the paper: tokens of the context and of the output
 _SEED = 20_251_127
-_AT_ONCE = 64  # samples of a pass
+_SAMPLES_PER_PASS = 64
 
 
 class Evaluator:
-    """Measures a run on held-out domains, always on the same samples.
+    """Evaluates a run on held-out domains, always on the same samples.
 
-    The ends of the scale are measured with the decoder as it came, and with the decoder as it is now: one that learns
-    to read slots also learns from the text, and one whose full context got worse would seem to keep more.
+    Both ends of the scale, no context and full context, are measured with the original decoder and with the trained
+    one: a decoder that learns to read slots also learns from the text, and one that got worse at reading the full
+    context would seem to keep more of its value.
 
     Parameters
     ----------
@@ -51,18 +52,18 @@ class Evaluator:
         Parameters
         ----------
         samples : int
-            Of each domain.
+            Samples per domain.
         tuned_ends : bool
-            Whether to measure the decoder as it is now without compression too.
+            Whether to measure the trained decoder without compression too.
 
         Returns
         -------
         dict
-            For each domain ``compressed``, ``none``, ``full``, ``last`` (its last s / k tokens as text) in nats a
-            token, with ``tuned_`` before them those of the decoder as it is now; ``kept``, the share of the context's
-            value that slots keep, and ``tuned_kept``; ``rebuilt`` and ``rebuilt_first``, the share of tokens, and of
-            chunks' first tokens, that are the most likely one when s tokens are written again; ``single`` and
-            ``single_first``, the same for chunks on their own.
+            For each domain the losses ``compressed``, ``none`` and ``full`` in nats per token, and with ``tuned_ends``
+            ``tuned_none``, ``tuned_full`` and ``tuned_last`` (the last s / k tokens as text) of the trained decoder;
+            ``kept``, the share of the context's value that slots keep, and ``tuned_kept``; ``rebuilt`` and
+            ``rebuilt_first``, the share of tokens, and of chunks' first tokens, that the decoder ranks first when it
+            reconstructs s tokens; ``single`` and ``single_first``, the same for single chunks.
         """
         figures = {name: self._domain(name, samples, tuned_ends) for name in self._domains}
         names = next(iter(figures.values()))
@@ -94,7 +95,7 @@ class Evaluator:
         return figures
 
     def _text(self, base: Any, tokens: np.ndarray, before: np.ndarray) -> float:
-        """Return the loss of the output that stands behind ``before`` tokens of each row, and the first token."""
+        """Return the loss of the output, which follows the first token and ``before`` tokens in each row."""
         total, output = 0.0, self._output
         for chosen in _slices(len(tokens)):
             part, own = tokens[chosen], before[chosen]
@@ -119,7 +120,7 @@ class Evaluator:
         return total / (len(drawn.tokens) * o)
 
     def _rebuilt(self, drawn: Windows, chunks: int) -> tuple[float, float]:
-        """Return the share of tokens, and of chunks' first tokens, that are rebuilt given the true ones before them."""
+        """Return the share of tokens, and of chunks' first tokens, predicted correctly given the true ones before."""
         k = self._distillation.options.k
         nothing = Windows.whole(np.zeros((0, k + 1), np.int32), 1, k)
         hits, firsts = [], []
@@ -162,20 +163,20 @@ def _kept(none: float, compressed: float, full: float) -> float:
 
 
 def _slices(samples: int) -> list[slice]:
-    """Return the samples of each pass: ``_AT_ONCE`` at most, as many as in the others or one less."""
-    edges = np.cumsum([0, *map(len, np.array_split(np.arange(samples), -(-samples // _AT_ONCE)))]).tolist()
+    """Split the samples evenly into passes of at most ``_SAMPLES_PER_PASS``."""
+    edges = np.cumsum([0, *map(len, np.array_split(np.arange(samples), -(-samples // _SAMPLES_PER_PASS)))]).tolist()
     return [slice(start, end) for start, end in zip(edges, edges[1:])]
 
 
 def _chunks(drawn: Windows, chunks: int, k: int) -> Windows:
-    """Return the runs without what follows their chunks."""
+    """Return the runs without the tokens after their chunks."""
     within = np.arange(chunks * k)
     tokens = np.where(within < drawn.contexts[:, None], drawn.tokens[:, : chunks * k], 0)
     return Windows(tokens, drawn.lengths)
 
 
 def _alone(drawn: Windows, chunks: int, k: int) -> Windows:
-    """Return the first chunks of each run as runs of their own."""
+    """Return the first chunks of each run, each as a run of its own."""
     lengths = drawn.lengths[:, :chunks]
     places = (np.cumsum(lengths, 1) - lengths)[..., None] + np.arange(k)
     runs = np.arange(len(lengths))[:, None, None]
@@ -184,7 +185,10 @@ def _alone(drawn: Windows, chunks: int, k: int) -> Windows:
 
 
 def _last(drawn: Windows, count: int, output: int, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each context's last ``count`` tokens, from where a character begins, with the output, and their number."""
+    """Return each context's last ``count`` tokens and the output, and how many context tokens that is.
+
+    A start inside a character moves back to the character's first token, which adds context tokens.
+    """
     contexts = drawn.contexts
     starts, runs = contexts - count, np.arange(len(contexts))
     while (cut := inside[drawn.tokens[runs, starts]]).any():
@@ -194,7 +198,7 @@ def _last(drawn: Windows, count: int, output: int, inside: np.ndarray) -> tuple[
 
 
 def domains_of(windows: Mapping[str, TokenWindows], context: int, k: int, output: int) -> dict[str, TokenWindows]:
-    """Return the domains, after checking that a sample can be drawn from each."""
+    """Check that a sample can be drawn from each domain; return the domains."""
     for own in windows.values():
         own.draw(np.random.default_rng(0), 1, context // k, k, output)
     return dict(windows)

@@ -1,4 +1,4 @@
-"""The loop of distillation: no step waits for the device, and what is logged was copied from it long before."""
+"""The distillation loop. No step waits for the device: logged values are copied asynchronously, steps earlier."""
 
 from __future__ import annotations
 
@@ -25,39 +25,41 @@ from refrag.training.distill.optimizer import FlatAdamW, Progress, rates_at
 from refrag.training.distill.options import HELD_OUT_DOMAINS, DistillOptions
 from refrag.training.token_files import load_tokens, tokenizer_hash, tokens_inside_characters
 
-_STEPS_AHEAD = 2  # steps that the host may be ahead of the device
-_WARM_UP_SECONDS = 150  # after which a GPU that hasn't finished its first steps is taken to hang
-_NAN_STEPS = 5  # steps without a finite gradient, one after another, that end a run
+_STEPS_AHEAD = 2  # how many steps the host may run ahead of the device
+_WARM_UP_SECONDS = 150  # a GPU that hasn't finished its first steps by then is assumed to hang
+_NAN_STEPS = 5  # consecutive steps without a finite gradient that end a run
 
 
 class DistillationError(ValueError):
-    """Distillation can't go on; the message says why, and what was kept."""
+    """Distillation can't continue; the message says why, and which adapter was kept."""
 
 
 def distill(
     options: DistillOptions, listener: Callable[[dict[str, Any]], None] = lambda entry: None
 ) -> list[dict[str, Any]]:
-    """Train slots that hold their chunks' meaning, and write the adapter.
+    """Train the encoder and the projector to turn chunks into slots that the decoder reads; write the adapter.
 
-    A run that was broken off goes on from its ``state.pt`` when it is started again with the same options.
+    An interrupted run resumes from its ``state.pt`` when it is started again with the same options.
 
     Parameters
     ----------
     options : DistillOptions
     listener : callable
-        Gets each entry of the log when it is written.
+        Called with each log entry when it is written.
 
     Returns
     -------
     list of dict
-        The log of this part of the run.
+        The log entries since this start; those from before an interruption are only in the file.
 
     Raises
     ------
     DistillationError
-        If the gradient stays not finite, or the folder holds another run. The last adapter stays.
+        If the gradient is not finite for several steps in a row, or the folder holds another run. The last adapter
+        is kept.
     ValueError
-        If token files don't fit: too short documents, held-out domains among those to train on, foreign tokens.
+        If the token files are unusable: documents too short, held-out domains in the training files, or tokens of
+        another tokenizer.
     """
     return _Run(options, time.monotonic(), listener).run()
 
@@ -100,7 +102,7 @@ class _Run:
         if state is not None:
             self.optimizer.load(state["optimizer"])
         if self.device.type == "cuda":
-            # A kernel that never ends would take all of the time: the process ends itself, and another may do without.
+            # A kernel that never returns would use up all of the time: exit, so that a new process can run without it.
             faulthandler.dump_traceback_later(_WARM_UP_SECONDS, exit=True)
         warm = self._warm_up()
         began = time.monotonic()
@@ -109,16 +111,16 @@ class _Run:
             faulthandler.cancel_dump_traceback_later()
         measured = time.monotonic() - began
         if options.minutes is not None:
-            # The last measurement takes longer than the first by its samples, and something has to be in hand.
+            # The final evaluation costs more than the first in proportion to its samples; 20% is a safety margin.
             last = measured * options.final_samples / options.evaluate_samples
             reserve = min(max(options.reserve_seconds, 1.2 * last), 0.3 * 60 * options.minutes)
             left = 60 * options.minutes - reserve - (time.monotonic() - self.started)
             if left <= 0:
                 raise ValueError(
-                    f"minutes: got {options.minutes:.3g}, needs more than {options.minutes - left / 60:.3g}: what "
-                    "loading, compiling and measuring take here"
+                    f"minutes: got {options.minutes:.3g}, needs more than {options.minutes - left / 60:.3g}: the time "
+                    "that loading, compiling and measuring take here"
                 )
-            # A run that goes on has the time that its first part left, if that is less.
+            # A resumed run gets the time that its first part left, if that is less.
             planned = state["seconds"] if state is not None else left
             self.progress.seconds = min(planned, self.progress.before + left)
         self.note("start", device=str(self.device), dtype=str(self.dtype), warm_up_seconds=round(warm, 2),
@@ -135,7 +137,7 @@ class _Run:
     def _train(self) -> None:
         options, progress = self.options, self.progress
         progress.begin()
-        reader = _Meter(self)
+        meter = _Meter(self)
         batches = Prefetcher(self._batch, self.step)
         saved = evaluated = time.monotonic()
         marks: collections.deque[Any] = collections.deque()
@@ -150,7 +152,7 @@ class _Run:
                 self.optimizer.step(rates)
                 self.step += 1
                 self.tokens += batch.text_tokens
-                reader.count(batch, sums, rates, at)
+                meter.count(batch, sums, rates, at)
                 if self.device.type == "cuda":
                     marks.append(torch.cuda.Event())
                     marks[-1].record()
@@ -163,7 +165,7 @@ class _Run:
                 if now - evaluated >= options.evaluate_seconds:
                     self.note("evaluation", **self._evaluate(options.evaluate_samples, tuned_ends=False))
                     evaluated = time.monotonic()
-            reader.flush()
+            meter.flush()
         finally:
             batches.close()
 
@@ -172,9 +174,10 @@ class _Run:
         return batch_at(self.options, self.train, index, at, self.first_token, self.device, shape=shape)
 
     def _warm_up(self) -> float:
-        """Run the largest step of each context length once, and throw it away: kernels are compiled, memory is taken.
+        """Run the largest step of each context length once and discard it, to compile kernels and reserve memory.
 
-        Where the memory doesn't hold a step, steps are halved; the loop itself can't run out of memory then.
+        If a step doesn't fit into memory, halve ``step_tokens`` and try again, so that the loop can't run out later.
+        Returns the seconds that this took.
         """
         began = time.monotonic()
         wanted = self.options.attention
@@ -183,11 +186,11 @@ class _Run:
         self.model.use_attention("torch" if wanted == "torch" else "refrag")
         while True:
             try:
-                batches = [self._batch(index, shape) for index, shape in enumerate(self._largest())]
+                batches = [self._batch(index, shape) for index, shape in enumerate(self._largest_shapes())]
                 if self.step == 0 and self.options.start is None:
                     self.model.fit_scale(batches[0])
                 if wanted == "faster":
-                    self.model.use_attention(self._faster(batches[0]))
+                    self.model.use_attention(self._choose_attention(batches[0]))
                 for batch in batches:
                     self._gradient(batch)
                 break
@@ -197,23 +200,23 @@ class _Run:
                 torch.cuda.empty_cache()
         return time.monotonic() - began
 
-    def _largest(self) -> list[Shape]:
-        """Return the largest shape of each context length, the largest of all first."""
+    def _largest_shapes(self) -> list[Shape]:
+        """Return the largest shape of each context length, in descending order."""
         shapes = all_shapes(self.options)
         each = [max((shape for shape in shapes if shape.context == context), key=_size)
                 for context in self.options.contexts]  # fmt: skip
         return sorted(each, key=_size, reverse=True)
 
     def _gradient(self, batch: Batch) -> tuple[float, torch.Tensor]:
-        """Return the loss of a batch and its gradient; the optimizer's stays zero."""
+        """Return the loss of a batch and its gradient; leave the optimizer's gradients at zero."""
         loss, _ = self.model.loss(batch)
         loss.backward()
         gradient = self.optimizer.gradient()
         self.optimizer.zero_grad()
         return float(loss.detach()), gradient
 
-    def _faster(self, batch: Batch) -> str:
-        """Return the attention to take: refrag_kernels' unless it fails, differs from torch's, or is slower."""
+    def _choose_attention(self, batch: Batch) -> str:
+        """Return the attention to use: refrag_kernels' unless it fails, differs from torch's, or is slower."""
         losses, gradients, seconds, errors = {}, {}, {}, {}
         for name in ("refrag", "torch"):
             try:
@@ -225,19 +228,20 @@ class _Run:
                 seconds[name] = (time.monotonic() - began) / 2
             except torch.cuda.OutOfMemoryError:
                 raise
-            except Exception as error:  # whatever a kernel does on a machine it never ran on: the other may serve
+            except Exception as error:  # a kernel may fail in any way on untested hardware: use the other one then
                 errors[name] = f"{type(error).__name__}: {error}"[:300]
         if len(seconds) < 2:
             if not seconds:
-                raise DistillationError(f"attention: neither runs here: {errors}")
+                raise DistillationError(f"attention: neither implementation runs here: {errors}")
             taken = next(iter(seconds))
             self.note("attention", taken=taken, errors=errors)
             return taken
-        alike = float(torch.nn.functional.cosine_similarity(gradients["refrag"], gradients["torch"], 0))
+        similarity = float(torch.nn.functional.cosine_similarity(gradients["refrag"], gradients["torch"], 0))
         gap = abs(losses["refrag"] - losses["torch"])
-        agree = alike > 0.98 and gap < 0.02 * abs(losses["torch"])
+        agree = similarity > 0.98 and gap < 0.02 * abs(losses["torch"])
         taken = "refrag" if agree and seconds["refrag"] <= seconds["torch"] else "torch"
-        self.note("attention", taken=taken, agree=agree, cosine=round(alike, 5) if math.isfinite(alike) else None,
+        self.note("attention", taken=taken, agree=agree,
+                  cosine=round(similarity, 5) if math.isfinite(similarity) else None,
                   losses={name: round(value, 5) if math.isfinite(value) else None for name, value in losses.items()},
                   seconds={name: round(value, 4) for name, value in seconds.items()})  # fmt: skip
         return taken
@@ -250,11 +254,11 @@ class _Run:
 
     def _save(self) -> None:
         if int(self.optimizer.in_a_row):
-            return  # what is in memory may be broken; the file of before stays
+            return  # the weights in memory may be broken; keep the previous file
         tensors = {name: value.to("cpu", torch.bfloat16, copy=True) for name, value in self.model.state().items()}
         broken = [name for name, value in tensors.items() if not bool(value.isfinite().all())]
         if broken:
-            raise DistillationError(f"{broken[0]}: is not finite at step {self.step}; {self._kept()}")
+            raise DistillationError(f"{broken[0]}: not finite at step {self.step}; {self._kept()}")
         notes = {"step": self.step, "tokens": self.tokens, "reconstruction_token": self.options.reconstruction_token}
         state = None
         if self.options.keep_state:
@@ -277,7 +281,7 @@ class _Run:
             if own[name] != value:
                 raise DistillationError(
                     f"{options.output}: holds a run with {name} = {value}, this one has {own[name]}; "
-                    "take another folder, or the same options"
+                    "use another folder, or the same options"
                 )
         self.step, self.tokens = state["step"], state["tokens"]
         self.progress.before = state["elapsed"]
@@ -293,12 +297,13 @@ class _Run:
 
     def _kept(self) -> str:
         file = self.options.output / "adapter.safetensors"
-        return f"the last whole adapter is {file}" if file.exists() else "there is no adapter yet"
+        return f"the last complete adapter is {file}" if file.exists() else "there is no adapter yet"
 
     def stop_if_broken(self, in_a_row: int) -> None:
         if in_a_row >= _NAN_STEPS:
             raise DistillationError(
-                f"loss: its gradient was not finite in {in_a_row} steps up to about step {self.step}; {self._kept()}"
+                f"loss: the gradient was not finite for {in_a_row} steps in a row, up to about step {self.step}; "
+                f"{self._kept()}"
             )
 
     @staticmethod
@@ -306,16 +311,17 @@ class _Run:
         for file in files:
             largest = int(file.tokens.max(initial=0))
             if largest >= vocabulary:
-                raise ValueError(f"{file.name}: got token {largest}, needs those of the decoder, below {vocabulary}")
+                raise ValueError(f"{file.name}: got token {largest}, needs tokens of the decoder, below {vocabulary}")
 
 
 class _Meter:
-    """Sums losses on the device and logs them every few steps, when their copy to the host has arrived."""
+    """Sums losses on the device and logs them every few steps, once their copy has reached the host."""
 
     def __init__(self, run: _Run) -> None:
         self._run = run
-        self._sums = torch.zeros(5, device=run.device)  # KL, CE, CE of reconstruction; rows with a teacher, without
-        self._rows = [0, 0]
+        # KL, cross-entropy of continuations, cross-entropy of reconstructions, gradient norm, bad steps in a row
+        self._sums = torch.zeros(5, device=run.device)
+        self._rows = [0, 0]  # with a teacher, without
         self._since, self._tokens = time.monotonic(), run.tokens
         self._waiting: tuple[Any, torch.Tensor, dict[str, Any]] | None = None
         self._seen = run.step
@@ -333,7 +339,7 @@ class _Meter:
             self._take(rates, progress)
 
     def flush(self) -> None:
-        """Log what is still there."""
+        """Log the remaining sums."""
         self._log(wait=True)
         if self._run.step > self._seen:
             self._take({}, 1.0)
@@ -368,30 +374,30 @@ class _Meter:
                 return
             event.synchronize()
         self._waiting = None
-        kl, entropy, again, norm, in_a_row = host.tolist()
+        kl, cross_entropy, reconstruction, norm, in_a_row = host.tolist()
         taught, rewritten = (max(1, count) for count in values.pop("rows"))
-        losses = {"kl": kl / taught, "cross_entropy": entropy / taught, "reconstruction": again / rewritten,
-                  "norm": norm}  # fmt: skip
+        losses = {"kl": kl / taught, "cross_entropy": cross_entropy / taught,
+                  "reconstruction": reconstruction / rewritten, "norm": norm}  # fmt: skip
         shown = {name: round(value, 4) if math.isfinite(value) else None for name, value in losses.items()}
         self._run.note("step", **values, **shown)
         self._run.stop_if_broken(int(in_a_row))
 
 
 def read_files(options: DistillOptions) -> tuple[TokenWindows, dict[str, TokenWindows]]:
-    """Return what to train on, and the held-out domains by the names of their files.
+    """Return the training tokens, and the held-out domains by file name.
 
     Raises
     ------
     ValueError
-        If a file to train on holds one of ``HELD_OUT_DOMAINS``, or a document of a held-out file, or a file was made
-        with another tokenizer than the decoder's; names it.
+        If a training file holds one of ``HELD_OUT_DOMAINS`` or a document of a held-out file, or if a file was made
+        with another tokenizer than the decoder's. The message names the file or document.
     """
     tokenizer = _tokenizer(options.decoder or weights.decoder_folder())
     made_with, inside = tokenizer_hash(tokenizer), tokens_inside_characters(tokenizer)
     tokens, offsets, sources = load_tokens(options.tokens, training=True, tokenizer=made_with)
     for held in HELD_OUT_DOMAINS:
         if held in sources:
-            raise ValueError(f"tokens: document {sources.index(held)} holds {held}: a domain that stays held out")
+            raise ValueError(f"tokens: document {sources.index(held)} holds {held}, a domain that stays held out")
     train = TokenWindows(tokens, offsets, "tokens", inside)
     own = {_digest(train, document) for document in range(len(train.offsets) - 1)}
     domains = {}
@@ -399,18 +405,18 @@ def read_files(options: DistillOptions) -> tuple[TokenWindows, dict[str, TokenWi
         domain = TokenWindows(*load_tokens([path], tokenizer=made_with)[:2], f"heldout {path}", inside)
         same = [document for document in range(len(domain.offsets) - 1) if _digest(domain, document) in own]
         if same:
-            raise ValueError(f"tokens: document {same[0]} of {path} is among those to train on, needs to be held out")
+            raise ValueError(f"tokens: document {same[0]} of {path} is also a training document, needs to be held out")
         domains[path.stem.removeprefix("heldout-")] = domain
     return train, domains
 
 
 def _tokenizer(decoder: Path) -> Any:
-    """Return the decoder's tokenizer, which knows where characters begin."""
+    """Return the decoder's tokenizer, which is needed to find where characters begin."""
     try:
         return AutoTokenizer.from_pretrained(decoder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"decoder: {decoder} has no tokenizer that can be read, needs that of the token files: {error}"
+            f"decoder: {decoder} has no readable tokenizer, needs the one of the token files: {error}"
         ) from None
 
 
@@ -419,12 +425,12 @@ def _digest(file: TokenWindows, document: int) -> int:
 
 
 def _first_token(config: Any) -> int:
-    """Return what stands before everything: as ``prefix_ids``, which a tokenizer is needed for."""
+    """Return the token that begins every sequence: as ``prefix_ids`` does, but from the config alone."""
     for name in ("bos_token_id", "eos_token_id"):
         token = getattr(config, name, None)
         if token is not None:
             return int(token[0] if isinstance(token, list) else token)
-    raise ValueError("decoder: has neither a first nor a last token in its config, needs one to stand before the slots")
+    raise ValueError("decoder: its config has neither bos_token_id nor eos_token_id, needs one to put before the slots")
 
 
 def _device(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The loss of distillation over the whole vocabulary, a block of rows at a time, with its gradient."""
+"""The distillation loss over the whole vocabulary and its gradient, computed one block of rows at a time."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ def distillation_loss(
     cross_entropy: float,
     block: int = 2048,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss of rows, the first of which have a teacher.
+    """Return the mean loss of n rows, the first m of which have a teacher.
 
-    A row with a teacher costs ``KL(teacher || student) + cross_entropy * CE``, one without ``CE``. Logits are formed
-    twice for a block of rows at most, in float32; the gradient is formed with them, so that none are kept.
+    The loss of a row with a teacher is ``KL(teacher || student) + cross_entropy * CE``, of a row without one ``CE``.
+    Logits are float32 and exist only for one block of rows at a time, once for the student and once for the teacher:
+    the forward pass computes the gradient too, so that no logits are kept.
 
     Parameters
     ----------
     hidden : Tensor [n, d]
-        The student's, behind its last norm.
+        The student's last hidden states, after its final norm.
     teacher : Tensor [m, d]
         The teacher's, for the first m rows, m <= n.
     targets : Tensor, integer [n]
-        The token that comes next.
+        The next token of each row.
     head : Tensor [V, d]
-        The output layer of both; it gets no gradient.
+        The output layer that both share; it gets no gradient.
     cross_entropy : float
+        Weight of the cross-entropy in rows with a teacher.
     block : int
-        Rows of a block.
+        Rows per block.
 
     Returns
     -------
@@ -60,7 +62,7 @@ class _BlockLoss(torch.autograd.Function):
         rows, taught = hidden.shape[0], teacher.shape[0]
         sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden)
-        # Blocks end where the rows with a teacher do.
+        # No block mixes rows with a teacher and rows without.
         edges = sorted({*range(0, taught, block), *range(taught, rows, block), rows})
         for start, end in zip(edges, edges[1:]):
             wanted = targets[start:end, None].long()
@@ -70,7 +72,7 @@ class _BlockLoss(torch.autograd.Function):
                 theirs = _logits(teacher[start:end], head).log_softmax(1)
                 sums[0] += (theirs - own).mul_(theirs.exp_()).sum()
                 sums[1] += entropy.sum()
-                # theirs is the teacher's distribution now, and own becomes the gradient.
+                # theirs now holds the teacher's probabilities; own becomes the gradient.
                 own.exp_().mul_(1 + weight).sub_(theirs)
                 own.scatter_add_(1, wanted, torch.full_like(entropy, -weight))
             else:
@@ -89,7 +91,7 @@ class _BlockLoss(torch.autograd.Function):
 
 
 def _logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """Return logits in float32; the product of bfloat16 rows is not rounded on its way there."""
+    """Return float32 logits; products of bfloat16 rows are not rounded to bfloat16 first."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, head.t(), out_dtype=torch.float32)  # type: ignore[call-overload, no-any-return]
     return (hidden @ head.t()).float()

@@ -1,4 +1,4 @@
-"""Linear layers with a low-rank update that is trained: the frozen weight in its own dtype, the update in float32."""
+"""Linear layers with a trained low-rank update in float32, beside the frozen weight in its own dtype."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SCALE = float(LORA_SCALE)
 class LowRankLinear(nn.Module):
     """``x W^T + 2 x A^T B^T`` with a frozen W; the update starts at zero.
 
-    peft computes the same with a pass of its own over the outputs for each of scaling and sum. Here both happen inside
-    the second product, forward and backward: a narrow decoder's step is bound by such passes.
+    peft computes the same, but scales and adds the update in separate passes over the outputs. Here both are fused into
+    the second matrix product, forward and backward, because such passes dominate the step of a small decoder.
 
     Parameters
     ----------
     linear : nn.Linear
-        Its weight is taken, not copied.
+        The layer to adapt; its weight is shared, not copied.
     rank : int
     """
 
@@ -57,7 +57,7 @@ class _LowRankProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         rows, weight, a, b, inner = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
-        grad_inner = grad @ b  # SCALE comes with the products below
+        grad_inner = grad @ b  # the products below apply SCALE
         grad_b = (grad.t() @ inner).float().mul_(SCALE)
         grad_a = (grad_inner.t() @ rows).float().mul_(SCALE)
         grad_rows = None
@@ -68,12 +68,12 @@ class _LowRankProduct(torch.autograd.Function):
 
 
 def add_low_rank(part: nn.Module, rank: int, names: Sequence[str]) -> int:
-    """Replace the linear layers of a part that have one of ``names``.
+    """Replace the linear layers of a module that are called one of ``names``.
 
     Returns
     -------
     int
-        How many there were.
+        Number of layers replaced.
     """
     count = 0
     for module in list(part.modules()):
@@ -85,5 +85,5 @@ def add_low_rank(part: nn.Module, rank: int, names: Sequence[str]) -> int:
 
 
 def update_names(name: str) -> str:
-    """Return the name that an adapter's file has for a parameter: ``q_proj.lora_A`` is ``q_proj.lora_A.weight``."""
+    """Return a parameter's name in the adapter's file: ``q_proj.lora_A`` becomes ``q_proj.lora_A.weight``."""
     return f"{name}.weight" if name.endswith((".lora_A", ".lora_B")) else name

@@ -1,4 +1,4 @@
-"""The models of distillation: a frozen decoder that teaches, and the same decoder reading slots, which learns."""
+"""The models of distillation: a frozen decoder as the teacher, and the same decoder reading slots as the student."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 
 class Distillation:
-    """Teacher, student and what is trained of it.
+    """Teacher, student, and the student's trained parameters.
 
     Parameters
     ----------
     decoder : PreTrainedModel
-        The decoder as it comes, in float32. It becomes the student's.
+        The pretrained decoder, in float32. It becomes the student's.
     options : DistillOptions
     device : torch.device
     dtype : torch.dtype
-        Of frozen weights and activations; what is trained is float32.
+        Dtype of frozen weights and activations; trained parameters are float32.
 
     Attributes
     ----------
     model : RefragForCausalLM
-        The student: its linear layers but the projector's are ``LowRankLinear``.
+        The student: all its linear layers except the projector's are ``LowRankLinear``.
     teacher : nn.Module
-        The base model of the decoder as it came.
+        The base model of the pretrained decoder.
     trained : dict of str to list of (str, Parameter)
-        "linear", "encoder" and "decoder": the parameters of each group, by name.
+        The named parameters of the groups "linear" (the projector), "encoder" and "decoder".
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Distillation:
         self.model.requires_grad_(False).train()
         self.model.to(device)  # type: ignore[call-arg, arg-type]  # transformers' decorator keeps self for mypy
         for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(dtype)  # not the buffers: rotary frequencies need their 24 bits
+            parameter.data = parameter.data.to(dtype)  # not the buffers: rotary frequencies need float32
         self.teacher: Any = copy.deepcopy(decoder.base_model)
         add_low_rank(self.model.encoder, options.encoder_rank, _LINEARS)
         add_low_rank(self.model.decoder, options.decoder_rank, _LINEARS)
@@ -89,13 +89,13 @@ class Distillation:
         return self.model.get_output_embeddings().weight  # type: ignore[return-value]
 
     def use_attention(self, name: str) -> None:
-        """Let all layers attend by "refrag", or by torch's own attention, "torch"."""
+        """Set the attention of all layers: "refrag" for refrag_kernels', or "torch"."""
         implementation = {"refrag": NAME, "torch": GROUPED}[name]
         for part in (self.teacher, self.model.encoder, self.model.decoder):
             part.set_attn_implementation(implementation)
 
     def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the loss of a batch, and the sums of ``distillation_loss``."""
+        """Return the loss of a batch, and the sums that ``distillation_loss`` returns."""
         rows = self.rows(batch.shape)
         taught = self.table[:0]
         if batch.shape.continuations:
@@ -108,7 +108,7 @@ class Distillation:
         )  # fmt: skip
 
     def student_hidden(self, batch: Batch) -> torch.Tensor:
-        """Return the student's last states in the rows that predict a target."""
+        """Return the student's last hidden states of the rows that predict a target."""
         rows = self.rows(batch.shape)
         slots = self.slots(batch)
         text = self.embed(batch.student_ids)
@@ -116,11 +116,11 @@ class Distillation:
         return hidden_of(self.model.decoder.base_model, mixed, rows.student).index_select(0, batch.student_outputs)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Return the decoder's token embeddings."""
+        """Look tokens up in the decoder's embedding table."""
         return nn.functional.embedding(token_ids, self.table)
 
     def slots(self, batch: Batch) -> torch.Tensor:
-        """Encode a batch's windows of chunks; return the chunks' slots [N, d]."""
+        """Encode a batch's windows of chunks; return one slot per chunk [N, d]."""
         packed = batch.encoder or self.rows(batch.shape).encoder
         embeds = self.model.encoder.get_input_embeddings()(batch.encoder_ids)
         states = hidden_of(self.model.encoder, embeds, packed)
@@ -130,31 +130,31 @@ class Distillation:
         return nn.functional.linear(projected, projector.down.weight.to(pooled.dtype))
 
     def _pooled(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Return each chunk's states one after another, or their mean, as ``encode_packed`` does."""
+        """Pool each chunk's states by concatenation or by their mean, as ``encode_packed`` does."""
         concat = self.options.pooling == "concat"
         if batch.encoder is None:
             chunks = states.view(-1, self.options.k, states.shape[-1])
             return chunks.flatten(1) if concat else chunks.mean(1)
         starts, lengths = batch.chunk_starts[:, None], batch.chunk_lengths[:, None]
         places = torch.arange(self.options.k, device=states.device)
-        if concat:  # each state of a shorter chunk stands for several
+        if concat:  # the states of a shorter chunk repeat, so that there are k
             return states[starts + places * lengths // self.options.k].flatten(1)
         kept = (places < lengths)[..., None]
         return states[starts + places.minimum(lengths - 1)].mul(kept).sum(1) / lengths.to(states.dtype)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return what the adapter's file holds, by the names that it has there; on the device, not copied."""
+        """Return the adapter's tensors by their names in its file: on the device, not copied."""
         state = {update_names(name): value.detach() for group in self.trained.values() for name, value in group}
         return {**state, "projector.down.weight": self.model.projector.down.weight.detach()}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take over what an adapter's file holds.
+        """Load the tensors of an adapter's file.
 
         Raises
         ------
         ValueError
-            If it is of another shape.
+            If a tensor is missing, unknown or of another shape.
         """
         own = self.state()
         for name in sorted(own.keys() | tensors.keys()):
@@ -168,7 +168,7 @@ class Distillation:
 
     @torch.no_grad()
     def _start_projector(self) -> None:
-        """Start as the mean of a chunk's states, at the size of token embeddings."""
+        """Initialize the projector to average a chunk's states."""
         projector, width = self.model.projector, self.table.shape[1]
         identity = torch.eye(width, device=self.device)
         projector.up.weight.copy_(identity.repeat(1, self.options.segments) / self.options.segments)
@@ -176,13 +176,13 @@ class Distillation:
 
     @torch.no_grad()
     def fit_scale(self, batch: Batch) -> None:
-        """Scale the slots so that those of a batch are as large as token embeddings."""
+        """Scale the projector so that the slots of a batch have the root mean square of token embeddings."""
         size = self.table.float().pow(2).mean().sqrt()
         self.model.projector.down.weight.mul_(size / self.slots(batch).float().pow(2).mean().sqrt())
 
 
 def hidden_of(base: Any, embeds: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """Run a base model over packed rows [T, d]; return its last states [T, d]."""
+    """Run a base model over packed rows [T, d]; return its last hidden states [T, d]."""
     output = base(
         inputs_embeds=embeds[None],
         attention_mask=no_mask(embeds.device),
@@ -194,7 +194,7 @@ def hidden_of(base: Any, embeds: torch.Tensor, packed: Packed) -> torch.Tensor:
 
 
 class _FusedNorm(nn.Module):
-    """A root mean square norm in one pass; transformers' own takes seven."""
+    """RMS norm in one fused kernel; transformers' own launches seven."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""AdamW over a few flat tensors, with rates that follow a run's progress and steps that a NaN can't spoil."""
+"""AdamW over a few flat tensors, learning rates that follow a run's progress, and steps that skip NaN gradients."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from refrag.training.distill.options import DistillOptions
 
 
 class FlatAdamW:
-    """AdamW on one tensor a group, of which the parameters and their gradients are views: a handful of launches a step.
+    """AdamW on one flat tensor per group, so that a step takes a handful of kernel launches.
 
-    A step whose gradient isn't finite changes nothing; it is counted on the device, so that nothing waits for it.
+    Parameters and their gradients become views of the flat tensors. A step whose gradient isn't finite leaves the
+    weights unchanged; it is counted on the device, so that the host needn't wait.
 
     Parameters
     ----------
     groups : mapping of str to sequence of (str, Parameter)
-        Float32.
+        Parameters by group, in float32.
     max_grad_norm : float
-        Of all gradients together.
+        Limit for the norm of all gradients together.
 
     Attributes
     ----------
     skipped, in_a_row : Tensor, int64 []
-        Steps left out so far, and the last ones of these that follow each other.
+        Number of steps skipped so far, and number skipped in a row up to now.
     norm : Tensor []
-        The gradient's, of the last step.
+        Gradient norm of the last step, before clipping.
     """
 
     def __init__(self, groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]], max_grad_norm: float) -> None:
@@ -72,12 +73,12 @@ class FlatAdamW:
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Set the gradients to zero; they stay where they are."""
+        """Set the gradients to zero, in place."""
         for flat in self._flat.values():
             flat.grad.zero_()  # type: ignore[union-attr]
 
     def gradient(self) -> torch.Tensor:
-        """Return a copy of all gradients, one after another."""
+        """Return a copy of all gradients, concatenated."""
         return torch.cat([flat.grad for flat in self._flat.values()])  # type: ignore[arg-type, misc]
 
     def state(self) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class FlatAdamW:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take over what ``state`` returned."""
+        """Restore what ``state`` returned."""
         for name, flat in self._flat.items():
             flat.copy_(state["weights"][name])
         groups = self._adam.state_dict()["param_groups"]
@@ -99,7 +100,7 @@ class FlatAdamW:
 
 
 def rates_at(options: DistillOptions, progress: float) -> dict[str, float]:
-    """Return each group's learning rate: the linear layer rises first, the others once it was alone for its share.
+    """Return each group's learning rate: linear warm-up, then a cosine; only the linear layer trains at first.
 
     Examples
     --------
@@ -126,13 +127,15 @@ def rates_at(options: DistillOptions, progress: float) -> dict[str, float]:
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is, from 0 to 1: by its steps, or by the clock.
+    """A run's progress from 0 to 1, by its steps or by the clock.
 
     Attributes
     ----------
     steps : int or None
     seconds : float or None
-        Time for the steps, counted from ``begin`` on, with ``before``, what earlier parts of the run took.
+        Time for all steps of the run.
+    before : float
+        Seconds that the run took before it was resumed; ``begin`` starts the clock for the rest.
     """
 
     steps: int | None
@@ -146,11 +149,11 @@ class Progress:
 
     @property
     def elapsed(self) -> float:
-        """Seconds of training, those of earlier parts included."""
+        """Seconds of training, including those before the run was resumed."""
         return self.before + (0.0 if self._began is None else time.monotonic() - self._began)
 
     def at(self, step: int) -> float:
-        """Return the share of the run that lies before step number ``step``."""
+        """Return the share of the run before step number ``step``."""
         if self.steps is not None:
             return min(1.0, step / self.steps)
         return min(1.0, self.elapsed / max(1e-9, self.seconds or 0.0))

@@ -1,4 +1,4 @@
-"""What a run of ``refrag train distill`` may be told: one dataclass, from the command line to the loop."""
+"""The options of ``refrag train distill``: one dataclass, from the command line to the loop."""
 
 from __future__ import annotations
 
@@ -8,83 +8,83 @@ from typing import Any, Literal
 
 from refrag.training.arguments import Options
 
-# Domains that stay held out of every training, by the names of their packages.
+# Domains that are held out of all training, by the names of their packages.
 HELD_OUT_DOMAINS = ("debian-handbook", "postgresql-doc", "perl-doc", "git-doc", "git-man")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillOptions(Options):
-    """How to distil; the defaults are those of a seven-minute run on one H100.
+    """Options of a distillation run; the defaults suit a seven-minute run on one H100.
 
     Attributes
     ----------
     tokens, heldout : tuple of Path
-        Token files to train on, and to measure on, one domain a file.
+        Token files to train on, and to measure on, one domain per file.
     decoder : Path, optional
-        Folder of the decoder; the demo's when it isn't given.
+        Folder of the decoder; the demo's by default.
     output : Path
         Folder for ``adapter.safetensors``, ``log.jsonl`` and ``state.pt``.
     minutes : float, optional
-        Time that the whole run takes, from loading to the last measurement. Schedules follow the clock.
+        Time for the whole run, from loading to the final evaluation. Schedules follow the clock.
     steps : int, optional
-        Number of steps; schedules follow the steps. Exactly one of the two is given.
+        Number of steps; schedules follow the steps. Give either minutes or steps.
     start : Path, optional
-        An adapter to start from, made with the same ranks.
+        Adapter to start from, trained with the same ranks.
     k : int
-        Tokens of a chunk.
+        Tokens per chunk.
     encoder_layers, encoder_rank, decoder_rank : int
-        Layers of the encoder, the decoder's first, and ranks of the updates.
+        Number of the decoder's first layers that the encoder is made of, and ranks of the low-rank updates.
     pooling : {"concat", "mean"}
-        Of the last states of a chunk's tokens.
+        How the last hidden states of a chunk's tokens are pooled.
     contexts : tuple of int
-        s, tokens of a context: each step draws one of these.
+        s, tokens per context: each step draws one of these.
     output_tokens : int
-        o, tokens of a continuation.
+        o, tokens per continuation.
     step_tokens : int
-        Tokens of a step's contexts and continuations together.
+        Tokens of all contexts and continuations of a step.
     expanded : float
         Share of the chunks that are left as text.
     reconstruction, first_reconstruction : float
-        Share of the context tokens that are written again rather than continued: at the end of the first third of
-        the run, from where it stays, and at its beginning.
+        Share of the context tokens that are reconstructed rather than continued: from the end of the first third of
+        the run on, and at its beginning.
     reconstruction_chunks : tuple of int
-        Chunks that are written again at once: each step draws one of these.
+        Chunks per reconstruction: each step draws one of these.
     reconstruction_token : int
-        The token before a reconstruction, which tells it apart from a continuation: one without another use.
+        Token that marks a reconstruction, as opposed to a continuation: one that has no other use.
     cross_entropy : float
-        Weight of the cross-entropy beside the KL divergence.
+        Weight of the cross-entropy relative to the KL divergence.
     linear_rate, encoder_rate, decoder_rate : float
         Peak learning rates.
     linear_alone, warmup, floor : float
-        Share of the run in which the linear layer is trained alone; share in which a rate rises; where the cosine ends,
-        as a share of the peak.
+        Share of the run in which only the linear layer is trained; share for warming a rate up; final rate as a share
+        of the peak.
     max_grad_norm : float
         Norm to which all gradients together are clipped.
     log_every : int
-        Steps between two lines of the log.
+        Steps between log entries.
     save_seconds, evaluate_seconds : float
-        Seconds between two adapters, and two measurements.
+        Seconds between saved adapters, and between evaluations.
     evaluate_samples, final_samples : int
-        Samples of a domain, in a measurement on the way and in the last one.
+        Samples per domain in evaluations during the run, and in the final one.
     reserve_seconds : float
-        Time that is kept for the last measurement and the last adapter.
+        Time reserved for the final evaluation and the final adapter.
     pieces : Path, optional
-        Folder for the adapter in pieces, each at most ``piece_bytes`` long, and a copy of the log.
+        Folder for the adapter in pieces of at most ``piece_bytes`` bytes, and a copy of the log.
     piece_bytes : int
-        Bytes of a piece, at most.
+        Maximum size of a piece in bytes.
     keep_state : bool
-        Whether the optimizer's state is written beside the adapter, so that a run can be resumed exactly.
+        Whether to write the optimizer's state beside the adapter, so that a run can be resumed exactly.
     block_rows : int
-        Rows whose logits are formed at once.
+        Number of rows whose logits are computed at once.
     attention : {"auto", "refrag", "torch", "faster"}
-        refrag_kernels' or torch's own. "faster" compares them before the run, and takes the faster one of those that
-        agree; "auto" is that on a GPU, and refrag_kernels' on a CPU.
+        refrag_kernels' or torch's own. "faster" compares them before the run, and uses torch's if it is faster or if
+        they disagree; "auto" means "faster" on a GPU, and refrag_kernels' on a CPU.
     compile : bool
-        Whether the layers are compiled by torch.compile. Not needed: most of a step is matrix products.
+        Whether to compile the layers with torch.compile. Not needed: most of a step is matrix products.
     device, dtype : str
-        Where to train, and what the frozen weights and the activations are; "auto" is bfloat16 on a GPU.
+        Device to train on, and dtype of the frozen weights and the activations; "auto" is bfloat16 on a GPU.
     seed : int
-        Of the samples and the low-rank updates.
+        Seed of the samples and the low-rank updates.
     """
 
     tokens: tuple[Path, ...]
@@ -158,11 +158,11 @@ class DistillOptions(Options):
 
     @property
     def segments(self) -> int:
-        """Runs of a chunk's states that "concat" keeps apart."""
+        """Number of segments of a chunk whose states "concat" keeps apart."""
         return self.k if self.pooling == "concat" else 1
 
     def signature(self) -> dict[str, Any]:
-        """Return what must be the same for a run to be resumed: all that shapes the adapter and the samples."""
+        """Return the options that must be equal to resume a run: those that shape the adapter and the samples."""
         own = dataclasses.asdict(self)
         kept = ("k", "encoder_layers", "encoder_rank", "decoder_rank", "pooling", "contexts", "output_tokens",
                 "step_tokens", "expanded", "reconstruction_token", "steps", "seed")  # fmt: skip
