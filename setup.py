@@ -1,15 +1,15 @@
-"""Build the two extension modules: write one build.ninja, run ninja, copy what it made.
+"""Build the two extension modules: write build.ninja, run ninja, copy the results.
 
 refrag_kernels/_C.so           csrc/*.cpp, csrc/cpu, csrc/cuda: torch ops (LibTorch stable ABI, no Python symbols)
 refrag_kernels/_planner.*.so   csrc/planner: the planner (pybind11)
 
 Sources are found by folder, so a new file needs no entry here. Each file of csrc/cpu/kernels is compiled once for every
-instruction set in ISAS; csrc/cuda/*.cu only where nvcc is found.
+instruction set in ISAS, and csrc/cuda/*.cu only if nvcc is found.
 
 Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS as usual, and
-REFRAG_KERNELS_CUDA         0: leave CUDA out; 1: fail without nvcc; unset: build it where nvcc is found
+REFRAG_KERNELS_CUDA         0: build without CUDA; 1: fail without nvcc; unset: build with CUDA if nvcc is found
                             (CUDA_HOME or PATH)
-REFRAG_KERNELS_CUDA_ARCHS   compute capabilities, such as "80,90a,120+PTX"; "release" for all that a release has;
+REFRAG_KERNELS_CUDA_ARCHS   compute capabilities, such as "80,90a,120+PTX"; "release" for those of a release;
                             default "80,90+PTX"
 REFRAG_KERNELS_SANITIZE     sanitizers for the C++ code, such as "address,undefined"
 """
@@ -37,14 +37,14 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
-# The torch whose stable ABI is built for: that of the build, and no newer one than has all that csrc uses (2.13, for
-# Stream::nativeHandle, which csrc/cuda/launch.h does without before). What is built runs in later ones too.
+# The stable ABI to build for is that of the build's torch, but at most 2.13, the newest that csrc needs (for
+# Stream::nativeHandle, which csrc/cuda/launch.h avoids in older releases). The result also runs in later releases.
 OLDEST_TORCH, TARGET_TORCH = (2, 11), (2, 13)
 
-# The triton release that each torch release asks for; torch's CPU wheels don't say it themselves.
+# The triton release that each torch release requires; torch's CPU wheels don't declare it.
 TRITON = {"2.11": "triton==3.6.0", "2.13": "triton==3.7.1", "2.14": "triton~=3.8.0"}
 
-# Device code for each, and PTX of the newest for later GPUs. Run as a file: importing the package would import torch.
+# Device code for each, and PTX of the newest for later GPUs. Uses runpy, since importing the package imports torch.
 RELEASE_ARCHS = runpy.run_path(str(ROOT / "refrag_kernels" / "architectures.py"))["release_archs"]()
 
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c"
@@ -58,7 +58,7 @@ class Cuda:
     """A CUDA toolkit, and the architectures to compile for."""
 
     nvcc: str
-    cudart: Path  # the static runtime, so that the build needs no CUDA runtime of one version where it runs
+    cudart: Path  # the static runtime, so that the library depends on no particular CUDA runtime
     archs: str
 
     @staticmethod
@@ -71,7 +71,7 @@ class Cuda:
         nvcc = shutil.which(f"{home}/bin/nvcc" if home else "nvcc")
         cudart = None
         if nvcc:
-            # nvcc itself tells where its toolkit is: what is on PATH may be a link or a wrapper script.
+            # Get the toolkit's folder from nvcc itself: the nvcc on PATH may be a link or a wrapper script.
             dryrun = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True, check=False).stderr
             match = re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE)
             top = Path(match.group(1)) if match else Path(nvcc).resolve().parents[1]
@@ -101,7 +101,7 @@ class Cuda:
 
 
 def package_folder(name: str) -> Path:
-    """Return the folder of an installed package, without importing it (torch takes seconds)."""
+    """Return the folder of an installed package without importing it (importing torch takes seconds)."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise SystemExit(f"building refrag-kernels needs {name} in the environment")
@@ -109,7 +109,7 @@ def package_folder(name: str) -> Path:
 
 
 def target_torch() -> tuple[int, int]:
-    """Return the release of torch whose stable ABI is built for."""
+    """Return the torch release whose stable ABI to build for."""
     major, minor = importlib.metadata.version("torch").split(".")[:2]
     if (int(major), int(minor)) < OLDEST_TORCH:
         raise SystemExit(f"torch: got {major}.{minor}, building refrag-kernels needs 2.11 or newer")
@@ -117,7 +117,7 @@ def target_torch() -> tuple[int, int]:
 
 
 class NinjaFile:
-    """The text of build.ninja; paths of sources and outputs are relative to the root of the repository."""
+    """The text of build.ninja; source and output paths are relative to the repository's root."""
 
     def __init__(self, build: Path, cuda: Cuda | None, sanitize: str = ""):
         self.build = build
@@ -129,7 +129,7 @@ class NinjaFile:
         sanitizers = f"-fsanitize={sanitize} -fno-sanitize-address-use-after-scope -fno-omit-frame-pointer -g".split()
         sanitizers = sanitizers if sanitize else []
         common = ["-std=c++20", "-O1" if sanitize else "-O3", "-Icsrc"]
-        # Names of headers get into messages: without their folders they are the same on every machine.
+        # Error messages contain header paths; mapping the folders makes builds reproducible.
         prefixes = [f"-fmacro-prefix-map={folder}/=" for folder in (f"{torch}/include", python, pybind11)]
         host = ["-fPIC", "-fvisibility=hidden", "-Wall", *prefixes]
         self.cxx_flags = [*common, *host, "-Wextra", *sanitizers, *shlex.split(os.environ.get("CXXFLAGS", ""))]
@@ -141,7 +141,7 @@ class NinjaFile:
         self.rule("cxx", [*cxx, "-MD", "-MF", "$out.d"], "$flags -c $in -o $out", "C++", depfile=True)
         link = [*cxx, "-shared", *sanitizers, "-Wl,--as-needed", "-Wl,--exclude-libs,ALL"]
         self.rule("link", [*link, *shlex.split(os.environ.get("LDFLAGS", ""))], "$in $libs -o $out", "link")
-        # libstdc++ first: torch exports some of its symbols too, but they are no part of torch's stable ABI.
+        # libstdc++ first: torch exports some of its symbols too, but not as part of its stable ABI.
         libraries = ["-lstdc++", f"-L{torch}/lib", "-ltorch_cpu"]
         objects = self.host_objects(cuda)
         if cuda:
@@ -152,7 +152,7 @@ class NinjaFile:
             objects += [self.compile("nvcc", source, flags) for source in self.sources("cuda/*.cu")]
             libraries += [str(cuda.cudart), "-ldl", "-lpthread", "-lrt"]
         if not sanitize:
-            # Finds a missing function when linking, not at import. Sanitizers leave theirs to the process.
+            # Reports undefined symbols when linking, not at import. Sanitizer symbols come from the process.
             libraries.append("-Wl,--no-undefined")
         self.link("_C", objects, libraries)
         flags = [*self.cxx_flags, "-isystem", python, "-isystem", str(pybind11)]
@@ -199,7 +199,7 @@ class NinjaFile:
 
 
 def replace_if_different(source: Path, target: Path) -> None:
-    """Copy ``source`` to ``target`` in one step, so that a process that has ``target`` loaded keeps the old one."""
+    """Copy ``source`` to ``target`` atomically, so that a process that has ``target`` loaded keeps the old file."""
     if target.exists() and filecmp.cmp(source, target, shallow=False):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ class BuildExtension(build_ext):
 
     def build_extensions(self) -> None:
         sanitize = os.environ.get("REFRAG_KERNELS_SANITIZE", "")
-        # Objects stay here from one build to the next, whatever asked for it (setup.py, pip install, pip wheel).
+        # Objects are reused by later builds, whichever tool started them (setup.py, pip install, pip wheel).
         name = "-".join([sys.implementation.cache_tag, *filter(None, sanitize.split(","))])
         build = Path("build") / name
         text = str(NinjaFile(build, Cuda.find(), sanitize))
@@ -234,18 +234,18 @@ class BuildExtension(build_ext):
             replace_if_different(built, ROOT / self.get_ext_filename(extension.name))
 
     def get_source_files(self) -> list[str]:
-        # What a source distribution holds besides the packages.
+        # Files of a source distribution in addition to the packages.
         return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()]
 
     def get_ext_filename(self, fullname: str) -> str:
-        # _C holds no Python symbols: one file for all Pythons, loaded by torch.ops.load_library.
+        # _C uses no Python symbols: one file serves all Python versions, loaded by torch.ops.load_library.
         if fullname.rpartition(".")[2] == "_C":
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
 
 def requirements() -> list[str]:
-    """Return the wheel's requirements: torch, and the triton release that goes with the torch it is built with."""
+    """Return the wheel's requirements: torch, and the triton release of the torch that it is built with."""
     release = ".".join(importlib.metadata.version("torch").split(".")[:2])
     return ["torch>={}.{}".format(*target_torch()), TRITON.get(release, "triton") + '; platform_system == "Linux"']
 

@@ -2,5 +2,5 @@
 
 import os
 
-# Before torch is loaded: its profiler, which counts memory, would tell of each start and stop.
+# Set before torch is imported: its profiler, which counts memory, would otherwise log each start and stop.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

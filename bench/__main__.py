@@ -39,50 +39,54 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser(
         "run",
-        help="check every contender against float64 and time them in turns",
-        description="Check every contender against float64 and time them in turns. Without an option of the sweep "
-        "(--preset to --expand) it measures the published set. Exit code 1 if a result of ours is wrong.",
+        help="check every contender against float64 and time them round-robin",
+        description="Check every contender against float64 and time them round-robin. Without a sweep option "
+        "(--preset to --expand) it measures the published set. Exits with 1 if a refrag_kernels result is wrong.",
     )
     run.set_defaults(command=_run)
-    run.add_argument("--op", nargs="+", choices=OPS, metavar="OP", help=f"of {', '.join(OPS)}")
+    run.add_argument("--op", nargs="+", choices=OPS, metavar="OP", help=f"any of {', '.join(OPS)}")
     run.add_argument(
         "--case",
         nargs="+",
-        help="such as prompt, passages, encoder, backward, decode; only if named: causal, documents, blocks, "
-        "interleaved, random_passages, batch",
+        help="for example prompt, passages, encoder, backward, decode; these run only when named: causal, documents, "
+        "blocks, interleaved, random_passages, batch",
     )
-    run.add_argument("--only", default="", metavar="TEXT", help="rows whose name holds this text")
-    run.add_argument("--backend", nargs="+", default=[], choices=list(backends.missing()), help="time ours on each")
-    run.add_argument("--preset", nargs="+", choices=list(PRESETS), help=f"of {', '.join(PRESETS)}", metavar="PRESET")
-    run.add_argument("--k", nargs="+", type=int, help="tokens of a chunk")
-    run.add_argument("--context", nargs="+", type=int, help="tokens of the context")
-    run.add_argument("--density", nargs="+", type=float, help="shares of the pairs of rows that are allowed, up to 1")
-    run.add_argument("--expand", nargs="+", type=float, help="shares of the chunks that stand as text, 0 to 1")
-    run.add_argument("--batch", nargs="+", type=int, help="sequences of a step of decoding")
-    run.add_argument("--table", nargs="+", type=int, help="keys that a page table has room for; 0: those there are")
+    run.add_argument("--only", default="", metavar="TEXT", help="rows whose name contains this text")
+    run.add_argument(
+        "--backend", nargs="+", default=[], choices=list(backends.missing()), help="time refrag_kernels on each"
+    )
+    run.add_argument(
+        "--preset", nargs="+", choices=list(PRESETS), help=f"any of {', '.join(PRESETS)}", metavar="PRESET"
+    )
+    run.add_argument("--k", nargs="+", type=int, help="tokens per chunk")
+    run.add_argument("--context", nargs="+", type=int, help="tokens in the context")
+    run.add_argument("--density", nargs="+", type=float, help="fractions of row pairs that are allowed, up to 1")
+    run.add_argument("--expand", nargs="+", type=float, help="fractions of chunks left as text, 0 to 1")
+    run.add_argument("--batch", nargs="+", type=int, help="sequences in a decode step")
+    run.add_argument("--table", nargs="+", type=int, help="keys that a page table can hold; 0: as many as exist")
     run.add_argument("--dtype", nargs="+", choices=list(table.DTYPES), help="default float32 and bfloat16")
-    run.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the tensors are")
-    run.add_argument("--copies", type=int, help="sets of tensors that calls take in turns; default 1, on a GPU 3")
-    run.add_argument("--budget", type=float, metavar="SECONDS", help="leave out rows that would begin later than this")
-    run.add_argument("--rounds", type=int, default=11, help="rounds that count, after two that don't")
-    run.add_argument("--threads", type=int, default=2, help="0 leaves torch's choice")
+    run.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="device of the tensors")
+    run.add_argument("--copies", type=int, help="sets of tensors that calls rotate through; default 1, on a GPU 3")
+    run.add_argument("--budget", type=float, metavar="SECONDS", help="skip rows that would start later than this")
+    run.add_argument("--rounds", type=int, default=11, help="timed rounds, after two warm-up rounds")
+    run.add_argument("--threads", type=int, default=2, help="0 keeps torch's default")
     run.add_argument("--refcheck", action=argparse.BooleanOptionalAction, default=True, help="compare with float64")
-    run.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="count peak memory")
-    run.add_argument("--flex", action=argparse.BooleanOptionalAction, default=True, help="compile flex_attention too")
-    run.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="time others too")
-    run.add_argument("--json", "--output", type=Path, dest="json", metavar="FILE", help="write the figures as JSON")
-    run.add_argument("--csv", type=Path, metavar="FILE", help="write the figures as CSV")
-    run.add_argument("--markdown", type=Path, metavar="FILE", help="write the figures as Markdown tables")
+    run.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    run.add_argument("--flex", action=argparse.BooleanOptionalAction, default=True, help="also compile flex_attention")
+    run.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="also time the peers")
+    run.add_argument("--json", "--output", type=Path, dest="json", metavar="FILE", help="write the results as JSON")
+    run.add_argument("--csv", type=Path, metavar="FILE", help="write the results as CSV")
+    run.add_argument("--markdown", type=Path, metavar="FILE", help="write the results as Markdown tables")
     run.add_argument("--repro", action="store_true", help="print the command of each row")
-    run.add_argument("--list", action="store_true", help="name the rows and measure nothing")
+    run.add_argument("--list", action="store_true", help="list the rows without measuring them")
 
     two = commands.add_parser("compare", help="compare two runs")
     two.set_defaults(command=_compare)
     two.add_argument("old", type=Path)
     two.add_argument("new", type=Path)
-    two.add_argument("--fail-over", metavar="10%", help="exit with 1 if a median of ours grew by more")
+    two.add_argument("--fail-over", metavar="10%", help="exit with 1 if a refrag_kernels median grew by more")
 
-    draw = commands.add_parser("plot", help="draw a run as PNG files")
+    draw = commands.add_parser("plot", help="plot a run as PNG files")
     draw.set_defaults(command=_plot)
     draw.add_argument("run", type=Path)
     draw.add_argument("--output", type=Path, default=Path("bench-plots"), help="folder; default bench-plots")
@@ -90,12 +94,12 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="print a run as Markdown tables")
     report.set_defaults(command=_report)
     report.add_argument("run", type=Path)
-    report.add_argument("--output", type=Path, help="write them here instead")
+    report.add_argument("--output", type=Path, help="write them to this file instead")
     return parser
 
 
 def _selected(options: argparse.Namespace) -> list[Entry]:
-    """Return the rows that the options ask for."""
+    """Return the rows selected by the options."""
     for name, least, most in (("k", 1, None), ("context", 1, None), ("density", 0, 1), ("expand", 0, 1)):
         for value in getattr(options, name) or []:
             if value < least or (most is not None and value > most) or (name == "density" and value == 0):
@@ -107,7 +111,7 @@ def _selected(options: argparse.Namespace) -> list[Entry]:
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise ValueError(f"--{name}: got {getattr(options, name)}, needs {least} or more")
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: got cuda, but torch finds no CUDA or ROCm device")
+        raise ValueError("--device: got cuda, but torch found no CUDA or ROCm device")
     swept = {"presets": options.preset, "k": options.k, "context": options.context, "density": options.density}
     swept |= {name: getattr(options, name) for name in ("expand", "batch", "table")}
     swept = {name: tuple(values) for name, values in swept.items() if values}
@@ -125,7 +129,7 @@ def _selected(options: argparse.Namespace) -> list[Entry]:
         and options.only in entry.name
     ]
     if not chosen:
-        raise ValueError("no row fits these options; `python -m bench run --list` names those of the published set")
+        raise ValueError("no row matches these options; `python -m bench run --list` lists the published set")
     return chosen
 
 
@@ -148,7 +152,7 @@ def _run(options: argparse.Namespace) -> int:
             print(results.text(outcome), flush=True)
             if options.repro:
                 print("  " + entry.command + "".join(f" --backend {name}" for name in options.backend), flush=True)
-            # After each row, so that a run that is stopped leaves what it has measured.
+            # Written after each row, so that an interrupted run keeps what it measured.
             if options.json:
                 results.write_json(options.json, about, rows)
     run = {"schema": results.SCHEMA, "environment": about, "rows": rows}
@@ -161,9 +165,9 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _outcome(entry: Entry, options: argparse.Namespace, elapsed: float) -> Outcome:
-    """Measure a row; what goes wrong in it is told, and the next one is measured."""
+    """Measure a row. Report an error in it and continue with the next row."""
     if options.budget is not None and elapsed > options.budget:
-        return unmeasured(entry, skipped=f"the {options.budget:g} s of --budget were over")
+        return unmeasured(entry, skipped=f"the {options.budget:g} s of --budget had passed")
     try:
         return measure(
             entry,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tests, then benchmarks, on a machine with a GPU, in less than 9 minutes; see docs/how-to/gpu-report.md.
-# PYTHON: the interpreter; default that of .venv, where `make test` makes one, else python3.
+# Runs tests and benchmarks on a machine with a GPU in less than 9 minutes; see docs/how-to/gpu-report.md.
+# PYTHON: the interpreter; defaults to .venv's if it exists (`make test` creates it), else python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${PYTHON:-}" ]; then

@@ -1,10 +1,10 @@
-"""A running vLLM server timed: the same passages as text and as slots, by the method of `vllm bench serve`.
+"""Benchmark a running vLLM server: the same passages as text and as slots, measured as in `vllm bench serve`.
 
 vllm serve FOLDER --tokenizer-mode refrag --served-model-name refrag --mm-processor-kwargs '{"store": "STORE"}' ...
 python -m bench.serving --url http://127.0.0.1:8000 --json serving.json
 
-Requests are streamed, so many at a time; the ways take turns, round by round, on passages that no other request holds.
-Needs the package openai, and for "store" a store that `--fill FOLDER STORE` made.
+Requests are streamed, several at a time. The ways alternate each round, and every request has passages of its own.
+Needs the package openai, and for "store" a store made with `--fill FOLDER STORE`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ QUESTION = "\nWhat is this about?"
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """One request: milliseconds to its first token, milliseconds in all, its prompt's rows and its new tokens."""
+    """A timed request: milliseconds to the first token and in total, prompt rows and new tokens."""
 
     first: float
     whole: float
@@ -38,7 +38,7 @@ class Timed:
 
 
 def requests(count: int, passages: int) -> list[list[Passage]]:
-    """Return so many passages for each request, none twice; those of other requests while there are enough."""
+    """Return ``passages`` distinct passages for each of ``count`` requests."""
     corpus = [passage for passage in python_reference() if len(passage.text.split()) >= 100]
     needed = count * passages
     if needed > len(corpus):
@@ -53,7 +53,7 @@ def content(way: str, passages: Sequence[Passage]) -> list[dict[str, str]]:
         "slots": [{"type": "passage", "text": passage.text} for passage in passages],
         "store": [{"type": "passage", "id": passage.id} for passage in passages],
     }[way]
-    if way == "text":  # one part: templates may put something between parts
+    if way == "text":  # a single part: chat templates may insert text between parts
         return [{"type": "text", "text": "".join(part["text"] for part in parts) + QUESTION}]
     return [*parts, {"type": "text", "text": QUESTION}]
 
@@ -67,7 +67,7 @@ async def ask(client, model: str, parts: list[dict[str, str]], new: int) -> Time
         stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
     )  # fmt: skip
     async for event in stream:
-        # The first event bears the role alone.
+        # The first event carries only the role.
         if first is None and event.choices and event.choices[0].delta.content:
             first = time.perf_counter()
         usage = event.usage or usage
@@ -76,7 +76,7 @@ async def ask(client, model: str, parts: list[dict[str, str]], new: int) -> Time
 
 
 async def drive(client, model: str, jobs: Sequence[list[dict[str, str]]], at_once: int, new: int):
-    """Return each request's times, and the seconds that all took."""
+    """Run all requests; return each request's times, and the total seconds."""
     turns = asyncio.Semaphore(at_once)
 
     async def one(parts):
@@ -88,7 +88,7 @@ async def drive(client, model: str, jobs: Sequence[list[dict[str, str]]], at_onc
 
 
 def kv_blocks(url: str) -> tuple[int, int]:
-    """Return the server's number of KV blocks and the rows of one, from its metrics."""
+    """Return the server's number of KV blocks and the block size in rows, from its metrics."""
     text = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
     line = next(line for line in text.splitlines() if line.startswith("vllm:cache_config_info"))
     fields = dict(re.findall(r'(\w+)="([^"]*)"', line))
@@ -96,7 +96,7 @@ def kv_blocks(url: str) -> tuple[int, int]:
 
 
 def summary(timed: Sequence[Timed], seconds: float, blocks: int, block: int) -> dict[str, float]:
-    """Return the row of one way."""
+    """Return the figures of one way."""
     first = sorted(one.first for one in timed)
     rows = round(statistics.mean(one.prompt for one in timed))
     new = max(one.new for one in timed)
@@ -114,7 +114,7 @@ def summary(timed: Sequence[Timed], seconds: float, blocks: int, block: int) -> 
 
 
 async def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Time all ways in turns."""
+    """Time all ways, alternating each round."""
     import openai
 
     per_round = options.requests
@@ -149,13 +149,13 @@ def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--model", default="refrag")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--passages", type=int, default=5, help="of a request, about 200 tokens each")
-    parser.add_argument("--requests", type=int, default=8, help="of a way in each round")
+    parser.add_argument("--passages", type=int, default=5, help="passages per request, about 200 tokens each")
+    parser.add_argument("--requests", type=int, default=8, help="requests per way and round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--at-once", type=int, default=4)
     parser.add_argument("--new", type=int, default=8, help="tokens to generate")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--fill", nargs=2, metavar=("FOLDER", "STORE"), help="make the store, and end")
+    parser.add_argument("--fill", nargs=2, metavar=("FOLDER", "STORE"), help="make the store and exit")
     options = parser.parse_args()
     if options.fill:
         fill(*options.fill)

@@ -1,4 +1,4 @@
-"""Shared set-up: uninitialised memory is NaN, so that an output nobody wrote shows."""
+"""Shared setup: uninitialized memory is NaN, so that unwritten outputs are detected."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ _MARKS_OF_ROOMS = {"kernels": "cpp", "cuda_host": "gpu_proof", "triton": "gpu_pr
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests of a room; modules and tests mark themselves where they differ."""
+    """Mark the tests of each folder; modules and tests add their own marks if they differ."""
     for item in items:
         mark = _MARKS_OF_ROOMS.get(item.path.parent.name)
         if mark:
@@ -16,7 +16,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory():
-    # In deterministic mode torch fills what torch.empty and its C++ forms return with NaN or the largest integer.
+    # In deterministic mode, torch fills the result of torch.empty (also in C++) with NaN or the largest integer.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

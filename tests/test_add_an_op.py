@@ -1,4 +1,4 @@
-"""docs/how-to/add-an-op.md: its blocks, applied to a copy of the repository, are an op whose tests pass."""
+"""docs/how-to/add-an-op.md: applying its blocks to a copy of the repository gives an op whose tests pass."""
 
 import os
 import re
@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "how-to" / "add-an-op.md").read_text()
 BLOCKS = re.findall(r'^```(\w+) title="([^"]+)"\n(.*?)^```$', PAGE, re.MULTILINE | re.DOTALL)
 FILES = [(name, text, language) for language, name, text in BLOCKS if language != "sh"]
-# What a copy needs to run the commands. With the objects in build/, only new sources are compiled.
+# What a copy needs to run the commands. The objects in build/ avoid compiling all but the new sources.
 PARTS = ("bench", "csrc", "docs", "python", "refrag_kernels", "tests", "mkdocs.yml", "pyproject.toml", "setup.py")
 OBJECTS = Path("build") / sys.implementation.cache_tag
 
 
 def edited(text, diff, name):
-    """Return ``text`` with a hunk without line numbers applied; its old lines must occur exactly once."""
+    """Apply a hunk without line numbers to ``text``; its old lines must occur exactly once."""
     lines = diff.splitlines(keepends=True)
     old, new = ("".join(line[1:] for line in lines if line[0] != sign) for sign in "+-")
     assert text.count(old) == 1, f"{name}: got {text.count(old)} places for\n{old}"
@@ -28,7 +28,7 @@ def edited(text, diff, name):
 
 
 def apply(tree, name, text, language):
-    """Write a file of the page, or edit it by a diff."""
+    """Write a file from the page, or apply a diff to it."""
     path = tree / name
     if language == "diff":
         path.write_text(edited(path.read_text(), text, name))
@@ -39,7 +39,7 @@ def apply(tree, name, text, language):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Return a copy of the repository with times of files kept, by which ninja knows what is up to date."""
+    """Return a copy of the repository that keeps file times, so that ninja sees what is up to date."""
     if not (ROOT / OBJECTS / "build.ninja").exists():
         pytest.skip(f"{OBJECTS} has no objects to start from: make build")
     copy = tmp_path_factory.mktemp("repository")
@@ -75,7 +75,7 @@ def test_an_op_of_the_cpu_touches_at_most_8_files():
 
 
 def test_the_steps_in_order(tree):
-    """Apply files and run commands as they come; what was tested is what the page says."""
+    """Apply files and run commands in the page's order; the tests run must be those that the page lists."""
     passed = 0
     for language, name, text in BLOCKS:
         if language == "sh":

@@ -1,4 +1,4 @@
-"""The table of architectures, and who reads it."""
+"""The table of architectures and its consumers."""
 
 import subprocess
 import sys

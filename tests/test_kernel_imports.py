@@ -1,4 +1,4 @@
-"""No module of refrag_kernels imports another in a circle, imports inside functions included."""
+"""refrag_kernels has no circular imports, including imports inside functions."""
 
 import ast
 import graphlib
@@ -16,7 +16,7 @@ def name_of(path):
 
 
 def imports():
-    """Return the modules that each module imports, but for types alone."""
+    """Return the modules that each module imports, except for type checking."""
     modules = {name_of(path): ast.parse(path.read_text()) for path in ROOT.rglob("*.py")}
     found = {}
     for module, tree in modules.items():
@@ -30,7 +30,7 @@ def imports():
             elif isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
         names &= set(modules)
-        # What a package is asked for is its submodule, not the package.
+        # ``from package import submodule`` imports the submodule, not the package.
         found[module] = {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
     return found
 

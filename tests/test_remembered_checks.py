@@ -1,4 +1,4 @@
-"""Checks of arguments are skipped for arguments like those accepted before, and only for those."""
+"""Argument checks are skipped for arguments like those accepted before, and only for those."""
 
 import pytest
 import torch

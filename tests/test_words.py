@@ -1,4 +1,4 @@
-"""Words that were replaced by the field's own stay out of code and documentation.
+"""Replaced words stay out of code and documentation; the field's own terms are used instead.
 
 A word may stay where users have it: keys in files on disk, command line options, and public names that warn for one
 release. ALLOWED lists those places.
@@ -29,18 +29,18 @@ def any_of(*patterns: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """A word that left.
+    """A word that was replaced.
 
     Attributes
     ----------
     pattern : str
-        Of the word in a line.
+        Regular expression that finds the word in a line.
     instead : str
-        What is written now.
+        The term to use.
     bad, good : str
-        Lines that the pattern matches, and that it doesn't.
+        Lines that the pattern must match, and must not match.
     files : str
-        Pattern of the paths that are searched.
+        Regular expression of the paths to search.
     """
 
     pattern: str
@@ -220,7 +220,7 @@ WORDS = {
     ),
 }
 
-# (path, line) of the places where a word stays, and why.
+# Patterns of the path and the line where a word may stay, and the reason.
 ALLOWED: dict[str, list[tuple[str, str, str]]] = {
     "selector": [
         (
@@ -248,7 +248,10 @@ ALLOWED: dict[str, list[tuple[str, str, str]]] = {
             "says what was renamed",
         ),
     ],
-    "pinned": [(r"refrag_kernels/.*\.py", r"def pinned\(|deprecat", "the old name warns for a release")],
+    "pinned": [
+        (r"refrag_kernels/.*\.py", r"def pinned\(|deprecat", "the old name warns for a release"),
+        (r"tests/kernels/test_backends\.py", r"backends\.pinned\(", "tests that the old name warns"),
+    ],
     "fingerprint": [
         (r"python/refrag/(__init__|deprecated)\.py", r"ChunkRecipe", "the old name warns for a release"),
         (r"tests/.*test_(deprecat|old_names|moved)\w*\.py", r"ChunkRecipe|\.recipe\b", "tests that old names warn"),
@@ -259,7 +262,7 @@ ALLOWED: dict[str, list[tuple[str, str, str]]] = {
 
 
 def sources():
-    """Yield every file that is searched, with its path within the repository."""
+    """Yield every file to search, with its path in the repository."""
     for place in PLACES:
         for path in sorted((ROOT / place).rglob("*")):
             name = str(path.relative_to(ROOT))
@@ -282,7 +285,7 @@ def is_allowed(word: str, name: str, line: str) -> bool:
 
 
 def places_of(word: str, within: str = ".*") -> list[str]:
-    """Return where a word still is, as path:line: text."""
+    """Return the places where a word still occurs, as path:line: text."""
     pattern, files = re.compile(WORDS[word].pattern), re.compile(WORDS[word].files)
     return [
         f"{name}:{number}: {line.strip()[:150]}"
@@ -301,7 +304,7 @@ def test_a_word_that_left(word):
 
 @pytest.mark.parametrize("word", WORDS)
 def test_patterns(word):
-    """Patterns find what they are for and leave English alone."""
+    """Patterns match the replaced words but not ordinary English."""
     assert all(re.search(WORDS[word].pattern, line) for line in WORDS[word].bad), word
     assert not any(re.search(WORDS[word].pattern, line) for line in WORDS[word].good), word
 

@@ -1,1 +1,1 @@
-"""What the benchmarks measure: cases of each op and of the model, and who else computes the same."""
+"""Benchmark cases of each op and of the model, and the peers they are compared with."""

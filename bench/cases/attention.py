@@ -1,4 +1,4 @@
-"""Cases of mixed_attention: prompts, passages, the chunk encoder, the backward pass, and masks that others publish."""
+"""Cases of mixed_attention: prompts, passages, the chunk encoder, the backward pass, and other benchmarks' masks."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ MASKS: dict[str, Callable[[int], Problem]] = {
 }
 
 
-def tensors(heads: int, kv_heads: int, width: int, rows: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+def tensors(heads: int, kv_heads: int, head_dim: int, rows: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     """Return q, k and v."""
     generator = torch.Generator(device).manual_seed(0)
     counts = (heads, kv_heads, kv_heads)
-    return [torch.randn(rows, n, width, generator=generator, device=device).to(dtype) for n in counts]
+    return [torch.randn(rows, n, head_dim, generator=generator, device=device).to(dtype) for n in counts]
 
 
 def _prompt(preset: str, context: int, k: int, expand: float, dtype: torch.dtype, device: str) -> Case:
     shape, layout = PRESETS[preset], Prompt(context, k, expand).layout()
-    q, key, v = tensors(shape.heads, shape.kv_heads, shape.width, layout.total_rows, dtype, device)
+    q, key, v = tensors(shape.heads, shape.kv_heads, shape.head_dim, layout.total_rows, dtype, device)
     plan = rk.plan_attention(layout, device=device)
     causal = torch.ones(layout.total_rows, layout.total_rows, dtype=torch.bool, device=device).tril()
     return Case(
@@ -49,7 +49,7 @@ def _prompt(preset: str, context: int, k: int, expand: float, dtype: torch.dtype
         plans={OURS: lambda: rk.plan_attention(layout, device=device)},
         expected=peers.sdpa_float64(q, key, v, is_causal=True),
         bound=bound_of(dtype),
-        flops=4.0 * shape.heads * shape.width * plan.stats()["pairs_allowed"],
+        flops=4.0 * shape.heads * shape.head_dim * plan.stats()["pairs_allowed"],
         limit="matmul",
         notes="plan not counted",
     )
@@ -57,7 +57,7 @@ def _prompt(preset: str, context: int, k: int, expand: float, dtype: torch.dtype
 
 def _passages(preset: str, context: int, k: int, density: float, dtype: torch.dtype, device: str, flex: bool) -> Case:
     shape = PRESETS[preset]
-    q, key, v = tensors(shape.heads, shape.kv_heads, shape.width, context, dtype, device)
+    q, key, v = tensors(shape.heads, shape.kv_heads, shape.head_dim, context, dtype, device)
     if density == 1:
         plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[context]]), causal=False, device=device)
         dense, others = None, {"SDPA": peers.sdpa(q, key, v), **peers.dense_libraries(q, key, v, causal=False)}
@@ -79,15 +79,15 @@ def _passages(preset: str, context: int, k: int, density: float, dtype: torch.dt
         peers=others,
         expected=peers.sdpa_float64(q, key, v, dense),
         bound=bound_of(dtype),
-        flops=4.0 * shape.heads * shape.width * plan.stats()["pairs_allowed"],
+        flops=4.0 * shape.heads * shape.head_dim * plan.stats()["pairs_allowed"],
         limit="matmul",
         plans=plans,
-        notes="plans and block masks not counted",
+        notes="excludes plans and block masks",
     )
 
 
 def plans_of(problem: Problem, q, key, v, blocks: Sequence[int]) -> dict[str, Callable[[], object]]:
-    """Return what makes the plan of each contender that has one."""
+    """Return the functions that make each contender's plan or block mask."""
     device = q.device.type
     plans: dict[str, Callable[[], object]] = {OURS: lambda: problem.plan(device)}
     for block in blocks:
@@ -100,9 +100,9 @@ def plans_of(problem: Problem, q, key, v, blocks: Sequence[int]) -> dict[str, Ca
 def _masked(
     make: Callable[[int], Problem], preset: str, rows: int, dtype: torch.dtype, device: str, flex: bool
 ) -> Case:
-    """One of the masks of ``bench.cases.problems``."""
+    """Build the case of a mask from ``bench.cases.problems``."""
     shape, problem = PRESETS[preset], make(rows)
-    q, key, v = tensors(shape.heads, shape.kv_heads, shape.width, rows, dtype, device)
+    q, key, v = tensors(shape.heads, shape.kv_heads, shape.head_dim, rows, dtype, device)
     plan = problem.plan(device)
     others: dict[str, Callable[[], torch.Tensor]] = {}
     pieces = problem.pieces or ()
@@ -111,7 +111,7 @@ def _masked(
         others |= peers.dense_libraries(q, key, v, causal=True)
     elif pieces and problem.keys_of_pieces() is None:
         others["SDPA, document by document"] = peers.sdpa_in_pieces(q, key, v, problem)
-    elif rows <= 4096:  # beyond it, masks and scores of all pairs do not fit
+    elif rows <= 4096:  # beyond this, masks and scores of all pairs don't fit
         others["SDPA, bool mask"] = peers.sdpa(q, key, v, problem.visible(0, rows, device))
     others |= peers.masked_libraries(q, key, v, problem) if device == "cuda" else {}
     blocks = (128,) if flex else ()
@@ -121,33 +121,33 @@ def _masked(
         peers=others,
         expected=peers.exact(q, key, v, problem),
         bound=bound_of(dtype),
-        flops=4.0 * shape.heads * shape.width * plan.stats()["pairs_allowed"],
+        flops=4.0 * shape.heads * shape.head_dim * plan.stats()["pairs_allowed"],
         limit="matmul",
         plans=plans_of(problem, q, key, v, blocks),
-        notes="plans and block masks not counted",
+        notes="excludes plans and block masks",
     )
 
 
 def _encoder(preset: str, context: int, k: int, dtype: torch.dtype, device: str) -> Case:
     shape, chunks = PRESETS[preset], context // k
     if chunks < 1:
-        raise Skip(f"a context of {context} holds no chunk of {k}")
-    heads, width = shape.encoder_heads, shape.encoder_hidden // shape.encoder_heads
-    q, key, v = tensors(heads, heads, width, chunks * k, dtype, device)
-    padded = [t.view(chunks, k, heads, width).transpose(1, 2) for t in (q, key, v)]
+        raise Skip(f"a context of {context} has no chunk of {k}")
+    heads, head_dim = shape.encoder_heads, shape.encoder_hidden_size // shape.encoder_heads
+    q, key, v = tensors(heads, heads, head_dim, chunks * k, dtype, device)
+    padded = [t.view(chunks, k, heads, head_dim).transpose(1, 2) for t in (q, key, v)]
     layout = rk.ChunkLayout.from_lengths([[k] * chunks])
     plan = rk.plan_attention(layout, rk.ChunkMask.diagonal(), causal=False, device=device)
 
     def sdpa(a: list[torch.Tensor]) -> torch.Tensor:
         out = torch.nn.functional.scaled_dot_product_attention(*a)
-        return out.transpose(1, 2).reshape(chunks * k, heads, width)
+        return out.transpose(1, 2).reshape(chunks * k, heads, head_dim)
 
     return Case(
         ours=lambda: rk.mixed_attention(q, key, v, plan),
         peers={"SDPA, padded batch": lambda: sdpa(padded)},
         expected=lambda: sdpa([t.double() for t in padded]),
         bound=bound_of(dtype),
-        flops=4.0 * heads * width * chunks * k * k,
+        flops=4.0 * heads * head_dim * chunks * k * k,
         limit="matmul",
     )
 
@@ -155,8 +155,8 @@ def _encoder(preset: str, context: int, k: int, dtype: torch.dtype, device: str)
 def _backward(preset: str, context: int, k: int, density: float, dtype: torch.dtype, device: str) -> Case:
     shape, passages = PRESETS[preset], Passages(context, k, density)
     plan, dense = passages.plan(device), passages.dense().to(device)
-    leaves = [t.requires_grad_() for t in tensors(shape.heads, shape.kv_heads, shape.width, context, dtype, device)]
-    upstream = tensors(shape.heads, 1, shape.width, context, dtype, device)[0].flip(0)
+    leaves = [t.requires_grad_() for t in tensors(shape.heads, shape.kv_heads, shape.head_dim, context, dtype, device)]
+    upstream = tensors(shape.heads, 1, shape.head_dim, context, dtype, device)[0].flip(0)
 
     def gradients(out: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(out, leaves, upstream, retain_graph=True)
@@ -178,7 +178,7 @@ def _backward(preset: str, context: int, k: int, density: float, dtype: torch.dt
         peers={"SDPA, passage by passage": lambda: gradients(theirs())},
         expected=expected,
         bound=8e-6 if dtype == torch.float32 else 8e-3,
-        flops=10.0 * shape.heads * shape.width * plan.stats()["pairs_allowed"],
+        flops=10.0 * shape.heads * shape.head_dim * plan.stats()["pairs_allowed"],
         limit="matmul",
         grad=True,
         notes="the backward pass alone",

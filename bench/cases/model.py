@@ -1,6 +1,6 @@
 """Cases of the whole model: time to first token and a decode step, against Hugging Face's decoder on the full text.
 
-The weights are random: times don't depend on them. What is compared with float64 are the logits of the last row.
+The weights are random, since times don't depend on them. The logits of the last row are compared with float64.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from bench.cases.presets import PRESETS, Preset
 from bench.cases.prompts import SHARED, Prompt
 from bench.engine.case import Case, Entry, Skip, Sweep
 
-_POSITIONS = 1 << 17  # more than a context has; the weights don't depend on it
+_POSITIONS = 1 << 17  # longer than any context; the weights don't depend on it
 
 _FULL = "full text, HF SDPA"
 _OWN_FULL = "full text, our attention"
-# 30 layers add up to more than one op's bound: a wrong mask or a wrong slot moves the logits by tens of per cent.
+# Errors of 30 layers exceed one op's bound; a wrong mask or slot changes the logits by tens of percent.
 _BOUND = {torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 
 
 def _require_memory(shape: Preset, dtype: torch.dtype, device: str) -> None:
-    needed = shape.parameters() * (dtype.itemsize + 8)  # the model, and its copy in float64
-    if device != "cpu":  # the copy is not made where results are not compared
+    needed = shape.parameters() * (dtype.itemsize + 8)  # the model and its float64 copy
+    if device != "cpu":  # no copy if results are not compared
         needed, available = shape.parameters() * (dtype.itemsize + 4), torch.cuda.mem_get_info()[0]
         if needed > available:
             raise Skip(f"needs {needed / 2**30:.0f} GiB for the weights, the GPU has {available / 2**30:.0f} free")
@@ -44,9 +44,9 @@ def _require_memory(shape: Preset, dtype: torch.dtype, device: str) -> None:
         raise Skip(f"needs {needed / 2**30:.0f} GiB of memory for the weights, {available / 2**30:.0f} GiB are free")
 
 
-@functools.lru_cache(maxsize=1)  # rows of a sweep differ in their prompts
+@functools.lru_cache(maxsize=1)  # the rows of a sweep share a model
 def _models(shape: Preset, dtype: torch.dtype, device: str):
-    """Return REFRAG and Hugging Face's decoder, on the same random weights."""
+    """Return REFRAG and Hugging Face's decoder with the same random weights."""
     _require_memory(shape, dtype, device)
     try:
         from refrag import RefragConfig, RefragForCausalLM
@@ -54,16 +54,16 @@ def _models(shape: Preset, dtype: torch.dtype, device: str):
     except ImportError as error:
         raise Skip(f"needs the extra model: {error}") from None
     decoder = AutoConfig.for_model(
-        shape.family, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        shape.family, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.width, vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
+        head_dim=shape.head_dim, vocab_size=shape.vocabulary, tie_word_embeddings=shape.tied,
         max_position_embeddings=_POSITIONS,
     )  # fmt: skip
     encoder = AutoConfig.for_model(
-        "bert", hidden_size=shape.encoder_hidden, intermediate_size=shape.encoder_intermediate,
+        "bert", hidden_size=shape.encoder_hidden_size, intermediate_size=shape.encoder_intermediate,
         num_hidden_layers=shape.encoder_layers, num_attention_heads=shape.encoder_heads,
     )  # fmt: skip
-    # Random numbers of 7 billion weights take a GPU seconds and a CPU minutes.
+    # Initializing 7 billion random weights takes seconds on a GPU and minutes on a CPU.
     with torch.random.fork_rng(devices=[] if device == "cpu" else None), torch.device(device):
         torch.manual_seed(0)
         model = RefragForCausalLM(RefragConfig.from_preset("lclm", decoder, encoder))
@@ -118,7 +118,7 @@ def _first_token(preset: str, context: int, k: int, expand: float, dtype: torch.
     def expected() -> torch.Tensor:
         with rk.use_backend("reference"), torch.inference_mode():
             wide = copy.deepcopy(model).double()
-            # A few at a time: the reference holds the scores of all pairs of rows.
+            # A few rows at a time: the reference materializes the scores of all row pairs.
             rows = compressed.encoder_input.token_ids.split(16 * k)
             texts = [PackedTexts(ids.to(device), rk.ChunkLayout.from_lengths([[k] * (len(ids) // k)])) for ids in rows]
             chunk_embeds = torch.cat([wide.encode_chunks(text) for text in texts])
@@ -135,11 +135,11 @@ def _first_token(preset: str, context: int, k: int, expand: float, dtype: torch.
             _OWN_FULL: _inference(own_full),
         },
         expected=expected,
-        # The full text has other logits: Hugging Face's are compared with those of our own dense path.
+        # The full text has different logits: compare Hugging Face's with those of our own dense path.
         peer_expected=_inference(own_full),
         bound=_BOUND[dtype],
-        most_rounds=3,
-        most_copies=1,
+        max_rounds=3,
+        max_copies=1,
         notes="random weights; chunk embeddings cached, unless the row says otherwise",
     )
 
@@ -164,7 +164,7 @@ def _decode(preset: str, context: int, k: int, expand: float, dtype: torch.dtype
     def expected() -> torch.Tensor:
         with rk.use_backend("reference"), torch.inference_mode():
             wide = copy.deepcopy(model).double()
-            # The chunk embeddings are ours: what is checked here is the decoder's step.
+            # Uses our chunk embeddings: only the decode step is checked here.
             embeds = model.encode_chunks(compressed.encoder_input.to(device)).double()
             cache = wide(prompt=compressed, chunk_embeds=embeds, use_cache=True, logits_to_keep=1).past_key_values
             return step(wide.decoder, cache)
@@ -175,7 +175,7 @@ def _decode(preset: str, context: int, k: int, expand: float, dtype: torch.dtype
         expected=expected,
         peer_expected=_inference(lambda: step(model.decoder, own_full)),
         bound=_BOUND[dtype],
-        most_copies=1,
+        max_copies=1,
         notes="one token after the prompt, transformers' decoding loop for both; random weights",
     )
 
@@ -206,14 +206,14 @@ def _passage_cache(preset: str, context: int, k: int, expand: float, dtype: torc
         peers={"without the cache": _inference(lambda: model(prompt=prompt, **last).logits)},
         expected=expected,
         bound=_BOUND[dtype],
-        most_rounds=5,
-        most_copies=1,
+        max_rounds=5,
+        max_copies=1,
         notes="time to first token; passages of 256 tokens, all found and all moved, chunk embeddings cached",
     )
 
 
 def _passages(prompt, k: int):
-    """Return a prompt without its prefix and in passages of 256 tokens, and what puts those in reverse order."""
+    """Return a prompt without its prefix in passages of 256 tokens, and a function that reverses the passages."""
     size, chunks = max(1, 256 // k), len(prompt.chunks)
     ids = torch.tensor([-1, *(chunk // size for chunk in range(chunks)), -1], dtype=torch.int32)
     prompt = dataclasses.replace(prompt, passage_of_span=ids)

@@ -1,4 +1,4 @@
-"""Which ops the benchmarks measure: those that refrag_kernels registers, the planner's, and the model's."""
+"""Ops that the benchmarks measure: those registered by refrag_kernels, the planner's, and the model's."""
 
 from __future__ import annotations
 

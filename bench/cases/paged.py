@@ -13,18 +13,18 @@ from bench.cases import decoding
 from bench.cases.presets import PRESETS
 from bench.engine.case import Case, Entry, Sweep, bound_of
 
-_ROWS = 64  # of a chunk of prefill, as append_kv writes them
+_ROWS = 64  # per prefill chunk written by append_kv
 
 
 def _append(preset: str, dtype: torch.dtype, device: str) -> Case:
     shape = PRESETS[preset]
     blocks = _ROWS // decoding.PAGE
     generator = torch.Generator().manual_seed(3)
-    k, v = (torch.randn(_ROWS, shape.kv_heads, shape.width, generator=generator).to(device, dtype) for _ in range(2))
+    k, v = (torch.randn(_ROWS, shape.kv_heads, shape.head_dim, generator=generator).to(device, dtype) for _ in range(2))
     table = torch.randperm(4 * blocks, generator=generator)[:blocks].to(device, torch.int32)[None]
     lengths = torch.tensor([_ROWS], dtype=torch.int32, device=device)
     offsets = torch.tensor([0, _ROWS], dtype=torch.int32, device=device)
-    ours, theirs, exact = (decoding.cache(shape.kv_heads, shape.width, 4 * blocks, dtype, device) for _ in range(3))
+    ours, theirs, exact = (decoding.cache(shape.kv_heads, shape.head_dim, 4 * blocks, dtype, device) for _ in range(3))
     row = torch.arange(_ROWS, device=device)
     page, place = table[0, row // decoding.PAGE].long(), row % decoding.PAGE
 
@@ -49,7 +49,7 @@ def _append(preset: str, dtype: torch.dtype, device: str) -> Case:
 def _merge(preset: str, context: int, k: int, dtype: torch.dtype, device: str) -> Case:
     shape, rows = PRESETS[preset], max(1, context // k)
     generator = torch.Generator().manual_seed(4)
-    a, b = (torch.randn(rows, shape.heads, shape.width, generator=generator).to(device, dtype) for _ in range(2))
+    a, b = (torch.randn(rows, shape.heads, shape.head_dim, generator=generator).to(device, dtype) for _ in range(2))
     lse_a, lse_b = (torch.randn(rows, shape.heads, generator=generator).to(device) for _ in range(2))
 
     def eager(a, lse_a, b, lse_b) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Who else computes attention: torch's SDPA and flex_attention, and the libraries that need a GPU.
+"""Attention of the peers: torch's SDPA and flex_attention, and libraries that need a GPU.
 
 Each function takes q [T, H_q, D], k and v [T, H_kv, D] and returns a call that gives [T, H_q, D], or raises Skip.
 """
@@ -18,7 +18,7 @@ Attention = Callable[[], torch.Tensor]
 
 
 def batched(tensor: torch.Tensor) -> torch.Tensor:
-    """Return [T, H, D] as SDPA wants it, [1, H, T, D]."""
+    """Reshape [T, H, D] to SDPA's [1, H, T, D]."""
     return tensor.transpose(0, 1)[None]
 
 
@@ -28,12 +28,12 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor |
 
 
 def sdpa_float64(q, k, v, mask: torch.Tensor | None = None, **options) -> Attention:
-    """What all of them are compared with."""
+    """SDPA in float64, the reference of all contenders."""
     return lambda: sdpa(q.double(), k.double(), v.double(), mask, **options)()
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Attention:
-    """What contenders of a problem are compared with: attention in float64, a few rows at a time."""
+    """Float64 attention, a few rows at a time: the reference for a problem's contenders."""
     most = 1 << 28  # bytes of scores
 
     def call() -> torch.Tensor:
@@ -52,7 +52,7 @@ def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -
 
 
 def sdpa_in_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Attention:
-    """SDPA piece by piece, the ranges of keys put together; causal pieces have to read their own rows alone."""
+    """SDPA piece by piece over concatenated key ranges; causal pieces must read only their own rows."""
     assert problem.pieces is not None
     bq, bk, bv = (batched(t) for t in (q, k, v))
     options = {"is_causal": problem.causal, "enable_gqa": True}
@@ -73,7 +73,7 @@ def sdpa_in_pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: P
 
 
 def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> Attention:
-    """Scores, softmax and product as a model's eager attention writes them."""
+    """Scores, softmax and matmul, as in a model's eager attention."""
     group = q.shape[1] // k.shape[1]
 
     def call() -> torch.Tensor:
@@ -102,7 +102,7 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, bl
     from torch.nn.attention.flex_attention import flex_attention
 
     mask = block_mask(problem, block, q.device.type)
-    # Beyond its limit, 8 kernels of one function, dynamo runs flex_attention uncompiled: that would not be this peer.
+    # Beyond dynamo's limit of 8 recompilations, flex_attention runs uncompiled, which would be a different peer.
     torch._dynamo.config.recompile_limit = 1024
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -116,7 +116,7 @@ _SDPA = {"cuDNN": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION"}
 def forced_sdpa(
     name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None, **options
 ) -> Attention:
-    """SDPA by one backend, "cuDNN" or "flash", instead of the one that torch chooses."""
+    """SDPA with a given backend, "cuDNN" or "flash", instead of the one that torch chooses."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     if q.device.type != "cuda":
@@ -131,7 +131,7 @@ def forced_sdpa(
 
 
 def dense_libraries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> dict[str, Attention]:
-    """Return what computes attention without a mask of chunks on a GPU; what can't run here raises Skip when called."""
+    """Return GPU libraries for attention without a chunk mask; those that can't run here raise Skip when called."""
     named = _SDPA if q.device.type == "cuda" else ()
     calls = {f"SDPA, {name}": late(lambda name=name: forced_sdpa(name, q, k, v, is_causal=causal)) for name in named}
     makers = {"FlashAttention": wheels.flash_attention, "FlashInfer": wheels.flashinfer, "xformers": wheels.xformers}
@@ -139,7 +139,7 @@ def dense_libraries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: b
 
 
 def masked_libraries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> dict[str, Attention]:
-    """Return what computes a problem's attention on a GPU; what can't run here raises Skip when called."""
+    """Return GPU libraries for a problem's attention; those that can't run here raise Skip when called."""
     makers = {"varlen_attn": wheels.torch_varlen, "FlashAttention-3": wheels.fa3, "FlashAttention-4": wheels.fa4}
     pieces = problem.pieces is not None
     copied = ", keys copied" if pieces and problem.keys_of_pieces() is not None else ""
@@ -152,12 +152,12 @@ def masked_libraries(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem:
 
 
 def flex_late(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem, block: int) -> Attention:
-    """flex_attention, compiled at the first call."""
+    """flex_attention, compiled on the first call."""
     return late(lambda: flex(q, k, v, problem, block))
 
 
 def late(make: Callable[[], Attention]) -> Attention:
-    """Put off ``make``, which may compile or raise Skip, to the first call."""
+    """Defer ``make``, which may compile or raise Skip, to the first call."""
     made: list[Attention] = []
 
     def call() -> torch.Tensor:
@@ -169,9 +169,9 @@ def late(make: Callable[[], Attention]) -> Attention:
 
 
 def vllm_overlay(rows: torch.Tensor, embeds: torch.Tensor, is_text: torch.Tensor) -> Callable[[], None]:
-    """Return the call of vLLM's kernel that writes a request's prompt embeddings over the rows of a batch.
+    """Return a call of vLLM's kernel that overwrites rows of a batch with a request's prompt embeddings.
 
-    ``rows`` and ``embeds`` are ``[N, d]``; ``is_text`` is uint8 ``[N]``, where the rows stay. One request, whole.
+    ``rows`` and ``embeds`` are ``[N, d]``; ``is_text`` is uint8 ``[N]``, 1 for rows to keep. The batch is one request.
     """
     library = wheels.library("vllm.v1.worker.gpu.model_states.prompt_embeds", rows)
     count, device = len(rows), rows.device
@@ -182,7 +182,7 @@ def vllm_overlay(rows: torch.Tensor, embeds: torch.Tensor, is_text: torch.Tensor
     kernel = library._apply_prompt_embeds_kernel[(1, -(-count // block))]
     arguments = (rows, rows.stride(0), *pointers, lengths, none, starts, none, rows.shape[1])
 
-    def call(_alive: object = (embeds, is_text)) -> None:  # the kernel is given their addresses alone
+    def call(_alive: object = (embeds, is_text)) -> None:  # the kernel only gets their addresses
         kernel(*arguments, TOKEN_BLOCK=block, BLOCK_SIZE=1024)
 
     return call

@@ -1,4 +1,4 @@
-"""Cases of plan_attention and visible_ranges: what is made once a batch, on the CPU."""
+"""Cases of plan_attention and visible_ranges, which run once per batch on the CPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _prompt(context: int, k: int, expand: float) -> Case:
 
 
 def _ranges(context: int, k: int) -> Case:
-    """The last row of a prompt under a passage mask: what a decode step needs; the peer writes the mask's row."""
+    """The last row of a prompt with a passage mask, for a decode step; the peer writes the row of a dense mask."""
     layout = Prompt(context, k, 0.0).layout()
     of_chunk = torch.tensor([-1, *(i * k // 128 for i in range(layout.num_chunks - 2)), -1])
     mask, last = rk.ChunkMask.passages(of_chunk), torch.tensor([layout.total_rows // 2])
@@ -54,7 +54,7 @@ def _ranges(context: int, k: int) -> Case:
 
 
 def entries(sweep: Sweep) -> Iterator[Entry]:
-    """Yield the rows of the planner; they have no dtype and no preset of their own."""
+    """Yield the rows of the planner, which have no dtype or preset."""
     for context, k in itertools.product(sweep.context, sweep.k):
         at = {"context": context, "k": k}
         for density in sweep.density:

@@ -1,4 +1,4 @@
-"""The models whose shapes the benchmarks take; the figures are those of their config.json on the Hugging Face hub."""
+"""Models whose shapes the benchmarks use, from their config.json on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A decoder, and the encoder that goes with it.
+    """The shapes of a decoder and its encoder.
 
-    ``width`` is the width of a head, ``hidden`` of the decoder, ``encoder_hidden`` of the encoder.
+    ``hidden_size`` is the decoder's, ``encoder_hidden_size`` the encoder's.
     """
 
     heads: int
     kv_heads: int
-    width: int
-    hidden: int
+    head_dim: int
+    hidden_size: int
     intermediate: int
     layers: int
     vocabulary: int
     family: str  # of transformers: "llama" or "qwen3"
-    encoder_hidden: int
+    encoder_hidden_size: int
     encoder_heads: int
     encoder_layers: int
     encoder_intermediate: int
     tied: bool = True
 
     def parameters(self) -> int:
-        """Return how many weights the decoder has, norms left out."""
-        attention = self.hidden * self.width * 2 * (self.heads + self.kv_heads)
-        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate) + embeddings
+        """Return the decoder's number of weights, excluding norms."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.heads + self.kv_heads)
+        embeddings = self.vocabulary * self.hidden_size * (1 if self.tied else 2)
+        return self.layers * (attention + 3 * self.hidden_size * self.intermediate) + embeddings
 
 
 _MINILM = (384, 12, 6, 1536)  # all-MiniLM-L6-v2
@@ -44,7 +44,7 @@ PRESETS = {
     "llama3-8b": Preset(32, 8, 128, 4096, 14336, 32, 128256, "llama", *_ROBERTA_LARGE, tied=False),
     "llama3-70b": Preset(64, 8, 128, 8192, 28672, 80, 128256, "llama", *_ROBERTA_LARGE, tied=False),
     "qwen3-4b": Preset(32, 8, 128, 2560, 9728, 36, 151936, "qwen3", *_ROBERTA_LARGE),
-    # A published model's shapes, few enough of them to compare the whole with float64; and, to rehearse, of no model.
+    # Shapes of a published model small enough to check whole against float64, and a tiny model for dry runs.
     "llama2-7b-2-layers": Preset(32, 32, 128, 4096, 11008, 2, 32000, "llama", 1024, 16, 2, 4096, tied=False),
     "tiny": Preset(4, 2, 16, 64, 128, 2, 32000, "llama", 32, 2, 2, 64),
 }

@@ -1,4 +1,4 @@
-"""Masks that others publish figures of, and those of retrieval: who sees whom, in each contender's own form."""
+"""Masks from other published benchmarks and from retrieval, in each contender's own format."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from bench.engine.case import Skip
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Packed rows, each of which sees up to two ranges of keys.
+    """Packed rows, each of which attends to up to two ranges of keys.
 
     Attributes
     ----------
     layout, mask, causal
-        What ``plan_attention`` takes.
+        Arguments of ``plan_attention``.
     prefix, starts, ends : sequence of int
-        For each row: it sees keys [0, prefix) and [start, end).
+        Each row attends to keys [0, prefix) and [start, end).
     pieces : sequence of (int, sequence of (int, int)) or None
-        For libraries that take sequences of any length: rows that follow each other, and the ranges of keys that they
-        see; where ``causal``, the last row sees the last key, and each row before it one key less. None where sequences
-        can't say it.
+        For libraries with variable-length sequences: the number of consecutive rows and the key ranges they attend to.
+        If ``causal``, the last row attends up to the last key, and each row before it to one key less. None if
+        sequences can't express the mask.
     """
 
     layout: rk.ChunkLayout
@@ -52,20 +52,20 @@ class Problem:
         return torch.tensor([list(self.prefix), list(self.starts), list(self.ends)], dtype=torch.int32)
 
     def visible(self, first: int, last: int, device: str) -> torch.Tensor:
-        """Return which keys rows ``first`` to ``last`` see, bool [last - first, T]."""
+        """Return the keys that rows ``first`` to ``last`` attend to, bool [last - first, T]."""
         prefix, start, end = self.ranges[:, first:last, None].to(device)
         keys = torch.arange(self.rows, device=device)
         return (keys < prefix) | ((keys >= start) & (keys < end))
 
     def keys_of_pieces(self) -> list[int] | None:
-        """Return the keys that each piece reads, one after another; None where those are the rows themselves."""
+        """Return the concatenated key indices of all pieces; None if they are the rows themselves."""
         assert self.pieces is not None
         keys = [key for _, ranges in self.pieces for start, end in ranges for key in range(start, end)]
         return None if keys == list(range(self.rows)) else keys
 
 
 def causal(rows: int) -> Problem:
-    """Return one sequence in which a row sees itself and all before it."""
+    """Return one causal sequence."""
     return documents_of([rows])
 
 
@@ -89,7 +89,7 @@ def documents_of(lengths: Sequence[int]) -> Problem:
 
 
 def blocks(rows: int) -> Problem:
-    """Return documents in blocks of random lengths: a row sees its own block and those before it of its document."""
+    """Return block-causal documents with blocks of random lengths: a row attends to its own and earlier blocks."""
     choice = random.Random(rows)
     sequences = [
         _lengths(length, max(1, rows // 64), max(1, rows // 16), choice)
@@ -100,18 +100,18 @@ def blocks(rows: int) -> Problem:
 
 
 def interleaved(rows: int) -> Problem:
-    """Return a prefix of text, then a token and a slot in turns: each pair sees itself and all before it."""
+    """Return a text prefix, then alternating tokens and slots: each pair attends to itself and everything before it."""
     pairs, rest = divmod(rows - SHARED, 2)
     if pairs < 1:
-        raise Skip(f"{rows} rows have no room for a prefix of {SHARED} and a pair")
+        raise Skip(f"{rows} rows are too few for a prefix of {SHARED} and a pair")
     return _block_causal([[SHARED, *[2] * pairs, *([1] if rest else [])]], [0] * rows)
 
 
 def random_passages(rows: int) -> Problem:
-    """Return a causal prompt: a prefix, passages of 100 to 500 rows that see it and themselves, a question."""
+    """Return a causal prompt: a prefix, passages of 100 to 500 rows that attend to it and themselves, a question."""
     body = rows - 2 * SHARED
     if body < 1:
-        raise Skip(f"{rows} rows have no room for a prefix and a question of {SHARED}")
+        raise Skip(f"{rows} rows are too few for a prefix and a question of {SHARED}")
     passages = _lengths(body, 100, 500, random.Random(rows))
     lengths = [SHARED, *passages, SHARED]
     spans = list(_spans(lengths))
@@ -152,7 +152,7 @@ def of_passages(passages: Passages) -> Problem:
 
 
 def _block_causal(sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> Problem:
-    """Return sequences of blocks, of which each sees itself and those before it; ``starts`` of each row's sequence."""
+    """Return block-causal sequences of blocks; ``starts`` holds the start of each row's sequence."""
     chunks = [length for sequence in sequences for length in sequence]
     ends = [start + length for start, length in _spans(chunks) for _ in range(length)]
     return Problem(
@@ -175,5 +175,5 @@ def _lengths(total: int, least: int, most: int, choice: random.Random) -> list[i
 
 
 def _spans(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the start and the length of each of consecutive pieces."""
+    """Return the start and length of each consecutive piece."""
     return list(zip(itertools.accumulate(lengths, initial=0), lengths))

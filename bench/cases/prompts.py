@@ -1,4 +1,4 @@
-"""The batches that the cases read: prompts of text and slots, and passages that see themselves."""
+"""Inputs of the cases: prompts of text and slots, and passages that attend to themselves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARED = 64  # rows of the prefix, and of the question
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prefix, a context in chunks of k tokens of which some stand as text, a question; causal, as in the paper."""
+    """A prefix, a context in chunks of k tokens with some left as text, a question; causal, as in the paper."""
 
     context: int
     k: int
@@ -22,14 +22,16 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if self.chunks < 1:
-            raise Skip(f"a context of {self.context} has no room for {2 * SHARED} rows of text and a chunk of {self.k}")
+            raise Skip(
+                f"a context of {self.context} is too short for {2 * SHARED} rows of text and a chunk of {self.k}"
+            )
 
     @property
     def chunks(self) -> int:
         return (self.context - 2 * SHARED) // self.k
 
     def expanded(self) -> list[bool]:
-        """Return which chunks stand as text: evenly spread."""
+        """Return which chunks are left as text; they are evenly spaced."""
         n = self.chunks
         count = round(self.expand * n)
         return [(i + 1) * count // n > i * count // n for i in range(n)]
@@ -40,9 +42,9 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Passages:
-    """A prefix, passages that see the prefix and themselves, a question that sees everything; not causal.
+    """A prefix, passages that attend to it and themselves, a question that attends to everything; not causal.
 
-    Passages have the length that makes ``density`` the share of allowed pairs, rounded to whole chunks of ``k`` rows.
+    The passage length makes ``density`` the fraction of allowed pairs, rounded to whole chunks of ``k`` rows.
     """
 
     rows: int
@@ -55,17 +57,17 @@ class Passages:
         allowed = self.density * self.rows**2 - SHARED**2 - SHARED * self.rows
         length = round((allowed / body - SHARED) / self.k) * self.k if body >= self.k else 0
         if length < self.k:
-            raise Skip(f"density {self.density:g} of {self.rows} rows leaves less than a chunk of {self.k} a passage")
+            raise Skip(f"density {self.density:g} of {self.rows} rows leaves less than a chunk of {self.k} per passage")
         return min(length, body)
 
     def spans(self) -> list[int]:
-        """Return the lengths of prefix, passages and question."""
+        """Return the lengths of the prefix, the passages and the question."""
         body = self.rows - 2 * SHARED
         whole, rest = divmod(body, self.passage)
         return [SHARED, *[self.passage] * whole, *([rest] if rest else []), SHARED]
 
     def chunks(self) -> tuple[list[int], list[int]]:
-        """Return the chunks' lengths, and the span that each belongs to."""
+        """Return the length and the span of each chunk."""
         lengths, span_of_chunk = [], []
         spans = self.spans()
         for number, span in enumerate(spans):
@@ -92,6 +94,6 @@ class Passages:
         return rk.plan_attention(self.layout(), rk.ChunkMask.from_dense(self.chunk_mask()), causal=False, device=device)
 
     def span_of_row(self) -> tuple[torch.Tensor, int]:
-        """Return the span of each row, and the question's number."""
+        """Return the span of each row, and the index of the question's span."""
         lengths = torch.tensor(self.spans())
         return torch.arange(len(lengths)).repeat_interleave(lengths), len(lengths) - 1

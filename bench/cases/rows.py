@@ -1,4 +1,4 @@
-"""Cases of pool_chunks, project_chunks, embed_mixed and linear_rows: the ops on rows."""
+"""Cases of the row ops: pool_chunks, project_chunks, embed_mixed and linear_rows."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ def _random(*shape: int, dtype: torch.dtype, device: str, seed: int, scale: floa
 
 
 def _weights(shape: Preset, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    sizes = [(shape.hidden, shape.encoder_hidden), (shape.hidden,), (shape.hidden, shape.hidden), (shape.hidden,)]
+    sizes = [
+        (shape.hidden_size, shape.encoder_hidden_size),
+        (shape.hidden_size,),
+        (shape.hidden_size, shape.hidden_size),
+        (shape.hidden_size,),
+    ]
     return [_random(*size, dtype=dtype, device=device, seed=i, scale=_WEIGHT_SCALE) for i, size in enumerate(sizes)]
 
 
 def _count(context: int, k: int) -> int:
     if context < k:
-        raise Skip(f"a context of {context} holds no chunk of {k}")
+        raise Skip(f"a context of {context} has no chunk of {k}")
     return context // k
 
 
@@ -38,13 +43,13 @@ def _eager(chunks: torch.Tensor, w1, b1, w2, b2) -> torch.Tensor:
 
 
 def _flops(shape: Preset, count: int) -> float:
-    return 2.0 * count * shape.hidden * (shape.encoder_hidden + shape.hidden)
+    return 2.0 * count * shape.hidden_size * (shape.encoder_hidden_size + shape.hidden_size)
 
 
 def _project(preset: str, context: int, k: int, dtype: torch.dtype, device: str) -> Case:
     shape, count = PRESETS[preset], _count(context, k)
     weights = _weights(shape, dtype, device)
-    chunks = _random(count, shape.encoder_hidden, dtype=dtype, device=device, seed=9)
+    chunks = _random(count, shape.encoder_hidden_size, dtype=dtype, device=device, seed=9)
     packed = rk.PackedProjection.from_weights(*weights)
     return Case(
         ours=lambda: rk.project_chunks(chunks, packed),
@@ -57,13 +62,13 @@ def _project(preset: str, context: int, k: int, dtype: torch.dtype, device: str)
 
 
 def _embed(preset: str, context: int, k: int, dtype: torch.dtype, device: str) -> Case:
-    """Chunks projected into a mixed sequence with half as many rows of text, and 64 more."""
+    """Chunks projected into a mixed sequence with text rows: half as many as chunks, plus 64."""
     shape, count = PRESETS[preset], _count(context, k)
     text = count // 2 + 64
     weights = _weights(shape, dtype, device)
     packed = rk.PackedProjection.from_weights(*weights)
-    chunks = _random(count, shape.encoder_hidden, dtype=dtype, device=device, seed=9)
-    table = _random(32000, shape.hidden, dtype=dtype, device=device, seed=10)
+    chunks = _random(count, shape.encoder_hidden_size, dtype=dtype, device=device, seed=9)
+    table = _random(32000, shape.hidden_size, dtype=dtype, device=device, seed=10)
     generator = torch.Generator().manual_seed(11)
     order = torch.randperm(count + text, generator=generator)
     slots, texts = order[:count].sort().values, order[count:].sort().values
@@ -112,33 +117,33 @@ def _embed(preset: str, context: int, k: int, dtype: torch.dtype, device: str) -
 
 def _pool(preset: str, context: int, k: int, dtype: torch.dtype, device: str) -> Case:
     shape, count = PRESETS[preset], _count(context, k)
-    width = shape.encoder_hidden
-    hidden = _random(count * k, width, dtype=dtype, device=device, seed=0)
+    hidden_size = shape.encoder_hidden_size
+    hidden = _random(count * k, hidden_size, dtype=dtype, device=device, seed=0)
     offsets = (torch.arange(count + 1, dtype=torch.int32) * k).to(device)
     chunk_of_row = torch.arange(count).repeat_interleave(k).to(device)
 
     def scattered() -> torch.Tensor:
-        sums = torch.zeros(count, width, dtype=torch.float32, device=device)
+        sums = torch.zeros(count, hidden_size, dtype=torch.float32, device=device)
         return (sums.index_add_(0, chunk_of_row, hidden.float()) / k).to(dtype)
 
     return Case(
         ours=lambda: rk.pool_chunks(hidden, offsets, "mean"),
         peers={
-            "mean of a padded batch": lambda: hidden.view(count, k, width).mean(1),
+            "mean of a padded batch": lambda: hidden.view(count, k, hidden_size).mean(1),
             "index_add": scattered,
         },
-        expected=lambda: hidden.double().view(count, k, width).mean(1),
+        expected=lambda: hidden.double().view(count, k, hidden_size).mean(1),
         bound=bound_of(dtype),
-        bytes=float((count * k + count) * width * dtype.itemsize),
+        bytes=float((count * k + count) * hidden_size * dtype.itemsize),
         limit="read",
     )
 
 
 def _linear(preset: str, dtype: torch.dtype, device: str) -> Case:
-    """One row through the largest layer of a decoder, from its width to its vocabulary."""
+    """One row through a decoder's largest layer, from hidden_size to the vocabulary."""
     shape = PRESETS[preset]
-    x = _random(1, shape.hidden, dtype=dtype, device=device, seed=0)
-    weight = _random(shape.vocabulary, shape.hidden, dtype=dtype, device=device, seed=1, scale=_WEIGHT_SCALE)
+    x = _random(1, shape.hidden_size, dtype=dtype, device=device, seed=0)
+    weight = _random(shape.vocabulary, shape.hidden_size, dtype=dtype, device=device, seed=1, scale=_WEIGHT_SCALE)
     return Case(
         ours=lambda: rk.linear_rows(x, weight),
         peers={"torch Linear": lambda: F.linear(x, weight)},

@@ -1,4 +1,4 @@
-"""The table of cases: what a sweep measures, and the published set with its goals."""
+"""The table of cases: the rows of a sweep, and the published set with its goals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.engine.case import Entry, Goal, Sweep
 
 
 def entries(sweep: Sweep, flex: bool = True, ops: Collection[str] = OPS) -> Iterator[Entry]:
-    """Yield every row of a sweep for these ops. The model's cases are imported only for ops of the model."""
+    """Yield every row of a sweep for these ops. Import the model's cases only for ops of the model."""
     kernels = (decoding.entries, paged.entries, rows.entries, plans.entries)
     found = itertools.chain(attention.entries(sweep, flex), *(make(sweep) for make in kernels))
     if not set(ops).isdisjoint(MODEL_OPS):
@@ -24,7 +24,7 @@ def entries(sweep: Sweep, flex: bool = True, ops: Collection[str] = OPS) -> Iter
     return (entry for entry in found if entry.op in ops)
 
 
-# The published set: which values, and of which op and case.
+# The published set: parameter values, and the ops and cases that use them.
 _SMALL = Sweep()
 _LARGE = dataclasses.replace(_SMALL, presets=("llama3.2-1b",), context=(2048,))
 _DECODE = dataclasses.replace(_SMALL, presets=("llama3-8b",))
@@ -57,14 +57,14 @@ def published(flex: bool = True, ops: Collection[str] = OPS) -> list[Entry]:
 
 
 def goal_of(entry: Entry) -> Goal:
-    """Return what a row is to reach; most have no goal."""
+    """Return a row's goal; most rows have none."""
     return _GOALS.get(entry.name, Goal())
 
 
 def _goals() -> dict[str, Goal]:
     float32, bfloat16 = "float32", "bfloat16"
     goals = {}
-    by_share = {  # against the best peer, and of the matmul rate
+    by_share = {  # speed-up over the best peer, share of the matmul rate
         "sparse": {float32: (2.0, 1.00), bfloat16: (4.2, 0.70)},
         "quarter": {float32: (1.4, 1.05), bfloat16: (2.5, 0.85)},
         "dense": {float32: (1.25, 1.08), bfloat16: (2.3, 0.80)},

@@ -16,17 +16,17 @@ from bench.cases.problems import Problem
 from bench.engine.case import Skip
 
 Attention = Callable[[], torch.Tensor]
-# q, k, v, where sequences start in q and in k, the longest of each, whether they are causal.
+# q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal
 Sequences = Callable[..., torch.Tensor]
 
 
 def library(name: str, q: torch.Tensor) -> ModuleType:
-    """Import a library that runs on ``q``.
+    """Import a library if it runs on ``q``.
 
     Raises
     ------
     Skip
-        If it is not installed, can't be imported, or does not take such tensors.
+        If it is not installed, can't be imported, or doesn't support such tensors.
     """
     if importlib.util.find_spec(name.partition(".")[0]) is None:
         raise Skip("not installed")
@@ -36,13 +36,13 @@ def library(name: str, q: torch.Tensor) -> ModuleType:
         raise Skip("runs in float16 and bfloat16 only")
     try:
         return importlib.import_module(name)
-    except Exception as error:  # a wheel for another torch fails in ways of its own
+    except Exception as error:  # a wheel for another torch can fail in any way
         raise Skip(f"{type(error).__name__} at import: {str(error).partition(chr(10))[0][:200]}") from None
 
 
 def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Attention:
     module = library("flash_attn", q)
-    if not hasattr(module, "flash_attn_func"):  # FlashAttention-4 has a folder of this name
+    if not hasattr(module, "flash_attn_func"):  # FlashAttention-4 installs a folder of this name
         raise Skip("not installed")
     return lambda: module.flash_attn_func(q[None], k[None], v[None], causal=causal)[0]
 
@@ -55,7 +55,7 @@ def flashinfer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) 
 def xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Attention:
     module = library("xformers.ops", q)
     group = q.shape[1] // k.shape[1]
-    # Its grouped form has five dimensions: batch, rows, key/value heads, heads of a group, width.
+    # Its grouped layout has five dimensions: batch, rows, key/value heads, heads per group, head_dim.
     grouped = q.unflatten(1, (k.shape[1], group))[None]
     keys, values = (t[None, :, :, None].expand(-1, -1, -1, group, -1) for t in (k, v))
     bias = module.LowerTriangularMask() if causal else None
@@ -68,7 +68,7 @@ def torch_varlen(q: torch.Tensor) -> Sequences:
         raise Skip(f"runs on CUDA tensors only, got {q.device.type}")
     from torch.nn.attention.varlen import varlen_attn
 
-    # Later releases of torch want to be told of grouped heads.
+    # Later releases of torch require a flag for grouped heads.
     options = {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
 
     def call(q, k, v, starts_q, starts_k, most_q, most_k, causal):
@@ -79,7 +79,7 @@ def torch_varlen(q: torch.Tensor) -> Sequences:
 
 
 def fa3(q: torch.Tensor) -> Sequences:
-    """FlashAttention-3 of the wheel fa3-fwd, whose op is called directly."""
+    """FlashAttention-3 from the wheel fa3-fwd, whose op is called directly."""
     library("fa3_fwd._C", q)
     op = torch.ops.fa3_fwd.fwd
 
@@ -91,7 +91,7 @@ def fa3(q: torch.Tensor) -> Sequences:
 
 
 def fa4(q: torch.Tensor) -> Sequences:
-    """FlashAttention-4 of the wheel flash-attn-4."""
+    """FlashAttention-4 from the wheel flash-attn-4."""
     module = library("flash_attn.cute", q)
 
     def call(q, k, v, starts_q, starts_k, most_q, most_k, causal):
@@ -104,7 +104,7 @@ def fa4(q: torch.Tensor) -> Sequences:
 def in_pieces(
     make: Callable[[torch.Tensor], Sequences], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem
 ) -> Attention:
-    """Return attention over a problem's pieces by a library of sequences; what several read is copied each time."""
+    """Return attention over a problem's pieces by a varlen library; each call copies the keys that pieces share."""
     run = make(q)
     if problem.pieces is None:
         raise Skip("its sequences can't express this mask")
@@ -120,7 +120,7 @@ def in_pieces(
 
 
 def cudnn_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> Attention:
-    """cuDNN's flex_attention of the wheel nvidia-cudnn-frontend, with a plan made before."""
+    """cuDNN's flex_attention from the wheel nvidia-cudnn-frontend, with its plan made in advance."""
     module = library("cudnn.flex_attention", q)
     batch = [t[None] for t in (q, k, v)]
     plan = cudnn_flex_plan(q, k, v, problem)
@@ -129,5 +129,5 @@ def cudnn_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Probl
 
 def cudnn_flex_plan(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, problem: Problem) -> object:
     module = library("cudnn.flex_attention", q)
-    # Interval ends of each row: [0, F0) and [F1, F2).
+    # Each row's intervals: [0, F0) and [F1, F2).
     return module.create_mask_plan(problem.ranges.to(q.device)[None].contiguous(), *(t[None] for t in (q, k, v)))

@@ -1,1 +1,1 @@
-"""Measure cases, and write, compare and draw what was measured."""
+"""Measure cases; write, compare and plot the results."""

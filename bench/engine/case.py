@@ -1,4 +1,4 @@
-"""What the benchmarks measure: rows of a table, and for each a problem, who computes it and how right it has to be."""
+"""Types of a benchmark: rows of the table, and for each row a problem, its contenders and the accuracy required."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ Call = Callable[[], object]
 
 
 OURS = "refrag_kernels"
-ANY = "any"  # the preset of rows that depend on no model's shape
+ANY = "any"  # preset of rows that don't depend on a model's shape
 
 
 class Skip(Exception):
-    """A contender or a case that can't run here; its text says why."""
+    """Raised when a contender or a case can't run here; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What the case is to reach: a ratio to the best peer, or a share of a limit of the machine."""
+    """Target of a case: a speed-up over the best peer, or a fraction of one of the machine's limits."""
 
     against_peers: float | None = None
     share_of_matmul: float | None = None
@@ -36,31 +36,31 @@ class Case:
     ours : callable
         The op; its result is compared with ``expected``.
     peers : dict of str to callable
-        Others that compute the same. One that can't run here raises ``Skip``.
+        Other implementations of the same computation. One that can't run here raises ``Skip``.
     variants : dict of str to callable
-        Other ways of ours to the same result.
+        Alternative refrag_kernels calls with the same result.
     expected : callable or None
-        The result in float64; None where there is none to compare (a plan).
+        Computes the result in float64; None if there is nothing to compare (a plan).
     bound : float
-        Greatest relative error in the Frobenius norm.
+        Maximum relative error in the Frobenius norm.
     flops, bytes : float
-        Useful work and traffic: what any implementation has to do.
+        Useful work and memory traffic: the minimum for any implementation.
     limit : {"matmul", "read", None}
-        Which of the machine's limits binds.
+        The machine limit that bounds the case.
     peer_expected : callable or None
-        The result that peers are compared with, where they compute another thing than ours does.
+        The expected result of the peers, if they compute something different from ``ours``.
     plans : dict of str to callable
-        What makes the plan or the block mask of a contender, once a batch; timed apart.
+        Makes a contender's plan or block mask, once per batch; timed separately.
     grad : bool
-        Whether autograd is on.
-    most_rounds : int
-        Rounds that are enough for calls that take seconds.
-    most_copies : int
-        How many times the tensors can be there at once, to be taken in turns.
+        Whether autograd is enabled.
+    max_rounds : int
+        Maximum number of rounds, for calls that take seconds.
+    max_copies : int
+        Maximum number of copies of the tensors to rotate through.
     on_host : bool
-        Whether the work is the CPU's, wherever the tensors of other rows are.
+        Whether the work runs on the CPU, regardless of where the other rows' tensors are.
     notes : str
-        What the times leave out.
+        What the times exclude.
     """
 
     ours: Call
@@ -74,17 +74,17 @@ class Case:
     peer_expected: Call | None = None
     plans: dict[str, Call] = dataclasses.field(default_factory=dict)
     grad: bool = False
-    most_rounds: int = 1000
-    most_copies: int = 1000
+    max_rounds: int = 1000
+    max_copies: int = 1000
     on_host: bool = False
     notes: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A row of the table, without its tensors: ``build`` makes them.
+    """A row of the table, without its tensors: ``build`` creates them.
 
-    ``on_request``: a sweep has it only where its case is named.
+    If ``on_request``, a sweep includes the row only when its case is named.
     """
 
     op: str
@@ -117,19 +117,19 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Which values the rows take; each op uses those that mean something to it.
+    """Parameter values to sweep; each op uses those that apply to it.
 
     Attributes
     ----------
     presets : names of ``bench.cases.presets.PRESETS``
-    k : tokens of a chunk
-    context : tokens of the context
-    density : shares of the pairs of rows that are allowed
-    expand : shares of the chunks that stand as text
-    batch : sequences of a step of decoding
-    table : keys that a sequence's row of the page table has room for; 0 for as many as there are
+    k : tokens per chunk
+    context : tokens in the context
+    density : fractions of row pairs that are allowed
+    expand : fractions of chunks left as text
+    batch : sequences in a decode step
+    table : keys that a sequence's row of the page table can hold; 0 for as many as exist
     dtypes : of the tensors
-    device : where they are
+    device : of the tensors
     """
 
     presets: tuple[str, ...] = ("smollm2-135m",)
@@ -144,12 +144,12 @@ class Sweep:
 
 
 def bound_of(dtype: torch.dtype) -> float:
-    """Return the accuracy that outputs must have."""
+    """Return the maximum relative error allowed for outputs."""
     return 2e-6 if dtype == torch.float32 else 4e-3
 
 
 def error_of(actual: object, expected: object) -> float:
-    """Return the largest relative error, in the Frobenius norm, of a tensor or a tuple of them; NaN is infinite."""
+    """Return the largest relative error in the Frobenius norm over a tensor or a tuple of tensors; infinity for NaN."""
     if isinstance(actual, (tuple, list)):
         return max(error_of(a, e) for a, e in zip(actual, expected, strict=True))  # type: ignore[arg-type]
     assert isinstance(actual, torch.Tensor) and isinstance(expected, torch.Tensor)

@@ -1,4 +1,4 @@
-"""Two runs against each other."""
+"""Compare two runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def percentage(value: str) -> float:
     Raises
     ------
     ValueError
-        If it is not a percentage of 0 or more.
+        If ``value`` is not a non-negative percentage.
     """
     try:
         share = float(value.removesuffix("%")) / 100
@@ -23,15 +23,15 @@ def percentage(value: str) -> float:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], fail_over: float | None) -> tuple[list[str], bool]:
-    """Return the lines to print, and whether one of ours got worse.
+    """Return the lines to print, and whether a refrag_kernels result got worse.
 
     Parameters
     ----------
     old, new : dict
-        Runs, as ``results.read`` returns them.
+        Runs as returned by ``results.read``.
     fail_over : float or None
-        By how much a median of ours may grow, as a share. A row of ours that had a time and now is wrong, skipped or
-        gone is worse at any share.
+        By what fraction a refrag_kernels median may grow. A refrag_kernels row that had a time and is now wrong,
+        skipped or missing always counts as worse.
     """
     before = {(row["row"], row["contender"]): row for row in old["rows"]}
     after = {(row["row"], row["contender"]): row for row in new["rows"]}

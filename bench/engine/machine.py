@@ -1,4 +1,4 @@
-"""What a machine is and what it can do, as JSON: ``python -m bench.machine --device cuda --json FILE``."""
+"""Describe the machine and its limits as JSON: ``python -m bench.machine --device cuda --json FILE``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _QUERY = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what the build and the machine offer, and write it with the machine's measured limits."""
+    """Print what the build and the machine support, and write it with the machine's measured limits."""
     parser = argparse.ArgumentParser("python -m bench.machine")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16", "float16"])
-    parser.add_argument("--rounds", type=int, default=7, help="of which each rate is the median")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds per rate; the median is reported")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     report = backends.report()
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def gpu() -> list[dict[str, str]]:
-    """Return what nvidia-smi tells of each GPU; nothing where there is none of NVIDIA's."""
+    """Return what nvidia-smi reports for each GPU; an empty list without an NVIDIA GPU."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader"]
@@ -50,7 +50,7 @@ def gpu() -> list[dict[str, str]]:
 
 
 def libraries() -> dict[str, str | None]:
-    """Return the versions of the libraries that ours is compared with."""
+    """Return the versions of the libraries that refrag_kernels is compared with."""
     from importlib import metadata
 
     found: dict[str, str | None] = {}

@@ -1,4 +1,4 @@
-"""Plots of a run: for each op the times as bars, and as curves where a parameter was swept."""
+"""Plot a run: each op's times as bars, and as curves where a parameter was swept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # files are written; no display is needed
+matplotlib.use("Agg")  # writes files; needs no display
 
 import matplotlib.pyplot as plt  # noqa: E402
 
@@ -66,12 +66,12 @@ def _bars(op: str, rows: list[dict[str, Any]], source: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     left, right = axes.get_xlim()
-    axes.set_xlim(left, right * (right / left) ** 0.45)  # room for the labels behind the bars
+    axes.set_xlim(left, right * (right / left) ** 0.45)  # room for the labels to the right of the bars
     _finish(figure, axes, f"{op}: median, p20 to p80", "milliseconds", source, path)
 
 
 def _curves(rows: list[dict[str, Any]]) -> list[tuple[str, str, dict[str, list[tuple[float, float]]]]]:
-    """Return (parameter, what is fixed, contender -> points) wherever three values or more of a parameter were run."""
+    """Return (parameter, fixed parameters, contender -> points) for each parameter with three or more values."""
     groups: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
     for row in rows:
         for axis, value in row["parameters"].items():

@@ -1,4 +1,4 @@
-"""What a run leaves behind: one record per row and contender, as JSON, CSV and Markdown."""
+"""Results of a run: one record per row and contender, as JSON, CSV and Markdown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(threads: int, rounds: int, command: str, device: str = "cpu") -> dict[str, Any]:
-    """Return what a figure has to be read with: versions, machine, commit, date, command."""
+    """Return the conditions of a run: versions, machine, commit, date, command."""
     report = backends.report()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -38,7 +38,7 @@ def environment(threads: int, rounds: int, command: str, device: str = "cpu") ->
 
 
 def commit() -> str:
-    """Return the checkout's commit, "-dirty" where files differ from it; empty where there is none."""
+    """Return the checkout's commit, with "-dirty" if files differ from it; empty outside a checkout."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -51,7 +51,7 @@ def commit() -> str:
 
 
 def records(outcome: Outcome) -> list[dict[str, Any]]:
-    """Return a record for each contender of a row. One that was wrong or skipped has no time."""
+    """Return a record for each contender of a row. A wrong or skipped contender has no time."""
     entry = outcome.entry
     found = []
     for name in outcome.contenders:
@@ -105,19 +105,19 @@ def read(path: Path) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If the file is something else.
+        If the file is not a run's JSON.
     """
     try:
         run = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(run, dict) or run.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: got no run of this benchmark, needs the JSON of `python -m bench run --json`")
+        raise ValueError(f"{path}: not a run of this benchmark, needs the JSON of `python -m bench run --json`")
     return run
 
 
 def write_json(path: Path, about: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write a run; the file is replaced in one step."""
+    """Write a run, replacing the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps({"schema": SCHEMA, "environment": about, "rows": rows}, indent=2) + "\n")
@@ -201,7 +201,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def text(outcome: Outcome) -> str:
-    """Return a row for the terminal: a line for each contender."""
+    """Format a row for the terminal, one line per contender."""
     rows = records(outcome)
     width = max(len(row["contender"]) for row in rows)
     lines = [outcome.entry.name]

@@ -1,4 +1,4 @@
-"""Measure a row: check each contender against float64, then time all of them in turns."""
+"""Measure a row: check each contender against float64, then time them round-robin."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from bench.engine.case import OURS as OURS
 from bench.engine.case import Call, Case, Entry, Goal, Skip, error_of
 from bench.engine.timing import Times, cpu_pressure, interleave, peak_bytes, rotated, waited
 
-_PLANS = 5  # times that a plan is made
+_PLANS = 5  # how often a plan is timed
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """A row, measured. ``times`` lacks contenders whose result was wrong and those that can't run here."""
+    """Outcome of a measured row. ``times`` excludes contenders that were wrong or can't run here."""
 
     entry: Entry
     case: Case | None
@@ -41,13 +41,13 @@ class Outcome:
 
     @property
     def limit(self) -> str | None:
-        """Which of the machine's limits binds."""
+        """The machine limit that bounds the row."""
         binds = self.case.limit if self.case else None
         return limits.BANDWIDTH[self.device] if binds == "read" else binds
 
     @property
     def contenders(self) -> list[str]:
-        """Ours first, then the peers."""
+        """All contenders: refrag_kernels first, then the peers."""
         names = dict.fromkeys([*self.ours, *self.times, *self.wrong, *self.skipped, *self.failed])
         return list(names)
 
@@ -57,30 +57,30 @@ class Outcome:
         return min(peers, key=lambda name: self.times[name].median, default=None)
 
     def speed_up(self, name: str = OURS) -> float | None:
-        """Return how many times faster than the best peer, by medians."""
+        """Return the speed-up over the best peer, by medians."""
         if name not in self.times or self.best_peer is None:
             return None
         return self.times[self.best_peer].median / self.times[name].median
 
     def flops(self, name: str = OURS) -> float | None:
-        """Return the rate of useful work, in FLOP/s."""
+        """Return the throughput of useful work, in FLOP/s."""
         known = name in self.times and self.case is not None and self.case.flops
         return self.case.flops / self.times[name].median if known else None  # type: ignore[union-attr]
 
     def bytes(self, name: str = OURS) -> float | None:
-        """Return the rate of necessary traffic, in bytes/s."""
+        """Return the bandwidth of the required memory traffic, in bytes/s."""
         known = name in self.times and self.case is not None and self.case.bytes
         return self.case.bytes / self.times[name].median if known else None  # type: ignore[union-attr]
 
     def share(self, name: str = OURS) -> float | None:
-        """Return the useful work or traffic as a share of the limit that binds, measured in the same run."""
+        """Return the useful work or traffic as a fraction of the limiting rate, measured in the same run."""
         flops, traffic = self.flops(name), self.bytes(name)
         if traffic and self.bandwidth:
             return traffic / self.bandwidth
         return flops / self.matmul if flops and self.matmul else None
 
     def misses(self) -> list[str]:
-        """Return which of the row's goals are not reached."""
+        """Return the goals that the row misses."""
         missed = []
         for what, wanted, got in (
             ("against the best peer", self.goal.against_peers, self.speed_up()),
@@ -106,26 +106,26 @@ def measure(
 ) -> Outcome:
     """Check and time one row.
 
-    An error of a peer is what that peer is skipped for; one of ours is raised.
+    An error in a peer skips that peer; an error in refrag_kernels is raised.
 
     Parameters
     ----------
     entry : Entry
     rounds : int
-        Rounds that count.
+        Timed rounds.
     backends : sequence of str
-        Time ours once on each of these, instead of on the one that is chosen by default.
+        Time refrag_kernels on each of these, instead of on the default backend.
     refcheck : bool
-        Whether to compare with float64 first.
+        Whether to check results against float64 first.
     memory : bool
-        Whether to call each contender once more and count what it allocates.
+        Whether to call each contender once more and measure its peak memory.
     device : {"cpu", "cuda"}
-        Where the row's tensors are, for the clock and the limits.
+        Device of the row's tensors, which selects the clock and the limits.
     goal : Goal, optional
     with_peers : bool
-        Whether others are timed too.
+        Whether the peers are timed too.
     copies : int
-        How many times the row's tensors are made; calls take turns among them.
+        Number of copies of the row's tensors that calls rotate through.
     """
     goal = goal or Goal()
     names = tuple(f"{OURS}, {backend}" for backend in backends) or (OURS,)
@@ -144,7 +144,7 @@ def measure(
         expected = case.expected() if refcheck and case.expected else None
         theirs = case.peer_expected() if refcheck and with_peers and case.peer_expected else expected
         for name, call in list(calls.items()):
-            # A peer is only excluded for being wrong, not for being less accurate than our own bound.
+            # The looser bound excludes peers that are wrong, not those that are merely less accurate.
             wanted, bound = (expected, case.bound) if name in ours else (theirs, 10 * case.bound)
             try:
                 result = call()
@@ -163,14 +163,14 @@ def measure(
         del expected, theirs
         gc.collect()
         turns = [calls]
-        for _ in range(1, min(copies, case.most_copies)):
+        for _ in range(1, min(copies, case.max_copies)):
             copy = entry.build()
             turns.append(_ours(copy, names, backends) | copy.peers)
         calls = {name: rotated([turn[name] for turn in turns]) for name in calls}
-        few = case.most_rounds < rounds
+        few = case.max_rounds < rounds
         # A copy's first call may compile.
         warm_up = max(1 if few else 2, len(turns))
-        times = interleave(calls, min(rounds, case.most_rounds), warm_up, device)
+        times = interleave(calls, min(rounds, case.max_rounds), warm_up, device)
         peaks = {name: peak_bytes(call) for name, call in calls.items()} if memory else {}
         plans = _plan_seconds(case, ours, times)
         matmul, bandwidth = _limits(case.limit, entry.dtype, device)
@@ -181,7 +181,7 @@ def measure(
 
 
 def unmeasured(entry: Entry, *, skipped: str | None = None, failed: BaseException | None = None) -> Outcome:
-    """Return the outcome of a row that was left out, or that could not be measured for an error of ours."""
+    """Return the outcome of a row that was skipped, or that failed with an error in refrag_kernels."""
     left_out = {OURS: skipped} if skipped else {}
     errors = {OURS: f"{type(failed).__name__}: {_first_line(failed)}"} if failed else {}
     return Outcome(entry, None, (OURS,), {}, {}, {}, left_out, {}, failed=errors)
@@ -197,7 +197,7 @@ def _ours(case: Case, names: Sequence[str], backends: Sequence[str]) -> dict[str
 
 
 def _plan_seconds(case: Case, ours: Sequence[str], timed: Container[str]) -> dict[str, float]:
-    """Return what the plans of contenders take, until the GPU has them; ours is every backend's."""
+    """Return the seconds to make each contender's plan and copy it to the GPU. All our backends share one plan."""
     seconds = {}
     for name, make in case.plans.items():
         contenders = ours if name == OURS else [name]
@@ -208,7 +208,7 @@ def _plan_seconds(case: Case, ours: Sequence[str], timed: Container[str]) -> dic
 
 
 def _limits(binds: str | None, dtype: torch.dtype, device: str) -> tuple[float | None, float | None]:
-    """Return the rates of products and of memory, of which the one that binds is measured."""
+    """Return the matmul throughput and the bandwidth; only the limiting one is measured, the other is None."""
     if binds is None:
         return None, None
     wanted = dtype if binds == "matmul" else None
@@ -236,7 +236,7 @@ def _on_backend(call: Call, backend: str | None) -> Callable[[], object]:
 
 @contextlib.contextmanager
 def threads(count: int):
-    """Use so many threads of torch; 0 leaves them as they are."""
+    """Run with ``count`` torch threads; 0 leaves the number unchanged."""
     before = torch.get_num_threads()
     if count:
         torch.set_num_threads(count)

@@ -1,4 +1,4 @@
-"""Timing of calls against each other: in turns, in one process, so that a busy machine slows all of them alike."""
+"""Time calls round-robin in one process, so that a busy machine slows all of them equally."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of each round: of the call, and where that is a GPU's, from the host's call until the GPU is done."""
+    """Seconds per round: of the call, and on a GPU also from the host's call until the GPU is done."""
 
     rounds: tuple[float, ...]
     whole: tuple[float, ...] = ()
@@ -30,7 +30,7 @@ class Times:
 
     @property
     def latency(self) -> float | None:
-        """The median from the host's call until the GPU is done, None where the host did the work."""
+        """Median time from the host's call until the GPU is done; None for work on the host."""
         return statistics.median(self.whole) if self.whole else None
 
     def quantile(self, share: float) -> float:
@@ -40,7 +40,7 @@ class Times:
 def interleave(
     calls: dict[str, Callable[[], object]], rounds: int, warm_up: int = 2, device: str = "cpu"
 ) -> dict[str, Times]:
-    """Time each call once a round, in turns, for ``rounds`` rounds after ``warm_up`` that don't count."""
+    """Time each call once per round, round-robin, for ``rounds`` rounds after ``warm_up`` untimed rounds."""
     clock = host_seconds if device == "cpu" else EventClock()
     seconds: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
     for number in range(warm_up + rounds):
@@ -52,14 +52,14 @@ def interleave(
 
 
 def host_seconds(call: Callable[[], object]) -> tuple[float]:
-    """Return what a call takes on the CPU."""
+    """Return the seconds of a call on the CPU."""
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start,)
 
 
 def waited(call: Callable[[], object]) -> float:
-    """Return what a call takes on the host until its work on a GPU, if there is one, is done."""
+    """Return the seconds from a call on the host until its GPU work, if any, is done."""
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else _nothing
     wait()
     start = time.perf_counter()
@@ -73,22 +73,22 @@ def _nothing() -> None:
 
 
 class EventClock:
-    """What a call takes on the GPU, between two CUDA events, when nothing that it reads is in the caches.
+    """Times a call on the GPU between two CUDA events, with cold caches.
 
-    The GPU overwrites its caches and then waits while the host queues the call, so that what the host takes is not in
-    the figure; a CUDA graph takes none of it. Beside it stands the time from the host's call until the GPU is done.
+    The GPU overwrites its caches and then waits while the host queues the call, so that the time excludes the host's
+    overhead, which a CUDA graph would avoid. Also returns the time from the host's call until the GPU is done.
     """
 
     _CACHES = 1 << 29  # bytes, twice the 256 MB of an MI300X
-    _CLOCK = 2e9  # cycles of the GPU a second, at the most
+    _CLOCK = 2e9  # upper bound of GPU cycles per second
 
     def __init__(self) -> None:
         self._overwritten = torch.empty(self._CACHES, dtype=torch.uint8, device="cuda")
-        self._last: dict[Callable[[], object], tuple[float, float]] = {}  # seconds: to queue each call, and of the GPU
+        self._last: dict[Callable[[], object], tuple[float, float]] = {}  # seconds: host, GPU
 
     def __call__(self, call: Callable[[], object]) -> tuple[float, float]:
         queueing, took = self._last.get(call, (0.0, 0.0))
-        # What takes long and leaves the host idle needs no wait, and one call tells both times.
+        # A long call that leaves the host idle needs no wait, and a single call gives both times.
         alone = took > 0.05 and queueing < 0.5 * took
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -112,7 +112,7 @@ class EventClock:
 
 
 def rotated(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """Return a call that takes turns among calls that differ in where their tensors are, and in nothing else."""
+    """Return a call that rotates through ``calls``, which differ only in their tensors' memory."""
     if len(calls) == 1:
         return calls[0]
     turns = itertools.cycle(calls)
@@ -120,7 +120,7 @@ def rotated(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """Return the most memory that torch had allocated during ``call``, beyond what was there before, in bytes."""
+    """Return torch's peak memory allocated during ``call`` above what was allocated before, in bytes."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -139,7 +139,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def cpu_pressure() -> float | None:
-    """Return the percentage of the last 10 s in which some task waited for a CPU; None where Linux doesn't tell."""
+    """Return the percentage of the last 10 s in which some task waited for a CPU; None if unavailable."""
     try:
         return float(Path("/proc/pressure/cpu").read_text().split()[1].removeprefix("avg10="))
     except OSError:

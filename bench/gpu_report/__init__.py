@@ -1,1 +1,1 @@
-"""What only a GPU can tell, in blocks of seconds; see docs/how-to/gpu-report.md."""
+"""Tests and measurements that need a GPU, in blocks of seconds; see docs/how-to/gpu-report.md."""

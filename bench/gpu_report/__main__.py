@@ -1,4 +1,4 @@
-"""``python -m bench.gpu_report``, which bench/gpu_report.sh runs."""
+"""Entry point of ``python -m bench.gpu_report``, which bench/gpu_report.sh runs."""
 
 from bench.gpu_report.report import main
 

@@ -1,7 +1,7 @@
-"""What the blocks of the GPU report share: their options, and the file of results that they write as they go.
+"""Shared code of the GPU report's blocks: their options, and the results file that they append to.
 
-A block is a module of ``bench.gpu_report.blocks`` with a function ``block(options, results)``. It runs in a process of
-its own, under a timeout, so each result is written as soon as it is known.
+A block is a module of ``bench.gpu_report.blocks`` with a function ``block(options, results)``. It runs in its own
+process with a timeout, so it writes each result immediately.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a block runs.
+    """Options of a block.
 
     Attributes
     ----------
     device : {"cuda", "cpu"}
     deadline : float
-        ``time.monotonic()`` by which the block should have ended. Work that would not end in time is left out.
+        ``time.monotonic()`` by which the block should finish. It skips work that would not finish in time.
     """
 
     device: str
     deadline: float
 
     @property
-    def rehearsal(self) -> bool:
+    def dry_run(self) -> bool:
         """Whether this is a dry run on the CPU, with tiny shapes."""
         return self.device == "cpu"
 
@@ -40,16 +40,16 @@ class Options:
 
 
 class Results:
-    """A file of JSON lines, one result each: the block, the case, and the case's values, as in ``schema.problems``.
+    """A file of JSON lines, one per result: the block, the case, and its values; see ``schema.problems``.
 
     Parameters
     ----------
     block : str
         The block's name.
     path : Path
-        The file; processes may share it.
+        The file; several processes may append to it.
     echo : bool
-        Whether lines are printed too.
+        Whether to also print the lines.
     """
 
     def __init__(self, block: str, path: Path, echo: bool = True) -> None:
@@ -68,7 +68,7 @@ def run(name: str, block: Callable[[Options, Results], None], arguments: Sequenc
     """Run a block from the command line."""
     parser = argparse.ArgumentParser(name, description=block.__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run with tiny shapes")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time to stay within; default 60")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time budget; default 60")
     parser.add_argument("--results", type=Path, required=True, help="file of JSON lines to append results to")
     given = parser.parse_args(arguments)
     block(Options(given.device, time.monotonic() + given.seconds), Results(name, given.results))

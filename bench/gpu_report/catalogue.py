@@ -1,4 +1,4 @@
-"""The blocks of the GPU report, in the order in which they run: what decides most in the fewest seconds comes first."""
+"""The blocks of the GPU report in the order they run: the most informative per second come first."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Block:
     ----------
     name : str
     seconds : float
-        After so many it is ended, unless ``--only NAME=SECONDS`` says otherwise.
+        Time limit, unless ``--only NAME=SECONDS`` overrides it.
     decides : str
-        What its figures are for.
+        The questions that its results answer.
     """
 
     name: str
@@ -33,48 +33,48 @@ class Block:
 
     @property
     def absent(self) -> bool:
-        """Whether this checkout has no such module."""
+        """Whether this checkout lacks the module."""
         return importlib.util.find_spec(self.module) is None
 
 
 CATALOGUE = (
-    Block("environment", 20, "what the machine is and can do; whether the Triton cache brought along is used"),
+    Block("environment", 20, "what the machine is and can do; whether a supplied Triton cache is used"),
     Block("grid_order", 40, "whether heads or tiles should vary fastest in the grid"),
-    Block("counters", 45, "what binds passages, a prompt and decoding: tensor cores, L2, memory or latency"),
-    Block("decode_sweep", 60, "how many buffers, and which page lookup, decoding takes"),
-    Block("gluon", 60, "whether the warp-specialized forward kernel is right, and how fast"),
+    Block("counters", 45, "what limits passages, a prompt and decoding: tensor cores, L2, memory or latency"),
+    Block("decode_sweep", 60, "how many buffers, and which page lookup, decoding should use"),
+    Block("gluon", 60, "whether the warp-specialized forward kernel is correct, and how fast"),
     Block("first_token", 45, "what a captured prefill saves before the first token"),
-    Block("sdpa", 25, "which kernels torch runs for dense attention, and what a new shape costs"),
-    Block("graphs", 30, "whether plans under a capacity and captured graphs are right"),
-    Block("sanitizers", 40, "whether kernels race, or touch memory that isn't theirs"),
-    Block("tests", 60, "whether every op is right, against float64"),
-    Block("ops", 90, "how fast the ops are, against torch"),
-    Block("ttft", 60, "time to first token of LLaMA-2-7B's shapes"),
-    Block("peers", 60, "how fast attention is, against flex_attention and what wheels bring"),
+    Block("sdpa", 25, "which kernels torch runs for dense attention, and the cost of a new shape"),
+    Block("graphs", 30, "whether plans with a capacity and captured graphs are correct"),
+    Block("sanitizers", 40, "whether kernels race or access memory out of bounds"),
+    Block("tests", 60, "whether every op is correct, against float64"),
+    Block("ops", 90, "how fast the ops are, compared with torch"),
+    Block("ttft", 60, "time to first token with LLaMA-2-7B's shapes"),
+    Block("peers", 60, "how fast attention is, compared with flex_attention and other libraries"),
     Block("training", 120, "how fast and how well the compression trains"),
 )
 
 
 def known() -> list[Block]:
-    """Return the catalogue, and after it the modules of the folder that it does not list."""
+    """Return the catalogue, followed by modules of the folder that it doesn't list."""
     listed = {block.name for block in CATALOGUE}
     found = [module.name for module in pkgutil.iter_modules(blocks.__path__) if not module.name.startswith("_")]
     return [*CATALOGUE, *(Block(name, 60, "not in the catalogue") for name in found if name not in listed)]
 
 
 def choose(wanted: Iterable[str], total: float | None = None) -> list[Block]:
-    """Return the blocks named by ``wanted``, words such as ``ops`` or ``ops=40``, in that order; all if there are none.
+    """Return the blocks named by ``wanted``, such as ``ops`` or ``ops=40``, in that order; all blocks if it is empty.
 
     Parameters
     ----------
     wanted : iterable of str
     total : float, optional
-        Seconds that blocks without seconds of their own share, in proportion to the catalogue's.
+        Seconds shared by the blocks without explicit seconds, in proportion to the catalogue's limits.
 
     Raises
     ------
     ValueError
-        If a name is unknown, or seconds are not a number above 0.
+        If a name is unknown, or seconds are not a positive number.
     """
     by_name = {block.name: block for block in known()}
     fixed, shared = {}, {}
@@ -82,12 +82,12 @@ def choose(wanted: Iterable[str], total: float | None = None) -> list[Block]:
     for word in words:
         name, equals, seconds = word.partition("=")
         if name not in by_name:
-            raise ValueError(f"--only: got {name}, needs some of {', '.join(by_name)}")
+            raise ValueError(f"--only: got {name}, needs one of {', '.join(by_name)}")
         if equals:
             fixed[name] = _seconds(seconds)
         else:
             shared[name] = by_name[name].seconds
-    # What is absent takes no time.
+    # Absent blocks take no time.
     present = sum(seconds for name, seconds in shared.items() if not by_name[name].absent)
     if total is not None and present:
         left = total - sum(fixed.values())

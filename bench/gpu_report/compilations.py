@@ -1,4 +1,4 @@
-"""Which of Triton's kernels were compiled, and which came from its cache."""
+"""Record which Triton kernels were compiled, and which came from its cache."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Iterator
 
 @dataclasses.dataclass
 class Compilations:
-    """Kernels that were compiled, in seconds each, and those that were found in the cache."""
+    """Compiled kernels with their compile times in seconds, and kernels found in the cache."""
 
     compiled: dict[str, float] = dataclasses.field(default_factory=dict)
     cached: list[str] = dataclasses.field(default_factory=list)
 
     def as_values(self) -> dict[str, object]:
-        """Return what a line of results says of them."""
+        """Return the values for a line of results."""
         took = sum(self.compiled.values())
         return {"cached": len(self.cached), "compiled": len(self.compiled), "compiling_s": took}
 
 
 @contextlib.contextmanager
 def counted() -> Iterator[Compilations]:
-    """Count Triton's compilations within the block of code; in Triton's interpreter there are none."""
+    """Count Triton's compilations within the context; Triton's interpreter has none."""
     from triton import knobs
 
     found = Compilations()

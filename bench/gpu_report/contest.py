@@ -1,4 +1,4 @@
-"""Calls that compute the same: each is checked, those that are right are timed in turns, each is a line of results."""
+"""Compare calls that compute the same result: check each, time the correct ones round-robin, and record all."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ def contest(
     values: Callable[[Times], dict[str, float]] = lambda times: {},
     said: Mapping[str, Mapping[str, object]] | None = None,
 ) -> None:
-    """Add a line for each of ``calls``, whose times are of ``rounds`` rounds; on the CPU of one.
+    """Add a line of results for each of ``calls``, timed over ``rounds`` rounds (one round on the CPU).
 
     Parameters
     ----------
     case : str
     calls : dict of str to callable
-        A call that raises is skipped, for the reason it gives.
+        A call that raises is recorded as failed, and the others continue.
     expected : tensor or tuple of tensors
         In float64.
     bound : float
-        Greatest relative error, as a whole.
+        Maximum relative error of the whole result.
     options : Options
     results : Results
     rounds : int
     view : callable
-        What of a result is compared with ``expected``.
+        Selects the part of a result to compare with ``expected``.
     values : callable
-        More values of a line, of its times.
+        Computes additional values of a line from its times.
     said : dict of str to dict
-        More values of the line of a name.
+        Additional values per name.
     """
     said = said or {}
     right: dict[str, Call] = {}
@@ -56,7 +56,7 @@ def contest(
         about = {"contender": name, **said.get(name, {})}
         try:
             result = view(call())
-        except Exception as error:  # of another contender or an unfit device; the others may be right
+        except Exception as error:  # another library, or an unsupported device; the others may work
             results.add(case, status="failed", reason=f"{type(error).__name__}: {str(error)[:300]}", **about)
             continue
         error_ = error_of(result, expected)
@@ -67,7 +67,7 @@ def contest(
         first = result if first is None else first
         right[name] = call
         found[name] = {**about, "error": error_, "bits_of_the_first": _same(result, first)}
-    times = interleave(right, *((1, 0) if options.rehearsal else (rounds, 2)), device=options.device)
+    times = interleave(right, *((1, 0) if options.dry_run else (rounds, 2)), device=options.device)
     for name, took in times.items():
         results.add(
             case,

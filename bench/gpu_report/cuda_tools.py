@@ -1,4 +1,4 @@
-"""Where the programs of the CUDA toolkit are, which are on no PATH as a rule."""
+"""Find programs of the CUDA toolkit, which are usually not on PATH."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FOLDERS = (
 
 
 def find(name: str) -> str | None:
-    """Return the path of a program such as ``ncu``, or None where there is none."""
+    """Return the path of a program such as ``ncu``, or None if it is not installed."""
     if found := shutil.which(name):
         return found
     paths = [path for folder in _FOLDERS for path in sorted(Path("/").glob(f"{folder[1:]}/{name}"), reverse=True)]

@@ -1,4 +1,4 @@
-"""What the Gluon kernel is checked and timed on, and in which configurations."""
+"""Problems and configurations for checking and timing the Gluon kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from refrag_kernels.triton_kernels.attention_hopper import Config
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-# By query heads of a key/value head: those that share keys, and one. Those with masks are for plans that need them.
+# Configurations for grouped query heads, and for one query head per key/value head. Those with masks are for plans
+# with partial tiles.
 CONFIGS = {
     4: {
         "128 keys x 2": Config(),
@@ -38,13 +39,13 @@ CONFIGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A mask and heads: all pairs of rows, passages of which ``density`` are visible, or the causal ones."""
+    """A mask and heads: full attention, passages with the given ``density``, or causal attention."""
 
     name: str
     rows: int
     heads: tuple[int, int]
     density: float = 1.0
-    by_heads: bool = False  # whether the memory of q, k and v is [H, T, D]
+    by_heads: bool = False  # whether q, k and v are stored as [H, T, D]
     causal: bool = False
 
     @property
@@ -56,7 +57,7 @@ class Problem:
         return self.density == 1.0
 
     def allowed(self, device: str) -> torch.Tensor | None:
-        """Return the pairs of rows that are visible, None for all."""
+        """Return the allowed row pairs, or None for all."""
         if self.causal:
             return torch.ones(self.rows, self.rows, dtype=torch.bool, device=device).tril()
         return None if self.dense else Passages(self.rows, 16, self.density).dense().to(device)
@@ -83,7 +84,7 @@ class Problem:
         return made(self.heads[0]), made(self.heads[1]), made(self.heads[1])
 
 
-# Each configuration on a small problem. Passages of 512 rows have ranges of an odd number of 64 keys, and of several.
+# Each configuration on a small problem. Passages of 512 rows have ranges of an odd number of 64-key tiles, and several.
 CHECKS = {
     "128 keys x 2": Problem("passages of 512 rows", 512, (8, 2), 0.4219),
     "64 keys x 4": Problem("passages of 512 rows, by heads", 512, (8, 2), 0.4219, by_heads=True),
@@ -110,7 +111,7 @@ TIMED = (
     Problem("causal, 376", 376, (32, 8), causal=True),
     Problem("full, 16,384", 16384, (32, 32)),
 )
-# For a dry run, by the emulator.
+# For a dry run with the emulator.
 TINY = Problem("passages of 256 rows", 256, (4, 1), 0.6875)
 
 
@@ -119,13 +120,13 @@ def config_named(name: str) -> Config:
 
 
 def runner(problem: Problem, config: Config, plan: rk.AttentionPlan, tensors: Tensors) -> Callable[[], tuple]:
-    """Return a call of the kernel that gives output and lse. Raises ValueError if the plan is not for it."""
+    """Return a call of the kernel that gives output and lse. Raises ValueError if the plan doesn't fit ``config``."""
     q, k, v = tensors
     if q.device.type == "cpu":
         return _emulated(problem, config, plan, tensors)
     work = attention_hopper.divide(plan, *problem.heads, config=config)
     if config.masks and not work.entries.shape[0]:
-        raise ValueError("plan: got one without partial tiles, which another configuration takes")
+        raise ValueError("plan: got one without partial tiles, needs a configuration without masks")
     return lambda: attention_hopper.hopper_attention(q, k, v, work, q.shape[2] ** -0.5)
 
 
@@ -145,7 +146,7 @@ def _emulated(problem: Problem, config: Config, plan: rk.AttentionPlan, tensors:
 
 
 def expected(problem: Problem, tensors: Tensors, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return output and lse of some query heads in float64."""
+    """Return the float64 output and lse of the given query heads."""
     q, k, v = tensors
     allowed = problem.allowed(str(q.device))
     outs, lses = [], []

@@ -1,4 +1,4 @@
-"""Compile the Gluon kernel, or check and time it; a line of JSON for each result, which ``blocks.gluon`` reads."""
+"""Compile the Gluon kernel, or check and time it; prints a JSON line per result for ``blocks.gluon``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.gpu_report.gluon_cases import CHECKS, CONFIGS, TIMED, TINY, Problem, 
 from refrag_kernels.triton_kernels import attention_hopper
 
 _LSE_BOUND = 5e-6
-_REPEATS = 20  # launches that must give the same bits
+_REPEATS = 20  # launches whose results must be bitwise equal
 _ROUNDS = 15
 
 
@@ -26,7 +26,7 @@ def _write(**values) -> None:
 
 
 def compile_kernels(names: Sequence[str], device: str) -> None:
-    """Compile configurations, for Triton's cache."""
+    """Compile configurations into Triton's cache."""
     for name in names:
         config = config_named(name)
         group = next(group for group, configs in CONFIGS.items() if name in configs)
@@ -41,7 +41,7 @@ def compile_kernels(names: Sequence[str], device: str) -> None:
 
 
 def check(names: Sequence[str], device: str) -> list[str]:
-    """Compare a small problem of each configuration with float64, and its repeats; return those that are right."""
+    """Check each configuration on a small problem against float64 and for repeatability; return the correct ones."""
     all_right = []
     for name in names:
         problem = CHECKS[name] if device == "cuda" else TINY
@@ -69,7 +69,7 @@ def _finite(error: float) -> float | None:
 
 
 def measure(names: Sequence[str], device: str, end: float) -> None:
-    """Time configurations, the Triton kernel and, where nothing is masked, torch's attention, in turns."""
+    """Time configurations, the Triton kernel and, without a mask, torch's attention, round-robin."""
     for problem in TIMED if device == "cuda" else (TINY,):
         if time.monotonic() > end - 3 and device == "cuda":
             return
@@ -115,10 +115,12 @@ def _measure(problem: Problem, title: str, names: Sequence[str], device: str) ->
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--compile", nargs=2, type=int, metavar=("PART", "PARTS"), help="compile a share, and end")
-    parser.add_argument("--first", type=int, default=0, help="leave out so many of the checks")
-    parser.add_argument("--right", nargs="*", default=[], help="configurations that are known to be right")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time no more problems after so many")
+    parser.add_argument(
+        "--compile", nargs=2, type=int, metavar=("PART", "PARTS"), help="compile one part of PARTS and exit"
+    )
+    parser.add_argument("--first", type=int, default=0, help="number of checks to skip")
+    parser.add_argument("--right", nargs="*", default=[], help="configurations known to be correct")
+    parser.add_argument("--seconds", type=float, default=60.0, help="start no further problem after this time")
     given = parser.parse_args(arguments)
     end = time.monotonic() + given.seconds
     if given.compile:

@@ -1,4 +1,4 @@
-"""The rate at which a GPU reads its L2 cache: every program reads the same buffer, from a place of its own."""
+"""Measure a GPU's L2 read bandwidth: every program reads the same buffer, from a different start."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-_WORDS = 4096  # float32 words that a program reads at once
+_WORDS = 4096  # float32 words per load of a program
 
 
 @triton.jit
@@ -22,9 +22,9 @@ def read_kernel(buffer, sums, blocks, BLOCK: tl.constexpr):
 
 
 def reader(size: int, programs: int, device: str) -> tuple[Callable[[], torch.Tensor], torch.Tensor, int]:
-    """Return a call that gives what each program summed, what each should give, and the bytes that all of them read."""
+    """Return a call that gives each program's sum, the expected sums, and the total bytes read."""
     blocks = size // (4 * _WORDS)
-    # Small integers: their sums are exact, in any order.
+    # Sums of small integers are exact in any order.
     buffer = torch.arange(blocks * _WORDS, device=device).remainder_(3).to(torch.float32)
     sums = torch.empty(programs, device=device)
 

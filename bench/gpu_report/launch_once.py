@@ -1,4 +1,4 @@
-"""``python -m bench.gpu_report.launch_once CALL``: the launches of one call between the profiler's start and stop."""
+"""Launch one call between the profiler's start and stop: ``python -m bench.gpu_report.launch_once CALL``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bench.gpu_report.known_launches import CALLS
 
 
 def main() -> int:
-    """Call twice, so that compiling is over, and once more for the profiler."""
+    """Call twice, so that everything is compiled, and once more for the profiler."""
     parser = argparse.ArgumentParser("python -m bench.gpu_report.launch_once")
     parser.add_argument("call", choices=list(CALLS))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -1,4 +1,4 @@
-"""Rows of the benchmarks as results of a block: each contender of a row a line, written before the next row begins."""
+"""Measure benchmark rows within a block: one line of results per contender, written before the next row starts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from bench.engine.case import Entry
 from bench.engine.run import OURS, measure, unmeasured
 from bench.gpu_report.block import Options, Results
 
-_LEAST = 3.0  # seconds that a row takes, about
+_LEAST = 3.0  # approximate seconds per row
 
 
 def measure_rows(
     entries: Iterable[Entry], options: Options, results: Results, *, backends: Sequence[str] = (), **how: Any
 ) -> list[str]:
-    """Check and time rows while there is time, and return those of which something of ours was wrong or failed.
+    """Check and time rows while time remains; return those in which refrag_kernels was wrong or failed.
 
     Parameters
     ----------
@@ -26,34 +26,34 @@ def measure_rows(
     options : Options
     results : Results
     backends : sequence of str
-        Time ours once on each of these; on the CPU, on the one that is chosen there.
+        Time refrag_kernels on each of these; on the CPU, on the default backend.
     **how
-        Passed to ``bench.engine.run.measure``; ``rounds`` is 11 unless given, on the CPU 1.
+        Passed to ``bench.engine.run.measure``; ``rounds`` defaults to 11, or 1 on the CPU.
     """
     bad = []
-    # Tensors are there three times on a GPU, so that calls in turns find them in memory and not in a cache.
-    defaults = {"copies": 1, "memory": False} if options.rehearsal else {"copies": 3}
-    how = {"rounds": 11, **defaults, **how, **({"rounds": 1} if options.rehearsal else {})}
+    # Three copies of the tensors on a GPU, so that rotating calls read them from memory and not from a cache.
+    defaults = {"copies": 1, "memory": False} if options.dry_run else {"copies": 3}
+    how = {"rounds": 11, **defaults, **how, **({"rounds": 1} if options.dry_run else {})}
     for entry in entries:
-        if options.seconds_left < _LEAST and not options.rehearsal:
-            outcome = unmeasured(entry, skipped="the time was over")
+        if options.seconds_left < _LEAST and not options.dry_run:
+            outcome = unmeasured(entry, skipped="out of time")
         else:
             try:
-                names = () if options.rehearsal else backends
+                names = () if options.dry_run else backends
                 outcome = measure(entry, device=options.device, backends=names, **how)
-            except Exception as error:  # the next row may be right
+            except Exception as error:  # the next row may work
                 traceback.print_exc()
                 outcome = unmeasured(entry, failed=error)
         if outcome.failed or any(name.startswith(OURS) for name in outcome.wrong):
             bad.append(entry.name)
         for record in records.records(outcome):
             results.add(**_finite(record))
-        del outcome  # and the tensors that its calls hold
+        del outcome  # frees the tensors that its calls hold
     return bad
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record whose error is a number of JSON: results that are not numbers have an infinite one."""
+    """Return a record with a JSON-compatible error: NaN results have an infinite error."""
     if record["error"] is not None and not math.isfinite(record["error"]):
         return {**record, "error": None, "reason": "not finite"}
     return record

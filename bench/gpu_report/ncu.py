@@ -1,4 +1,4 @@
-"""Nsight Compute: which counters are asked for, and what its CSV says of each launch."""
+"""Nsight Compute: the counters to collect, and parsing of its CSV output per launch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import re
 from collections.abc import Sequence
 
-# Whole sections: their counters exist on the chip, whatever they are called there.
+# Whole sections: ncu selects the counters that the chip has, whatever their names.
 _SECTIONS = (
     "SpeedOfLight",
     "ComputeWorkloadAnalysis",
@@ -23,14 +23,14 @@ _METRICS = (
     "dram__bytes_write.sum",
     "l1tex__data_bank_conflicts_pipe_lsu.sum",
 )
-_SECTOR = 32  # bytes of L2
+_SECTOR = 32  # bytes per L2 sector
 _STALL = re.compile(r"smsp__average_warps?_issue_stalled_(\w+?)(?:_not_issued)?_per_issue_active\.ratio")
 
 
 def command(ncu: str, log: str, words: Sequence[str], metrics: bool = True) -> list[str]:
-    """Return the command that profiles what a program launches between the profiler's start and stop.
+    """Return the command that profiles a program's launches between the profiler's start and stop.
 
-    Clocks stay as they are: no setting of the machine is changed.
+    It leaves the clocks alone, so no machine setting changes.
     """
     options = [ncu, "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none", "--log-file", log]
     options += ["--profile-from-start", "off", "--target-processes", "all"]
@@ -40,31 +40,31 @@ def command(ncu: str, log: str, words: Sequence[str], metrics: bool = True) -> l
 
 
 def launches(text: str) -> list[dict[str, float | str]]:
-    """Return the counters of each launch in the log of ``command``: names as ncu gives them, values in base units."""
+    """Return the counters of each launch in the log of ``command``: ncu's names, with values in base units."""
     lines = text.splitlines()
     start = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), None)
     if start is None:
         return []
     records = list(csv.DictReader(lines[start:]))
-    # The first line below the names holds the units.
+    # The line below the header holds the units.
     return [{name: _number(value) for name, value in record.items() if value} for record in records if record["ID"]]
 
 
 def errors(text: str) -> str:
-    """Return what ncu says went wrong."""
+    """Return ncu's error messages."""
     return " ".join(line.removeprefix("==ERROR== ") for line in text.splitlines() if line.startswith("==ERROR=="))[:500]
 
 
 def summary(launch: dict[str, float | str]) -> dict[str, object]:
-    """Return what tells where a kernel's time goes.
+    """Summarize where a kernel's time goes.
 
     Returns
     -------
     dict
-        ``kernel``; ``gpu_time_s``; ``tensor_active``, the share of cycles in which the tensor cores work, in per cent;
-        ``l2_read_bytes_per_s``, ``dram_bytes_per_s``, ``dram_bytes``; ``occupancy``, active warps in per cent of the
-        most; ``registers``; ``shared_bytes``, of a block; ``waves``; ``blocks_per_sm``; ``stalls``, warps that wait for
-        each reason at an issue, the five largest. Counters that ncu did not give are None.
+        ``kernel``; ``gpu_time_s``; ``tensor_active``, the percentage of cycles in which tensor cores are active;
+        ``l2_read_bytes_per_s``, ``dram_bytes_per_s``, ``dram_bytes``; ``occupancy``, active warps as a percentage of
+        the maximum; ``registers``; ``shared_bytes``, per CTA; ``waves``; ``blocks_per_sm``; ``stalls``, the warps
+        stalled per issue for the five most frequent reasons. Counters that ncu didn't report are None.
     """
     seconds = _first(launch, r"gpu__time_duration\.sum")
     seconds = None if seconds is None else seconds / 1e9

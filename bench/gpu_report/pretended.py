@@ -1,4 +1,4 @@
-"""Blocks of the GPU report run for what they launch alone: at their real shapes, on tensors of the CPU."""
+"""Run blocks of the GPU report only for their launches: with real shapes, on CPU tensors."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from bench.cases import peers
 from bench.gpu_report import l2
 from bench.gpu_report.block import Options, Results
 
-_MULTIPROCESSORS = 132  # of an H100
-_MOST = 6e8  # bytes of keys and values: more launch the same kernels, and take long to make
+_MULTIPROCESSORS = 132  # on an H100
+_MOST = 6e8  # bytes of keys and values: larger ones launch the same kernels and take long to create
 
 
 class _Pretended(Options):
-    """Tensors are on the CPU, and all else is as on a GPU."""
+    """Options with tensors on the CPU, and otherwise as on a GPU."""
 
-    rehearsal = False
+    dry_run = False
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield calls that make the launches of blocks, by name; a block that this checkout does not have is left out."""
+    """Yield named calls that make the launches of blocks; blocks that this checkout lacks are skipped."""
     yield "L2 read", l2.reader(24 << 20, 2 * _MULTIPROCESSORS, "cpu")[0]
     try:
         from bench.gpu_report.blocks import decode_sweep, grid_order
@@ -54,7 +54,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _launch(module: ModuleType, **stubs: Any) -> None:
-    """Run a block whose contenders are called once each, and compared with nothing."""
+    """Run a block, calling each contender once without checking it."""
 
     def contest(case: str, calls: dict[str, Callable[[], object]], *_: object, **__: object) -> None:
         for name, call in calls.items():

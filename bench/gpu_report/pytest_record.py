@@ -1,4 +1,4 @@
-"""A pytest plugin for runs that may be cut short: each test's result is a line of JSON as soon as it is there.
+"""A pytest plugin for runs that may be cut short: it writes each test's result as a JSON line immediately.
 
 ``pytest -p bench.gpu_report.pytest_record --record FILE --record-as tests --shard 0/4`` runs every fourth test.
 """
@@ -13,8 +13,10 @@ from bench.gpu_report.block import Results
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--record", type=Path, metavar="FILE", help="append results here")
-    parser.addoption("--record-as", default="tests", metavar="BLOCK[:TOOL]", help="whose results they are")
+    parser.addoption("--record", type=Path, metavar="FILE", help="append results to this file")
+    parser.addoption(
+        "--record-as", default="tests", metavar="BLOCK[:TOOL]", help="block, and tool, that the results belong to"
+    )
     parser.addoption("--shard", default="0/1", metavar="I/N", help="run every N-th test, from the I-th on")
 
 
@@ -23,7 +25,7 @@ def pytest_configure(config) -> None:
         config.pluginmanager.register(_Record(config.getoption("--record"), config.getoption("--record-as")))
 
 
-@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+@pytest.hookimpl(trylast=True)  # after -k and -m have filtered
 def pytest_collection_modifyitems(config, items) -> None:
     number, count = map(int, config.getoption("--shard").split("/"))
     items[:] = items[number::count]
@@ -35,7 +37,7 @@ class _Record:
         self._results, self._tool = Results(block, path, echo=False), tool
 
     def pytest_runtest_logreport(self, report) -> None:
-        # A test's set-up and end count where something is amiss with them.
+        # Setup and teardown are recorded only if they fail or skip.
         if report.when != "call" and report.outcome == "passed":
             return
         reason = ""

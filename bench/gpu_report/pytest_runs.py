@@ -1,4 +1,4 @@
-"""Tests as a block: pytest in several processes, each test a line of results as soon as it is there."""
+"""Run tests as a block: several pytest processes, each test's result written immediately."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from bench.gpu_report.block import Results
 
-_NO_TESTS = 5  # pytest's exit code where a shard has none
+_NO_TESTS = 5  # pytest's exit code if no tests were collected
 
 
 def command(results: Results, *arguments: str, tool: str = "", shard: str = "0/1") -> list[str]:
-    """Return the command that runs a share of some tests and appends to the file of results."""
+    """Return the command that runs a shard of tests and appends to the results file."""
     name = f"{results.block}:{tool}" if tool else results.block
     plugins = ("-p", "bench.gpu_report.pytest_record", "-p", "no:cacheprovider", "-p", "no:xdist")
     record = ("--record", str(results.path), "--record-as", name, "--shard", shard)
@@ -25,10 +25,10 @@ def run(
     environment: Mapping[str, str] | None = None,
     ended: Callable[[str, int, str], None] | None = None,
 ) -> list[str]:
-    """Run commands side by side, print each line that one says as it comes, and return the names of those that failed.
+    """Run commands in parallel, print their output as it comes, and return the names of those that failed.
 
-    They are in the block's group of processes, so that they end with it: what was said until then is in its log.
-    ``ended`` is called with each one's name, exit code and output.
+    They belong to the block's process group, so that they end with it; output up to then is in its log. ``ended`` is
+    called with each command's name, exit code and output.
     """
 
     def one(name: str) -> tuple[str, int, str]:

@@ -1,7 +1,7 @@
-"""What only a GPU can tell, in blocks of seconds: ``bench/gpu_report.sh`` runs this.
+"""Run tests and measurements that need a GPU, in blocks of seconds: the program behind ``bench/gpu_report.sh``.
 
-A block that fails, or that is ended because its time is over, is recorded, and the next one runs. The report is written
-again after each block, so that a run that is stopped leaves what it has.
+If a block fails or exceeds its time limit, this is recorded and the next block runs. The report is rewritten after each
+block, so that an interrupted run keeps its results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.gpu_report import catalogue, runner, schema, tables, triton_cache
 from bench.gpu_report.catalogue import Block
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-_REHEARSAL = 300.0  # seconds that a block has on the CPU, which others may use too
+_DRY_RUN_SECONDS = 300.0  # time limit of a block on the CPU, which may be shared
 _ON_CPU = {"TRITON_INTERPRET": "1", "REFRAG_GPU_TESTS": "cpu", "OMP_NUM_THREADS": "1"}
 
 
@@ -28,13 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("bench/gpu_report.sh", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("gpu-report"), help="folder; default gpu-report")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME[=SECONDS]", help="these blocks, in this order; --list names them"
+        "--only", nargs="+", default=[], metavar="NAME[=SECONDS]", help="run these blocks in this order; see --list"
     )
-    parser.add_argument("--seconds", type=float, help="what blocks share that have no seconds of their own")
-    parser.add_argument("--list", action="store_true", help="name the blocks and run nothing")
-    parser.add_argument("--dry-run", action="store_true", help="rehearse on the CPU: tiny shapes, Triton's interpreter")
+    parser.add_argument("--seconds", type=float, help="total for blocks without explicit seconds")
+    parser.add_argument("--list", action="store_true", help="list the blocks without running them")
+    parser.add_argument("--dry-run", action="store_true", help="run on the CPU: tiny shapes, Triton's interpreter")
     parser.add_argument(
-        "--triton-cache", type=Path, metavar="FILE", help="a cache packed by bench.gpu_report.triton_cache"
+        "--triton-cache", type=Path, metavar="FILE", help="cache packed by bench.gpu_report.triton_cache"
     )
     options = parser.parse_args(arguments)
     try:
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.jsonl"):
-        old.unlink()  # of an earlier run: it would be read as this one's
+        old.unlink()  # from an earlier run; it would be read as part of this one
     environment = dict(_ON_CPU if options.dry_run else {})
     if options.triton_cache:
         environment["TRITON_CACHE_DIR"] = str(triton_cache.unpack(options.triton_cache, folder / "triton-cache"))
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def listing(blocks: Sequence[Block]) -> list[str]:
-    """Return a line for each block: its name, its seconds or that it is absent, what it decides; and the sum."""
+    """Return a line per block with its name, its seconds (or "absent") and what it decides, and the total."""
     lines = [
         f"{block.name:<14} {'absent' if block.absent else f'{block.seconds:.0f} s':>6}  {block.decides}"
         for block in blocks
@@ -67,10 +67,10 @@ def listing(blocks: Sequence[Block]) -> list[str]:
 
 
 def run(blocks: Sequence[Block], folder: Path, environment: dict[str, str], dry_run: bool) -> dict[str, Any]:
-    """Run blocks one after another, each whatever became of those before, and return the report."""
+    """Run blocks in sequence, regardless of earlier failures, and return the report."""
     start, outcomes = time.monotonic(), []
     for block in blocks:
-        limit = max(block.seconds, _REHEARSAL) if dry_run else block.seconds
+        limit = max(block.seconds, _DRY_RUN_SECONDS) if dry_run else block.seconds
         print(f"==> {block.name}: {'absent' if block.absent else f'up to {limit:.0f} s'}", flush=True)
         words = runner.command(block, "cpu" if dry_run else "cuda", folder / f"{block.name}.jsonl")
         limited = Block(block.name, limit, block.decides)
@@ -82,7 +82,7 @@ def run(blocks: Sequence[Block], folder: Path, environment: dict[str, str], dry_
 
 
 def collect(folder: Path, outcomes: Sequence[runner.Outcome], dry_run: bool, seconds: float) -> dict[str, Any]:
-    """Put together what the blocks left behind, which is little where they failed."""
+    """Collect the blocks' results, which may be incomplete if they failed."""
     lines: list[dict[str, Any]] = []
     unfit: list[str] = []
     for outcome in outcomes:
@@ -114,7 +114,7 @@ def write(folder: Path, report: dict[str, Any]) -> None:
 
 
 def _lines(path: Path) -> list[Any]:
-    """Return the results of a block; the last line of one that was ended may be cut short."""
+    """Return the results of a block; the last line may be truncated if the block was stopped."""
     if not path.exists():
         return []
     found = []

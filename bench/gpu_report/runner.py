@@ -1,4 +1,4 @@
-"""Run a block in a process of its own, which ends when its time is over; what it wrote until then stays."""
+"""Run a block in its own process with a time limit; results written before the limit are kept."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from bench.gpu_report.catalogue import Block
 
-_GRACE = 3.0  # seconds from the request to end to the end by force
-_START = 8.0  # seconds that a process takes to import torch and to end
+_GRACE = 3.0  # seconds between SIGTERM and SIGKILL
+_START = 8.0  # seconds for a process to import torch and to exit
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a block ended: "ok", "failed", "out of time" or "absent"."""
+    """The outcome of a block: "ok", "failed", "out of time" or "absent"."""
 
     name: str
     status: str
@@ -32,7 +32,7 @@ class Outcome:
 
 
 def command(block: Block, device: str, results: Path) -> list[str]:
-    """Return what runs a block. Its own time is shorter than its limit, so that it can end by itself."""
+    """Return the command that runs a block. It gets less time than its limit, so that it can finish on its own."""
     seconds = max(0.6 * block.seconds, block.seconds - _START)
     options = ("--device", device, "--seconds", f"{seconds:.1f}", "--results", str(results))
     return [sys.executable, "-m", block.module, *options]
@@ -41,14 +41,14 @@ def command(block: Block, device: str, results: Path) -> list[str]:
 def run(
     block: Block, words: Sequence[str], log: Path, root: Path, environment: Mapping[str, str] | None = None
 ) -> Outcome:
-    """Run a command from ``root`` for at most ``block.seconds``; what it prints goes to ``log``."""
+    """Run a command in ``root`` for at most ``block.seconds``, with its output in ``log``."""
     if block.absent:
         return Outcome(block.name, "absent", 0.0, block.seconds, [])
     start, late, problem = time.monotonic(), False, ""
     process: subprocess.Popen | None = None
     try:
         with log.open("w") as file:
-            # A session of its own: what it starts is ended with it.
+            # In its own session, so that its child processes end with it.
             process = subprocess.Popen(
                 words,
                 cwd=root,
@@ -74,7 +74,7 @@ def run(
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End a process and all that it started: first asked to, then by force."""
+    """End a process and its children: first SIGTERM, then SIGKILL."""
     for kind, patience in ((signal.SIGINT, _GRACE * 0.8), (signal.SIGKILL, None)):
         if process.poll() is None:
             os.killpg(process.pid, kind)
@@ -83,7 +83,7 @@ def _end(process: subprocess.Popen) -> None:
             except subprocess.TimeoutExpired:
                 continue
     try:
-        os.killpg(process.pid, signal.SIGKILL)  # children that outlived it
+        os.killpg(process.pid, signal.SIGKILL)  # remaining children
     except ProcessLookupError:
         pass
 

@@ -1,4 +1,4 @@
-"""What a line of results is: a JSON object that names its block and its case, and whose figures make sense."""
+"""Schema of a line of results: a JSON object with a block, a case and plausible values."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ OUTCOMES = ("passed", "failed", "skipped")
 
 
 def problems(line: object) -> list[str]:
-    """Return what is wrong with a line of results, which is nothing as a rule.
+    """Return the problems of a line of results; an empty list if it is valid.
 
-    - ``block`` and ``case`` are strings that say something.
+    - ``block`` and ``case`` are non-empty strings.
     - Values are numbers, strings, booleans, None, or lists and dicts of those.
-    - Names that end in ``_s`` are seconds: None, or a finite number of 0 or more. A median lies within its quantiles.
-    - ``status`` is one of ``STATUSES``. Only what is ok has a time; what is not says why or by how much.
-    - ``outcome``, of a test, is one of ``OUTCOMES``.
+    - Names that end in ``_s`` are seconds: None, or a finite non-negative number. A median lies within its quantiles.
+    - ``status`` is one of ``STATUSES``. Only an ok line has a time; any other has a reason or an error.
+    - The ``outcome`` of a test is one of ``OUTCOMES``.
     """
     if not isinstance(line, dict):
         return [f"got {type(line).__name__}, needs an object"]
     found = [
-        f"{name}: got {line.get(name)!r}, needs a text"
+        f"{name}: got {line.get(name)!r}, needs a non-empty string"
         for name in ("block", "case")
         if not isinstance(line.get(name), str) or not line[name]
     ]
-    found += [f"{name}: not a value of JSON" for name, value in line.items() if not _plain(value)]
+    found += [f"{name}: not a JSON value" for name, value in line.items() if not _plain(value)]
     for name, value in line.items():
         if name.endswith("_s") and not name.endswith("_per_s") and value is not None:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:

@@ -1,4 +1,4 @@
-"""The GPU report as Markdown."""
+"""Format the GPU report as Markdown."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from bench.engine import results
 from bench.engine.run import OURS
 
 _CACHED, _ENCODING = OURS, f"{OURS}, with encoding"
-_LAYERS = 32  # that a plan serves
+_LAYERS = 32  # layers that share a plan
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Return the report: how it went, what is right, and a section for what each block found."""
+    """Return the report: the blocks' outcomes, the tests, and a section for each block's results."""
     lines = report["results"]
     found = {
         outcome["name"]: [line for line in lines if line["block"] == outcome["name"]] for outcome in report["blocks"]
@@ -43,12 +43,12 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def rows(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the results that are records of the benchmarks: a row's contenders."""
+    """Return the results that are benchmark records, one per contender of a row."""
     return [line for line in lines if {"row", "op", "contender", "share_of_limit"} <= set(line)]
 
 
 def _about(report: dict[str, Any]) -> list[str]:
-    lines = ["Rehearsed on the CPU: no figure here is a GPU's.", ""] if report["dry_run"] else []
+    lines = ["Dry run on the CPU: no figure here is from a GPU.", ""] if report["dry_run"] else []
     commit = report["commit"] or "unknown"
     return [*lines, f"{report['date']}, commit {commit}, {report['seconds']:.0f} s. Verdict: {report['verdict']}."]
 
@@ -83,21 +83,21 @@ def _tests(tests: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _kind(test: str) -> str:
-    """Return what tests are counted by: op, backend and dtype, or the test's name."""
+    """Return the key that tests are counted by: op, backend and dtype, or the test's name."""
     function, _, parameters = test.rpartition("::")[2].partition("[")
     match = re.match(r"(\w+-(?:triton|cuda)(?:-\w*float\w*)?)(?:-\d+)?\]$", parameters)
     return match.group(1) if match else function
 
 
 def _plain(lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Return results as they are, a table for those that have the same names."""
+    """Return results unchanged, with one table per set of column names."""
     kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for line in lines:
         names = tuple(name for name in line if name not in ("block", "case"))
         kinds.setdefault(names, []).append(line)
     tables: list[str] = []
     for names, same in kinds.items():
-        names = tuple(sorted(names, key=lambda name: not isinstance(same[0][name], str)))  # who, and then how fast
+        names = tuple(sorted(names, key=lambda name: not isinstance(same[0][name], str)))  # names first, then figures
         titles = ("case", *(name[:-2] + ", ms" if _seconds(name) else name for name in names))
         cells = [(line["case"], *(_value(name, line[name]) for name in names)) for line in same]
         tables += ([""] if tables else []) + _table(titles, cells)
@@ -125,12 +125,12 @@ def _value(name: str, value: Any) -> str:
 
 
 def _empty_kernel(lines: Iterable[dict[str, Any]]) -> float:
-    """Return what a kernel that does nothing took in this run: launch and events, which each time holds."""
+    """Return the time of an empty kernel in this run: the launch and event overhead that every time includes."""
     return next((line["median_s"] for line in lines if line["case"] == "empty kernel"), 0.0)
 
 
 def _first_token(rows: Iterable[dict[str, Any]], time: str) -> list[str]:
-    """Return a line for each context and k; the full text's time is that of its context, whatever the k."""
+    """Return a line for each context and k; the full text's time depends only on the context."""
     timed: dict[tuple[str, int, int], dict[str, float]] = {}
     full: dict[tuple[str, int], dict[str, float]] = {}
     for row in rows:
@@ -157,7 +157,7 @@ def _first_token(rows: Iterable[dict[str, Any]], time: str) -> list[str]:
 
 
 def _plans(rows: Iterable[dict[str, Any]], empty: float) -> list[str]:
-    """Return the rate of visible pairs of attention, and its time with a plan that serves one layer or many."""
+    """Return attention's throughput in allowed pairs, and its time including a plan for one layer or many."""
     lines = []
     for row in rows:
         if row["op"] != "mixed_attention" or row["status"] != "ok" or not row["gflops"]:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Distil on a machine with a GPU and without a network: bash bench/gpu_report/train.sh FILES OUT [MINUTES]
 #
-# FILES holds smollm2.gguf.00 and .01 with smollm2.gguf.sha256, train*.tok, heldout-*.tok, and gguf's wheel where the
-# machine lacks that package. OUT gets the log and, each minute, the adapter in pieces.
+# FILES holds smollm2.gguf.00 and .01 with smollm2.gguf.sha256, train*.tok, heldout-*.tok, and gguf's wheel if the
+# machine lacks that package. OUT receives the log and, every minute, the adapter in pieces.
 set -euo pipefail
 files=$(realpath "$1") out=$(realpath "$2") minutes=${3:-6.5}
 cd "$(dirname "$0")/../.."
@@ -20,7 +20,7 @@ if [ ! -e "$files/decoder/config.json" ]; then
 convert_gguf(Path(sys.argv[1]) / 'smollm2.gguf', Path(sys.argv[1]) / 'decoder')" "$files" 2> "$files/convert.log" \
         || { tail -5 "$files/convert.log"; exit 1; }
 fi
-# Without the planner there is torch's attention, which the run then takes by itself.
+# Without the planner, the run falls back to torch's attention.
 wait $build || tail -20 "$files/build.log"
 echo "ready after $SECONDS s"
 
@@ -29,7 +29,7 @@ distil() {
     python3 -m refrag.training.distill --tokens "$files"/train*.tok --heldout "$files"/heldout-*.tok \
         --decoder "$files/decoder" --output "$files/run" --pieces "$out" "$@"
 }
-# A kernel that fails leaves the process without a GPU. Another one goes on from the last minute, without that kernel.
+# A failed kernel makes the GPU unusable for the process. A new process resumes from the last minute without that kernel.
 distil --minutes "$minutes" "${@:4}" || {
     left=$(python3 -c "print(round($minutes - ($SECONDS - $began) / 60, 2))")
     echo "failed; $left minutes are left"

@@ -1,9 +1,9 @@
-"""A Triton cache made on a machine without a GPU, for one whose minutes are dear: compile, pack, unpack.
+"""Prepare a Triton cache on a machine without a GPU, to save time on the GPU machine: compile, pack, unpack.
 
-``python -m bench.gpu_report.triton_cache compile FILE`` compiles what blocks launch, by this environment's Triton, for
-sm_90; ``bench/gpu_report.sh --triton-cache FILE`` takes it. A key holds a kernel's source, its line, what it is called
-with, and Triton's own files: the other machine needs the same checkout, the same wheel of Triton, and the same minor
-version of Python. ``pack FOLDER FILE`` packs a folder that a GPU's own runs have filled.
+``python -m bench.gpu_report.triton_cache compile FILE`` compiles the blocks' launches for sm_90 with this environment's
+Triton; ``bench/gpu_report.sh --triton-cache FILE`` uses the result. A cache key covers a kernel's source, its line
+number, its arguments, and Triton's own files, so the other machine needs the same checkout, the same Triton wheel and
+the same minor version of Python. ``pack FOLDER FILE`` packs a folder filled by runs on a GPU.
 """
 
 from __future__ import annotations
@@ -23,23 +23,21 @@ from unittest import mock
 
 from bench.gpu_report import compilations
 
-_KEPT = (".json", ".cubin", ".so")  # what Triton reads of a kernel again, and the modules that launch it
-_GROUP = "__grp__"  # the file that lists a kernel's files, by their whole paths
+_KEPT = (".json", ".cubin", ".so")  # the files that Triton loads for a kernel, and its launcher modules
+_GROUP = "__grp__"  # the file that lists a kernel's files with absolute paths
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser("python -m bench.gpu_report.triton_cache", description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
-    make = commands.add_parser("compile", help="compile for a GPU that is not here, and pack")
+    make = commands.add_parser("compile", help="compile for a GPU that is not present, and pack")
     make.add_argument("file", type=Path, help="archive to write, such as cache.tar.xz")
-    make.add_argument("--seconds", type=float, default=1800, help="time to stay within; default 1800")
-    again = commands.add_parser(
-        "check", help="tell whether this environment would compile anything of an archive again"
-    )
+    make.add_argument("--seconds", type=float, default=1800, help="time budget; default 1800")
+    again = commands.add_parser("check", help="check whether this environment would recompile any kernel of an archive")
     again.add_argument("file", type=Path)
     again.add_argument("--seconds", type=float, default=1800)
-    old = commands.add_parser("pack", help="pack a folder that TRITON_CACHE_DIR named")
+    old = commands.add_parser("pack", help="pack a TRITON_CACHE_DIR folder")
     old.add_argument("folder", type=Path)
     old.add_argument("file", type=Path)
     options = parser.parse_args(arguments)
@@ -59,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """Pack what Triton needs of a cache folder; the lists of files are written anew by ``unpack``."""
+    """Pack the files of a cache folder that Triton needs; ``unpack`` recreates the file lists."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     mode = {".xz": "w:xz", ".gz": "w:gz"}.get(archive.suffix, "w")
     with tarfile.open(archive, mode) as file:
@@ -69,7 +67,7 @@ def pack(folder: Path, archive: Path) -> None:
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack a cache, list each kernel's files under their new paths, and return the folder for TRITON_CACHE_DIR."""
+    """Unpack a cache, recreate the file lists with the new paths, and return the folder for TRITON_CACHE_DIR."""
     with tarfile.open(archive) as file:
         file.extractall(folder, filter="data")
     for path in folder.glob("*/*.json"):
@@ -79,7 +77,7 @@ def unpack(archive: Path, folder: Path) -> Path:
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield calls of the Triton backend that the report makes, on tensors of the CPU: nothing reads their values."""
+    """Yield the report's calls of the Triton backend, on CPU tensors whose values are never read."""
     from bench.engine.case import Skip
     from bench.gpu_report import known_launches, pretended
     from bench.gpu_report.blocks import ops
@@ -88,7 +86,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         yield name, make("cpu")
     yield from pretended.calls()
     for entry in ops.entries("cuda"):
-        # Larger ones launch the same kernels.
+        # Larger problems launch the same kernels.
         if max(entry.parameters.get("context", 0), entry.parameters.get("batch", 0) * 256) <= 4096:
             entry = _on_cpu(entry)
             try:
@@ -98,7 +96,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _on_cpu(entry):
-    """Return a row whose tensors are on the CPU: its builder was given the device by position or by name."""
+    """Return a row with its tensors on the CPU; its builder got the device as a positional or keyword argument."""
     import dataclasses
     import functools
 
@@ -109,7 +107,7 @@ def _on_cpu(entry):
 
 
 def compile_calls(named: Iterable[tuple[str, Callable[[], object]]], deadline: float) -> compilations.Compilations:
-    """Make calls whose launches are compiled for sm_90 and not made; return what was compiled."""
+    """Make calls whose launches are compiled for sm_90 but not run; return the compilations."""
     import torch
 
     import refrag_kernels as rk
@@ -117,13 +115,13 @@ def compile_calls(named: Iterable[tuple[str, Callable[[], object]]], deadline: f
     with _no_gpu(), compilations.counted() as found, torch.enable_grad():
         for name, call in named:
             if time.monotonic() > deadline:
-                print(f"the time was over before {name}", file=sys.stderr)
+                print(f"ran out of time before {name}", file=sys.stderr)
                 break
             before = len(found.compiled)
             try:
                 with rk.use_backend("triton"):
                     call()
-            except Exception as error:  # one that is not cached is compiled by the GPU's machine
+            except Exception as error:  # the GPU machine compiles what the cache lacks
                 print(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
             print(f"{len(found.compiled) - before:3} kernels: {name}", flush=True)
     return found
@@ -131,7 +129,7 @@ def compile_calls(named: Iterable[tuple[str, Callable[[], object]]], deadline: f
 
 @contextlib.contextmanager
 def _no_gpu() -> Iterator[None]:
-    """Let Triton compile for sm_90, with the specialization of real arguments, and launch nothing."""
+    """Make Triton compile for sm_90, specialized for the real arguments, without launching anything."""
     import dataclasses
 
     from triton.backends.compiler import GPUTarget
@@ -151,7 +149,7 @@ def _no_gpu() -> Iterator[None]:
 
     def run(self, *args, grid, warmup, **options):
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        nvidia.CudaLauncher(kernel.src, kernel.metadata)  # compiles the module that launches it
+        nvidia.CudaLauncher(kernel.src, kernel.metadata)  # compiles its launcher module
         return kernel
 
     triton = dataclasses.replace(selection.BACKENDS["triton"], devices=("cpu", "cuda"), why_missing=lambda: None)
@@ -163,7 +161,7 @@ def _no_gpu() -> Iterator[None]:
         mock.patch.object(build, "_load_module_from_path", lambda name, path: mock.MagicMock()),
         _architecture("sm_90"),
     ):
-        # Launchers are linked with the driver's library, which is not loaded here: an empty one will do.
+        # Launchers link against the driver library, which is not loaded here, so an empty one suffices.
         library = Path(folder) / "libcuda.so.1"
         subprocess.run(["cc", "-shared", "-o", str(library), "-x", "c", "/dev/null"], check=True)
         os.environ["TRITON_LIBCUDA_PATH"] = folder

@@ -1,4 +1,4 @@
-"""A process that is ended when it falls silent: what hangs on a GPU costs seconds, and is told from what is wrong."""
+"""Run a process and end it when it stops writing, so that a hang on a GPU costs seconds and is reported as such."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from typing import Any
 
 
 class Silent(Exception):
-    """The process wrote nothing for as long as it was given."""
+    """Raised if the process wrote nothing within its time."""
 
 
 def lines(
     command: Sequence[str], *, start: float, patience: float, deadline: float = float("inf")
 ) -> Iterator[dict[str, Any]]:
-    """Yield the lines of JSON that a process writes; what else it writes is left out.
+    """Yield the JSON lines that a process writes, and ignore its other output.
 
     Parameters
     ----------
     command : sequence of str
     start, patience : float
-        Seconds until the first line, and from one to the next.
+        Maximum seconds until the first line, and between lines.
     deadline : float
-        ``time.monotonic()`` at which it is ended, whatever it writes.
+        ``time.monotonic()`` at which the process is ended in any case.
 
     Raises
     ------
     Silent
-        If it wrote nothing for so long. It has been ended, with all that it started.
+        If it wrote nothing for that long. The process and its children have been ended.
     RuntimeError
-        If it failed.
+        If the process failed.
     """
-    # A session of its own: its processes are ended together.
+    # In its own session, so that its children end with it.
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True
     )

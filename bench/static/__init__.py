@@ -1,1 +1,1 @@
-"""What can be shown of the kernels without running them on a GPU: resources, work, models of their time."""
+"""Analyze the GPU kernels without running them: resources, work, and models of their time."""

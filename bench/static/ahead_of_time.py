@@ -1,8 +1,8 @@
-"""Compile what the Triton backend launches for architectures that are not at hand, and read what the result takes.
+"""Compile the Triton backend's launches for architectures that are not present, and read the kernels' resources.
 
-A call of an op is recorded instead of run: the launches it makes, with their real arguments, are then compiled for an
-architecture. What was read is kept under a hash of the kernel's source and of all that it was compiled with, and under
-one of its TTIR: a change of comments or names compiles nothing again.
+A call of an op is recorded instead of run; its launches, with their real arguments, are then compiled for an
+architecture. The result is cached under a hash of the kernel's source and compile options, and under a hash of its
+TTIR, so that a change of comments or names causes no recompilation.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "b
 
 
 class Launch(NamedTuple):
-    """A kernel and what it was launched with."""
+    """A kernel and its launch arguments and options."""
 
     kernel: JITFunction
     arguments: dict[str, Any]
@@ -96,7 +96,7 @@ def _architecture(name: str) -> Iterator[None]:
 
 
 def record(call: Callable[[], object], architecture: str) -> list[Launch]:
-    """Return the launches that ``call`` makes where it believes to be on ``architecture``; none of them runs."""
+    """Record, without running, the launches that ``call`` makes on ``architecture``."""
     launches = []
 
     def run(self, *args, grid, warmup, **kwargs):
@@ -111,14 +111,14 @@ def record(call: Callable[[], object], architecture: str) -> list[Launch]:
 
 
 def build(recorded: Launch, architecture: str, cache: Path = CACHE) -> Resources:
-    """Return what a launch takes on an architecture; from ``cache`` if nothing has changed that it hangs on."""
+    """Return a launch's resources on an architecture, from ``cache`` if nothing it depends on has changed."""
     signature, constants, attributes = _specialised(recorded)
-    # The kernel's key is a hash of its source and of that of all functions it calls.
+    # The kernel's cache key is a hash of its source and that of all functions it calls.
     parts = (recorded.kernel.cache_key, signature, constants, attributes, recorded.options, architecture, _versions())
     by_source = _file(cache, parts)
     if by_source.exists():
         return Resources(**json.loads(by_source.read_text()))
-    # Names and comments are not in the TTIR, which is made in a fraction of the time of compiling it.
+    # The TTIR excludes names and comments, and takes a fraction of the compile time.
     by_ttir = _file(cache, (ttir(recorded, architecture), recorded.options, architecture, _versions()))
     if not by_ttir.exists():
         _write(by_ttir, _read(compile_launch(recorded, architecture), architecture))
@@ -151,7 +151,7 @@ def compile_launch(recorded: Launch, architecture: str) -> CompiledKernel:
 
 
 def ttir(recorded: Launch, architecture: str) -> str:
-    """Return the IR that a launch's kernel starts from, with its functions numbered instead of named."""
+    """Return the TTIR of a launch's kernel, with functions numbered instead of named."""
     source, target = _source(recorded), TARGETS[architecture]
     backend = make_backend(target)
     options = backend.parse_options({**recorded.options, **source.parse_options()})
@@ -172,7 +172,7 @@ def _source(recorded: Launch) -> ASTSource:
 
 
 def _specialised(recorded: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
-    """Return signature, constants and attributes of a launch's arguments, as Triton would."""
+    """Return the signature, constants and attributes of a launch's arguments, as Triton computes them."""
     signature: dict[str, str] = {}
     constants, attributes = {}, {}
     for index, parameter in enumerate(recorded.kernel.params):
@@ -182,7 +182,7 @@ def _specialised(recorded: Launch) -> tuple[dict[str, str], dict[tuple[int], Any
             or value is None
             or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize)
         ):
-            # Triton makes constants of these by itself.
+            # Triton specializes these to constants.
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -202,7 +202,7 @@ def _specialised(recorded: Launch) -> tuple[dict[str, str], dict[tuple[int], Any
 
 @functools.cache
 def _versions() -> tuple[str, str]:
-    """Return Triton's version, and a hash of the functions that read a kernel: what is kept may change with either."""
+    """Return Triton's version and a hash of the functions that read a kernel: cached results depend on both."""
     readers = (Resources, _read, _read_amd, _read_nvidia, _products, machine_code)
     return triton.__version__, hashlib.sha256("".join(map(inspect.getsource, readers)).encode()).hexdigest()
 

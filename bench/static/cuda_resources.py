@@ -1,6 +1,6 @@
-"""Read what the CUDA kernels take of each architecture from their machine code; no GPU is needed.
+"""Read the CUDA kernels' resources on each architecture from their machine code; no GPU is needed.
 
-``python -m bench.static.cuda_resources`` compiles csrc/cuda for all that a release has, and prints the table of
+``python -m bench.static.cuda_resources`` compiles csrc/cuda for a release's architectures and prints the table of
 docs/gpu-resources.md.
 """
 
@@ -27,32 +27,32 @@ LIBRARY = Path(refrag_kernels.__file__).parent / "_C.so"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-# With less than half of the shared memory of the others, launchers choose smaller tiles.
+# Less than half the shared memory of the others, so launchers choose smaller tiles.
 SMALL = tuple(name for name in CUDA if ARCHITECTURES[name].shared_memory_per_sm == 100 * KIB)
 
 
 class Configuration(NamedTuple):
-    """How a kernel is launched, and the blocks of threads that are to be on a multiprocessor at once."""
+    """A kernel's launch configuration, and the resident CTAs per multiprocessor that it should reach."""
 
     threads: int
     blocks: int
-    shared: int = 0  # bytes that a launch asks for
-    # Where the launchers choose it. A kernel is compiled for each architecture, chosen or not.
+    shared: int = 0  # dynamic shared memory in bytes
+    # Architectures on which the launchers choose it; the kernel is compiled for all of them.
     architectures: tuple[str, ...] = CUDA
 
 
-def _attention(width: int, tiles: int) -> int:
-    """Two stages of tiles of keys and of values with their bits, and three lists of tiles."""
-    return 2 * tiles * (2 * 16 * width * 2 + 4 * 32) + 3 * (1 + 2 * tiles + 4 * tiles) * 4
+def _attention(head_dim: int, tiles: int) -> int:
+    """Return shared memory for two stages of key and value tiles with mask bits, and three tile lists."""
+    return 2 * tiles * (2 * 16 * head_dim * 2 + 4 * 32) + 3 * (1 + 2 * tiles + 4 * tiles) * 4
 
 
-def _paged(width: int, warps: int) -> int:
-    """Two stages of 16 keys and values a warp, and three lists of keys."""
-    return 2 * warps * 2 * 16 * width * 2 + 3 * (1 + 2 * 16 * warps + 17 * warps // 2) * 4
+def _paged(head_dim: int, warps: int) -> int:
+    """Return shared memory for two stages of 16 keys and values per warp, and three key lists."""
+    return 2 * warps * 2 * 16 * head_dim * 2 + 3 * (1 + 2 * 16 * warps + 17 * warps // 2) * 4
 
 
 _LARGE = tuple(name for name in CUDA if name not in SMALL)
-# By kernel and integer template arguments.
+# Keyed by kernel and integer template arguments.
 CONFIGURATIONS = {
     ("mixed_attention_kernel", 64, 4): Configuration(128, 2, _attention(64, 4)),
     ("mixed_attention_kernel", 96, 4): Configuration(128, 2, _attention(96, 4), _LARGE),
@@ -66,7 +66,7 @@ CONFIGURATIONS = {
     ("paged_attention_kernel", 128, 2): Configuration(64, 2, _paged(128, 2), SMALL),
     **{("small_m_projection_kernel", tiles): Configuration(256, 2, 8 * tiles * 8 * 16 * 4) for tiles in (1, 2, 4, 8)},
 }
-# Kernels that only move rows, without shared memory: 1024 threads of a multiprocessor's 1536 or 2048 at least.
+# Kernels that only move rows use no shared memory; at least 1024 of a multiprocessor's 1536 or 2048 threads.
 _MOVERS = {
     "append_kv_kernel": 128,
     "assemble_mixed_kernel": 128,
@@ -77,22 +77,22 @@ _MOVERS = {
 
 
 class Kernel(NamedTuple):
-    """One kernel as compiled for one architecture, and what that leaves room for."""
+    """A kernel compiled for one architecture, its resources and its occupancy."""
 
     name: str
     types: tuple[str, ...]  # template arguments: element types,
     numbers: tuple[int, ...]  # and integers
     architecture: str
-    registers: int  # of a thread
-    stack: int  # bytes of a thread; 0 unless registers are spilled
-    static_shared: int  # bytes; the kernels take theirs at the launch
+    registers: int  # per thread
+    stack: int  # bytes per thread; 0 unless registers are spilled
+    static_shared: int  # bytes; the kernels use dynamic shared memory
     configuration: Configuration
-    occupancy: int  # blocks of threads on a multiprocessor at once
+    occupancy: int  # resident CTAs per multiprocessor
     symbol: str
 
     @property
     def chosen(self) -> bool:
-        """Whether the launchers choose it on this architecture."""
+        """Whether the launchers choose the kernel on this architecture."""
         return self.architecture in self.configuration.architectures
 
 
@@ -100,7 +100,7 @@ _TYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16", "
 
 
 def _parse(symbol: str) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
-    """Take apart ``_ZN6refrag4cuda<length><name>I<arguments>E...``."""
+    """Parse ``_ZN6refrag4cuda<length><name>I<arguments>E...``."""
     length, rest = re.match(r"_ZN6refrag4cuda(\d+)(.*)", symbol).groups()
     name, arguments = rest[: int(length)], rest[int(length) + 1 :]
     types = re.match(r"f|j|t|\d+__(?:half|nv_bfloat16)|NS0_5WordsE", arguments)
@@ -128,7 +128,7 @@ def _setup_py():
 
 
 def compile_release() -> list[Path]:
-    """Compile csrc/cuda for all that a release has, and return the objects. The first time takes minutes."""
+    """Compile csrc/cuda for a release's architectures and return the objects. The first time takes minutes."""
     setup_py = _setup_py()
     toolkit = setup_py.Cuda.find()
     if toolkit is None:
@@ -144,7 +144,7 @@ def compile_release() -> list[Path]:
 
 
 def read(binaries: Sequence[Path] = (LIBRARY,)) -> list[Kernel]:
-    """Return the kernels of shared objects or objects, for each architecture; none where there is no device code."""
+    """Return the kernels in shared libraries or object files, per architecture; empty without device code."""
     return [kernel for binary in binaries for kernel in _read(binary)]
 
 
@@ -156,7 +156,7 @@ def _read(binary: Path) -> list[Kernel]:
             r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", part
         ):
             name, types, numbers = _parse(symbol)
-            # From sm_90 on the report counts the system's own part in, wherever a kernel has launch bounds.
+            # From sm_90 on, the report includes the system's reserved shared memory for kernels with launch bounds.
             limits = ARCHITECTURES[architecture]
             own_shared = max(0, int(shared) - (limits.reserved_per_cta if limits.capability >= (9, 0) else 0))
             configuration = configuration_of(name, numbers)
@@ -171,7 +171,7 @@ def _read(binary: Path) -> list[Kernel]:
 
 
 def instructions(architecture: str, binaries: Sequence[Path] = (LIBRARY,)) -> dict[str, collections.Counter[str]]:
-    """Return how often each machine instruction is in each kernel, by symbol; names with their suffixes."""
+    """Count each kernel's machine instructions, by symbol; instruction names include their suffixes."""
     code = "".join(_run("cuobjdump", "-sass", "-arch", architecture, str(binary)) for binary in binaries)
     found = {}
     for part in re.split(r"Function : ", code)[1:]:
@@ -182,10 +182,10 @@ def instructions(architecture: str, binaries: Sequence[Path] = (LIBRARY,)) -> di
 
 
 def markdown(binaries: Sequence[Path] = (LIBRARY,)) -> str:
-    """Return a table in Markdown: a line for each kernel, and a column for each architecture.
+    """Return a Markdown table with a line for each kernel and a column for each architecture.
 
-    A cell says: registers of a thread / spilled bytes / blocks of threads at once; "-" where the launchers choose
-    another one.
+    Cells: registers per thread / spilled bytes / resident CTAs per multiprocessor; "-" if the launchers choose another
+    kernel.
     """
     kernels = read(binaries)
     architectures = [name for name in CUDA if any(k.architecture == name for k in kernels)]
@@ -203,7 +203,7 @@ def markdown(binaries: Sequence[Path] = (LIBRARY,)) -> str:
 
 
 def compiler() -> str:
-    """Return the release of nvcc, on which registers hang."""
+    """Return the release of nvcc, which register counts depend on."""
     toolkit = _setup_py().Cuda.find()
     text = subprocess.run([toolkit.nvcc, "--version"], capture_output=True, text=True).stdout if toolkit else ""
     match = re.search(r"release ([\d.]+)", text)

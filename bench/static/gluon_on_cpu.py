@@ -1,12 +1,12 @@
-"""Gluon kernels for sm_90 on the CPU: their own source, run on numpy with everything that is asynchronous made random.
+"""Emulate Gluon kernels for sm_90 on the CPU: runs their source on numpy, with asynchronous operations randomized.
 
-The partitions of ``gl.warp_specialize`` are threads of which one runs at a time; a seeded scheduler chooses the next at
-each operation that others could notice. Copies by TMA and asynchronous wgmma happen at any moment between their issue
-and what waits for them. Barriers count arrivals and bytes and have phases, as mbarriers do. What the hardware leaves
-undefined is an error or NaN: memory that nobody wrote, a buffer that a copy and a product use at one time, a barrier
-that gets too many arrivals, a result taken before it was waited for, programs that wait for each other.
+The partitions of ``gl.warp_specialize`` are threads that run one at a time; a seeded scheduler chooses the next one at
+each operation that others can observe. TMA copies and asynchronous wgmma execute at a random time between their issue
+and the wait for them. Barriers count arrivals and bytes and have phases, as mbarriers do. Undefined behaviour raises
+an error or gives NaN: reading uninitialized memory, using a buffer in a copy and an MMA at the same time, too many
+arrivals at a barrier, using a result before waiting for it, and deadlock.
 
-A partition's warps run as one here: what orders the warps of a partition is up to the compiler, see
+A partition's warps run as one here. The compiler is responsible for ordering the warps within a partition; see
 ``tests/triton/test_hopper_machine_code.py``.
 """
 
@@ -25,11 +25,11 @@ import torch
 
 
 class Fault(AssertionError):
-    """Something that would hang, or whose result is undefined, on a GPU."""
+    """Raised for an operation that would hang or have an undefined result on a GPU."""
 
 
 class _Ended(BaseException):
-    """Ends the threads of a program in which another one failed."""
+    """Raised in the remaining threads of a program after one of them failed."""
 
 
 class _Values(np.ndarray):
@@ -44,13 +44,13 @@ def _values(array) -> _Values:
 
 
 def _scalar_or_values(array):
-    """Return a number for what is a number in a kernel too: it may be tested, and counted to."""
+    """Return a Python number for a scalar, so that kernels can use it in conditions and ranges."""
     array = np.asarray(array)
     return array.item() if array.ndim == 0 else array.view(_Values)
 
 
 def _bfloat16(array) -> np.ndarray:
-    """Return float32 rounded to the nearest bfloat16, ties to even."""
+    """Round float32 to the nearest bfloat16, ties to even."""
     return torch.from_numpy(np.array(array, np.float32)).bfloat16().float().numpy()
 
 
@@ -71,7 +71,7 @@ class _Pointer:
 
 
 class _Descriptor:
-    """A tensor that TMA copies boxes of; beyond its ends they are 0."""
+    """A tensor that TMA copies boxes from; out-of-bounds elements are 0."""
 
     def __init__(self, array: np.ndarray, box: Sequence[int], element_size: int) -> None:
         self.array, self.layout, self.dtype = array, None, "bfloat16"
@@ -114,7 +114,7 @@ class _Barrier:
 
     def __init__(self) -> None:
         self.count = 0
-        self.visible = False  # to copies: they see what a fence has made visible
+        self.visible = False  # to copies, after a fence
 
     def init(self, count: int) -> None:
         self.count = self.pending = count
@@ -122,11 +122,11 @@ class _Barrier:
 
     def arrive(self, count: int, expected: int = 0) -> None:
         if not self.count:
-            raise Fault("a barrier is used before it is initialised")
+            raise Fault("a barrier is used before it is initialized")
         self.bytes += expected
         self.pending -= count
         if self.pending < 0:
-            raise Fault(f"more arrivals at a barrier than the {self.count} it counts to")
+            raise Fault(f"more arrivals at a barrier than its count of {self.count}")
         self._turn()
 
     def received(self, size: int) -> None:
@@ -140,7 +140,7 @@ class _Barrier:
 
 
 class _Product:
-    """A wgmma, under way until its partition waits for it."""
+    """A wgmma, in flight until its partition waits for it."""
 
     def __init__(self, a, b: _Shared, sums: np.ndarray | None) -> None:
         self.a, self.b, self.sums, self.result = a, b, sums, None
@@ -154,7 +154,7 @@ class _Product:
 
 
 class _Partition:
-    """The warps of a role."""
+    """The warps of one role."""
 
     def __init__(self, function: Callable[[], object]) -> None:
         self.function, self.turn = function, threading.Semaphore(0)
@@ -164,13 +164,13 @@ class _Partition:
 
 
 class _Program:
-    """A block of threads: runs its partitions, in an order that the seed decides."""
+    """A CTA; runs its partitions in an order that depends on the seed."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.eager = self.random.choice((0.05, 0.3, 0.9))  # how soon what is asynchronous happens
+        self.eager = self.random.choice((0.05, 0.3, 0.9))  # how soon asynchronous operations execute
         self.events: list[Callable[[], None]] = []
-        self.copies: list[np.ndarray] = []  # what copies under way write
+        self.copies: list[np.ndarray] = []  # destinations of copies in flight
         self.barriers: list[_Barrier] = []
         self.partitions: list[_Partition] = []
         self.current: _Partition | None = None
@@ -193,7 +193,7 @@ class _Program:
         while self.events:
             self.events.pop()()
         if self.copies or any(barrier.bytes for barrier in self.barriers):
-            raise Fault("a program ends with copies under way, or bytes that never arrive")
+            raise Fault("a program ends with copies in flight, or bytes that never arrive")
 
     def _body(self, partition: _Partition) -> None:
         partition.turn.acquire()
@@ -203,7 +203,7 @@ class _Program:
             with np.errstate(all="ignore"):  # of this thread
                 partition.function()
             if partition.products:
-                raise Fault("a partition ends with products under way")
+                raise Fault("a partition ends with MMAs in flight")
             partition.done = True
             self._hand_over()
         except _Ended:
@@ -233,7 +233,7 @@ class _Program:
         while True:
             ready = [p for p in self.partitions if not p.done and (p.waits_for is None or p.waits_for())]
             if ready:
-                if self.random.random() < 0.05:  # now and then another one hurries
+                if self.random.random() < 0.05:  # occasionally another partition runs ahead
                     self.fast = self.random.choice(self.partitions)
                 return self.fast if self.fast in ready and self.random.random() < 0.9 else self.random.choice(ready)
             if self.events:
@@ -241,10 +241,10 @@ class _Program:
             elif all(partition.done for partition in self.partitions):
                 return None
             else:
-                raise Fault("deadlock: what is left waits for barriers at which nobody will arrive")
+                raise Fault("deadlock: the remaining partitions wait for barriers at which nothing will arrive")
 
     def pause(self, until: Callable[[], bool] | None = None) -> None:
-        """Let others run, until a condition holds."""
+        """Yield to other partitions until a condition holds."""
         mine = self.current
         assert mine is not None
         mine.waits_for = until
@@ -260,9 +260,9 @@ class _Program:
 
 
 class Emulator:
-    """Run a kernel of a file.
+    """Runs a kernel from a file.
 
-    ``edits``: pairs of text in the file and what stands there instead, to plant faults; each must occur exactly once.
+    ``edits``: pairs of text in the file and its replacement, to inject faults; each text must occur exactly once.
     """
 
     def __init__(self, path: Path, edits: Sequence[tuple[str, str]] = ()) -> None:
@@ -278,7 +278,7 @@ class Emulator:
         exec(compile(tree, str(path), "exec"), self._names)
 
     def launch(self, name: str, grid: int, seed: int, arguments: dict[str, Any]) -> None:
-        """Run a kernel with the arguments of a launch on a GPU; tensors of outputs are written in place."""
+        """Run a kernel with the arguments of a GPU launch; output tensors are written in place."""
         tensors = {key: value for key, value in arguments.items() if isinstance(value, torch.Tensor)}
         given = {key: _argument(value) for key, value in arguments.items()}
         for self._index in range(grid):
@@ -289,7 +289,7 @@ class Emulator:
             tensor.copy_(torch.from_numpy(given[key].array).view(tensor.shape))
 
     def _language(self) -> dict[str, Any]:
-        """Return the names that a kernel finds."""
+        """Return the names defined for a kernel."""
         gl = types.SimpleNamespace(
             constexpr=lambda value: value, int32="int32", int64="int64", float32="float32", static_range=range,
             program_id=lambda axis: self._index, num_programs=lambda axis: self._grid,
@@ -346,7 +346,7 @@ class Emulator:
         program, target = self._program, buffer.array
         assert list(target.shape) == descriptor.block_type.shape
         if not barrier.visible:
-            raise Fault("a copy cannot see its barrier: no fence after the barrier's initialisation")
+            raise Fault("a copy cannot see its barrier: no fence after the barrier's initialization")
         readers = [array for p in program.partitions for product in p.products for array in product.reads]
         if any(np.may_share_memory(target, other) for other in [*readers, *program.copies]):
             raise Fault("a copy writes a buffer that is in use")
@@ -365,10 +365,10 @@ class Emulator:
         program = self._program
         assert program.current is not None
         if use_acc and isinstance(sums, _Product):
-            raise Fault("a product adds to what was not waited for")
+            raise Fault("an MMA accumulates into a result that was not waited for")
         product = _Product(a, b, sums if use_acc else None)
         if any(np.may_share_memory(read, copy) for read in product.reads for copy in program.copies):
-            raise Fault("a product reads a buffer that a copy is writing")
+            raise Fault("an MMA reads a buffer that a copy is writing")
         mine = program.current
         mine.products.append(product)
         program.events.append(product.happen)
@@ -391,7 +391,7 @@ class Emulator:
 
 
 def _no_layout(*arguments, **options) -> None:
-    """A layout: how a tensor is spread over threads, of which there is one here."""
+    """Ignore a layout, which distributes a tensor over threads; there is only one here."""
 
 
 def _argument(value):

@@ -1,4 +1,4 @@
-"""Calls of the backend whose launches are compiled for every architecture."""
+"""Backend calls whose launches are compiled for every architecture."""
 
 from __future__ import annotations
 
@@ -15,36 +15,36 @@ _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
 @dataclasses.dataclass
 class Case:
-    """A call, and what is asked of the kernels that it launches."""
+    """A call, and the requirements on the kernels that it launches."""
 
     name: str
     dtype: torch.dtype
     call: Callable[[], object]
     always: bool = False  # part of `make test`
-    width: int = 0  # of a head
-    spills_reported: bool = False  # rather than refused
+    head_dim: int = 0  # 0 if the kernel has none
+    spills_reported: bool = False  # rather than treated as an error
 
     def __str__(self):
         return self.name
 
 
-def _attention(width: int, group: int, dtype: torch.dtype, short_kv: bool = False, **options) -> Case:
-    # Softcap and sinks are the longest variant in their kernels, but the rarer one: it has cases of its own.
+def _attention(head_dim: int, group: int, dtype: torch.dtype, short_kv: bool = False, **options) -> Case:
+    # Softcap and sinks give the largest variant of the kernels, but a rare one, which has separate cases.
     softcap, sinks = (30.0, torch.zeros(2 * group)) if options.pop("softcap", False) else (0.0, None)
 
     def call():
-        if short_kv:  # the chunk encoder's
+        if short_kv:  # as in the chunk encoder
             plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[16] * 8]), rk.ChunkMask.diagonal(), causal=False)
-        else:  # a prefix that many passages see: its keys are shared out to several units
+        else:  # a prefix that many passages attend to: its keys are split over several work items
             mask = rk.ChunkMask.passages(torch.tensor([-1, *range(15)]))
             plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[64] * 16]), mask)
         rows = plan.q_row_block.shape[0]
-        q, kv = torch.empty(rows, 2 * group, width, dtype=dtype), torch.empty(rows, 2, width, dtype=dtype)
+        q, kv = torch.empty(rows, 2 * group, head_dim, dtype=dtype), torch.empty(rows, 2, head_dim, dtype=dtype)
         out, lse = attention.mixed_attention(q, kv, kv, plan.tensors(), 0.1, softcap, sinks)
         attention.mixed_attention_backward(q, lse, q, kv, kv, out, lse, plan.tensors(), 0.1, softcap, sinks)
 
-    name = f"attention-{str(dtype)[6:]}-D{width}-group{group}{'-softcap' * bool(softcap)}{'-short_kv' * short_kv}"
-    return Case(name, dtype, call, spills_reported=width == 256 or dtype == _FP32, width=width, **options)
+    name = f"attention-{str(dtype)[6:]}-D{head_dim}-group{group}{'-softcap' * bool(softcap)}{'-short_kv' * short_kv}"
+    return Case(name, dtype, call, spills_reported=head_dim == 256 or dtype == _FP32, head_dim=head_dim, **options)
 
 
 def _projection(rows: int, dtype: torch.dtype, backward: bool = False, **options) -> Case:
@@ -69,10 +69,10 @@ def _pooling(dtype: torch.dtype, **options) -> Case:
     return Case(f"pooling-{str(dtype)[6:]}", dtype, call, **options)
 
 
-def _paged(width: int, group: int, dtype: torch.dtype, rows: int, visible: bool = False, **options) -> Case:
+def _paged(head_dim: int, group: int, dtype: torch.dtype, rows: int, visible: bool = False, **options) -> Case:
     def call():
-        q = torch.empty(4 * rows, 2 * group, width, dtype=dtype)
-        pages = torch.empty(64, 16, 2, width, dtype=dtype)
+        q = torch.empty(4 * rows, 2 * group, head_dim, dtype=dtype)
+        pages = torch.empty(64, 16, 2, head_dim, dtype=dtype)
         table, lengths = torch.zeros(4, 512, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
         offsets = torch.zeros(5, dtype=torch.int32)
         ranges = (torch.zeros(4 * rows + 1, dtype=torch.int32), torch.zeros(9, 2, dtype=torch.int32))
@@ -81,29 +81,29 @@ def _paged(width: int, group: int, dtype: torch.dtype, rows: int, visible: bool 
         out, lse = paged.paged_attention(
             q, pages, pages, table, lengths, q_offsets, *seen, 0.1, 0.0, -1, -1, None
         )  # fmt: skip
-        new = torch.empty(4 * rows, 2, width, dtype=dtype)
+        new = torch.empty(4 * rows, 2, head_dim, dtype=dtype)
         paged.append_kv(new, new, pages, pages, table, lengths, offsets)
         paged.merge_states_backward(out, lse, out, lse, *paged.merge_states(out, lse, out, lse))
 
-    name = f"paged-{str(dtype)[6:]}-D{width}-group{group}-rows{rows}{'-visible' if visible else ''}"
-    return Case(name, dtype, call, spills_reported=width == 256 or dtype == _FP32, width=width, **options)
+    name = f"paged-{str(dtype)[6:]}-D{head_dim}-group{group}-rows{rows}{'-visible' if visible else ''}"
+    return Case(name, dtype, call, spills_reported=head_dim == 256 or dtype == _FP32, head_dim=head_dim, **options)
 
 
 CASES = [
     *(
-        _attention(width, group, dtype, always=dtype == _BF16 and width == 128 and group == 4)
-        for width in (64, 96, 128, 256)
+        _attention(head_dim, group, dtype, always=dtype == _BF16 and head_dim == 128 and group == 4)
+        for head_dim in (64, 96, 128, 256)
         for dtype in (_BF16, _FP16, _FP32)
-        # Each way in which heads fill tiles in bfloat16; float16 has the same kernels.
+        # Each way of filling tiles with heads, in bfloat16; float16 uses the same kernels.
         for group in {_BF16: (1, 2, 4, 8), _FP16: (4,), _FP32: (1, 4)}[dtype]
     ),
     *(
-        _attention(width, group, _BF16, softcap=True, always=width == 128 and group == 4)
-        for width, group in ((64, 1), (64, 4), (96, 1), (96, 4), (128, 1), (128, 2), (128, 4), (128, 8))
+        _attention(head_dim, group, _BF16, softcap=True, always=head_dim == 128 and group == 4)
+        for head_dim, group in ((64, 1), (64, 4), (96, 1), (96, 4), (128, 1), (128, 2), (128, 4), (128, 8))
     ),
     *(
-        _attention(width, group, dtype, short_kv=True, always=dtype == _BF16 and width == 64 and group == 1)
-        for width in (64, 96, 128, 256)
+        _attention(head_dim, group, dtype, short_kv=True, always=dtype == _BF16 and head_dim == 64 and group == 1)
+        for head_dim in (64, 96, 128, 256)
         for dtype in (_BF16, _FP16, _FP32)
         for group in ((1, 4) if dtype == _BF16 else (1,))
     ),
@@ -115,8 +115,8 @@ CASES = [
     ),
     *(_projection(512, dtype, backward=True) for dtype in (_BF16, _FP32)),
     *(
-        _paged(width, 8, dtype, rows, always=dtype == _BF16 and width == 128 and rows == 1)
-        for width in (64, 96, 128, 256)
+        _paged(head_dim, 8, dtype, rows, always=dtype == _BF16 and head_dim == 128 and rows == 1)
+        for head_dim in (64, 96, 128, 256)
         for rows in (1, 32)
         for dtype in (_BF16, _FP16, _FP32)
     ),

@@ -1,6 +1,6 @@
-"""What each GPU kernel takes of each architecture: ``python -m bench.resources`` writes docs/gpu-resources.md.
+"""Report the resources of each GPU kernel per architecture: ``python -m bench.resources`` writes docs/gpu-resources.md.
 
-Nothing is run: kernels are compiled ahead of time and the compiled code is read. No GPU is needed.
+Kernels are compiled ahead of time and the compiled code is analyzed, so that no GPU is needed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from bench.static import ahead_of_time, cuda_resources, launches
 from refrag_kernels.architectures import ARCHITECTURES, TRITON
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu-resources.md"
-# sm_86 has the kernels of sm_80, or nearly.
+# sm_86 has nearly the same kernels as sm_80.
 SHOWN = tuple(name for name in TRITON if name != "sm_86")
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A compiled kernel: what it is, and what a block of it takes. See ``ahead_of_time.Resources``."""
+    """A compiled kernel and its resources per CTA; see ``ahead_of_time.Resources``."""
 
     kernel: str
     shape: str
@@ -38,12 +38,12 @@ class Row:
 
     @property
     def blocks(self) -> int:
-        """Blocks that a multiprocessor has room for."""
+        """Resident CTAs per multiprocessor."""
         return ARCHITECTURES[self.architecture].resident_ctas(self.registers, self.shared, self.warps)
 
 
 def triton_rows(architectures: Sequence[str] = SHOWN, progress: bool = False) -> list[Row]:
-    """Return a row for each kernel of Triton's that an op launches, by head width, dtype and architecture."""
+    """Return a row for each Triton kernel that an op launches, by head_dim, dtype and architecture."""
     rows: dict[Row, None] = {}
     for case in launches.CASES:
         for architecture in architectures:
@@ -60,22 +60,22 @@ def triton_rows(architectures: Sequence[str] = SHOWN, progress: bool = False) ->
 
 
 def tile_rows(recorded: ahead_of_time.Launch) -> int:
-    """Return how many rows the tiles have that a kernel multiplies."""
+    """Return the number of rows in the tiles that a kernel multiplies."""
     a = recorded.arguments
     if "BM" in a:
         return a["BM"]
-    # The gradients of keys go by tiles of keys, all others by tiles of query rows.
+    # The key gradient kernels iterate over tiles of keys, all others over tiles of query rows.
     return a["HEADS"] * a.get("ROWS", a.get("BLOCKS", 1) * 16) if "HEADS" in a else a["KEYS"]
 
 
 def _shape(case: launches.Case, recorded: ahead_of_time.Launch) -> tuple[str, str]:
-    """Return what a kernel is specialised for by a call, and the tile that was chosen for it."""
+    """Return a kernel's specialization for a call, and the tile chosen for it."""
     a = recorded.arguments
-    parts = [f"D {case.width}"] if case.width else []
+    parts = [f"D {case.head_dim}"] if case.head_dim else []
     tile = ""
     if "GROUP" in a and "STEP" in a:
         tile = f"{tile_rows(recorded)} x {a['STEP']}"
-        parts += [f"{a['GROUP']} heads a key", *(["softcap"] if a["SOFTCAP"] else [])]
+        parts += [f"{a['GROUP']} heads per key", *(["softcap"] if a["SOFTCAP"] else [])]
         parts += ["short KV"] if a.get("BLOCKS") == 1 and a["STEP"] == 16 else []
     elif "BM" in a:
         tile = f"{a['BM']} x {a['BN']} x {a['BK']}"
@@ -84,13 +84,13 @@ def _shape(case: launches.Case, recorded: ahead_of_time.Launch) -> tuple[str, st
 
 
 def triton_tables() -> str:
-    """Return a summary and a table of each of Triton's kernels, as Markdown."""
+    """Return a summary and a table for each Triton kernel, as Markdown."""
     rows = triton_rows()
     return f"{summary(rows)}\n{tables(rows)}"
 
 
 def summary(rows: Iterable[Row]) -> str:
-    """Return how many variants spill, and how many warps find room, by architecture, as Markdown."""
+    """Return the number of variants that spill and the lowest occupancy, by architecture, as Markdown."""
     kinds: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         kind = "float32" if row.dtype == "float32" else "16 bits, D 256" if "D 256" in row.shape else "16 bits"
@@ -108,7 +108,7 @@ def summary(rows: Iterable[Row]) -> str:
 
 
 def tables(rows: Iterable[Row]) -> str:
-    """Return a table of each kernel with a column for each architecture, as Markdown. See ``page`` for the cells."""
+    """Return a table for each kernel with a column for each architecture, as Markdown; ``page`` explains the cells."""
     found: dict[str, dict[tuple[str, str], dict[str, list[str]]]] = {}
     architectures: dict[str, None] = {}
     for row in rows:
@@ -131,15 +131,17 @@ def tables(rows: Iterable[Row]) -> str:
 
 
 def cuda_section(release: bool = False) -> tuple[str, str]:
-    """Return title and table of the CUDA C++ kernels, of this build or of a release's architectures, as Markdown."""
-    before = "Cells: registers per thread / spilled bytes / resident CTAs per multiprocessor; - if the launchers\n"
-    before += "select another variant for the architecture.\n\n"
+    """Return title and Markdown table of the CUDA C++ kernels, for this build's or a release's architectures."""
+    before = (
+        "Cells: registers per thread / spilled bytes / resident CTAs per multiprocessor; - if the launchers select\n"
+    )
+    before += "another variant for the architecture.\n\n"
     binaries = [cuda_resources.compile_release()] if release else []
     return f"CUDA C++, {cuda_resources.compiler()}", before + cuda_resources.markdown(*binaries)
 
 
 def page(sections: dict[str, str]) -> str:
-    """Return the page, with tables under titles."""
+    """Return the page; ``sections`` maps titles to tables."""
     lines = [
         "# GPU resources",
         "",
@@ -162,10 +164,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page."""
     parser = argparse.ArgumentParser("python -m bench.resources", description=__doc__)
     parser.add_argument("--output", type=Path, default=PAGE)
-    parser.add_argument("--release", action="store_true", help="compile csrc/cuda for all that a release has: minutes")
+    parser.add_argument(
+        "--release", action="store_true", help="compile csrc/cuda for all architectures of a release (minutes)"
+    )
     options = parser.parse_args(arguments)
     triton_rows(progress=True)
-    # Another backend's kernels join by a title and the tables under it.
+    # Another backend adds its kernels as a title and tables.
     cuda, table = cuda_section(options.release)
     sections = {f"Triton {triton.__version__}": triton_tables(), cuda: table}
     options.output.write_text(page(sections))

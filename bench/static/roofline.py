@@ -1,7 +1,7 @@
-"""A model of the least time that kernels can take on GPUs: ``python -m bench.roofline``. Nothing here is a measurement.
+"""Model the minimum time of kernels on GPUs: ``python -m bench.roofline``. Nothing here is a measurement.
 
-The floor of a kernel is the larger of its products at the published matrix rate and its traffic at the published memory
-bandwidth, each tensor read or written once. Real kernels take longer.
+The lower bound is the larger of the time of a kernel's matrix products at the published matrix rate and the time of its
+memory traffic at the published bandwidth, with each tensor read or written once. Real kernels take longer.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import refrag_kernels as rk
 from bench.cases.presets import PRESETS, Preset
 from bench.cases.prompts import Passages, Prompt
 
-_BYTES = 2  # of a bfloat16 number
+_BYTES = 2  # per bfloat16 element
 
 
 class Gpu(NamedTuple):
-    """Published rates: bfloat16 products without sparsity, FLOP/s, and memory, bytes/s."""
+    """Published rates: dense bfloat16 FLOP/s, and memory bandwidth in bytes/s."""
 
     flops: float
     bandwidth: float
@@ -28,11 +28,11 @@ class Gpu(NamedTuple):
 GPUS = {
     # NVIDIA A100 80GB SXM datasheet: 312 TFLOPS, 2,039 GB/s.
     "A100": Gpu(312e12, 2039e9),
-    # NVIDIA H100 SXM datasheet: 1,979 TFLOPS with sparsity, half of it without; 3.35 TB/s.
+    # NVIDIA H100 SXM datasheet: 1,979 TFLOPS with sparsity, half of that without; 3.35 TB/s.
     "H100": Gpu(989.5e12, 3.35e12),
-    # NVIDIA H200 SXM datasheet: the same products; 4.8 TB/s.
+    # NVIDIA H200 SXM datasheet: the same FLOPS; 4.8 TB/s.
     "H200": Gpu(989.5e12, 4.8e12),
-    # NVIDIA HGX B200 datasheet, of 8 GPUs: 36 PFLOPS with sparsity; 62 TB/s (8 x 7.7).
+    # NVIDIA HGX B200 datasheet, 8 GPUs: 36 PFLOPS with sparsity; 62 TB/s (8 x 7.7).
     "B200": Gpu(2250e12, 7.7e12),
     # AMD Instinct MI300X datasheet: 1,307.4 TFLOPS, 5.3 TB/s.
     "MI300X": Gpu(1307.4e12, 5.3e12),
@@ -41,53 +41,55 @@ GPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a kernel has to do: floating-point operations of its products, and bytes."""
+    """The work of a kernel: FLOPs of its matrix products, and bytes of memory traffic."""
 
     name: str
     flops: float
     bytes: float
 
     def floor(self, gpu: Gpu) -> float:
-        """Return the least time on a GPU, in seconds."""
+        """Return the minimum time on a GPU, in seconds."""
         return max(self.flops / gpu.flops, self.bytes / gpu.bandwidth)
 
     def bound(self, gpu: Gpu) -> str:
-        """Return what the floor hangs on."""
+        """Return which rate determines the minimum time."""
         return "products" if self.flops / gpu.flops >= self.bytes / gpu.bandwidth else "memory"
 
 
 def attention(name: str, plan: rk.AttentionPlan, shape: Preset) -> Work:
-    """Return the work of ``mixed_attention``'s forward pass: two products for each pair of rows in the plan's tiles."""
+    """Return the work of ``mixed_attention``'s forward pass: two dot products per row pair in the plan's tiles."""
     stats, (rows, keys) = plan.stats(), plan.sizes[:2].tolist()
-    numbers = 2 * rows * shape.heads * shape.width + 2 * keys * shape.kv_heads * shape.width
+    numbers = 2 * rows * shape.heads * shape.head_dim + 2 * keys * shape.kv_heads * shape.head_dim
     traffic = _BYTES * numbers + 4 * rows * shape.heads + sum(t.nbytes for t in plan.tensors())
-    return Work(name, 4.0 * stats["pairs_computed"] * shape.heads * shape.width, float(traffic))
+    return Work(name, 4.0 * stats["pairs_computed"] * shape.heads * shape.head_dim, float(traffic))
 
 
 def decoding(context: int, shape: Preset) -> Work:
-    """Return the work of ``paged_attention`` for one row: each key and value is read once."""
-    keys = 2 * context * shape.kv_heads * shape.width
-    rows = 2 * shape.heads * shape.width
-    return Work(f"decode, {context:,} keys", 4.0 * context * shape.heads * shape.width, float(_BYTES * (keys + rows)))
+    """Return the work of ``paged_attention`` for one row, which reads each key and value once."""
+    keys = 2 * context * shape.kv_heads * shape.head_dim
+    rows = 2 * shape.heads * shape.head_dim
+    return Work(
+        f"decode, {context:,} keys", 4.0 * context * shape.heads * shape.head_dim, float(_BYTES * (keys + rows))
+    )
 
 
 def assembly(prompt: Prompt, shape: Preset) -> Work:
-    """Return the work of ``embed_mixed``: two layers for each chunk that stands as a slot, and all rows.
+    """Return the work of ``embed_mixed``: two layers for each compressed chunk, and the copy of all rows.
 
-    The hidden layer, which fits no multiprocessor, is written and read.
+    The hidden layer does not fit in a multiprocessor, so it is written to memory and read back.
     """
     layout = prompt.layout()
     chunks = prompt.chunks - sum(prompt.expanded())
-    text = layout.total_rows - chunks  # rows of the token table, which are read
-    weights = shape.hidden * (shape.encoder_hidden + shape.hidden + 2)
-    rows = chunks * shape.encoder_hidden + (2 * chunks + text + layout.total_rows) * shape.hidden
-    traffic = _BYTES * (weights + rows) + 12 * layout.total_rows  # an int64 token and an int32 slot a row
-    flops = 2.0 * chunks * shape.hidden * (shape.encoder_hidden + shape.hidden)
+    text = layout.total_rows - chunks  # rows read from the token table
+    weights = shape.hidden_size * (shape.encoder_hidden_size + shape.hidden_size + 2)
+    rows = chunks * shape.encoder_hidden_size + (2 * chunks + text + layout.total_rows) * shape.hidden_size
+    traffic = _BYTES * (weights + rows) + 12 * layout.total_rows  # an int64 token and an int32 slot per row
+    flops = 2.0 * chunks * shape.hidden_size * (shape.encoder_hidden_size + shape.hidden_size)
     return Work(f"embed_mixed, {chunks:,} chunks", flops, float(traffic))
 
 
 def works(preset: str, contexts: Sequence[int], ks: Sequence[int]) -> Iterator[Work]:
-    """Yield the kernels of a layer, and of the input, of a model's prompts."""
+    """Yield the work of the kernels of one layer and of the input, for a model's prompts."""
     shape = PRESETS[preset]
     for context in contexts:
         full = rk.plan_attention(rk.ChunkLayout.from_lengths([[context]]))
@@ -104,7 +106,7 @@ def works(preset: str, contexts: Sequence[int], ks: Sequence[int]) -> Iterator[W
 
 
 def table(preset: str, contexts: Sequence[int], ks: Sequence[int]) -> list[str]:
-    """Return the floors of a model's kernels as the lines of a Markdown table."""
+    """Return the minimum times of a model's kernels as the lines of a Markdown table."""
     lines = [
         f"| {preset}, bfloat16 | GFLOP | MB | " + " | ".join(f"{name}, us" for name in GPUS) + " |",
         "| --- " * (3 + len(GPUS)) + "|",
@@ -116,7 +118,7 @@ def table(preset: str, contexts: Sequence[int], ks: Sequence[int]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the floors."""
+    """Print the minimum times."""
     parser = argparse.ArgumentParser("python -m bench.roofline", description=__doc__)
     parser.add_argument("--preset", nargs="+", choices=list(PRESETS), default=["llama2-7b", "llama2-13b", "llama3-8b"])
     parser.add_argument("--context", nargs="+", type=int, default=[4096, 16384])

@@ -1,6 +1,6 @@
-"""How much matrix work kernels issue for a mask, over what it needs: ``python -m bench.work`` prints it, without a GPU.
+"""Count the matrix work that kernels issue over the work a mask needs: ``python -m bench.work``; needs no GPU.
 
-Needed are the pairs of rows that a mask allows, times the query heads. Issued is what whole tiles hold.
+The work needed is the number of row pairs that a mask allows, times the query heads. The work issued is whole tiles.
 """
 
 from __future__ import annotations
@@ -37,28 +37,27 @@ class Problem:
 
     @property
     def group(self) -> int:
-        """Query heads of a key/value head."""
+        """Query heads per key/value head."""
         shape = PRESETS[self.preset]
         return 1 if self.encoder else shape.heads // shape.kv_heads
 
     @property
-    def width(self) -> int:
-        """Of a head."""
+    def head_dim(self) -> int:
         shape = PRESETS[self.preset]
-        return shape.encoder_hidden // shape.encoder_heads if self.encoder else shape.width
+        return shape.encoder_hidden_size // shape.encoder_heads if self.encoder else shape.head_dim
 
     def plan(self) -> rk.AttentionPlan:
-        """Return the plan, with the lists that GPU kernels walk."""
+        """Return the plan, with the tile lists of GPU kernels."""
         with mock.patch.object(tile_lists, "wanted", lambda device: True):
             return rk.plan_attention(self.layout, self.mask, causal=self.causal)
 
     def dense(self) -> torch.Tensor:
-        """Return which pairs of rows are allowed."""
+        """Return the allowed row pairs as a dense mask."""
         return allowed_pairs(self.layout, self.mask, causal=self.causal)
 
 
 def problems() -> Iterator[Problem]:
-    """Yield the masks that ``make bench`` measures, with heads that share keys and heads that don't."""
+    """Yield the masks that ``make bench`` measures, with and without grouped query heads."""
     for preset in ("llama3.2-1b", "llama2-7b"):
         for rows, density in ((2048, 0.12), (2048, 0.237), (4096, 0.06), (4096, 0.265)):
             passages = Passages(rows, 16, density)
@@ -76,48 +75,48 @@ def problems() -> Iterator[Problem]:
 
 
 def by_plan(plan: rk.AttentionPlan) -> int:
-    """Return the pairs in the plan's tiles of 16 by 16, which is what the C++ kernels issue."""
+    """Return the pairs in the plan's 16 x 16 tiles, which the C++ kernels issue."""
     return plan.stats()["pairs_computed"]
 
 
-def by_triton(plan: rk.AttentionPlan, group: int, width: int) -> float:
-    """Return the pairs that Triton's forward kernel issues for a query head, its tiles filled with heads and blocks."""
+def by_triton(plan: rk.AttentionPlan, group: int, head_dim: int) -> float:
+    """Return the pairs that Triton's forward kernel issues per query head, in tiles filled with heads and blocks."""
     from refrag_kernels.triton_kernels import attention, launch
 
-    tiles = attention.tiles_of("forward", _ARCHITECTURE, plan.tensors(), group, launch.width(width), 2, False)
+    tiles = attention.tiles_of("forward", _ARCHITECTURE, plan.tensors(), group, launch.width(head_dim), 2, False)
     work_items, _, _ = tile_lists.tensors_of(plan.tiles, tile_lists.TileList(False, tiles.blocks))
     _, partial, full, _, _ = work_items.long().diff(dim=0).unbind(1)
     steps = tiles.block_n // TILE
     keys = full * 64 + (partial + steps - 1) // steps * tiles.block_n
-    programs = -(-group // tiles.heads)  # of a tile; the last one may lack heads
+    programs = -(-group // tiles.heads)  # per tile; the last one may be partly empty
     return float(keys.sum()) * 16 * tiles.blocks * tiles.heads * programs / group
 
 
 def by_blocks(dense: torch.Tensor, side: int) -> int:
-    """Return the pairs in the blocks of ``side`` by ``side`` that hold an allowed one: flex_attention's block mask."""
+    """Return the pairs in the ``side`` x ``side`` blocks with an allowed pair, as in flex_attention's block mask."""
     rows, keys = (-(-length // side) * side for length in dense.shape)
     padded = torch.zeros(rows, keys, dtype=torch.bool)
     padded[: dense.shape[0], : dense.shape[1]] = dense
     return int(padded.view(rows // side, side, keys // side, side).any(3).any(1).sum()) * side * side
 
 
-def by_flashinfer(dense: torch.Tensor, group: int, width: int) -> float:
-    """Return the pairs that FlashInfer's VariableBlockSparseAttentionWrapper issues for a query head, at the least.
+def by_flashinfer(dense: torch.Tensor, group: int, head_dim: int) -> float:
+    """Return a lower bound of the pairs that FlashInfer's VariableBlockSparseAttentionWrapper issues per query head.
 
-    Rows with the same mask are a block. A block of rows, times the heads that share keys, is cut into tiles of query
-    rows of one size for all, chosen by the mean (FA2DetermineCtaTileQ in its include/flashinfer/utils.cuh); its keys
-    are gathered one by one. They are rounded up here to the 16 of a matrix instruction, which no tile is less than.
+    Rows with the same mask form a block. A block of rows, times the heads that share keys, is split into tiles of query
+    rows; one tile size, chosen by the mean, applies to all (FA2DetermineCtaTileQ in its include/flashinfer/utils.cuh).
+    Keys are gathered one by one, and rounded up here to the 16 of a matrix instruction, the smallest possible tile.
     """
     _, counts = torch.unique_consecutive(dense, dim=0, return_counts=True)
     keys = dense[counts.cumsum(0) - 1].sum(1)
     packed = counts * group
     mean = float(packed.double().mean())
-    tile = 128 if mean > 64 and width < 256 else 64 if mean > 16 else 16
+    tile = 128 if mean > 64 and head_dim < 256 else 64 if mean > 16 else 16
     return float((-(-packed // tile) * tile * (-(-keys // 16) * 16)).sum()) / group
 
 
 def table() -> list[str]:
-    """Return the work issued over the work needed, as the lines of a Markdown table."""
+    """Return the ratio of work issued to work needed, as the lines of a Markdown table."""
     lines = [
         "| mask | query heads per key head | C++, tiles of 16 | Triton | flex_attention, blocks of 128 | FlashInfer |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -125,10 +124,10 @@ def table() -> list[str]:
     for problem in problems():
         plan, dense = problem.plan(), problem.dense()
         needed = int(dense.sum())
-        issued = [by_plan(plan), by_triton(plan, problem.group, problem.width), by_blocks(dense, 128)]
+        issued = [by_plan(plan), by_triton(plan, problem.group, problem.head_dim), by_blocks(dense, 128)]
         cells = [f"{pairs / needed:.2f}" for pairs in issued]
-        # Its block-sparse kernel has no causal blocks; the dense one takes such a prompt.
-        cells += ["-" if problem.causal else f"{by_flashinfer(dense, problem.group, problem.width) / needed:.2f}"]
+        # FlashInfer's block-sparse kernel has no causal blocks; its dense kernel handles such a prompt.
+        cells += ["-" if problem.causal else f"{by_flashinfer(dense, problem.group, problem.head_dim) / needed:.2f}"]
         lines.append(f"| {problem.name} | {problem.group} | " + " | ".join(cells) + " |")
     return lines
 
@@ -157,14 +156,14 @@ model.
 
 
 def page() -> str:
-    """Return the page docs/gpu-work.md."""
+    """Return the text of docs/gpu-work.md."""
     return _BEFORE + "\n".join(table()) + "\n" + _AFTER
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the page, or write it."""
     parser = argparse.ArgumentParser("python -m bench.work", description=__doc__)
-    parser.add_argument("--output", type=Path, help=f"write it here, such as docs/{PAGE.name}")
+    parser.add_argument("--output", type=Path, help=f"write the page to this file, such as docs/{PAGE.name}")
     options = parser.parse_args(arguments)
     if options.output:
         options.output.write_text(page())

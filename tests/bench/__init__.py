@@ -1,1 +1,1 @@
-"""The benchmarks and the GPU report."""
+"""Tests of the benchmarks and the GPU report."""

@@ -1,4 +1,4 @@
-"""The benchmarks: what they measure is checked first, and a wrong result has no time."""
+"""Benchmarks check a contender before timing it, and record no time for a wrong result."""
 
 import csv
 import dataclasses
@@ -53,7 +53,7 @@ def test_calls_are_timed_in_turns():
 
 
 def test_a_gpu_is_timed_between_events_with_cold_caches(monkeypatch):
-    """On a GPU: overwrite the caches and wait, event, call, event, and wait for the last one before the next call."""
+    """On a GPU: overwrite the caches, sleep, record an event, call, record an event, and synchronize."""
     order, now = [], [0.0]
 
     class Event:
@@ -109,11 +109,11 @@ def test_calls_take_turns_among_copies_of_their_tensors(monkeypatch):
         copy = len(built)
         built.append(copy)
         peers = {"peer": lambda: called.append(("peer", copy))}
-        return Case(ours=lambda: called.append((OURS, copy)), peers=peers, most_copies=2)
+        return Case(ours=lambda: called.append((OURS, copy)), peers=peers, max_copies=2)
 
     measure(dataclasses.replace(entry(), build=build), rounds=4, copies=3, memory=False)
     assert built == [0, 1]
-    # Each contender's first call, to look at its result; two rounds to warm up, one for each copy; four that count.
+    # One call per contender to check its result; two warm-up rounds, one per copy; four timed rounds.
     assert called == [(OURS, 0), ("peer", 0)] + [(who, copy) for copy in (0, 1) * 3 for who in (OURS, "peer")]
 
 
@@ -138,7 +138,7 @@ def test_errors_end_a_row_and_not_the_run(monkeypatch, capsys, tmp_path):
 def test_what_a_budget_leaves_out_is_told(monkeypatch, capsys):
     monkeypatch.setattr(table, "published", lambda *_: [entry(), entry()])
     assert command.main(["run", "--rounds", "1", "--budget", "0", "--no-peers"]) == 0
-    assert capsys.readouterr().out.count("skipped (the 0 s of --budget were over)") == 2
+    assert capsys.readouterr().out.count("skipped (the 0 s of --budget had passed)") == 2
 
 
 def test_without_peers_ours_is_timed_alone():
@@ -215,7 +215,7 @@ def test_passages_have_the_density_asked_for(density):
 def test_prompts():
     prompt = Prompt(1024, 16, 0.25)
     assert sum(prompt.expanded()) == 14 and prompt.layout().total_rows == 128 + 42 + 14 * 16
-    with pytest.raises(Skip, match="no room"):
+    with pytest.raises(Skip, match="too short"):
         Prompt(100, 16, 0.0)
     with pytest.raises(Skip, match="less than a chunk"):
         Passages(4096, 16, 0.001).spans()
@@ -244,7 +244,7 @@ def test_presets_have_the_sizes_of_their_names():
     assert set(PRESETS) - set(billions) == {"llama2-7b-2-layers", "tiny"} and PRESETS["llama2-7b-2-layers"] == cut
 
 
-# The rows of a small sweep; the model's have a test of their own, with a smaller model.
+# The rows of a small sweep; a separate test covers the model's rows with a smaller model.
 SMALL = list(table.entries(Sweep(context=(256,), density=(0.7,)), flex=False, ops=KERNEL_OPS))
 
 
@@ -346,7 +346,7 @@ def test_a_wrong_result_makes_the_exit_code_1(monkeypatch, capsys):
         (["run", "--expand", "2"], "--expand: got 2, needs 0 to 1"),
         (["run", "--k", "0"], "--k: got 0"),
         (["run", "--rounds", "0"], "--rounds: got 0, needs 1 or more"),
-        (["run", "--only", "nothing of the kind"], "no row fits"),
+        (["run", "--only", "nothing of the kind"], "no row matches"),
         (["plot", "missing.json"], "missing.json"),
         (["report", "README.md"], "README.md"),
         (["compare", "a.json", "b.json", "--fail-over", "x"], "--fail-over: got 'x'"),

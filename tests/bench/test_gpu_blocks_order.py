@@ -1,4 +1,4 @@
-"""The blocks of the GPU report that compare orders of programs and ways to decode, rehearsed on the CPU."""
+"""Dry runs of the GPU report's blocks that compare program orders and decode variants."""
 
 import json
 import os
@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
-def rehearse(name, tmp_path):
-    """Return the results of a block, run as the report runs it, by case and contender."""
+def dry_run(name, tmp_path):
+    """Run a block as the report does; return its results by case and contender."""
     file = tmp_path / "results.jsonl"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     for variable in [variable for variable in environment if variable.startswith("PYTEST_")]:
@@ -35,7 +35,7 @@ def rehearse(name, tmp_path):
 
 
 def test_orders(tmp_path):
-    cases = rehearse("grid_order", tmp_path)
+    cases = dry_run("grid_order", tmp_path)
     assert list(cases)[:2] == ["empty kernel", "L2 read"] and cases["L2 read"][None]["bytes_per_s"] > 0
     names = [case.partition(",")[0] for case in list(cases)[2:]]
     assert names == ["passages", "prompt", "causal", "backward of passages"]
@@ -48,7 +48,7 @@ def test_orders(tmp_path):
 
 
 def test_ways_to_decode(tmp_path):
-    cases = rehearse("decode_sweep", tmp_path)
+    cases = dry_run("decode_sweep", tmp_path)
     assert len(cases) == 2
     for found in cases.values():
         assert "SDPA, contiguous keys" in found and len(found) == 4

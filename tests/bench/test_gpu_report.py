@@ -1,4 +1,4 @@
-"""The GPU report: its blocks end in time and whatever became of those before, and it tells what each left behind."""
+"""The GPU report: blocks end in time and run regardless of earlier failures, and the report has what each wrote."""
 
 import csv
 import json
@@ -71,7 +71,7 @@ def test_blocks_are_asked_for_by_name_and_seconds():
     assert {block.name: block.seconds for block in shared} == {"ops": 40, "environment": 15, "tests": 45}
     assert [block.name for block in catalogue.choose([])] == [block.name for block in catalogue.known()]
     for words, total, message in (
-        (["nothing"], None, "--only: got nothing, needs some of environment"),
+        (["nothing"], None, "--only: got nothing, needs one of environment"),
         (["ops="], None, "--only: got nothing for seconds"),
         (["ops=-1"], None, "--only: got -1 for seconds, needs a number above 0"),
         (["ops=40", "tests"], 30, "--seconds: got 30, needs more than the 40 s"),
@@ -105,7 +105,7 @@ def test_the_page_about_the_report_has_every_block():
         ({"block": "a", "case": "b", "median_s": "1"}, "median_s: got '1'"),
         ({"block": "a", "case": "b", "plan_s": -1}, "plan_s: got -1"),
         ({"block": "a", "case": "b", "p20_s": 3.0, "median_s": 2.0, "p80_s": 4.0}, "median_s: got 2, needs 3 to 4"),
-        ({"block": "a", "case": "b", "error": float("nan")}, "error: not a value of JSON"),
+        ({"block": "a", "case": "b", "error": float("nan")}, "error: not a JSON value"),
         ({"block": "a", "case": "b", "status": "good"}, "status: got 'good'"),
         ({"block": "a", "case": "b", "status": "wrong", "error": 1.0, "median_s": 1.0}, "wrong, but has a time"),
         ({"block": "a", "case": "b", "status": "skipped"}, "skipped, but neither reason nor error"),
@@ -129,7 +129,7 @@ def test_results_are_lines_that_fit_the_schema(tmp_path, capsys):
 
 
 def test_a_block_without_time_says_what_it_left_out(tmp_path):
-    """A wrong result has no time, a row that fails does not stop the next, and what no time is left for is named."""
+    """A wrong result has no time, a failing row does not stop the next, and rows out of time are listed."""
     import torch
 
     from bench.engine.case import Case, Entry
@@ -152,7 +152,7 @@ def test_a_block_without_time_says_what_it_left_out(tmp_path):
     path.unlink()
     assert measure_rows(rows[:1], Options("cuda", time.monotonic()), Results("ops", path)) == []
     (line,) = map(json.loads, path.read_text().splitlines())
-    assert (line["status"], line["reason"]) == ("skipped", "the time was over") and not schema.problems(line)
+    assert (line["status"], line["reason"]) == ("skipped", "out of time") and not schema.problems(line)
 
 
 def test_a_report_of_blocks_that_left_little(tmp_path):
@@ -171,7 +171,7 @@ def test_a_report_of_blocks_that_left_little(tmp_path):
     assert report["verdict"].startswith("not ok: environment (failed), ops (out of time), results") and "gluon" in text
     assert len(report["results"]) == 1 and "median_s: got -1, needs seconds" in text and "no driver" in text
     assert "| tests | pool_chunks-triton-float16 | 0 | 1 | 0 |" in text and "worse \\| off" in text
-    assert "Rehearsed" not in text and len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
+    assert "Dry run" not in text and len((tmp_path / "results.jsonl").read_text().splitlines()) == 1
 
 
 def record(op, preset, parameters, contender, **values):
@@ -237,7 +237,7 @@ def test_the_counters_of_ncu_are_read():
 
 
 def test_the_benchmarks_of_the_blocks_have_rows():
-    """What a GPU would measure, listed without one."""
+    """List, without a GPU, what a GPU would measure."""
     from bench.gpu_report.blocks import ops, peers, ttft
 
     rows = [entry.name for entry in ops.entries("cuda")]
@@ -252,8 +252,8 @@ def test_the_benchmarks_of_the_blocks_have_rows():
     assert measured == whole | {("llama2-7b-2-layers", "context=4096", "k=16")}
 
 
-def test_the_rehearsal(tmp_path):
-    """Every block of this checkout on the CPU, and lines that fit the schema."""
+def test_the_dry_run(tmp_path):
+    """Run every block of this checkout on the CPU; all lines fit the schema."""
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     for variable in [name for name in environment if name.startswith("PYTEST_")]:
         del environment[variable]
@@ -275,7 +275,7 @@ def test_the_rehearsal(tmp_path):
     assert len(list(csv.DictReader((tmp_path / "report.csv").open()))) == len(rows)
     text = (tmp_path / "report.md").read_text()
     assert (
-        "no figure here is a GPU's" in text
+        "no figure here is from a GPU" in text
         and "### append_kv" in text
         and "plan + one layer" in text
         and "| tiny | 256 | 16 |" in text

@@ -1,4 +1,4 @@
-"""The Gluon block of the GPU report: its dry run, and that a kernel that hangs costs its time and nothing else."""
+"""The Gluon block of the GPU report: its dry run, and that a hanging kernel costs only its own time."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def test_the_dry_run(tmp_path):
 
 
 def worker(first, right):
-    """Return a worker that hangs at its second check, fails at its third, and times what is right after the fourth."""
+    """Return a worker that hangs at its second check, fails at its third, and times ``right`` after the fourth."""
     return f"""
 import json, sys, time
 def write(**values): print(json.dumps(values), flush=True)
@@ -88,7 +88,7 @@ def test_a_silent_process_is_ended_with_what_it_started():
 
 
 def test_checks_are_for_their_configurations():
-    """On a GPU a plan that its configuration refuses would cost a check."""
+    """Every configuration accepts its check's plan; on a GPU a rejected plan would waste the check."""
     from bench.gpu_report import gluon_cases as cases
 
     named = {name: config for configs in cases.CONFIGS.values() for name, config in configs.items()}
@@ -102,7 +102,7 @@ def test_checks_are_for_their_configurations():
 
 
 def _ends(pid: int) -> bool:
-    """Whether a process that was told to end is gone, or waits to be asked for its exit code, within seconds."""
+    """Return whether a process exits (or becomes a zombie) within seconds."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         try:

@@ -1,6 +1,6 @@
 """The published rows as pytest-benchmark cases: ``pytest -m published tests/bench``.
 
-One benchmark per row, for ours and for the first peer; a result that differs from float64 fails.
+Each row has two benchmarks, refrag_kernels and the first peer. A result that differs from float64 fails.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bench.cases.ops import KERNEL_OPS  # noqa: E402
 from bench.engine.case import Entry, Skip, error_of  # noqa: E402
 from bench.engine.run import OURS  # noqa: E402
 
-# flex_attention takes half a minute a shape to compile: `python -m bench run` has it.
+# Without flex_attention, which takes half a minute per shape to compile: `python -m bench run` includes it.
 ENTRIES = table.published(flex=False, ops=KERNEL_OPS)
 
 

@@ -1,4 +1,4 @@
-"""A Triton cache is packed on one machine and taken on another, in another folder."""
+"""A Triton cache packed on one machine works on another, in a different folder."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 from bench.gpu_report import triton_cache
 
 ROOT = Path(__file__).parents[2]
-# Compile a kernel for a GPU that is not there, in a process of its own: Triton reads its options at import.
+# Compiles a kernel for a GPU that is not present, in a new process, since Triton reads its options at import.
 PROGRAM = """
 import sys, time, torch
 from bench.gpu_report import triton_cache
@@ -65,7 +65,7 @@ def test_the_command_line(tmp_path):
 
 
 def test_blocks_make_their_launches_without_a_gpu(monkeypatch):
-    """What would be compiled beforehand, recorded: real shapes, of which the largest are left out here."""
+    """Record the launches that would be precompiled, with real shapes except for the largest."""
     from bench.gpu_report import catalogue, pretended
     from bench.static.ahead_of_time import record
 

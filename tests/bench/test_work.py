@@ -1,4 +1,4 @@
-"""Counts of the work that kernels issue, against plain loops and flex_attention's block mask; the model of floors."""
+"""Counts of issued work against plain loops and flex_attention's block mask; the model of minimum times."""
 
 import dataclasses
 
@@ -26,19 +26,19 @@ def small():
 
 
 def test_the_goal_of_passages_at_12_percent():
-    """At most 1.35 times what is needed, and at most half of what blocks of 128 issue."""
+    """The work issued is at most 1.35 times the work needed, and at most half that of 128 x 128 blocks."""
     for group in (1, 4):
         problem = PROBLEMS["passages of 128, 2048 rows, 12.0%", group]
         plan, dense = problem.plan(), problem.dense()
         needed = int(dense.sum())
         assert needed / dense.numel() == pytest.approx(0.12, abs=0.002)
-        for ours in (work.by_plan(plan), work.by_triton(plan, problem.group, problem.width)):
+        for ours in (work.by_plan(plan), work.by_triton(plan, problem.group, problem.head_dim)):
             assert needed <= ours <= 1.35 * needed and ours <= work.by_blocks(dense, 128) / 2
 
 
 @pytest.mark.parametrize(("length", "ratio"), [(8, 2), (16, 1), (32, 1)])
 def test_short_chunks_have_tiles_of_their_own(length, ratio):
-    """Chunks of 8 share the 16 rows of a matrix instruction by twos; longer ones issue what they need."""
+    """Two chunks of 8 share the 16 rows of a matrix instruction; longer chunks issue exactly what they need."""
     problem = PROBLEMS[f"encoder, {2048 // length} chunks of {length}", 1]
     plan, needed = problem.plan(), 2048 * length
     assert int(problem.dense().sum()) == needed
@@ -47,7 +47,7 @@ def test_short_chunks_have_tiles_of_their_own(length, ratio):
 
 
 def test_chunks_of_uneven_lengths_have_tiles_of_their_own():
-    """They begin inside blocks of 16 rows; issued are the tiles of 16 by 16 that hold an allowed pair, no more."""
+    """They start inside blocks of 16 rows; only the 16 x 16 tiles with an allowed pair are issued."""
     problem = PROBLEMS["encoder, 85 chunks of 16 to 32", 1]
     plan = problem.plan()
     for group in (1, 2, 4, 8):
@@ -68,7 +68,7 @@ def test_blocks_at_the_edge():
 
 @pytest.mark.parametrize("heads", [(1, 4, 32), (4, 1, 64), (3, 4, 64)])
 def test_triton_by_a_walk_over_its_lists(small, heads):
-    """The steps that the kernel's two loops take for each tile, one by one."""
+    """Count the iterations of the kernel's two loops for each tile, one by one."""
     group, blocks, _ = heads
     plan = small.plan()
     units, ranges, _ = tile_lists.tensors_of(plan.tiles, tile_lists.TileList(False, blocks))
@@ -77,19 +77,19 @@ def test_triton_by_a_walk_over_its_lists(small, heads):
         (first_range, first_entry), (last_range, last_entry) = units[tile : tile + 2, :2].tolist()
         steps = sum(len(range(*ranges[index].tolist(), 64)) for index in range(first_range, last_range))
         steps += len(range(first_entry, last_entry, 4))
-        filled = {1: 1, 3: 3, 4: 4}[group]  # heads of the tiles that serve a group
+        filled = {1: 1, 3: 3, 4: 4}[group]  # heads in a group's tiles
         pairs += steps * 64 * 16 * blocks * filled
     assert work.by_triton(plan, group, 64) == pairs / group
     assert pairs / group >= int(small.dense().sum())
 
 
 def test_flashinfer_by_hand():
-    """Two blocks: 20 rows that see 40 keys, 3 rows that see 10; the mean of 11.5 rows takes tiles of 16."""
+    """Two blocks: 20 rows that attend to 40 keys, 3 rows to 10; the mean of 11.5 rows selects tiles of 16."""
     dense = torch.zeros(23, 40, dtype=torch.bool)
     dense[:20] = True
     dense[20:, :10] = True
     assert work.by_flashinfer(dense, 1, 64) == 32 * 48 + 16 * 16
-    # With 4 heads a key the mean is 46: tiles of 64, 80 rows take two of them.
+    # With 4 heads per key the mean is 46, which selects tiles of 64; 80 rows need two of them.
     assert work.by_flashinfer(dense, 4, 64) == (128 * 48 + 64 * 16) / 4
 
 
@@ -112,7 +112,7 @@ def test_work_of_a_layer_by_hand():
     found = roofline.attention("full", plan, shape)
     assert found.flops == 2 * 2 * 64 * 64 * 32 * 128
     tensors = 4 * 64 * 32 * 128 * 2 + 64 * 32 * 4  # q, k, v, out; lse
-    assert tensors < found.bytes < tensors + 10_000  # and the plan
+    assert tensors < found.bytes < tensors + 10_000  # plus the plan
     prompt = Prompt(16 * 8 + 128, 16, 0.0)  # 8 slots, 128 rows of text
     mixed = roofline.assembly(prompt, shape)
     assert mixed.flops == 2 * 8 * (1024 * 4096 + 4096 * 4096)

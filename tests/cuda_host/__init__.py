@@ -1,1 +1,1 @@
-"""The CUDA C++ kernels without a GPU: their source on the CPU, and their machine code."""
+"""Tests of the CUDA C++ kernels without a GPU: their source compiled for the CPU, and their machine code."""

@@ -15,9 +15,9 @@ const char* run(const AttentionParams& params, const AttentionGrid& grid) {
 
 }  // namespace
 
-// pointers: q, k, v, out, lse, sinks, then the plan's first nine tensors without q_row_block and kv_row_block. strides: q,
-// k, v, each of rows and heads. counts: rows of q, rows of k, query blocks, query heads, key/value heads, then the order:
-// heads of a section, and blocks of threads ahead of the first one.
+// pointers: q, k, v, out, lse, sinks, then the plan's first nine tensors without q_row_block and kv_row_block. strides: row
+// and head strides of q, k and v. counts: rows of q, rows of k, query blocks, query heads, key/value heads, then the order:
+// heads per section, and the number of CTAs that precede the first section.
 extern "C" const char* mixed_attention(Element element, int width, int tiles, const void* const* pointers,
                                        const int64_t* strides, const int* counts, float scale, float softcap) {
   AttentionParams params = {};
@@ -57,8 +57,8 @@ extern "C" const char* mixed_attention(Element element, int width, int tiles, co
   return "no such kernel";
 }
 
-// sizes: query blocks, key/value heads, query heads of each, heads of a section, blocks of threads ahead of the first. Writes
-// the place of each block of threads, in the order of their numbers.
+// sizes: query blocks, key/value heads, query heads per key/value head, heads per section, CTAs that precede the first
+// section. Writes the place of each CTA, in the order of CTA indices.
 namespace {
 struct PlacesParams {
   AttentionParams attention;
@@ -80,7 +80,7 @@ extern "C" const char* places(const int* sizes, int* found) {
   return cuda_host::launch(places_kernel, dim3(grid.x, grid.y), dim3(1), 0, params);
 }
 
-// What the launcher takes where a multiprocessor has that much shared memory.
+// Returns the launcher's choice for a multiprocessor with that much shared memory.
 extern "C" int attention_tiles(int width, int multiprocessor, int reserved) {
   const SharedLimits limits = {multiprocessor, reserved};
   return width == 64 ? attention_tiles<64>(limits) : width == 96 ? attention_tiles<96>(limits) : attention_tiles<128>(limits);

@@ -1,13 +1,13 @@
-// Runs the blocks of a launch one after another, each thread of a block on a fiber of its own.
+// Runs the CTAs of a launch one after another, each thread of a CTA on its own fiber.
 //
-// A thread runs until it waits: at a barrier of its block, or at an instruction that its whole warp takes part in. What a
-// kernel gets away with on a GPU by luck is made to show:
-// - a warp runs as far as it can before another one starts, in an order that the caller chooses;
-// - a warp's instruction is carried out by the last lane of its mask to come, and all of these must be at the same one;
-// - asynchronous copies happen as late as their wait allows, or at once, as the caller chooses;
-// - shared memory starts as NaN in every block, and is an allocation of exactly the size that was asked for;
-// - a barrier that some threads never reach ends the launch with a message, and so does a misaligned copy;
-// - ThreadSanitizer takes the threads for threads (watch.h): what no barrier orders is a race, however it came out.
+// A thread runs until it waits at a barrier of its CTA or at a warp-wide instruction. Errors that may go unnoticed on a GPU
+// are made visible:
+// - a warp runs as far as it can before another one starts, in an order chosen by the caller;
+// - the last lane of the mask to arrive executes a warp instruction, and all lanes must be at the same instruction;
+// - asynchronous copies happen as late as their wait allows, or immediately, as chosen by the caller;
+// - shared memory starts as NaN in every CTA, in an allocation of exactly the requested size;
+// - a barrier that some threads never reach stops the launch with a message, and so does a misaligned copy;
+// - ThreadSanitizer treats fibers as threads (watch.h): accesses not ordered by a barrier are a race, whatever the result.
 #pragma once
 
 #include <algorithm>
@@ -53,20 +53,20 @@ struct Copy {
 struct Thread {
   Fiber fiber;
   State state;
-  const char* instruction;  // where the lane waits for its warp, and with whom
+  const char* instruction;  // where the lane waits for its warp, and for which lanes
   unsigned mask;
   void* operands;
-  int barriers;                          // of the block that it has come to
-  int votes;                             // of the block that it has taken part in
-  std::vector<Copy> open;                // copies of no group yet
-  std::deque<std::vector<Copy>> groups;  // copies whose wait is still to come
+  int barriers;                          // barriers of the CTA that the thread has reached
+  int votes;                             // votes of the CTA that the thread has joined
+  std::vector<Copy> open;                // copies that are not committed to a group
+  std::deque<std::vector<Copy>> groups;  // groups that have not been waited for
 };
 
 inline std::unique_ptr<Thread[]> threads;
 inline int num_threads = 0;
 inline int current = 0;
 inline char* shared = nullptr;
-inline int found[3];  // by votes of the block
+inline int found[3];  // results of the CTA's votes
 inline size_t shared_bytes = 0;
 inline std::function<void()> body;
 inline std::string error;
@@ -80,7 +80,7 @@ CUDA_HOST_UNSEEN inline void wait(State state) {
   HostWork::interrupt([] { threads[current].fiber.suspend(); });
 }
 
-// Ends the launch; called on a fiber, which never goes on.
+// Ends the launch; called on a fiber, which is never resumed.
 [[gnu::format(printf, 1, 2)]] inline void fail(const char* format, ...) {
   char text[256];
   va_list arguments;
@@ -91,7 +91,7 @@ CUDA_HOST_UNSEEN inline void wait(State state) {
   wait(State::failed);
 }
 
-// What the lanes of `mask` do at once. `all` gets their operands, null for other lanes; the last lane to come calls it.
+// Runs an instruction of the lanes in `mask`. The last lane to arrive calls `all` with their operands, null for others.
 template <class Operands, class All>
 void with_warp(const char* instruction, unsigned mask, Operands& operands, All all) {
   HostWork work;
@@ -133,7 +133,7 @@ inline void check_shared(const void* pointer, const char* what) {
   if (reinterpret_cast<uintptr_t>(pointer) % 16) fail("%s at a shared address that is no multiple of 16", what);
 }
 
-// A copy as ThreadSanitizer is to see it: noted when it is issued and when it is waited for, for it may happen at either.
+// Reports a copy to ThreadSanitizer, when it is issued and when it is waited for, since it may happen at either time.
 inline void note(const Copy& copy) {
   if (copy.valid) note_read(copy.from, 16);
   note_write(copy.to, 16);
@@ -165,7 +165,7 @@ inline void entry() {
   }
 }
 
-// Runs the threads of a warp until none of them can go on alone. Returns whether one did.
+// Runs the threads of a warp until all of them wait. Returns whether any thread ran.
 inline bool run_warp(const std::vector<int>& lanes) {
   bool any = false;
   for (bool again = true; again;) {
@@ -236,7 +236,7 @@ inline void run_block(std::mt19937& random) {
   }
 }
 
-// In one piece of exactly this size, so that AddressSanitizer sees an access beyond it.
+// A single allocation of exactly this size, so that AddressSanitizer detects accesses beyond it.
 using SharedMemory = std::unique_ptr<char, void (*)(void*)>;
 inline SharedMemory allocate_shared(size_t bytes) {
   void* memory = nullptr;
@@ -244,7 +244,7 @@ inline SharedMemory allocate_shared(size_t bytes) {
   return {static_cast<char*>(memory), std::free};
 }
 
-// Stands in for kernel<<<grid, block, bytes>>>(params); returns what went wrong, or null.
+// Equivalent of kernel<<<grid, block, bytes>>>(params); returns an error message, or null.
 template <class Params>
 const char* launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t bytes, const Params& params) {
   look_away();
@@ -262,7 +262,7 @@ const char* launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t bytes, 
     for (unsigned y = 0; y < grid.y && error.empty(); ++y) {
       for (unsigned x = 0; x < grid.x && error.empty(); ++x) {
         blockIdx = dim3(x, y, z);
-        // Blocks run at once as far as ThreadSanitizer is concerned, so none gets the memory of another.
+        // To ThreadSanitizer CTAs run concurrently, so none may reuse another's memory.
         if (memory.empty() || kWatched) memory.push_back(allocate_shared(bytes));
         shared = memory.back().get();
         run_block(random);
@@ -282,7 +282,7 @@ const char* launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t bytes, 
 }  // namespace cuda_host
 
 inline void __syncthreads() {
-  // Two addresses of the block in turn: a thread that is at the next barrier already has no part in this one.
+  // Alternate between two addresses: a thread that already waits at the next barrier must not release this one.
   void* meeting = cuda_host::shared + cuda_host::threads[cuda_host::current].barriers++ % 2;
   cuda_host::release(meeting);
   cuda_host::wait(cuda_host::State::block);
@@ -290,7 +290,7 @@ inline void __syncthreads() {
 }
 
 inline int __syncthreads_or(int predicate) {
-  // A vote's place is cleared by those who have come to the next one, and all of them have read the one before.
+  // Threads clear the slot of the previous vote once they reach the next one, when every thread has read it.
   auto& found = cuda_host::found;
   const int vote = cuda_host::threads[cuda_host::current].votes++ % 3;
   if (predicate) found[vote] = 1;

@@ -1,4 +1,4 @@
-// Stands in for the CUDA runtime on a CPU: what csrc/cuda/device.cuh includes in place of CUDA's own headers.
+// A CUDA runtime on the CPU, which csrc/cuda/device.cuh includes in place of CUDA's headers.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@ struct alignas(16) int4 {
 };
 inline int2 make_int2(int x, int y) { return {x, y}; }
 
-// Conversions round to nearest even and keep NaN, as those of cuda_fp16.h and cuda_bf16.h do.
+// Conversions round to nearest even and keep NaN, as in cuda_fp16.h and cuda_bf16.h.
 struct __half {
   _Float16 value;
 };
@@ -61,7 +61,7 @@ inline void __syncwarp(unsigned mask = cuda_host::kAllLanes) {
   cuda_host::acquire(&meeting);
 }
 
-// Shuffles and votes order no accesses to memory, here as on a GPU.
+// As on a GPU, shuffles and votes do not order memory accesses.
 namespace cuda_host {
 
 template <class T>
@@ -81,7 +81,7 @@ T shuffle(const char* instruction, unsigned mask, T value, int lane) {
   return mine.out;
 }
 
-// Reduces one value of each lane of the mask; these get the result.
+// Reduces one value per lane of the mask; these lanes get the result.
 template <class T, class Add>
 T reduce(const char* instruction, unsigned mask, T value, Add add) {
   struct Operands {
@@ -165,8 +165,8 @@ void wait_copies() {
 
 namespace host {
 
-// ldmatrix: lane 8 j + r names row r of matrix j; lane l gets, of each matrix, two neighbours of row l / 4, or with
-// `transposed` of column l / 4.
+// ldmatrix: lane 8 j + r passes the address of row r of matrix j; lane l gets, from each matrix, two adjacent elements of
+// row l / 4, or of column l / 4 if `transposed`.
 inline void load_matrices(const char* instruction, uint32_t (&to)[4], const void* row, bool transposed) {
   struct Operands {
     uint32_t* to;
@@ -204,8 +204,8 @@ inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
   host::load_matrices("ldmatrix.trans", to, row, true);
 }
 
-// mma.m16n8k16. Lane l holds of a the rows l / 4 and l / 4 + 8, of b the column l / 4; registers alternate between rows
-// first, and between the halves of the inner dimension second.
+// mma.m16n8k16. Lane l holds rows l / 4 and l / 4 + 8 of a, and column l / 4 of b; registers alternate first between the
+// rows, and then between the halves of the inner dimension.
 template <class T>
 void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Operands {

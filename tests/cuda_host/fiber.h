@@ -1,4 +1,4 @@
-// One stack per thread of a block, and the switch between stacks.
+// One stack per thread of a CTA, and the switch between stacks.
 #pragma once
 
 #include <cstddef>
@@ -18,8 +18,8 @@
 namespace cuda_host {
 
 #ifdef __x86_64__
-// Saves what a call must keep and the stack pointer, and goes on on another stack. swapcontext of the C library does the
-// same with a system call each time, which takes 20 times as long.
+// Saves the callee-saved registers and the stack pointer, and continues on another stack. The C library's swapcontext does
+// the same with a system call each time, which takes 20 times as long.
 extern "C" __attribute__((visibility("hidden"))) void cuda_host_switch(void** save, void* load);
 asm(R"(
 .text
@@ -68,7 +68,7 @@ class Fiber {
     scheduler_thread_ = __tsan_get_current_fiber();
 #endif
 #ifdef __x86_64__
-    // Stacks at one distance from each other would all use the same few sets of the cache.
+    // Stagger the stacks: evenly spaced ones would map to the same few cache sets.
     auto top = reinterpret_cast<uintptr_t>(stack_) + kStackBytes - number % 32 * 256;
     auto* words = reinterpret_cast<void**>(top & ~uintptr_t{15});
     words[-1] = nullptr;
@@ -82,7 +82,7 @@ class Fiber {
 #endif
   }
 
-  // From the scheduler to the fiber.
+  // Switches from the scheduler to the fiber.
   CUDA_HOST_UNSEEN void resume() {
 #if defined(__SANITIZE_ADDRESS__)
     void* fake = nullptr;
@@ -101,7 +101,7 @@ class Fiber {
 #endif
   }
 
-  // From the fiber to the scheduler.
+  // Switches from the fiber to the scheduler.
   CUDA_HOST_UNSEEN void suspend() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(nullptr, scheduler_stack_, scheduler_bytes_);
@@ -117,7 +117,7 @@ class Fiber {
     arrive();
   }
 
-  // The first thing that runs on a fiber's stack.
+  // Must run first on a fiber's stack.
   void arrive() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack_, &scheduler_bytes_);

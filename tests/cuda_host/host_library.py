@@ -1,4 +1,4 @@
-"""Compile the device headers of csrc/cuda for this machine's CPU, and call them with torch's CPU tensors."""
+"""Compile the device headers of csrc/cuda for the CPU, and call them with CPU tensors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CACHE = ROOT / "build" / "cuda_host"
-ALL = os.environ.get("REFRAG_GPU_PROOF") == "all"  # make test-gpu-proof; make test runs a sample
-# The folder of cuda/*.cuh. Tests of the checkers put a broken copy in its place.
+ALL = os.environ.get("REFRAG_GPU_PROOF") == "all"  # set by make test-gpu-proof; make test runs a sample
+# The folder of cuda/*.cuh. Tests of the checkers replace it with a broken copy.
 SOURCES = Path(os.environ.get("REFRAG_KERNELS_CUDA_SOURCES", ROOT / "csrc"))
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -36,7 +36,7 @@ def sanitizer_flags(sanitizer: str) -> list[str]:
 
 
 def compile_library(source: Path, *extra: str) -> Path:
-    """Compile one file of C functions, unless a build of the same sources with the same flags is there."""
+    """Compile a file of C functions, unless a build of the same sources with the same flags exists."""
     sanitize = os.environ.get("REFRAG_KERNELS_SANITIZE", "")
     flags = [*shlex.split(_FLAGS), f"-I{HERE}", f"-I{SOURCES}", *extra]
     if sanitize:
@@ -59,12 +59,12 @@ def compile_library(source: Path, *extra: str) -> Path:
 
 @functools.cache
 def load(name: str) -> ctypes.CDLL:
-    """Return the library of ``name``.cpp, compiled when that is needed."""
+    """Return the library of ``name``.cpp, compiling it if needed."""
     return ctypes.CDLL(str(compile_library(HERE / f"{name}.cpp")))
 
 
 def compile_torch_library(source: Path, *extra: str) -> Path:
-    """Compile a file of torch ops that includes csrc/cuda/launch.h, with a runtime of our own in place of CUDA's."""
+    """Compile a file of torch ops that includes csrc/cuda/launch.h, with our own runtime in place of CUDA's."""
     root = Path(torch.__file__).parent
     target = "0x{:02x}{:02x}000000000000ULL".format(*runpy.run_path(str(ROOT / "setup.py"))["target_torch"]())
     flags = [f"-I{HERE / 'fake_runtime'}", "-isystem", str(root / "include"), "-DUSE_CUDA", *extra]
@@ -73,11 +73,11 @@ def compile_torch_library(source: Path, *extra: str) -> Path:
 
 
 class LaunchError(RuntimeError):
-    """A launch that the host ended, such as one with divergent barriers."""
+    """Raised for a launch that the host aborted, for example because of divergent barriers."""
 
 
 def call(library: ctypes.CDLL, function: str, *args) -> None:
-    """Call a C function that returns null or what went wrong. Tensors go as their addresses, lists as C arrays."""
+    """Call a C function that returns null or an error message. Tensors are passed as addresses, lists as C arrays."""
     entry = getattr(library, function)
     entry.restype = ctypes.c_char_p
     error = entry(*map(_argument, args))
@@ -95,7 +95,7 @@ def _argument(value):
     if isinstance(value, float):
         return ctypes.c_float(value)
     if isinstance(value, int):
-        return ctypes.c_int64(value)  # as good as an int in a register
+        return ctypes.c_int64(value)  # also valid for an int in a register
     if isinstance(value, torch.dtype):
         return ctypes.c_int(ELEMENTS[value])
     return value
@@ -118,7 +118,7 @@ def ints(values: Sequence[int]) -> ctypes.Array:
 def options(
     library: ctypes.CDLL, order: str = "forward", *, seed: int = 0, early_copies: bool = False
 ) -> Iterator[None]:
-    """Run the threads of blocks in another order, or copy at the earliest moment instead of the latest."""
+    """Set the order of a CTA's threads, and whether copies happen as early or as late as possible."""
     library.set_options(ORDERS.index(order), seed, early_copies)
     try:
         yield
@@ -130,14 +130,14 @@ def guarded(tensor: torch.Tensor) -> torch.Tensor:
     """Return a copy of ``tensor`` within a larger allocation, for ``check_guard``."""
     bytes_ = tensor.numel() * tensor.element_size()
     storage = torch.full((bytes_ + 256,), 0xFF, dtype=torch.uint8)
-    start = -storage.data_ptr() % 64 + 64  # whatever the allocator gives, the view starts at a multiple of 64 bytes
+    start = -storage.data_ptr() % 64 + 64  # the view is 64-byte aligned, whatever the allocator returns
     view = storage[start : start + bytes_].view(tensor.dtype).view(tensor.shape)
     view.copy_(tensor)
     return view
 
 
 def check_guard(tensor: torch.Tensor) -> None:
-    """Raise AssertionError if something was written around a tensor that ``guarded`` made."""
+    """Raise AssertionError if memory around a tensor from ``guarded`` was written."""
     storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     first = tensor.storage_offset() * tensor.element_size()
     last = first + tensor.numel() * tensor.element_size()

@@ -1,4 +1,4 @@
-// csrc/cuda/launch.h with a runtime whose calls fail as they are told to: what becomes of their errors in Python.
+// csrc/cuda/launch.h with a runtime whose calls fail on request, to test how errors reach Python.
 #include <cuda_runtime.h>  // fake_runtime/
 
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,7 @@ struct Params {
 };
 void some_kernel(Params) {}
 
-// What of the calls fails, and the bytes of shared memory to ask for.
+// `call` names the runtime call that fails; `shared_bytes` is the shared memory to request.
 std::string launch_some_kernel(std::string call, int64_t shared_bytes) {
   fake_runtime::reset(call);
   refrag::cuda::launch("some_op", "some_kernel", some_kernel, dim3(3, 2), dim3(64), static_cast<int>(shared_bytes), nullptr,

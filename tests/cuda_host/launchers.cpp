@@ -1,4 +1,4 @@
-// A launcher of csrc/cuda as it is, registered for the CPU, and the kernels that it starts.
+// An unmodified launcher of csrc/cuda, registered for the CPU, and the kernels that it launches.
 #include "entry.h"
 
 #include <cuda_runtime.h>  // fake_runtime/
@@ -8,7 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-// What is another thing on the host: its one device needs not be made the current one, and has no streams.
+// Replacements for the host, which has one device, always current, and no streams.
 namespace torch::stable::accelerator {
 struct HostGuard {
   explicit HostGuard(int32_t) {}

@@ -1,4 +1,4 @@
-// A small pipelined product, right in one version and wrong in one way in each of the others: what the host must catch.
+// A small pipelined matmul: one correct version, and others with one fault each that the host emulation must detect.
 #include "entry.h"
 
 #include <cstdio>
@@ -11,10 +11,10 @@ using namespace refrag::cuda;
 
 enum class Fault {
   none,
-  no_barrier_after_copies,   // reads what other threads copied, without waiting for them
-  no_barrier_before_copies,  // copies into what other threads still read
-  no_wait,                   // reads copies that are not there
-  wrong_fragment,            // exchanges the rows of the left factor with its columns
+  no_barrier_after_copies,   // reads other threads' copies without waiting for them
+  no_barrier_before_copies,  // overwrites data that other threads still read
+  no_wait,                   // reads copies that have not arrived
+  wrong_fragment,            // swaps rows and columns of the left operand
   divergent_barrier,
   divergent_warp,
   misaligned_copy,
@@ -22,7 +22,7 @@ enum class Fault {
   early_exit,
   global_out_of_bounds,
   shared_out_of_bounds,
-  // Of the mask of a warp's instruction:
+  // Faults in the mask of a warp instruction:
   mask_without_own_lane,
   masks_that_differ,
   mask_of_absent_lanes,
@@ -40,12 +40,12 @@ constexpr int kThreads = 64;
 constexpr int kStageBytes = (16 + 32) * 16 * 2;
 constexpr int kSharedBytes = 2 * kStageBytes;
 
-// Row `row` of a stage, columns 8 * chunk and on: 16 rows of the left factor, then 32 of the right one.
+// Row `row` of a stage from column 8 * chunk on: 16 rows of the left operand, then 32 of the right one.
 __device__ unsigned char* place(int stage, int row, int chunk) {
   return shared_memory() + stage * kStageBytes + row * 32 + chunk * 16;
 }
 
-// Nothing in the right version: the lanes of each half of a warp, one half after the other, swap their values twice.
+// A no-op if correct: in each half of a warp in turn, the lanes swap their values twice.
 template <Fault kFault>
 __device__ void exchange(float& value, int lane) {
   const bool upper = lane >= 16;
@@ -61,7 +61,7 @@ template <Fault kFault>
 __global__ void product_kernel(Params params) {
   const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
   const auto copy = [&](int stage, int column) {
-    // Every thread copies for the other warp.
+    // Every thread copies data for the other warp.
     for (int i = kThreads - 1 - thread; i < 48 * 2; i += kThreads) {
       const int row = i / 2, chunk = i % 2;
       const __half* from = row < 16 ? params.left + row * params.inner : params.right + (row - 16) * params.inner;
@@ -140,7 +140,7 @@ extern "C" const char* product(Fault fault, const __half* left, const __half* ri
   return "no such fault";
 }
 
-// As a program of its own, for sanitizers.
+// A standalone program for the sanitizers.
 #ifdef REFRAG_CUDA_HOST_MAIN
 int main(int, char** arguments) {
   constexpr int kInner = 64;

@@ -13,7 +13,7 @@ const char* attend(PagedParams params, int kv_heads, int splits, std::vector<flo
                    std::vector<float>& split_lse) {
   PagedGrid grid = divide_paged(params, kv_heads);
   if (splits) {
-    // As if there were more keys: the launcher splits none of a test's size.
+    // Force splits as for a longer sequence: the launcher does not split problems of a test's size.
     const int capacity = params.max_pages * params.page_size;
     params.split_keys = (capacity / splits + kSplitGranularity) / kSplitGranularity * kSplitGranularity;
     params.splits = grid.z = splits;
@@ -35,9 +35,9 @@ const int32_t* int32s(const void* pointer) { return static_cast<const int32_t*>(
 
 }  // namespace
 
-// pointers: q, k_pages, v_pages, page_table, kv_lengths, q_offsets, indptr, ranges, sinks, out, lse. strides: q of rows and
-// heads; k and v of pages, rows and heads; the table. counts: rows, query heads, sequences, pages, page size, pages of a
-// sequence, ranges, key/value heads. splits: 0 for what the launcher takes.
+// pointers: q, k_pages, v_pages, page_table, kv_lengths, q_offsets, indptr, ranges, sinks, out, lse. strides: row and head
+// of q; page, row and head of k and v; row of the table. counts: rows, query heads, sequences, pages, page size, pages per
+// sequence, ranges, key/value heads. splits: 0 for the launcher's choice.
 extern "C" const char* paged_attention(Element element, int width, int warps, const void* const* pointers, const int64_t* strides,
                                        const int* counts, float scale, float softcap, int window_left, int splits) {
   PagedParams params = {};
@@ -83,7 +83,7 @@ extern "C" const char* paged_attention(Element element, int width, int warps, co
   return "not built";
 }
 
-// What the launcher takes where a multiprocessor has that much shared memory.
+// Returns the launcher's choice for a multiprocessor with that much shared memory.
 extern "C" int paged_warps(int width, int multiprocessor, int reserved) {
   const SharedLimits limits = {multiprocessor, reserved};
   return width == 64 ? paged_warps<64>(limits) : width == 96 ? paged_warps<96>(limits) : paged_warps<128>(limits);

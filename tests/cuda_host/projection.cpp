@@ -1,4 +1,4 @@
-// The skinny projection and the assembly of embed_mixed on the host.
+// The small-M projection and the assembly of embed_mixed on the host.
 #include "entry.h"
 
 #include "cuda/projection_kernels.cuh"

@@ -1,5 +1,5 @@
-"""What the CUDA kernels of the built library take, read from its machine code: no spills, as many blocks of threads on
-a multiprocessor as the kernels are laid out for, 16-byte accesses and matrix instructions. No GPU is needed."""
+"""Resources of the built CUDA kernels, read from their machine code: no spills, the intended occupancy, 16-byte
+accesses and matrix instructions. No GPU is needed."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def kernels(binaries):
     found = resources.read(binaries)
     if not found and not HAS_NVCC:
         pytest.skip("built without CUDA kernels: nvcc was not found")
-    assert found, f"nvcc is there, but {binaries} hold no CUDA kernels: build them again"
+    assert found, f"nvcc is installed, but {binaries} have no CUDA kernels: rebuild"
     return found
 
 
@@ -49,9 +49,9 @@ def test_no_kernel_spills(kernels):
     assert [kernel for kernel in kernels if kernel.stack] == []
 
 
-def test_as_many_blocks_at_once_as_laid_out(kernels):
+def test_occupancy_is_as_intended(kernels):
     assert [k for k in kernels if k.chosen and k.occupancy < k.configuration.blocks] == []
-    # Shared memory comes from the launch only, see csrc/cuda/device.cuh.
+    # Kernels use only dynamic shared memory, see csrc/cuda/device.cuh.
     assert all(kernel.static_shared == 0 for kernel in kernels)
 
 
@@ -71,13 +71,13 @@ def test_the_page_is_up_to_date(binaries):
 
 
 def accesses(counts, instruction: str, size: int) -> int:
-    """Return how many loads or stores move ``size`` bytes a thread at once."""
+    """Count the loads or stores of ``size`` bytes per thread."""
     return sum(n for name, n in counts.items() if re.match(rf"{instruction}\.E\.(\w+\.)*{8 * size}\b", name))
 
 
 def test_machine_code(kernels, binaries):
-    """Read the instructions: what passes through shared memory is copied 16 bytes at a time by cp.async, what passes
-    through registers is loaded and stored so, products are the matrix units', and nothing is in local memory."""
+    """Copies to shared memory use 16-byte cp.async, loads and stores through registers are 16 bytes, matrix products
+    use tensor cores, and nothing uses local memory."""
     for architecture in {kernel.architecture for kernel in kernels}:
         instructions = resources.instructions(architecture, binaries)
         for kernel in (kernel for kernel in kernels if kernel.architecture == architecture):
@@ -96,12 +96,12 @@ def test_machine_code(kernels, binaries):
             else:
                 wide = kernel.numbers != (1,) and not {"2 bytes", "4 bytes"} & set(kernel.types)
                 assert (accesses(counts, "LDG", 16) > 0) == wide, kernel
-                if kernel.name != "merge_splits_kernel":  # whose four sums a thread become 16-bit elements
+                if kernel.name != "merge_splits_kernel":  # each thread's four sums become 16-bit elements
                     assert (accesses(counts, "STG", 16) > 0) == wide, kernel
 
 
 def test_sizes_and_choices_are_those_of_the_headers(tmp_path):
-    """The table of configurations is written here; the headers compute the same."""
+    """The table of configurations equals what the headers compute."""
     source = tmp_path / "sizes.cpp"
     sizes = {
         "mixed_attention_kernel": "AttentionShared<{}>::kBytes",

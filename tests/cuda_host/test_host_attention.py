@@ -1,4 +1,4 @@
-"""mixed_attention's CUDA kernel, run on the CPU thread by thread, against float64."""
+"""mixed_attention's CUDA kernel, run thread by thread on the CPU, against float64."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ from tests.support.nonfinite import spoilt_problem
 
 pytestmark = pytest.mark.device_code
 
-# Head width, and tiles of a stage: fewer than 4 where a multiprocessor has 100 KB of shared memory only.
+# head_dim, and tiles per stage: fewer than 4 on multiprocessors with only 100 KB of shared memory.
 VARIANTS = [
     (torch.bfloat16, 64, 4),
     (torch.float16, 64, 4),
@@ -26,17 +26,26 @@ VARIANTS = [
     (torch.bfloat16, 128, 4),
     (torch.float16, 128, 2),
 ]
-HEADS = [(1, 1), (2, 1), (1, 2), (2, 3), (1, 4), (1, 7), (1, 8), (1, 12)]  # key/value heads, query heads of each
+HEADS = [
+    (1, 1),
+    (2, 1),
+    (1, 2),
+    (2, 3),
+    (1, 4),
+    (1, 7),
+    (1, 8),
+    (1, 12),
+]  # key/value heads, query heads per key/value head
 
 
-def make_problem(seed, plan_problem, dtype, width, heads, *, softcap=None, sinks=False) -> AttentionProblem:
+def make_problem(seed, plan_problem, dtype, head_dim, heads, *, softcap=None, sinks=False) -> AttentionProblem:
     generator = torch.Generator().manual_seed(seed)
     kv_heads, q_heads = heads[0], heads[0] * heads[1]
-    pad = 8 * (seed % 2)  # every other problem has strides of its own
+    pad = 8 * (seed % 2)  # every other problem has padded strides
 
     def rows(count: int, heads: int) -> torch.Tensor:
-        storage = torch.randn(count, heads + (pad > 0), width + pad, generator=generator).to(dtype)
-        return storage[:, :heads, :width]
+        storage = torch.randn(count, heads + (pad > 0), head_dim + pad, generator=generator).to(dtype)
+        return storage[:, :heads, :head_dim]
 
     tokens, keys = plan_problem.layout.total_rows, plan_problem.keys.total_rows
     q, k, v = rows(tokens, q_heads), rows(keys, kv_heads), rows(keys, kv_heads)
@@ -45,7 +54,7 @@ def make_problem(seed, plan_problem, dtype, width, heads, *, softcap=None, sinks
 
 
 def run(problem: AttentionProblem, tiles: int, plan: rk.AttentionPlan | None = None, of=TILES_FIRST, **options):
-    """Return out and lse of the kernel, whose blocks of threads go by the order ``of``."""
+    """Return out and lse of the kernel, whose CTAs run in the order ``of``."""
     library = host_library.load("attention")
     plan = problem.plan_problem.plan() if plan is None else plan
     q, k, v = problem.q, problem.k, problem.v
@@ -55,18 +64,18 @@ def run(problem: AttentionProblem, tiles: int, plan: rk.AttentionPlan | None = N
         plan.sizes, plan.q_blocks, plan.full_offsets, plan.full_ranges, plan.partial_offsets, plan.partial_keys,
         plan.partial_bits,
     ]  # fmt: skip
-    width, softcap = q.shape[2], problem.options["softcap"] or 0.0
+    head_dim, softcap = q.shape[2], problem.options["softcap"] or 0.0
     with host_library.options(library, **options):
         host_library.call(
             library,
             "mixed_attention",
             q.dtype,
-            width,
+            head_dim,
             tiles,
             host_library.pointers(q, k, v, out, lse, problem.options["sinks"], *lists),
             host_library.int64s([stride for tensor in (q, k, v) for stride in tensor.stride()[:2]]),
             host_library.ints([len(q), len(k), len(plan.q_blocks), q.shape[1], k.shape[1], *of]),
-            float(problem.options["scale"] or width**-0.5),
+            float(problem.options["scale"] or head_dim**-0.5),
             float(softcap),
         )
     host_library.check_guard(out)
@@ -82,11 +91,11 @@ def check(problem: AttentionProblem, out: torch.Tensor, lse: torch.Tensor) -> No
 
 @pytest.mark.parametrize("seed", range(48 if host_library.ALL else 12))
 def test_where_nan_goes(seed):
-    """As tests/kernels/test_nonfinite.py says of the other backends."""
+    """The equivalent of tests/kernels/test_nonfinite.py for the other backends."""
     rng = random.Random(seed)
-    dtype, width, tiles = VARIANTS[seed % len(VARIANTS)]
+    dtype, head_dim, tiles = VARIANTS[seed % len(VARIANTS)]
     plan_problem = random_plan_problem(rng, max_sequences=3, max_chunks=6)
-    problem = make_problem(seed, plan_problem, dtype, width, HEADS[seed // 3 % len(HEADS)], sinks=rng.random() < 0.4)
+    problem = make_problem(seed, plan_problem, dtype, head_dim, HEADS[seed // 3 % len(HEADS)], sinks=rng.random() < 0.4)
     spoilt = spoilt_problem(seed, dtype, problem)
     out, lse = run(spoilt.spoilt, tiles, order=rng.choice(host_library.ORDERS), seed=seed)
     spoilt.check({"out": out, "lse": lse})
@@ -95,11 +104,11 @@ def test_where_nan_goes(seed):
 @pytest.mark.parametrize("seed", range(192 if host_library.ALL else 24))
 def test_random_problems(seed):
     rng = random.Random(seed)
-    dtype, width, tiles = VARIANTS[seed % len(VARIANTS)]
+    dtype, head_dim, tiles = VARIANTS[seed % len(VARIANTS)]
     plan_problem = random_plan_problem(rng, max_sequences=3, max_chunks=6)
     softcap = rng.uniform(2.0, 30.0) if rng.random() < 0.3 else None
     problem = make_problem(
-        seed, plan_problem, dtype, width, HEADS[seed // 3 % len(HEADS)], softcap=softcap, sinks=rng.random() < 0.4
+        seed, plan_problem, dtype, head_dim, HEADS[seed // 3 % len(HEADS)], softcap=softcap, sinks=rng.random() < 0.4
     )
     order, early_copies = rng.choice(host_library.ORDERS), rng.random() < 0.5
     of = Order(rng.randint(0, problem.k.shape[1]), rng.choice([0, 5, 264]))
@@ -110,7 +119,7 @@ def test_random_problems(seed):
 @pytest.mark.parametrize(("kilobytes", "expected"), [(164, (4, 4, 4)), (100, (4, 3, 2)), (228, (4, 4, 4))])
 def test_the_tiles_that_a_device_gets(kilobytes, expected):
     library = host_library.load("attention")
-    assert tuple(library.attention_tiles(width, kilobytes << 10, 1 << 10) for width in (64, 96, 128)) == expected
+    assert tuple(library.attention_tiles(head_dim, kilobytes << 10, 1 << 10) for head_dim in (64, 96, 128)) == expected
 
 
 @pytest.mark.parametrize("lengths", [[[150]], [[16]], [[1]], [[64, 64]], [[3, 90], [], [40, 40]]], ids=str)
@@ -140,7 +149,7 @@ def test_every_order_of_threads_gives_the_same_bits():
 
 @pytest.mark.parametrize("heads", [(5, 1), (3, 5), (2, 12)])
 def test_every_order_of_blocks_gives_the_same_bits(heads):
-    """Sections that do and don't divide the heads; several groups of heads a key/value head; rows beyond the batch."""
+    """Sections that do and don't divide the heads, several head groups per key/value head, rows beyond the batch."""
     lengths = [[30, 1, 1, 16], [7, 20]]
     layout = rk.ChunkLayout.from_lengths(lengths)
     plan_problem = PlanProblem(layout, random_mask(random.Random(1), "passages", lengths), True, None, None)
@@ -159,7 +168,7 @@ def test_every_order_of_blocks_gives_the_same_bits(heads):
 
 
 def test_the_places_of_blocks():
-    """Each once, by the words of refrag_kernels/grid_order.py; without sections they are those of the grid."""
+    """Each place occurs once, as in refrag_kernels/grid_order.py; without sections it equals the grid's."""
     library = host_library.load("attention")
     for blocks, heads, groups, section, ahead in itertools.product((1, 5), (1, 3, 4), (1, 3), (0, 1, 2, 4), (0, 7, 99)):
         columns, width = heads * groups, max(1, min(section, heads) * groups)
@@ -169,7 +178,7 @@ def test_the_places_of_blocks():
             of_section = range(first, min(first + width, columns))
             expected += [(x, y) for x in range(leading, blocks) for y in of_section]
         found = host_library.ints([-1] * 2 * len(expected))
-        # A group of heads is at most eight query heads.
+        # A head group has at most eight query heads.
         sizes = host_library.ints([blocks, heads, groups * 8, min(section, heads), ahead])
         host_library.call(library, "places", sizes, found)
         assert list(zip(found[::2], found[1::2])) == expected, (blocks, heads, groups, section, ahead)
@@ -177,7 +186,7 @@ def test_the_places_of_blocks():
             assert expected == [(x, y) for y in range(columns) for x in range(blocks)]
 
 
-def test_rows_that_see_nothing():
+def test_fully_masked_rows():
     lengths = [[20, 5, 17]]
     mask = rk.ChunkMask.from_dense(torch.tensor([[True, False, False], [False] * 3, [False, False, True]]))
     plan_problem = PlanProblem(rk.ChunkLayout.from_lengths(lengths), mask, False, None, None)
@@ -203,7 +212,7 @@ def test_a_sink_far_above_every_score():
 
 @pytest.mark.parametrize("sinks", [False, True])
 def test_capacity(sinks):
-    """Rows beyond the batch may hold anything; they come out as rows that see nothing."""
+    """Rows beyond the batch may hold any values; their results are those of fully masked rows."""
     lengths, rng = [[30, 1, 1, 16], [7, 20]], random.Random(0)
     layout = rk.ChunkLayout.from_lengths(lengths)
     exact = make_problem(

@@ -1,4 +1,4 @@
-"""The host itself: a right kernel gives right results, and each kind of mistake in one is caught."""
+"""The host emulation itself: a correct kernel gives correct results, and each kind of fault is detected."""
 
 import functools
 import itertools
@@ -35,9 +35,9 @@ FAULTS = (
 
 
 def product(fault: str, order: str = "forward", *, early_copies: bool = False) -> bool:
-    """Run the kernel; return whether its result is right."""
+    """Run the kernel; return whether its result is correct."""
     generator = torch.Generator().manual_seed(0)
-    # Small integers: their products and sums are exact.
+    # Products and sums of small integers are exact.
     left, right = (torch.randint(-4, 5, (rows, 64), generator=generator).half() for rows in (16, 32))
     left, right = host_library.guarded(left), host_library.guarded(right)
     out = host_library.guarded(torch.full((16, 32), torch.nan))
@@ -100,7 +100,7 @@ def sanitized_program(sanitizer: str) -> str:
 
 
 def report_of(sanitizer: str, fault: str) -> str:
-    """Run the kernel in a process of its own; return what the sanitizer says, "" for nothing."""
+    """Run the kernel in a new process; return the sanitizer's report, "" if there is none."""
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     command = [sanitized_program(sanitizer), str(FAULTS.index(fault))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -114,19 +114,19 @@ def report_of(sanitizer: str, fault: str) -> str:
 
 @pytest.mark.parametrize("fault", ["none", "global_out_of_bounds", "shared_out_of_bounds"])
 def test_address_sanitizer(fault):
-    """What ``make test-cuda-asan`` relies on."""
+    """AddressSanitizer finds the faults; ``make test-cuda-asan`` relies on this."""
     report = report_of("address", fault)
     assert report == "" if fault == "none" else "heap-buffer-overflow" in report
 
 
 @pytest.mark.parametrize("fault", ["none", "no_barrier_after_copies", "no_barrier_before_copies"])
 def test_thread_sanitizer(fault):
-    """What ``make test-cuda-tsan`` relies on; the results of these runs are right, by the order that they took."""
+    """ThreadSanitizer finds the races, although the order of execution gives correct results here."""
     report = report_of("thread", fault)
     assert report == "" if fault == "none" else "data race" in report
 
 
-# A test of each kernel family that runs through the family's every barrier.
+# For each kernel family, a test that reaches every barrier of the family.
 RUNS = {
     "attention_kernels.cuh": "test_host_attention.py::test_random_problems[0]",
     "paged_kernels.cuh": "test_host_paged.py::test_random_problems[4]",
@@ -144,7 +144,7 @@ BARRIERS = [
 @pytest.mark.skipif(not host_library.ALL, reason="takes minutes: make test-cuda-tsan or test-gpu-proof")
 @pytest.mark.parametrize(("header", "number"), [(name, None) for name in RUNS] + BARRIERS)
 def test_kernels_without_a_barrier(header, number, tmp_path):
-    """The thread sanitizer misses each barrier of the kernels, and nothing where none is removed (None)."""
+    """ThreadSanitizer reports a race if any barrier is removed, and none if all are in place (None)."""
     shutil.copytree(CSRC / "cuda", tmp_path / "cuda")
     if number is not None:
         text = (CSRC / "cuda" / header).read_text()

@@ -1,6 +1,6 @@
-"""The launchers of csrc/cuda as torch ops, on CPU tensors: their checks, choices and params, against float64.
+"""The launchers of csrc/cuda as torch ops on CPU tensors: their checks, choices and parameters, against float64.
 
-A runtime of our own (fake_runtime/) runs what they launch on the host of the other tests.
+Our own runtime (fake_runtime/) runs their launches on the host emulation.
 """
 
 import ctypes
@@ -24,8 +24,8 @@ HALF = (torch.bfloat16, torch.float16)
 
 @functools.cache
 def load(family: str) -> ctypes.CDLL:
-    """Register the family's ops for the CPU; return the library, which tells the runtime what to do."""
-    assert extension.load_error() is None  # which defines the ops
+    """Register the family's ops for the CPU; return the library, which controls the fake runtime."""
+    assert extension.load_error() is None  # the extension defines the ops
     path = host_library.compile_torch_library(host_library.HERE / "launchers.cpp", f'-DLAUNCHER="cuda/{family}.cu"')
     torch.ops.load_library(str(path))
     library = ctypes.CDLL(str(path))
@@ -66,7 +66,7 @@ def test_arguments_that_launchers_refuse():
         pooling.pool_chunks(hidden.double(), torch.tensor([0, 4], dtype=torch.int32), "mean")
     weights = torch.ones(8, 8).half()
     with pytest.raises(RuntimeError, match="chunks: needs up to 64 rows"):
-        launcher = torch.ops.refrag_cuda.project_chunks.default  # the backend takes torch's products for so many
+        launcher = torch.ops.refrag_cuda.project_chunks.default  # the backend uses torch's matmul for that many rows
         launcher(torch.ones(65, 8).half(), weights, None, weights, None, "gelu", None)
     with pytest.raises(RuntimeError, match="activation: got sine, needs gelu"):
         projection.project_chunks(torch.ones(6, 8).half(), weights, None, weights, None, "sine", None)
@@ -93,7 +93,7 @@ def test_projection_and_assembly(chunks, dtype):
 
 
 def launched(library: ctypes.CDLL) -> tuple[int, int]:
-    """Return the threads and the bytes of shared memory of the last launch."""
+    """Return the number of threads and bytes of shared memory of the last launch."""
     _, block, shared = library.last_launch().decode().split()
     return int(block.split(",")[0]), int(shared)
 
@@ -103,11 +103,11 @@ def launched(library: ctypes.CDLL) -> tuple[int, int]:
 def test_attention(seed, kilobytes):
     library = load("attention")
     library.set_multiprocessor(kilobytes << 10)
-    problem = random_attention_problem(seed, HALF[seed % 2], widths=(64, 96, 128))
+    problem = random_attention_problem(seed, HALF[seed % 2], head_dims=(64, 96, 128))
     options = problem.options
     q, k, v = problem.q, problem.k, problem.v
     reason = OPS["mixed_attention"].implementations["cuda"].unsupported([q, k, v])
-    if reason:  # what the backend leaves to others the launcher refuses as well
+    if reason:  # the launcher also rejects what the backend does not support
         with pytest.raises(RuntimeError, match="need"):
             torch.ops.refrag_cuda.mixed_attention(q, k, v, problem.plan_problem.plan().tensors(), 1.0, 0.0, None, 0, 0)
         return
@@ -118,7 +118,7 @@ def test_attention(seed, kilobytes):
     expected = problem.expected()
     assert relative_error(out, expected["out"]) <= OUTPUT[q.dtype]
     assert relative_error(lse, expected["lse"]) <= LSE[q.dtype]
-    if not len(q):  # nothing was launched: the library would tell of another test's launch
+    if not len(q):  # nothing was launched: the library would report another test's launch
         return
     threads, shared = launched(library)
     assert threads == (256 if q.shape[1] // k.shape[1] > 4 else 128)
@@ -147,18 +147,18 @@ def test_the_order_of_blocks():
 
 
 @pytest.mark.parametrize("kilobytes", [100, 164])
-@pytest.mark.parametrize("width", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("rows", [None, [3, 1, 0, 40]], ids=["decode", "append"])
-def test_paged_attention(rows, width, kilobytes):
+def test_paged_attention(rows, head_dim, kilobytes):
     library = load("paged")
     library.set_multiprocessor(kilobytes << 10)
     dtype = HALF[kilobytes == 164]
     problem = make_problem(
-        width,
+        head_dim,
         [300, 700, 0, 70],
         rows,
         heads=(8, 2),
-        dim=width,
+        dim=head_dim,
         page=16,
         dtype=dtype,
         sinks=True,
@@ -171,21 +171,21 @@ def test_paged_attention(rows, width, kilobytes):
     q = problem.args[0]
     out, lse = paged.paged_attention(
         *problem.args, options.get("q_offsets"), *options.get("visible", (None, None)),
-        options.get("scale") or width**-0.5, options.get("softcap") or 0.0, window[0], window[1], options.get("sinks"),
+        options.get("scale") or head_dim**-0.5, options.get("softcap") or 0.0, *window, options.get("sinks"),
     )  # fmt: skip
     assert relative_error(out, problem.out) <= OUTPUT[q.dtype]
     assert relative_error(lse, problem.lse) <= LSE[q.dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "first"), [(64, 0), (40, 1)])
-def test_append_and_merge(width, first, dtype):
+@pytest.mark.parametrize(("head_dim", "first"), [(64, 0), (40, 1)])
+def test_append_and_merge(head_dim, first, dtype):
     load("paged")
-    generator = torch.Generator().manual_seed(width)
-    k, v = torch.randn(2, 5, 3, width + 8, generator=generator).to(dtype)[..., first : first + width]
+    generator = torch.Generator().manual_seed(head_dim)
+    k, v = torch.randn(2, 5, 3, head_dim + 8, generator=generator).to(dtype)[..., first : first + head_dim]
     table = torch.tensor([[4, 2], [0, 1]], dtype=torch.int32)
     lengths, offsets = torch.tensor([11, 4], dtype=torch.int32), torch.tensor([0, 3, 5], dtype=torch.int32)
-    pages = [torch.zeros(6, 8, 3, width, dtype=dtype) for _ in range(4)]
+    pages = [torch.zeros(6, 8, 3, head_dim, dtype=dtype) for _ in range(4)]
     paged.append_kv(k, v, *pages[:2], table, lengths, offsets)
     rk.append_kv(k, v, *pages[2:], table, lengths, offsets, backend="reference")
     assert torch.equal(pages[0], pages[2]) and torch.equal(pages[1], pages[3])

@@ -1,4 +1,4 @@
-"""The paged family's CUDA kernels, run on the CPU thread by thread, against float64."""
+"""The paged family's CUDA kernels, run thread by thread on the CPU, against float64."""
 
 import random
 
@@ -13,7 +13,7 @@ from tests.support.paged_problems import Problem, make_problem
 
 pytestmark = pytest.mark.device_code
 
-# Head width, and warps of a block: 2 where a multiprocessor has 100 KB of shared memory only.
+# head_dim, and warps per CTA: 2 on multiprocessors with only 100 KB of shared memory.
 VARIANTS = [
     (torch.bfloat16, 64, 4),
     (torch.float16, 64, 4),
@@ -66,7 +66,7 @@ def check(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> None:
 @pytest.mark.parametrize("seed", range(168 if host_library.ALL else 24))
 def test_random_problems(seed):
     rng = random.Random(seed)
-    dtype, width, warps = VARIANTS[seed % len(VARIANTS)]
+    dtype, head_dim, warps = VARIANTS[seed % len(VARIANTS)]
     lengths = [rng.choice([0, 1, 5, 16, 63, 64, 65, 130, 200]) for _ in range(rng.randint(1, 4))]
     rows = None if seed % 3 == 0 else [rng.randint(0, min(length, 9)) for length in lengths]
     problem = make_problem(
@@ -74,7 +74,7 @@ def test_random_problems(seed):
         lengths,
         rows,
         heads=HEADS[seed % len(HEADS)],
-        dim=width,
+        dim=head_dim,
         page=rng.choice([1, 3, 16, 64]),
         dtype=dtype,
         window=rng.choice([None, None, 20, (70, -1)]),
@@ -91,9 +91,9 @@ def test_random_problems(seed):
 
 @pytest.mark.parametrize("seed", range(48 if host_library.ALL else 12))
 def test_where_nan_goes(seed):
-    """As tests/kernels/test_nonfinite.py says of the other backends."""
-    dtype, width, warps = VARIANTS[seed % len(VARIANTS)]
-    spoilt = spoilt_paged(seed, dtype, dim=width, heads=HEADS[seed % len(HEADS)])
+    """The equivalent of tests/kernels/test_nonfinite.py for the other backends."""
+    dtype, head_dim, warps = VARIANTS[seed % len(VARIANTS)]
+    spoilt = spoilt_paged(seed, dtype, dim=head_dim, heads=HEADS[seed % len(HEADS)])
     spoilt.check(*run(spoilt.problem, warps=warps, splits=seed % 3, seed=seed))
 
 
@@ -108,7 +108,7 @@ def test_a_key_of_nan_is_not_a_key_that_is_not_seen(splits):
 @pytest.mark.parametrize(("kilobytes", "expected"), [(164, (4, 4, 4)), (100, (4, 2, 2)), (228, (4, 4, 4))])
 def test_the_warps_that_a_device_gets(kilobytes, expected):
     library = host_library.load("paged")
-    assert tuple(library.paged_warps(width, kilobytes << 10, 1 << 10) for width in (64, 96, 128)) == expected
+    assert tuple(library.paged_warps(head_dim, kilobytes << 10, 1 << 10) for head_dim in (64, 96, 128)) == expected
 
 
 def test_a_chunked_prefill():
@@ -125,7 +125,7 @@ def test_every_order_of_threads_gives_the_same_bits():
 
 
 def test_rows_of_no_sequence_and_pages_that_do_not_exist():
-    """Under a fixed capacity there are rows after the last sequence: they see nothing. A bad page counts as unseen."""
+    """With a fixed capacity, rows after the last sequence are fully masked. Invalid pages are masked."""
     problem = make_problem(1, [20, 33], [2, 3], heads=(2, 1), dim=64, page=16, dtype=torch.bfloat16)
     q, *cache = problem.args
     problem.args = (torch.cat([q, torch.full((4, 2, 64), torch.nan, dtype=q.dtype)]), *cache)
@@ -137,15 +137,15 @@ def test_rows_of_no_sequence_and_pages_that_do_not_exist():
     assert (out[2:] == 0).all() and lse[2:].isneginf().all() and lse[:2].isfinite().all()
 
 
-@pytest.mark.parametrize(("piece", "width"), [(16, 64), (2, 72)])
-def test_append_kv(piece, width):
+@pytest.mark.parametrize(("piece", "head_dim"), [(16, 64), (2, 72)])
+def test_append_kv(piece, head_dim):
     generator = torch.Generator().manual_seed(0)
     lengths, rows, page, heads = [20, 0, 33, 7], [3, 0, 20, 7], 8, 3
-    k, v = torch.randn(2, sum(rows), heads, width, generator=generator).half()
+    k, v = torch.randn(2, sum(rows), heads, head_dim, generator=generator).half()
     table = torch.randperm(30, generator=generator)[:24].view(4, 6).int()
     offsets = torch.tensor([0, 3, 3, 23, 30], dtype=torch.int32)
     lengths = torch.tensor(lengths, dtype=torch.int32)
-    k_pages, v_pages = (host_library.guarded(torch.zeros(30, page, heads, width).half()) for _ in range(2))
+    k_pages, v_pages = (host_library.guarded(torch.zeros(30, page, heads, head_dim).half()) for _ in range(2))
     expected_k, expected_v = k_pages.clone(), v_pages.clone()
     rk.append_kv(k, v, expected_k, expected_v, table, lengths, offsets, backend="reference")
     strides = [*k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3]]
@@ -154,7 +154,7 @@ def test_append_kv(piece, width):
         "append_kv",
         piece,
         host_library.pointers(k, v, k_pages, v_pages, table, lengths, offsets),
-        host_library.int64s([*(2 * stride for stride in strides), table.stride(0), 2 * width]),
+        host_library.int64s([*(2 * stride for stride in strides), table.stride(0), 2 * head_dim]),
         host_library.ints([len(k), len(lengths), 30, page, 6, heads]),
     )
     assert torch.equal(k_pages, expected_k) and torch.equal(v_pages, expected_v)

@@ -1,4 +1,4 @@
-"""The projection family's CUDA kernels, run on the CPU thread by thread, against float64."""
+"""The projection family's CUDA kernels, run thread by thread on the CPU, against float64."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def layer(x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, act
 )
 def test_small_m_projection(dtype, rows, inner, outer, pad):
     generator = torch.Generator().manual_seed(rows)
-    # Rows with a stride of their own; what lies between them is NaN.
+    # Padded rows; the padding is NaN.
     x, weights = (torch.full((n, inner + pad), torch.nan, dtype=dtype)[:, :inner] for n in (rows, outer))
     x.copy_(torch.randn(x.shape, generator=generator))
     weights.copy_(torch.randn(weights.shape, generator=generator) / inner**0.5)
@@ -62,10 +62,10 @@ def test_assembly(dtype, width, first_column, pack):
     ids = torch.randint(0, 40, (21,), generator=generator)
     slots = torch.full((21,), -1, dtype=torch.int32)
     slots[3:10], slots[15] = torch.arange(7, dtype=torch.int32), 2
-    ids[3] = 10**12  # not looked at: the row is a slot's
+    ids[3] = 10**12  # ignored: the row is a slot
     expected = table[ids.where(slots < 0, 0)].double() * 1.5
     expected[slots >= 0] = projected[slots[slots >= 0].long()].double()
-    # A token, a slot and a negative number that don't exist.
+    # A token and a slot out of range, and a negative number.
     ids[0], slots[20], slots[12] = 40, 7, -2
     expected[[0, 20, 12]] = 0
     out = host_library.guarded(torch.full((21, width), torch.nan, dtype=dtype))

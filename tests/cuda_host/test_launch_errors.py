@@ -1,4 +1,4 @@
-"""A launch that fails becomes a Python exception that names the op and the launch."""
+"""A failed launch raises a Python exception that names the op and the launch."""
 
 import re
 
@@ -27,7 +27,7 @@ def test_a_launch_that_fails(ops):
     )
     with pytest.raises(RuntimeError, match=message):
         ops.launch("cudaLaunchKernel", 1024)
-    # The runtime keeps the error until it is asked for: torch would take it for that of its own next launch.
+    # The runtime keeps the error until it is read; otherwise torch would attribute it to its own next launch.
     assert ops.calls() == "cudaLaunchKernel cudaGetLastError"
 
 

@@ -1,8 +1,8 @@
-// What ThreadSanitizer has to be told, so that it sees the threads of a block where there is one thread of the process.
+// Annotations that make ThreadSanitizer see the threads of a CTA, all of which run in one thread of the process.
 //
-// Each fiber is a thread to it, and switching between them orders nothing: two accesses to one address are ordered by
-// __syncthreads and __syncwarp only, whatever the order that they happened in. What the host itself reads and writes is
-// left out. Without the sanitizer all of this is empty.
+// Each fiber is a thread to the sanitizer, and switching between fibers does not synchronize: only __syncthreads and
+// __syncwarp order two accesses to an address, whatever the order in which they happened. The host emulation's own memory
+// accesses are ignored. Without the sanitizer, all of these functions are empty.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +36,7 @@ inline void look_again() {
   AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
   AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
 }
-// What happened before a release() of an address is over for whoever does an acquire() of it later.
+// Everything before a release() of an address happens before what follows a later acquire() of it.
 inline void release(void* address) { __tsan_release(address); }
 inline void acquire(void* address) { __tsan_acquire(address); }
 inline void note_read(const void* address, size_t bytes) { __tsan_read_range(const_cast<void*>(address), bytes); }
@@ -52,7 +52,7 @@ inline void note_read(const void*, size_t) {}
 inline void note_write(void*, size_t) {}
 #endif
 
-// While one of these lives on a fiber, what the fiber does is the host's own business. They don't nest.
+// Makes the sanitizer ignore a fiber's accesses during the lifetime of the object. Objects don't nest.
 class HostWork {
  public:
   CUDA_HOST_UNSEEN HostWork() {
@@ -65,7 +65,7 @@ class HostWork {
   }
   HostWork(const HostWork&) = delete;
 
-  // Runs `suspend`, which leaves the fiber: it may never come back, and must not be left unwatched then.
+  // Runs `suspend`, which leaves the fiber, with the sanitizer watching, since the fiber may never be resumed.
   template <class Suspend>
   CUDA_HOST_UNSEEN static void interrupt(Suspend suspend) {
     const bool was_active = active_;

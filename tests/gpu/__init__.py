@@ -1,1 +1,1 @@
-"""The ops on a GPU."""
+"""Tests of the ops on a GPU."""

@@ -1,7 +1,7 @@
-"""Run the tests of the ops on a GPU: what they pass to an op is moved there, and what comes back is moved back.
+"""Run the tests of the ops on a GPU: an op's arguments are moved to the GPU, and its results back to the CPU.
 
 Views stay views: a tensor's whole storage is moved. Without a GPU nothing is collected, unless REFRAG_GPU_TESTS=cpu
-asks for a rehearsal: Triton's interpreter in the GPU's place. ``python -m ttsem.sanitize pytest`` puts ttsem there.
+requests a dry run with Triton's interpreter, which ``python -m ttsem.sanitize pytest`` replaces with ttsem.
 """
 
 import os
@@ -14,19 +14,19 @@ from bench.cases.ops import GPU_OPS
 from refrag_kernels import registration
 from tests.support import triton_on_cpu
 
-REHEARSAL = triton_on_cpu.TTSEM or (os.environ.get("REFRAG_GPU_TESTS") == "cpu" and triton_on_cpu.INTERPRETED)
-DEVICE = "cpu" if REHEARSAL else "cuda"
-collect_ignore_glob = [] if REHEARSAL or torch.cuda.is_available() else ["test_*.py"]
+DRY_RUN = triton_on_cpu.TTSEM or (os.environ.get("REFRAG_GPU_TESTS") == "cpu" and triton_on_cpu.INTERPRETED)
+DEVICE = "cpu" if DRY_RUN else "cuda"
+collect_ignore_glob = [] if DRY_RUN or torch.cuda.is_available() else ["test_*.py"]
 
 
 class Move:
-    """Moves what a call is given. Tensors that share a storage here share one there."""
+    """Moves a call's arguments. Tensors that share a storage on the CPU share one on the device."""
 
     def __init__(self):
         self.storages = {}
 
     def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor's copy on the device, with the strides and the offset that it has."""
+        """Return a copy of a tensor on the device, with the same strides and storage offset."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.storages:
             self.storages[storage.data_ptr()] = storage.clone() if DEVICE == "cpu" else storage.cuda()
@@ -65,19 +65,19 @@ def _on_device(name, served):
 
     def call(*args, **options):
         wanted = options.get("backend")
-        if wanted is None:  # what a result is compared with
+        if wanted is None:  # the expected result
             return op(*args, **options)
-        # The C++ kernels leave the gradients of attention, and what they don't support, to Triton's.
+        # The C++ kernels leave attention's gradients, and calls they don't support, to Triton.
         options["backend"] = "cuda,triton" if wanted == "cuda" else wanted
         move = Move()
         there = [move(value) for value in args]
         result = op(*there, **{key: move(value) for key, value in options.items()})
         if DEVICE == "cuda":
-            torch.cuda.synchronize()  # a fault is this call's
+            torch.cuda.synchronize()  # attributes a fault to this call
         if served[name] != wanted:
             pytest.skip(f"{wanted} leaves this call of {name} to {served[name]}")
         if name == "append_kv":
-            # All of the storage, for a stray write shows beside the view.
+            # The whole storage, to detect stray writes outside the view.
             for here, pages in zip(args[2:4], there[2:4]):
                 here.untyped_storage().copy_(pages.untyped_storage())
         return _from_device(result)
@@ -87,8 +87,8 @@ def _on_device(name, served):
 
 @pytest.fixture(autouse=True)
 def ops_on_the_device(monkeypatch):
-    """Let the public ops run on the device, and skip a test whose backend leaves the call to another."""
-    if REHEARSAL:
+    """Run the public ops on the device, and skip a test if its backend leaves the call to another."""
+    if DRY_RUN:
         triton_on_cpu.install(monkeypatch)
     served = {}
     select = registration.select

@@ -1,4 +1,4 @@
-"""Captured CUDA graphs replay on values, plans and caches that have changed; a rehearsal calls again instead."""
+"""Captured CUDA graphs replay on changed values, plans and caches; a dry run repeats the call instead."""
 
 import pytest
 import torch
@@ -8,14 +8,14 @@ from refrag_kernels import attention, paged
 from tests.support.accuracy import LSE, OUTPUT, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REHEARSAL = DEVICE == "cpu"
+DRY_RUN = DEVICE == "cpu"
 BF16 = torch.bfloat16
-BACKENDS = ("triton", pytest.param("cuda", marks=pytest.mark.skipif(REHEARSAL, reason="needs a CUDA device")))
+BACKENDS = ("triton", pytest.param("cuda", marks=pytest.mark.skipif(DRY_RUN, reason="needs a CUDA device")))
 
 
 def captured(call):
-    """Return what a call gives, and a function that writes what it gives now to the same tensors."""
-    if REHEARSAL:
+    """Return a call's result, and a function that replays the call into the same tensors."""
+    if DRY_RUN:
         results = call()
 
         def replay():
@@ -37,7 +37,7 @@ def random(*shape):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_attention_replays_on_a_refilled_plan(backend):
-    """Batches of other layouts and masks, smaller and larger ones, by one graph; rows beyond a batch are zero."""
+    """One graph serves smaller and larger batches with other layouts and masks; rows beyond a batch are zero."""
     torch.manual_seed(0)
     batches = [
         (rk.ChunkLayout.from_lengths([[40, 1, 1, 30], [17]]), None, True),
@@ -71,7 +71,7 @@ def test_attention_replays_on_a_refilled_plan(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decoding_replays_while_the_cache_grows(backend):
-    """Append a row to two sequences' pages and attend: every replay sees one key more, in a table that is wider."""
+    """Append a row to two sequences' pages and attend: each replay has one more key, in a wider table."""
     torch.manual_seed(1)
     pages, page = 24, 16
     k_pages, v_pages = (torch.zeros(pages, page, 2, 64, dtype=BF16, device=DEVICE) for _ in range(2))

@@ -1,6 +1,6 @@
-"""Every op on a GPU against float64: the tests of the CPU's backends, with the backends of the GPU.
+"""Every op on a GPU against float64: the tests of the CPU backends, with GPU backends.
 
-Tests of different ops take turns, after those of edge cases, so that a run that is cut short has something of each.
+Tests of edge cases come first, then different ops alternate, so that a run that is cut short covers all of them.
 """
 
 import itertools
@@ -15,8 +15,8 @@ from tests.support.factory import random_attention_problem
 
 
 def _cuda_attention(backend, dtype, seed):
-    """The forward pass, at widths that the C++ kernels take."""
-    problem = random_attention_problem(seed, dtype, widths=(64, 96, 128))
+    """Test the forward pass with head_dims that the C++ kernels support."""
+    problem = random_attention_problem(seed, dtype, head_dims=(64, 96, 128))
     options = {**problem.options, "return_lse": True, "backend": backend}
     out, lse = rk.mixed_attention(problem.q, problem.k, problem.v, problem.plan_problem.plan(), **options)
     expected = problem.expected()
@@ -69,14 +69,14 @@ PROBLEMS = [
     pytest.param(op, backend, dtype, case, id=f"{op}-{backend}-{str(dtype)[6:]}-{number}")
     for number in range(max(len(cases) for _, cases in OPS.values()))
     for (op, (_, cases)), backend, dtype in itertools.product(OPS.items(), BACKENDS, DTYPES)
-    if (op, backend) != ("merge_states_backward", "cuda")  # gradients are Triton's
+    if (op, backend) != ("merge_states_backward", "cuda")  # Triton computes the gradients
     for case in list(cases)[number : number + 1]
 ]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_that_see_nothing(backend):
-    test_attention.test_rows_that_see_nothing(backend)
+def test_fully_masked_rows(backend):
+    test_attention.test_fully_masked_rows(backend)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)

@@ -1,11 +1,11 @@
-"""One small call of each op, for compute-sanitizer, under which a kernel takes seconds."""
+"""A small call of each op for compute-sanitizer, under which a kernel takes seconds."""
 
 import pytest
 import torch
 
 from tests.gpu import test_gpu_ops
 
-# Numbers of cases in the tables of test_gpu_ops that are small and have something to see: gradients, windows, ranges.
+# Indices of small but informative cases in the tables of test_gpu_ops: with gradients, windows, ranges.
 NUMBERS = {"mixed_attention": 6, "paged_attention": 26, "pool_chunks": 3, "project_chunks": 4, "embed_mixed": 4}
 
 

@@ -1,1 +1,1 @@
-"""The ops of refrag_kernels, their plans and their backends."""
+"""Tests of refrag_kernels' ops, plans and backends."""

@@ -1,4 +1,4 @@
-"""append_kv: every row lands in its place and nothing else changes."""
+"""append_kv writes every row to its place and changes nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_append(seed, lengths, rows, *, kv_heads=2, dim=16, page=4, dtype=torch.
     keys, values, k_after, v_after, table = random_cache(
         generator, lengths, kv_heads=kv_heads, dim=dim, page=page, dtype=dtype, wide=wide
     )
-    # Of the wide form the whole buffer is kept, so that a stray write between the pages shows as well.
+    # With ``wide``, the whole buffer is compared, so that a stray write between the pages is detected.
     before = [torch.empty_like(pages._base if wide else pages).copy_(pages._base if wide else pages)
               for pages in (k_after, v_after)]  # fmt: skip
     if wide:
@@ -30,7 +30,7 @@ def make_append(seed, lengths, rows, *, kv_heads=2, dim=16, page=4, dtype=torch.
         for j in range(length - count, length):
             for pages in before:
                 pages[table[b, j // page], j % page] = torch.nan
-        # Pages of old rows need not be there any more.
+        # Pages of old rows may have been freed.
         table[b, : (length - count) // page] = -5
     k, v = (
         torch.cat(
@@ -45,7 +45,7 @@ def make_append(seed, lengths, rows, *, kv_heads=2, dim=16, page=4, dtype=torch.
 
 
 def assert_same_bits(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compare with NaN equal to itself, in the whole storage of a view."""
+    """Compare the whole storage of a view, with NaN equal to itself."""
     got, expected = (x if x._base is None else x._base for x in (got, expected))
     assert got.shape == expected.shape
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
@@ -73,7 +73,7 @@ def test_rows_land_in_their_places(case, backend, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_append_then_attend(backend):
-    """A chunk appended to the cache and attended from gives what plain attention over all rows gives."""
+    """Appending a chunk to the cache and attending equals plain attention over all rows."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 11, 2, 16).unbind()
     k_pages, v_pages = torch.full((2, 6, 4, 2, 16), torch.nan).unbind()
@@ -109,7 +109,7 @@ def test_compile_with_dynamic_shapes(backend):
         rk.append_kv(k * 1.0, v, *cache, backend=backend)
         return cache[0].sum()
 
-    # No two sizes of the first call are the same: dynamo would take them for one.
+    # All sizes of the first call differ: dynamo would treat equal sizes as one symbol.
     for seed, (lengths, rows) in enumerate(
         [([33, 9, 7], [3, 4, 2]), ([50, 31], [1, 6]), ([80, 3, 3, 3], [5, 1, 0, 3])]
     ):
@@ -165,7 +165,7 @@ def pages_and_tables():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backward_pass_that_needs_the_old_pages_says_so(backend):
-    """As after any change in place; a gradient of the new values would be wrong without a word."""
+    """As after any in-place change: a gradient computed from the new values would be silently wrong."""
     pages, tables = pages_and_tables()
     weight = torch.ones(1, requires_grad=True)
     loss = (weight * pages).sum()

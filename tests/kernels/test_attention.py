@@ -1,4 +1,4 @@
-"""mixed_attention: every backend and dtype against float64, and the op as torch sees it."""
+"""mixed_attention: every backend and dtype against float64, and the op's integration with torch."""
 
 import functools
 
@@ -83,7 +83,7 @@ def test_rows_beyond_the_batch_under_a_capacity_are_zero(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_that_see_nothing(backend):
+def test_fully_masked_rows(backend):
     layout = rk.ChunkLayout.from_lengths([[3, 20]])
     mask = rk.ChunkMask.from_dense(torch.tensor([[True, False], [False, False]]))
     plan = rk.plan_attention(layout, mask)
@@ -117,7 +117,7 @@ def test_extreme_scores_stay_finite(backend, scale):
     want, want_lse = rk.mixed_attention(
         q.double(), k.double(), v.double(), rk.plan_attention(layout), scale=scale, return_lse=True
     )
-    # A score of 1e5 carries an error of 1e-2 in float32, whoever computes it: the weights can't be exact, the lse can.
+    # A float32 score of 1e5 has a rounding error of 1e-2, so probabilities can't be exact, but the lse can.
     assert out.isfinite().all() and relative_error(lse, want_lse) < 5e-6
     if scale < 1:
         assert relative_error(out, want) < 2e-6
@@ -178,7 +178,7 @@ def test_twenty_layouts_compile_at_most_twice():
     for seed in range(200, 240):
         problem = random_attention_problem(seed, torch.float32, max_sequences=5)
         rows, keys = problem.q.shape[0], problem.k.shape[0]
-        # 0 and 1 are sizes of their own for torch.compile, and so is a number of keys that differs from that of rows.
+        # torch.compile specializes the sizes 0 and 1, and equal numbers of keys and rows.
         if rows < 2 or rows != keys:
             continue
         compiled += 1

@@ -1,4 +1,4 @@
-"""Under autocast, which leaves float64 alone, a float64 argument among others is refused by name."""
+"""Under autocast, which does not cast float64, mixing a float64 argument with others raises an error that names it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The choice of a backend: order, restriction, and errors that say why nothing can run."""
+"""Backend selection: order, restriction, and errors that say why no backend can run."""
 
 import re
 
@@ -83,7 +83,7 @@ def test_the_error_says_why_each_backend_did_not_serve():
 
 
 def test_every_op_has_cpu_kernels():
-    """Other tests ask what is available: without this one a library that does not load would leave them less to do."""
+    """Other tests run only on available backends, so without this test a library that fails to load goes unnoticed."""
     assert extension.load_error() is None
     for op in OPS:
         assert backends.available(op, torch.device("cpu")) == ["cpu", "reference"], op

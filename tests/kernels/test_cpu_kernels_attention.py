@@ -1,4 +1,4 @@
-"""What is particular to the C++ attention: its instruction sets, its threads, and how it reads memory."""
+"""Tests specific to the C++ attention: instruction sets, threads, and memory access."""
 
 import random
 
@@ -35,7 +35,7 @@ def every_other_head(rows, dtype):
     return heads[:, 0:4:2], heads[:, 0:2]
 
 
-# Keys and values that begin at one address and differ in their strides.
+# Keys and values that start at the same address and differ in their strides.
 VIEWS = {views.__name__: views for views in (expanded_heads, expanded_rows, every_other_head)}
 
 
@@ -57,7 +57,7 @@ def check_views_of_one_storage(name, dtype):
 
 
 def check_all():
-    """Run in a process of its own, as the instruction set is chosen once per process."""
+    """Check all problems. Run in a new process, since the instruction set is chosen once per process."""
     for dtype in DTYPES:
         for seed in range(12):
             check(random_attention_problem(seed, dtype), dtype, f"random_attention_problem({seed}, {dtype})")
@@ -104,14 +104,14 @@ def test_bits_do_not_depend_on_threads(threads, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [8, 24, 40, 72, 104, 136, 256])
+@pytest.mark.parametrize("head_dim", [8, 24, 40, 72, 104, 136, 256])
 @pytest.mark.parametrize("heads", [(1, 1), (7, 1), (5, 5), (24, 2)], ids=str)
-def test_widths_and_groups(width, heads, dtype):
-    torch.manual_seed(width)
+def test_head_dims_and_groups(head_dim, heads, dtype):
+    torch.manual_seed(head_dim)
     layout = rk.ChunkLayout.from_lengths([[3, 20, 1, 16], [5], [33]])
     plan = rk.plan_attention(layout)
-    q, grad_out = torch.randn(2, layout.total_rows, heads[0], width).to(dtype)
-    k, v = torch.randn(2, layout.total_rows, heads[1], width).to(dtype)
+    q, grad_out = torch.randn(2, layout.total_rows, heads[0], head_dim).to(dtype)
+    k, v = torch.randn(2, layout.total_rows, heads[1], head_dim).to(dtype)
     want = rk.mixed_attention(q.double(), k.double(), v.double(), plan, return_lse=True)
     out, lse, *grads = run(q, k, v, plan, grad_out)
     assert relative_error(out, want[0]) <= OUTPUT[dtype] and relative_error(lse, want[1]) <= LSE[dtype]
@@ -126,15 +126,15 @@ def test_widths_and_groups(width, heads, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_change_nothing(dtype):
     torch.manual_seed(0)
-    rows, width = 77, 40
+    rows, head_dim = 77, 40
     plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[40, 37]]))
-    q, grad_out = torch.randn(2, rows, 4, width).to(dtype)
-    k, v = torch.randn(2, rows, 2, width).to(dtype)
+    q, grad_out = torch.randn(2, rows, 4, head_dim).to(dtype)
+    k, v = torch.randn(2, rows, 2, head_dim).to(dtype)
 
     def apart(tensor):  # odd strides and offset, NaN in between
-        room = torch.full((rows, tensor.shape[1] + 2, width + 3), float("nan"), dtype=dtype)
-        room[:, 1:-1, 1 : 1 + width] = tensor
-        return room[:, 1:-1, 1 : 1 + width]
+        room = torch.full((rows, tensor.shape[1] + 2, head_dim + 3), float("nan"), dtype=dtype)
+        room[:, 1:-1, 1 : 1 + head_dim] = tensor
+        return room[:, 1:-1, 1 : 1 + head_dim]
 
     def heads_first(tensor):
         return tensor.transpose(0, 1).contiguous().transpose(0, 1)
@@ -182,7 +182,7 @@ def test_a_skipped_tile_is_not_read(dtype):
     k[32:], v[32:] = float("nan"), float("inf")
     out, lse = rk.mixed_attention(q, k, v, plan, return_lse=True, backend="cpu")
     assert out[:32].isfinite().all() and lse[:32].isfinite().all()
-    assert out[32:].isnan().all()  # what a row does see is not hidden
+    assert out[32:].isnan().all()  # NaN that a row attends to is not hidden
 
 
 @pytest.mark.parametrize("seed", range(40))

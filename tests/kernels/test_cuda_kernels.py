@@ -1,4 +1,4 @@
-"""The CUDA backend: what it is registered for and what it leaves to others; its values where there is a GPU."""
+"""The CUDA backend: what it is registered for, what it leaves to others, and its values if there is a GPU."""
 
 import pytest
 import torch
@@ -37,23 +37,23 @@ def unsupported(op, *args):
 
 
 @pytest.mark.parametrize(
-    ("width", "first", "dtype", "message"),
+    ("head_dim", "first", "dtype", "message"),
     [
         (80, 0, torch.bfloat16, "head_dim 80"),
         (64, 0, torch.float32, "dtype float32"),
         (64, 4, torch.float16, "q has rows that don't start at multiples of 16 bytes"),
     ],
 )
-def test_what_attention_leaves_to_other_backends(width, first, dtype, message):
-    q = torch.zeros(4, 2, width + first, dtype=dtype)[..., first:]
-    pages = torch.zeros(2, 16, 2, width, dtype=dtype)
+def test_what_attention_leaves_to_other_backends(head_dim, first, dtype, message):
+    q = torch.zeros(4, 2, head_dim + first, dtype=dtype)[..., first:]
+    pages = torch.zeros(2, 16, 2, head_dim, dtype=dtype)
     assert unsupported("mixed_attention", q, pages[0], pages[0]) == message
     assert unsupported("paged_attention", q, pages, pages) == message
 
 
 def test_what_attention_takes():
-    for width in (64, 96, 128):
-        q, k, v = (torch.zeros(4, 2, width + 8, dtype=torch.bfloat16)[..., :width] for _ in range(3))
+    for head_dim in (64, 96, 128):
+        q, k, v = (torch.zeros(4, 2, head_dim + 8, dtype=torch.bfloat16)[..., :head_dim] for _ in range(3))
         assert unsupported("mixed_attention", q, k, v) is None
 
 
@@ -116,7 +116,7 @@ def test_a_graph_replays_on_new_values():
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("seed", range(40))
 def test_attention(seed, dtype):
-    problem = random_attention_problem(seed, dtype, widths=(64, 96, 128))
+    problem = random_attention_problem(seed, dtype, head_dims=(64, 96, 128))
     q, k, v = (getattr(problem, name).cuda() for name in "qkv")
     options = {name: value.cuda() if torch.is_tensor(value) else value for name, value in problem.options.items()}
     plan = problem.plan_problem.plan(device="cuda")
@@ -128,11 +128,11 @@ def test_attention(seed, dtype):
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("width", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("rows", [None, [3, 1, 0, 70]])
-def test_paged_attention(rows, width, dtype):
+def test_paged_attention(rows, head_dim, dtype):
     problem = make_problem(
-        width, [300, 4000, 0, 70], rows, heads=(8, 2), dim=width, page=16, dtype=dtype, sinks=True, visible=True
+        head_dim, [300, 4000, 0, 70], rows, heads=(8, 2), dim=head_dim, page=16, dtype=dtype, sinks=True, visible=True
     )
     args = (argument.cuda() for argument in problem.args)
     options = {

@@ -1,4 +1,4 @@
-"""Layouts, masks and plans are made on the CPU, whatever torch.set_default_device says: the planner reads them."""
+"""Layouts, masks and plans are created on the CPU, where the planner reads them, whatever the default device is."""
 
 import random
 
@@ -61,7 +61,7 @@ def _ops_on_the_cpu(backend):
 
 
 def test_checks_of_tables():
-    """Called by themselves: torch leaves the default device out of what an op does."""
+    """Call the checks directly, since torch ignores the default device inside an op."""
     q, pages = torch.ones(1, 1, 8), torch.ones(1, 16, 1, 8)
     table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.full((1,), 4, dtype=torch.int32)
     indptr, ranges = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([[0, 3], [2, 4]], dtype=torch.int32)

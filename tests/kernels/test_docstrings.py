@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the public packages run and print what they say."""
+"""Run the examples in the public packages' docstrings and check their output."""
 
 import doctest
 import importlib

@@ -1,4 +1,4 @@
-"""The order of programs: how many heads go together."""
+"""The order of programs: how many heads form a section."""
 
 import pytest
 import torch
@@ -7,15 +7,15 @@ from refrag_kernels import grid_order
 from refrag_kernels.grid_order import TILES_FIRST, Order
 
 
-def keys(rows, heads, width=128, dtype=torch.bfloat16):
-    return torch.empty(rows, heads, width, dtype=dtype, device="meta")
+def keys(rows, heads, head_dim=128, dtype=torch.bfloat16):
+    return torch.empty(rows, heads, head_dim, dtype=dtype, device="meta")
 
 
 @pytest.mark.parametrize(
     ("rows", "heads", "section"),
     [
-        (4096, 8, 8),  # 2 MiB a head, of 25 MiB
-        (4096, 32, 11),  # 12 fit: three sections, of 11, 11 and 10
+        (4096, 8, 8),  # 2 MiB per head, of 25 MiB
+        (4096, 32, 11),  # 12 fit: three sections of 11, 11 and 10
         (4096, 25, 9),  # not 12, 12 and 1
         (16384, 8, 3),
         (65536, 8, 1),

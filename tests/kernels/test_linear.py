@@ -1,4 +1,4 @@
-"""linear_rows: every backend and dtype against float64, and the op as torch sees it."""
+"""linear_rows: every backend and dtype against float64, and the op's integration with torch."""
 
 import random
 
@@ -14,7 +14,7 @@ BACKENDS = backends.available("linear_rows", torch.device("cpu"))
 
 
 def problem(seed, dtype):
-    """Return x, weight and bias or None: views into larger tensors that are NaN outside."""
+    """Return x, weight, and bias or None: views into larger tensors with NaN outside the view."""
     rng = random.Random(seed)
     count, width = rng.choice([1, 1, 2, 3, 4, 5, 9]), rng.choice([1, 7, 16, 31, 33, 64, 100, 576])
     outputs = rng.choice([1, 3, 15, 16, 17, 100, 333])
@@ -34,7 +34,7 @@ def wide(*tensors):
 
 
 def check_all():
-    """Compare many problems with float64; also run for each instruction set."""
+    """Compare many problems with float64; also called for each instruction set."""
     for dtype in DTYPES:
         for seed in range(60):
             x, weight, bias = problem(seed, dtype)

@@ -1,4 +1,4 @@
-"""What a class accepts is checked where it is made: constructors and ``dataclasses.replace`` bypass no check."""
+"""Classes check their values on construction, so constructors and ``dataclasses.replace`` bypass no check."""
 
 import dataclasses
 import random
@@ -105,7 +105,7 @@ def test_a_good_plan_is_taken(seed):
 
 
 def _but(plan, name, at, value):
-    """Return a copy of a field with another value in one place."""
+    """Return a copy of a field with one value replaced."""
     tensor = getattr(plan, name).clone()
     tensor[at] = value
     return {name: tensor}
@@ -207,7 +207,7 @@ def test_a_packed_projection_is_packed_again_with_other_weights():
 
 
 def test_visible_ranges_are_checked_where_they_are_used():
-    """A NamedTuple, and a plain pair, are taken as they are: each call looks at them."""
+    """A NamedTuple or a plain pair is not checked on construction, so every call checks it."""
     q, pages = torch.randn(1, 1, 8), torch.randn(1, 16, 1, 8)
     tables = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     for visible, error, message in (
@@ -227,7 +227,7 @@ def test_visible_ranges_are_checked_where_they_are_used():
 
 
 def test_no_plan_that_is_taken_leads_a_kernel_astray():
-    """Plans with a wrong entry or two: what the checks let through runs (make test-asan looks where to)."""
+    """Plans with one or two wrong entries: those that pass the checks run without invalid accesses under test-asan."""
     rng = random.Random(0)
     taken = 0
     for turn in range(150):

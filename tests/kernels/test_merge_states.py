@@ -12,7 +12,7 @@ from tests.support.paged_problems import BACKENDS, COMBINATIONS, name_of
 
 
 def make_states(seed, rows, heads, dim, dtype, *, spread=3.0, strided=False):
-    """Return two states; some rows are empty in the first, some in the second, some in both (with NaN outputs)."""
+    """Return two states with rows that are empty in the first, the second, or both (with NaN outputs)."""
     generator = torch.Generator().manual_seed(seed)
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     states = []
@@ -30,7 +30,7 @@ def make_states(seed, rows, heads, dim, dtype, *, spread=3.0, strided=False):
 
 
 def merge_by_hand(out_a, lse_a, out_b, lse_b):
-    """Merge in float64 by the denominators themselves, differentiably."""
+    """Merge in float64 from the denominators, differentiably."""
     share_a, share_b = lse_a.double().exp(), lse_b.double().exp()
     total = share_a + share_b
     sums = sum(
@@ -57,7 +57,7 @@ def test_equals_float64(shape, backend, dtype, strided):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_states(backend):
-    """Of two empty states comes an empty one; with one empty, the other comes out bit for bit."""
+    """Merging two empty states gives an empty one; with one empty, the result is bitwise equal to the other."""
     out_a, lse_a, out_b, lse_b = make_states(0, 20, 2, 8, torch.float32)
     out, lse = rk.merge_states(out_a, lse_a, out_b, lse_b, backend=backend)
     assert torch.equal(out[3::5, 0], torch.zeros(4, 8)) and torch.equal(lse[3::5, 0], torch.full((4,), -torch.inf))
@@ -94,7 +94,7 @@ def test_gradients_equal_float64(shape, backend, dtype):
     grads[1][lse == -torch.inf] = 0
     torch.autograd.backward((out, lse), grads)
     exact = [x.detach().double().requires_grad_() for x in states]
-    # Where a state is empty, d log(0) is not a number: there the gradients are 0 by the formula's limit.
+    # In empty states d log(0) is NaN; the gradients there are 0, the limit of the formula.
     finite = [x.detach().nan_to_num(neginf=-700.0).double().requires_grad_() for x in exact]
     torch.autograd.backward(merge_by_hand(*finite), [g.double() for g in grads])
     both = (states[1] == -torch.inf) & (states[3] == -torch.inf)
@@ -119,7 +119,7 @@ def test_a_second_derivative_raises(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_expanded_gradients(backend):
-    """sum() sends back a gradient whose strides are all 0."""
+    """The gradient of sum() has strides of 0."""
     states = [x.nan_to_num(neginf=-2.0).requires_grad_() for x in make_states(2, 3, 2, 8, torch.float32)]
     out, lse = rk.merge_states(*states, backend=backend)
     (out.sum() + lse.sum()).backward()

@@ -1,4 +1,4 @@
-"""Every op gives shapes on the meta device."""
+"""Every op computes shapes on the meta device."""
 
 import pytest
 import torch

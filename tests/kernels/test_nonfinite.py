@@ -38,7 +38,7 @@ def test_paged_attention(backend, dtype, first_seed):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_key_of_nan_is_not_a_key_that_is_not_seen(backend):
-    """A row whose only key is NaN attends to it: neither out nor lse says that there was nothing."""
+    """A row whose only key is NaN attends to it: out and lse differ from those of a fully masked row."""
     q, page = torch.ones(1, 1, 8), torch.full((1, 16, 1, 8), torch.nan)
     table, length = torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
     plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[1]]))
@@ -54,7 +54,7 @@ def test_a_key_of_nan_is_not_a_key_that_is_not_seen(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_merge_states(backend):
-    """States go their own way, and one that is not finite is not taken for one that is empty."""
+    """Rows are independent, and a non-finite state is not treated as empty."""
     inf, nan = float("inf"), float("nan")
     out_a, out_b = torch.ones(4, 2, 8), torch.full((4, 2, 8), 3.0)
     lse_a, lse_b = torch.zeros(4, 2), torch.tensor([[0.0, nan], [-inf, -inf], [0.0, -200.0], [0.0, 0.0]])

@@ -1,4 +1,4 @@
-"""scale, softcap and window: what is not a number is refused by name, and numbers of NumPy's are taken."""
+"""scale, softcap and window: non-numbers raise an error that names the option, and NumPy numbers are accepted."""
 
 import numpy
 import pytest
@@ -77,7 +77,7 @@ def test_windows_of_other_types(window, same):
 
 
 def test_more_rows_than_positions_count():
-    """Positions are int32 on every device; the product of pages and their rows must not wrap around."""
+    """Positions are int32 on every device; the product of pages and rows per page must not overflow."""
     page = torch.empty(1, 1 << 15, 1, 8, device="meta")
     tables = torch.empty(1, 1 << 16, dtype=torch.int32, device="meta"), torch.empty(1, dtype=torch.int32, device="meta")
     with pytest.raises(ValueError, match="page_table: got 65536 pages of 32768 rows a sequence, needs at most"):

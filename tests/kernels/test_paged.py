@@ -102,7 +102,7 @@ def test_random_shapes(seed, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_keys_out_of_sight_are_not_read(backend):
-    """Pages behind a sliding window are freed and reused: what they hold must not reach the result."""
+    """Pages outside a sliding window are freed and reused, so their contents must not affect the result."""
     problem = make_problem(5, [300, 40], window=20, page=8)
     _, k_pages, v_pages, table, lengths = problem.args
     for b, length in enumerate(lengths.tolist()):
@@ -116,7 +116,7 @@ def test_keys_out_of_sight_are_not_read(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_offsets_beyond_two_to_the_31(backend, monkeypatch):
-    """The second page starts 2^31 + 512 elements into the buffer; only the pages that are touched take memory."""
+    """The second page starts 2^31 + 512 elements into the buffer; only touched pages use physical memory."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     stride = 2**31 + 512
     buffer = torch.empty(stride + 4096, dtype=torch.bfloat16)
@@ -146,7 +146,7 @@ def test_bits_do_not_depend_on_the_thread_count(case, dtype):
 
 
 def check_all_at_the_edge():
-    """Check every case with tensors that end where readable memory ends. For a process of its own: a fault ends it."""
+    """Check every case with tensors at the end of readable memory. Run in a new process, which a fault would kill."""
     for case in CASES:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             problem = problem_of(case, dtype)
@@ -156,13 +156,13 @@ def check_all_at_the_edge():
 
 @pytest.mark.parametrize("isa", ["", *LOWER])
 def test_every_instruction_set(isa):
-    """The choice is made once a process, so the table runs again in another; without a name, on the best one."""
+    """Run the table in a new process, since the instruction set is chosen once per process; "" selects the best one."""
     run_on(isa, __name__, "check_all_at_the_edge")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_split_keys_and_merge(backend):
-    """Attention over disjoint sets of keys, merged, is attention over all of them; one part carries the sinks."""
+    """Merged attention over disjoint sets of keys equals attention over all of them; one part has the sinks."""
     problem = make_problem(3, [90, 33, 4], rows=[5, 7, 2], heads=(6, 2), sinks=True, window=64)
     rows = len(problem.out)
     edges = torch.tensor([0, 13, 50, 1000], dtype=torch.int32)
@@ -203,7 +203,7 @@ def test_compile_with_dynamic_shapes(backend):
             q * 1.0, k_pages, v_pages, table, lengths, q_offsets=q_offsets, return_lse=True, backend=backend
         )
 
-    # No two sizes of the first call are the same: dynamo would take them for one.
+    # All sizes of the first call differ: dynamo would treat equal sizes as one symbol.
     for seed, (lengths, rows) in enumerate(
         [([33, 9, 7], [3, 4, 2]), ([50, 31], [1, 6]), ([12, 80, 3, 3], [9, 5, 1, 0])]
     ):

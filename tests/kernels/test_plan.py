@@ -1,4 +1,4 @@
-"""plan_attention against its specification: the pairs a plan stands for, its transpose, capacities and bad input."""
+"""plan_attention against its specification: the pairs of a plan, its transpose, capacities and bad input."""
 
 import copy as copy_module
 import dataclasses
@@ -71,7 +71,7 @@ def test_pairs_and_transpose_follow_the_specification(first_seed):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_tiles_are_full_wherever_they_can_be(seed):
-    """No tile that every row of its block sees is left partial, none is listed that no row sees, and lists ascend."""
+    """No fully visible tile is listed as partial, no fully masked tile is listed, and lists ascend."""
     problem = random_plan_problem(random.Random(seed))
     plan, allowed = problem.plan(), problem.allowed()
     for block, (start, count, first_key, keys) in enumerate(plan.q_blocks.tolist()[: plan.sizes[2]]):
@@ -123,7 +123,7 @@ def test_moving_a_plan_moves_all_of_it():
 
 
 def test_copies_of_a_plans_tensors_are_a_plan():
-    """Cloned one by one they are no views of one buffer; the plan moves, refills and pickles all the same."""
+    """Tensors cloned one by one don't share a buffer; the plan still moves, refills and pickles correctly."""
     capacity = rk.PlanCapacity.for_rows(64, sequences=2)
     first, second = (rk.ChunkLayout.from_lengths(lengths) for lengths in ([[20, 3]], [[7], [30]]))
     plan, want = (rk.plan_attention(layout, capacity=capacity) for layout in (first, second))
@@ -150,7 +150,7 @@ def test_a_plans_pickle_is_its_buffer():
 
 
 def test_a_plan_with_tile_lists_is_refilled_where_it_is(monkeypatch):
-    """As on a GPU: the layout is on the CPU, and no device is named."""
+    """As on a GPU: the layout is on the CPU, and no device is given."""
     monkeypatch.setattr(tile_lists, "wanted", lambda device: device.type == "meta")
     layout, capacity = rk.ChunkLayout.from_lengths([[20, 3]]), rk.PlanCapacity.for_rows(64, sequences=2)
     plan = rk.plan_attention(layout, capacity=capacity, device="meta")
@@ -175,7 +175,7 @@ def test_a_plan_is_a_pytree():
 
 
 def test_a_plan_waits_for_its_copy_to_the_cpu(monkeypatch):
-    """What is read of a copy that nobody waited for may not have arrived."""
+    """Data of an asynchronous copy may not have arrived before synchronization."""
     plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[20, 3]]))
     words = plan.sizes.untyped_storage().nbytes() // 4
     on_device = plan.to("meta")
@@ -202,7 +202,7 @@ def test_any_integer_dtype_makes_the_same_plan():
 
 def test_time_of_a_plan_grows_with_tiles_not_pairs():
     """8 sequences of 4,096 rows in 256 chunks: 134 million pairs, 2,048 blocks; the bound is 5 ms."""
-    torch.utils.deterministic.fill_uninitialized_memory = False  # the filling is not what is timed
+    torch.utils.deterministic.fill_uninitialized_memory = False  # don't time the filling
     layout = rk.ChunkLayout.from_lengths([[16] * 256] * 8)
     passages = rk.ChunkMask.passages(torch.arange(2048) % 256 // 8 - 1)
     for mask, causal in ((rk.ChunkMask.full(), True), (passages, True), (rk.ChunkMask.diagonal(), False)):

@@ -1,4 +1,4 @@
-"""pool_chunks: every backend and dtype against float64, and the op as torch sees it."""
+"""pool_chunks: every backend and dtype against float64, and the op's integration with torch."""
 
 import random
 
@@ -25,7 +25,7 @@ def problem(seed, dtype):
 
 
 def pooled(hidden, offsets, mode):
-    """Return the specification's sentence, literally."""
+    """Compute the specification literally."""
     chunks = [hidden[a:b] for a, b in zip(offsets.tolist(), offsets.tolist()[1:])]
     pick = {"mean": lambda c: c.mean(0), "first": lambda c: c[0], "last": lambda c: c[-1]}[mode]
     return torch.stack([pick(chunk) for chunk in chunks]) if chunks else hidden[:0]

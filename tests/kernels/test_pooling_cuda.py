@@ -1,4 +1,4 @@
-"""pool_chunks on CUDA: its device and shapes without a GPU; its values where there is one."""
+"""pool_chunks on CUDA: its device and shapes without a GPU, and its values if there is one."""
 
 import itertools
 
@@ -31,7 +31,7 @@ def test_against_the_reference(width, first_column):
     lengths = torch.randint(1, 40, (200,))
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int().cuda()
     for dtype, mode in itertools.product((torch.float32, torch.bfloat16, torch.float16), ("mean", "first", "last")):
-        # A view: rows with a stride of their own, and with first_column 1 no 16-byte alignment.
+        # A view with padded rows and, with first_column 1, without 16-byte alignment.
         buffer = torch.randn(int(lengths.sum()), width + 16, device="cuda", dtype=dtype)
         hidden = buffer[:, first_column : first_column + width]
         pooled = rk.pool_chunks(hidden, offsets, mode, backend="cuda")

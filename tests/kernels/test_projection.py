@@ -1,4 +1,4 @@
-"""project_chunks and embed_mixed: every backend and dtype against float64, and the ops as torch sees them."""
+"""project_chunks and embed_mixed: every backend and dtype against float64, and the ops' integration with torch."""
 
 import dataclasses
 import random
@@ -27,14 +27,14 @@ SEEDS = range(18)
 
 @pytest.fixture(autouse=True)
 def soil_the_kernels_memory():
-    """Leave NaN in the memory that the C++ kernels keep from call to call, as torch's own is poisoned."""
+    """Fill the scratch memory that the C++ kernels keep between calls with NaN, as conftest does for torch's."""
     nan = torch.full((256, 512), float("nan"))
     rk.project_chunks(nan, nan, nan[0, :256], nan[:, :256], nan[0, :256])
 
 
 @dataclasses.dataclass
 class Problem:
-    """Arguments of embed_mixed; those of project_chunks are among them."""
+    """Arguments of embed_mixed, which include those of project_chunks."""
 
     token_ids: torch.Tensor
     slot_of_row: torch.Tensor
@@ -69,13 +69,13 @@ def random_problem(seed: int, dtype: torch.dtype) -> Problem:
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     rows, chunks = rng.choice([0, 1, 5, 40, 90]), rng.choice([0, 1, 3, 17, 70])
-    # Multiples of 8 are read from the tensors themselves; others, and odd ones most of all, from padded copies.
+    # Kernels read sizes that are multiples of 8 in place; other sizes, odd ones in particular, need padded copies.
     d_enc, hidden, d_dec = rng.choice([1, 8, 24, 33, 96]), rng.choice([16, 37, 40, 144]), rng.choice([24, 97, 136, 150])
     pad = rng.choice([0, 0, 1, 8])
 
     def matrix(*shape, scale=1.0):
         *outer, last = shape
-        storage = torch.full((*outer, last + pad), float("nan"), dtype=dtype)  # what lies beyond a row is never used
+        storage = torch.full((*outer, last + pad), float("nan"), dtype=dtype)  # the padding is never used
         storage[..., :last] = torch.randn(shape, generator=generator) * scale
         return storage[..., :last]
 
@@ -121,14 +121,14 @@ def test_against_float64(backend, dtype, seed, call):
     for name, grad, expected in zip(used, grads, wants):
         expected = torch.zeros_like(wide[name]) if expected is None else expected
         error = relative_error(grad, expected, upstream)
-        # The gradient of one column is one sum of terms that a GPU has rounded for its product; it may cancel.
+        # With one column, the gradient is a sum of terms that a GPU rounds first, so it may suffer cancellation.
         rounded = backend not in ("cpu", "reference") and dtype in (torch.bfloat16, torch.float16)
         bound = GRADIENT[dtype] * (4 if rounded and name == "chunks" and wide[name].shape[1] == 1 else 1)
         assert error <= bound, f"{name}: error {error:.2e}; {label}"
 
 
 def check_all():
-    """Run in a process of its own, as the instruction set is chosen once per process."""
+    """Check all problems. Run in a new process, since the instruction set is chosen once per process."""
     for dtype in DTYPES:
         for seed in range(40):
             problem = random_problem(seed, dtype)
@@ -205,14 +205,14 @@ def test_activations_are_accurate_far_from_zero(activation):
     want = ACTIVATIONS[activation](x[:, 0].double())
     for backend in BACKENDS:
         got = rk.project_chunks(x, w1, None, w2, None, activation=activation, backend=backend)[:, 0]
-        # GELU's left tail cancels in any float32 form of it; below 1e-6 only its size counts.
+        # GELU's left tail suffers cancellation in any float32 formula; below 1e-6 only the magnitude is checked.
         torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-6 if "gelu" in activation else 1e-30)
 
 
 def test_gradcheck_and_second_derivative():
     for activation in ACTIVATIONS:
         problem = random_problem(2, torch.float64)
-        problem.activation = activation if activation != "relu" else "silu"  # relu has no slope at 0
+        problem.activation = activation if activation != "relu" else "silu"  # relu is not differentiable at 0
         t = leaves(
             {"token_table": torch.randn(11, 8), "chunks": torch.randn(3, 4), "w1": torch.randn(6, 4),
              "b1": torch.randn(6), "w2": torch.randn(8, 6), "b2": torch.randn(8)}, torch.float64,

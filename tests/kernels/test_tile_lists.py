@@ -1,4 +1,4 @@
-"""Tile lists against the plans that they are derived from, and how much work they make of a mask."""
+"""Tile lists against the plans that they are derived from, and the amount of work they issue for a mask."""
 
 import random
 
@@ -12,7 +12,7 @@ from refrag_kernels.reference.mask import allowed_pairs
 from refrag_kernels.tile_lists import TILE_LISTS
 from tests.support.factory import random_plan_problem
 
-STEP = 64  # rows of the other side that a kernel takes at a time
+STEP = 64  # rows of the other side per kernel iteration
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ def test_a_refilled_plan_keeps_its_buffers():
 
 
 def work(plan, index):
-    """Return the pairs that a kernel computes: whole tiles of rows, whole steps."""
+    """Return the number of pairs that a kernel computes: whole tiles of rows, whole iterations."""
     items, ranges, *_ = tile_lists.tensors_of(plan.tiles, TILE_LISTS[index])
     steps = (ranges[:, 1] - ranges[:, 0]).sum().item() // STEP
     assert items[-1, 2] == steps
@@ -118,7 +118,7 @@ def work(plan, index):
 
 
 def work_of_blocks(allowed, size=128):
-    """Return the pairs that a mask of square blocks computes, as flex_attention's does."""
+    """Return the number of pairs computed with a mask of square blocks, such as flex_attention's."""
     rows = -(-allowed.shape[0] // size) * size
     padded = torch.zeros(rows, rows, dtype=torch.bool)
     padded[: allowed.shape[0], : allowed.shape[1]] = allowed
@@ -135,9 +135,9 @@ def work_of_blocks(allowed, size=128):
     ],
 )
 def test_work_follows_the_chunks(first, causal, bounds):
-    """15 passages of 128 rows in chunks of 16, between two spans of text: pairs computed over pairs allowed.
+    """Ratio of computed to allowed pairs, for 15 passages of 128 rows in chunks of 16 between two spans of text.
 
-    By the list of one block, whose heads fill a tile, of four blocks, and of four blocks of keys.
+    For the list of single blocks, whose heads fill a tile, of four blocks, and of four key blocks.
     """
     layout = rk.ChunkLayout.from_lengths([[first] + [16] * 8 * 15 + [60]])
     mask = rk.ChunkMask.passages(torch.tensor([-1] + [i // 8 for i in range(8 * 15)] + [-1]))

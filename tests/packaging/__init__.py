@@ -1,1 +1,1 @@
-"""The build, the wheel, the Hub kernel and the report of an installation."""
+"""Tests of the build, the wheel, the Hub kernel and the report of an installation."""

@@ -1,4 +1,4 @@
-"""The build: what setup.py asks the compilers to do, what comes out, and what a wheel holds."""
+"""The build: setup.py's compile commands, the compiled libraries, and the contents of a wheel."""
 
 import contextlib
 import fcntl
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def setup_py():
     spec = importlib.util.spec_from_file_location("refrag_kernels_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
@@ -101,7 +101,7 @@ def test_each_kernel_is_compiled_for_each_instruction_set(setup_py, sources):
     for isa, options in setup_py.ISAS.items():
         index = lines.index(f"build build/x/csrc/cpu/kernels/attention.cpp.{isa}.o: cxx csrc/cpu/kernels/attention.cpp")
         assert f"-DREFRAG_ISA={isa}" in lines[index + 1] and options in lines[index + 1]
-        assert "-isystem" not in lines[index + 1]  # no headers but our own and the compiler's
+        assert "-isystem" not in lines[index + 1]  # only our own and the compiler's headers
     other = next(i for i, line in enumerate(lines) if line.endswith("cxx csrc/cpu/isa.cpp"))
     assert "-mavx" not in lines[other + 1]
 
@@ -153,13 +153,13 @@ def test_the_kernels_hold_no_python_symbols_and_need_no_cuda_runtime():
 def test_the_kernels_take_nothing_from_torch_but_its_stable_abi():
     command = ["nm", "-D", "--undefined-only", "--with-symbol-versions", library()]
     symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
-    # Symbols of the C and C++ libraries carry a version; weak ones (w) are the loader's hooks.
+    # Symbols of the C and C++ libraries have versions; weak ones (w) are hooks of the loader.
     of_torch = [line.split()[1] for line in symbols if re.match(r"\s+U [^@]+$", line)]
     assert of_torch and [name for name in of_torch if not name.startswith(("aoti_torch_", "torch_"))] == []
 
 
 def test_nothing_compiled_for_an_instruction_set_can_replace_common_code():
-    # The linker keeps one copy of an inline function: were it the AVX-512 one, other machines would crash in it.
+    # The linker keeps one copy of an inline function; an AVX-512 copy would crash on other machines.
     objects = sorted((ROOT / "build" / sys.implementation.cache_tag / "csrc" / "cpu" / "kernels").glob("*.o"))
     assert objects
     for path in objects:
@@ -179,7 +179,7 @@ def test_cuda_kernels_are_there_when_nvcc_is(setup_py):
 
 @contextlib.contextmanager
 def alone_in_the_checkout():
-    """Keep test processes from building in the checkout at the same time: they write the same files there."""
+    """Keep test processes from building in the checkout concurrently, since they write the same files."""
     (ROOT / "build").mkdir(exist_ok=True)
     with open(ROOT / "build" / "tests.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

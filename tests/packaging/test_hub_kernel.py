@@ -1,7 +1,7 @@
-"""build.toml and torch-ext/: the CUDA ops as Hugging Face's kernel builder would build them.
+"""build.toml and torch-ext/: the CUDA ops as Hugging Face's kernel builder builds them.
 
-The builder itself needs nix. Its format is that of edition 5; what it does with it, compile these files with
-TORCH_EXTENSION_NAME and put ``_ops.py`` beside torch-ext's Python, is done by hand here.
+The builder itself needs nix. build.toml follows edition 5; these tests repeat the builder's steps: they compile the
+files with TORCH_EXTENSION_NAME and add ``_ops.py`` to torch-ext's Python.
 """
 
 import ctypes
@@ -24,12 +24,12 @@ from tests.support.paged_problems import make_problem
 
 pytestmark = pytest.mark.gpu_proof
 ROOT = Path(__file__).parents[2]
-tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML by itself")
+tomllib = pytest.importorskip("tomllib", reason="tomllib needs Python 3.11")
 BUILD = tomllib.loads((ROOT / "build.toml").read_text())
 ALL = os.environ.get("REFRAG_GPU_PROOF") == "all"
 FAMILIES = ("paged", "pooling", "projection")
 
-# What the builder writes: the macros that torch_binding.cpp uses.
+# Written by the builder: the macros that torch_binding.cpp uses.
 REGISTRATION = """
 #include <Python.h>
 #define STABLE_TORCH_LIBRARY_EXPAND(name, m) STABLE_TORCH_LIBRARY(name, m)
@@ -53,7 +53,7 @@ def add_op_namespace_prefix(op_name):
 
 
 def test_the_file_has_the_format_of_the_builder():
-    assert set(BUILD) == {"general", "torch", "kernel"}  # an unknown field is an error there
+    assert set(BUILD) == {"general", "torch", "kernel"}  # the builder rejects unknown fields
     general = BUILD["general"]
     assert set(general) == {"name", "version", "edition", "license", "backends"}
     assert general["edition"] == 5 and general["backends"] == ["cuda"] == list(BUILD["torch"]["stable-abi"])
@@ -65,7 +65,7 @@ def test_the_file_has_the_format_of_the_builder():
     (kernel,) = BUILD["kernel"].values()
     assert set(kernel) == {"backend", "depends", "cuda-capabilities", "include", "src"}
     assert kernel["backend"] == "cuda" and kernel["depends"] == ["torch"]
-    # C++20 is the builder's standard from torch 2.12 on.
+    # The builder uses C++20 from torch 2.12 on.
     assert tuple(map(int, BUILD["torch"]["stable-abi"]["cuda"].split("."))) >= (2, 12)
 
 
@@ -75,7 +75,7 @@ def test_the_file_lists_what_its_sources_include():
     included = set()
     for name in listed:
         for header in re.findall(r'#include "([\w/.]+)"', (ROOT / name).read_text()):
-            if header not in ("registration.h", "cuda_host.h"):  # the builder's, the tests'
+            if header not in ("registration.h", "cuda_host.h"):  # provided by the builder and the tests
                 included.add(f"csrc/{header}")
     assert included <= listed and {name for name in listed if name.endswith((".h", ".cuh"))} <= included
     launchers = {f"csrc/cuda/{family}.cu" for family in FAMILIES}
@@ -91,7 +91,7 @@ def test_the_package_is_what_the_library_makes_of_it():
 
 
 def load(folder, name):
-    """Import torch-ext's package from ``folder``, beside an ``_ops.py`` for the ops of namespace ``name``."""
+    """Import torch-ext's package from ``folder``, with an ``_ops.py`` for the ops of namespace ``name``."""
     package = folder / "refrag_ops"
     shutil.copytree(ROOT / "torch-ext" / "refrag_ops", package)
     (package / "_ops.py").write_text(OPS.format(name=name))
@@ -106,7 +106,7 @@ def load(folder, name):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The package on the CPU, whose launchers start their kernels on the host, and the library of one of them."""
+    """The package on the CPU, whose launchers run their kernels on the host, and the library of one of them."""
     folder, name = tmp_path_factory.mktemp("hub"), "refrag_kernels_host"
     (folder / "registration.h").write_text(REGISTRATION)
     define = f"-DTORCH_EXTENSION_NAME={name}"
@@ -125,7 +125,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def hub(built):
-    """The package, and a runtime in which no call fails: other tests of the process have the same, and let it fail."""
+    """The package, with the fake runtime reset: other tests of the process share it and make its calls fail."""
     package, library = built
     library.fail_at(b"")
     return package
@@ -188,7 +188,7 @@ def test_paged_attention_and_merge(hub):
 @pytest.mark.skipif(not ALL, reason="nvcc compiles for minutes: make test-gpu-proof")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc was not found")
 def test_what_nvcc_makes_of_it_is_one_module(tmp_path):
-    """As the builder's CMake does it: limited Python API, one namespace, the CUDA key."""
+    """As in the builder's CMake: limited Python API, one namespace, the CUDA dispatch key."""
     name = "_refrag_kernels_cuda_by_hand"
     (tmp_path / "registration.h").write_text(REGISTRATION)
     root = Path(torch.__file__).parent

@@ -1,4 +1,4 @@
-"""The layers that Hugging Face's ``kernels`` puts in the place of plain functions."""
+"""The layers that replace plain functions through Hugging Face's ``kernels``."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def embed(token_ids, token_table, chunks, slot_of_row, w1, b1, w2, b2):
 
 @kernels.use_kernel_forward_from_hub("MixedAttention")
 def attend(q, k, v, plan, scale):
-    """One sequence, plain causal."""
+    """Plain causal attention over one sequence."""
     calls.append("attend")
     heads = (states.transpose(0, 1)[None] for states in (q, k, v))
     out = nn.functional.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True)
@@ -32,7 +32,7 @@ def attend(q, k, v, plan, scale):
 
 @kernels.use_kernelized_func(embed, attend)
 class Model(nn.Module):
-    """A mixed sequence, and one attention over it."""
+    """A mixed sequence and one attention layer."""
 
     def __init__(self):
         super().__init__()

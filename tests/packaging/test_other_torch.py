@@ -1,4 +1,4 @@
-"""One shared object for every torch from 2.13 on: load this checkout's in another environment, without a rebuild.
+"""One shared library works with every torch from 2.13 on: load this checkout's in another environment, unchanged.
 
 Skipped unless REFRAG_KERNELS_OTHER_PYTHON names the interpreter of an environment with another torch.
 """
@@ -41,7 +41,7 @@ def test_the_library_loads_in_another_torch():
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["torch"] != torch.__version__, "REFRAG_KERNELS_OTHER_PYTHON has the torch that this one has"
+    assert found["torch"] != torch.__version__, "REFRAG_KERNELS_OTHER_PYTHON has the same torch as this environment"
     assert tuple(map(int, re.findall(r"\d+", found["torch"])[:2])) >= (2, 13)
     assert found["archs"] == torch.ops.refrag_cuda.architectures()
     assert found["cuda"] == (list(OPS) if found["archs"] else [])

@@ -1,4 +1,4 @@
-"""What backends.report() says, and that it holds nothing that a bug report should not."""
+"""The text of backends.report(), which must not contain anything private."""
 
 import re
 import shutil
@@ -72,7 +72,7 @@ def test_an_instruction_set_that_does_not_exist_is_named():
 
 def test_it_works_where_nothing_is_compiled(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "refrag_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    # The import hook of an editable install would find the compiled parts of the other copy.
+    # The import hook of an editable install would find the compiled modules of the original checkout.
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_EDITABLE_INSTALLS)
     text = run_module(tmp_path)
     assert re.search(r"_C\s+the extension _C.so is not built", text)

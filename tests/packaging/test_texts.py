@@ -1,4 +1,4 @@
-"""What no text of the repository says."""
+"""Checks of the repository's text."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ REPORTS = ("gpu-report-h100.md", "gpu-report-h200.md", "gpu-results.md")
 
 
 def test_no_page_counts_tests():
-    """Numbers of tests change from day to day, so a page that gives one is soon wrong."""
+    """The number of tests changes daily, so a page that states one is soon wrong."""
     pages = [*ROOT.glob("*.md"), *ROOT.glob("*/README.md"), *(ROOT / "docs").rglob("*.md")]
     counts = re.compile(r"\b\d[\d,]* (?:passed|skipped|tests|test files)\b")
     found = {

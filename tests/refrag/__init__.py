@@ -1,1 +1,1 @@
-"""The model package."""
+"""Tests of the model package."""

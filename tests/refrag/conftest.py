@@ -1,4 +1,4 @@
-"""Small random models of each architecture, and the real weights of the demo, loaded once a session."""
+"""Small random models of each architecture, and the demo's real weights, loaded once per session."""
 
 import os
 
@@ -24,13 +24,13 @@ def encoder_tokenizer():
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The decoder as Hugging Face runs it."""
+    """The decoder with Hugging Face's own code."""
     return AutoModelForCausalLM.from_pretrained(weights.decoder_folder(), attn_implementation="sdpa").eval()
 
 
 @pytest.fixture(scope="session")
 def minilm():
-    """The encoder as Hugging Face runs it."""
+    """The encoder with Hugging Face's own code."""
     return AutoModel.from_pretrained(weights.encoder_folder(), attn_implementation="sdpa").eval()
 
 
@@ -43,7 +43,7 @@ def demo_model():
 
 @pytest.fixture(scope="session")
 def decoders():
-    """Tiny random decoders by name, as Hugging Face runs them."""
+    """Tiny random decoders by name, with Hugging Face's own code."""
     return {name: tiny.decoder(name) for name in tiny.DECODERS}
 
 

@@ -1,4 +1,4 @@
-"""A small decoder with the demo's tokenizer, and token files, for the tests of distillation."""
+"""A small decoder with the demo's tokenizer, and token files, for the distillation tests."""
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ def write_tokens(path, documents, split="train", source="manuals", tokenizer=NUM
 
 
 def documents(count, seed, tokenizer=None):
-    """Return the tokens of documents of random words, or of random numbers below 40 without a tokenizer."""
+    """Return tokens of documents of random words, or without a tokenizer, random numbers below 40."""
     generator = np.random.default_rng(seed)
     if tokenizer is None:
         return [generator.integers(20, 40, size=120) for _ in range(count)]
@@ -33,7 +33,7 @@ def documents(count, seed, tokenizer=None):
 
 
 def write_decoder(folder, tokenizer=NUMBERS):
-    """Write a decoder and its tokenizer; an update of low rank is enough to make a token likely by its weights."""
+    """Write a decoder and its tokenizer; with its weights, a low-rank update is enough to make a token likely."""
     torch.manual_seed(5)
     LlamaForCausalLM(
         LlamaConfig(
@@ -46,7 +46,7 @@ def write_decoder(folder, tokenizer=NUMBERS):
 
 
 def write(folder, tokenizer=None):
-    """Write a decoder, the files "train" and "rivers" into ``folder``, of words where a tokenizer is given."""
+    """Write a decoder and the files "train" and "rivers" into ``folder``; of words if a tokenizer is given."""
     own = NUMBERS if tokenizer is None else tokenizer
     write_decoder(folder, own)
     write_tokens(folder / "train.tok", documents(12, 0, tokenizer), tokenizer=own)
@@ -54,7 +54,7 @@ def write(folder, tokenizer=None):
 
 
 def options(folder, **changed):
-    """Return options for a short run on what ``write`` wrote."""
+    """Return options for a short run on the files of ``write``."""
     given = dict(
         tokens=(folder / "train.tok",), heldout=(folder / "heldout-rivers.tok",), decoder=folder / "decoder",
         output=folder / "out", steps=6, k=4, encoder_layers=2, encoder_rank=4, decoder_rank=4, contexts=(16, 32),

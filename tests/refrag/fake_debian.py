@@ -1,4 +1,4 @@
-"""A small archive of packages, with stand-ins for apt-get and dpkg-deb: the tests use no network and no apt."""
+"""A small package archive with fakes of apt-get and dpkg-deb, so that tests need no network and no apt."""
 
 import os
 import tarfile
@@ -27,7 +27,7 @@ License: GPL-2+
 
 
 def make_archive(folder, packages, monkeypatch):
-    """Put stand-ins on PATH for an archive of packages, given as name -> {path: text or bytes}."""
+    """Put fakes on PATH that serve an archive of packages, given as name -> {path: text or bytes}."""
     archive, programs = folder / "archive", folder / "programs"
     archive.mkdir()
     programs.mkdir()
@@ -52,7 +52,7 @@ def add_package(archive, name, files):
 
 
 def prose(subject, paragraphs=6):
-    """A document of English that no other subject has."""
+    """Return an English document that is unique to the subject."""
     return "\n\n".join(
         f"The {subject} of chapter {'abcdefghij'[number]} is one of the parts that this manual is about, and it is not "
         f"the same as that of any other {subject} which can be found in the {subject} guide of the {subject} project."

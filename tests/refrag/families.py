@@ -1,4 +1,4 @@
-"""A tiny random form of any family of transformers, and what has to hold of a model made of it."""
+"""Tiny random models of any transformers family, and checks of REFRAG models built from them."""
 
 import copy
 
@@ -13,7 +13,7 @@ from refrag_kernels import ChunkLayout
 from tests.refrag import tiny
 from tests.support.accuracy import relative_error
 
-# What configs call their sizes; those that a config doesn't have are left out.
+# Names of sizes in configs; names that a config lacks are skipped.
 _SIZES = {
     64: "index_topk hidden_size n_embd d_model dim embedding_size embed_dim intermediate_size ffn_dim n_inner d_ff dff "
     "dim_ff encoder_ffn_dim decoder_ffn_dim ffn_hidden_size d_inner",
@@ -39,7 +39,7 @@ _FIELDS = {name: size for size, names in _SIZES.items() for name in names.split(
 _LATENT = dict(num_key_value_heads=4, head_dim=8)
 _HYBRID = dict(num_hidden_layers=4)
 _CONV = dict(layer_types=["conv", "full_attention", "conv"])
-# What the sizes above don't say: an attention layer among the others, and sizes that have to fit each other.
+# Further settings: an attention layer among the other layers, and sizes that depend on each other.
 _MORE = {
     **dict.fromkeys(
         "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa longcat_flash minicpm3 youtu hy_v4 "
@@ -85,7 +85,7 @@ _LARGE = ("blt", "vibevoice_asr")
 
 
 def config(kind, **more):
-    """Return a small configuration of a family."""
+    """Return a small config of a family."""
     return _small(CONFIG_MAPPING[kind], {**_MORE.get(kind, {}), **more})
 
 
@@ -100,13 +100,13 @@ def _small(kind, more):
 
 
 def decoder(kind):
-    """Return a random decoder of a family on transformers' eager attention."""
+    """Return a random decoder of a family with transformers' eager attention."""
     small = config(kind, **({"is_decoder": True} if "is_decoder" in CONFIG_MAPPING[kind]().to_dict() else {}))
     return _random(AutoModelForCausalLM, small, attn_implementation="eager")
 
 
 def encoder(kind):
-    """Return a random model of a family without a head, on the attention that it has by default."""
+    """Return a random model of a family without a head, with its default attention."""
     return _random(AutoModel, config(kind))
 
 
@@ -120,7 +120,7 @@ def _random(auto, small, **options):
 
 
 def check_decoder(kind, bound=1e-3):
-    """Hold a family's logits, packed and step by step, against eager's; or return why it is refused.
+    """Compare a family's packed and step-by-step logits with eager attention's, or return why it is refused.
 
     Returns
     -------
@@ -132,7 +132,7 @@ def check_decoder(kind, bound=1e-3):
         model = RefragForCausalLM.from_parts(tiny.encoder("bert"), copy.deepcopy(plain), 4).eval()
     except FamilyError as error:
         return _refusal(error)
-    lengths = [14, 23]  # beyond the window of 9
+    lengths = [14, 23]  # longer than the window of 9
     prompt = tiny.prompt([[("text", rows)] for rows in lengths])
     how = dict(max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0)
     packed, steps = model(prompt=prompt).logits[0].split(lengths), model.generate(prompt, **how)
@@ -149,7 +149,7 @@ def check_decoder(kind, bound=1e-3):
 
 
 def check_encoder(kind, bound=1e-3):
-    """Hold a family's rows of packed chunks against those of each chunk alone; or return why it is refused.
+    """Compare a family's rows of packed chunks with those of each chunk alone, or return why it is refused.
 
     Returns
     -------
@@ -172,7 +172,7 @@ def check_encoder(kind, bound=1e-3):
 
 
 class Differs(AssertionError):
-    """A family that was accepted computes something else than transformers."""
+    """Raised if an accepted family computes different results than transformers."""
 
 
 def _hold(holds, what):

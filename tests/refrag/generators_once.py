@@ -1,4 +1,4 @@
-"""Save and restore the generators of two processes: ``python generators_once.py FOLDER``."""
+"""Save and restore the random generators of two processes: ``python generators_once.py FOLDER``."""
 
 import json
 import sys

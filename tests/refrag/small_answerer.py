@@ -1,4 +1,4 @@
-"""A small random model with the real tokenizers, ready to be asked."""
+"""A small random Answerer with the real tokenizers."""
 
 import torch
 from refrag import RefragForCausalLM, RefragProcessor, weights
@@ -17,7 +17,7 @@ def parts(k=4):
     )  # fmt: skip
     decoder = LlamaForCausalLM(config).eval()
     for parameter in decoder.parameters():
-        # Fresh weights are so small that whatever is read, the same is written.
+        # Initial weights are so small that the output would not depend on the input.
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.3)
     encoder = AutoModel.from_pretrained(weights.encoder_folder(), local_files_only=True)
@@ -26,5 +26,5 @@ def parts(k=4):
 
 
 def answerer(**options):
-    """Return an Answerer of 32 tokens an answer."""
+    """Return an Answerer that generates up to 32 tokens."""
     return Answerer(*parts(), **{"max_new_tokens": 32, "do_sample": False, **options})

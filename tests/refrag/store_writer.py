@@ -1,4 +1,4 @@
-"""A store's writer for processes that tests start and kill; imports no more than the store needs."""
+"""Write a store in processes that tests start and kill; imports only what the store needs."""
 
 import os
 import signal
@@ -18,13 +18,13 @@ def passage(number):
 
 
 def chunks(number):
-    """Return a passage's chunks, of no, one or more tokens."""
+    """Return a passage's chunks, with zero, one or more tokens."""
     lines = passage(number).text.splitlines(keepends=True)
     return [Chunk(line, tuple(range(number, number + index % 5))) for index, line in enumerate(lines)]
 
 
 def rows(number):
-    """Return a passage's embeddings: no two rows of any passages are alike, and each is exact in every dtype."""
+    """Return a passage's embeddings: rows are unique across passages and exact in every dtype."""
     count = 1 + number % CHUNKS
     row = torch.arange(count)[:, None].expand(count, WIDTH // 2)
     return torch.cat([torch.full_like(row, number % 256), torch.full_like(row, number // 256) + 16 * row], 1).float()
@@ -37,7 +37,7 @@ def put(store, numbers, **options):
 
 
 def write_forever(folder, connection):
-    """Put one shard after another, and tell the number of each one that is done."""
+    """Put one shard after another, and send the number of each finished shard."""
     store = ChunkStore.open(folder, FINGERPRINT)
     for number in range(100_000):
         put(store, range(number * BATCH, (number + 1) * BATCH))
@@ -45,7 +45,7 @@ def write_forever(folder, connection):
 
 
 def write_and_die(folder, moment):
-    """Put a shard and be killed at a chosen moment of it."""
+    """Put a shard and die at a given moment during it."""
 
     def die(*arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What the adapters share: the prompt, the answer at once and in pieces, and what stops it."""
+"""Shared behaviour of the adapters: the prompt, whole and streamed answers, and stopping."""
 
 import asyncio
 import gc
@@ -29,7 +29,7 @@ def make(parts):
 
 
 class Steps(StoppingCriteria):
-    """Counts steps; fails at one, or waits a little at each."""
+    """Counts steps; optionally fails at one step, or sleeps at each."""
 
     def __init__(self, fail_at=None, wait=0.0):
         self.count, self.fail_at, self.wait = 0, fail_at, wait
@@ -43,7 +43,7 @@ class Steps(StoppingCriteria):
 
 
 def text_of(answerer, prompt):
-    """Return the prompt as the decoder would read it, each chunk as its text."""
+    """Return the prompt as text, with each chunk replaced by its text."""
     pieces = []
     rows = prompt.layout.chunk_offsets.tolist()
     chunks = iter(prompt.chunks)
@@ -136,7 +136,7 @@ def test_a_closed_stream_stops_the_model(make):
     assert next(stream, None) is None
     stream._thread.join(20)
     assert not stream._thread.is_alive() and steps.count < 100
-    # So does one that is dropped, and the next is answered.
+    # A dropped stream also stops it, and the next question is answered.
     stream = answerer.stream(QUESTION, [BRIDGE])
     next(stream)
     thread, before = stream._thread, steps.count
@@ -161,7 +161,7 @@ def test_a_cancelled_answer_stops_the_model(make):
             await task
 
     asyncio.run(cancelled())
-    with answerer._lock:  # free once the model has stopped
+    with answerer._lock:  # released once the model has stopped
         assert steps.count < 100
 
 
@@ -245,7 +245,7 @@ def test_stopping_criteria_that_are_no_list_reach_who_asked(make):
         except TypeError as error:
             failures.append(str(error))
 
-    asking = threading.Thread(target=ask, daemon=True)  # a caller that waits for ever would keep the tests waiting
+    asking = threading.Thread(target=ask, daemon=True)  # a caller that waits forever would block the tests
     asking.start()
     asking.join(30)
     assert not asking.is_alive() and "iterable, not int" in failures[0]

@@ -1,4 +1,4 @@
-"""The cache folder: whole entries or none, one builder at a time, clear errors."""
+"""The cache folder: complete entries only, one builder at a time, clear errors."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""The command line, run as a user would."""
+"""The command line, run as by a user."""
 
 import json
 import os
@@ -16,14 +16,14 @@ SMALL = ["--context-tokens", "160", "--plot-tokens", "", "--max-new-tokens", "4"
 
 @pytest.fixture
 def small_corpus(monkeypatch):
-    """The shortest topics only: the whole corpus takes half a minute to encode."""
+    """Use only the shortest topics: encoding the whole corpus takes half a minute."""
     passages = python_reference()[:24]
     monkeypatch.setattr(demo, "python_reference", lambda: passages)
 
 
 @pytest.fixture
 def unranked_corpus(monkeypatch):
-    """The whole corpus, without the work of ranking it."""
+    """Use the whole corpus without ranking it."""
 
     class Unranked:
         def __init__(self, encoder, tokenizer, passages, track):
@@ -50,7 +50,7 @@ def test_demo(small_corpus, tmp_path):
     assert table["full"]["rows"] == 160 == table["own_full"]["rows"]
     assert table["cached"]["rows"] == table["encoded"]["rows"] < 160
     for reading in table.values():
-        # Keys and values, 30 layers, 3 heads of 64, float32.
+        # Keys and values of 30 layers, 3 heads with head_dim 64, float32.
         assert reading["kv_cache_bytes"] == reading["rows"] * 2 * 30 * 3 * 64 * 4
         assert reading["seconds_to_first_token"][0] > 0 and reading["seconds_per_token"] > 0
     assert list(figures["plot"]) == ["128", "192"]

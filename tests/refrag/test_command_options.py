@@ -1,4 +1,4 @@
-"""Every command keeps the options that it had, as command_options.json recorded them: spelling, type and default."""
+"""Every command keeps the options recorded in command_options.json: spelling, type and default."""
 
 import inspect
 import json
@@ -24,7 +24,7 @@ COMMANDS = dict(commands(typer.main.get_command(app), "refrag"))
 
 
 def type_of(annotation):
-    """Return the name of a value's type: "..." follows it where there may be several."""
+    """Return the name of a value's type, followed by "..." if several values are allowed."""
     if typing.get_origin(annotation) in (typing.Annotated, typing.Union, types.UnionType):
         annotation = next(kind for kind in typing.get_args(annotation) if kind is not type(None))
         return type_of(annotation)
@@ -34,7 +34,7 @@ def type_of(annotation):
 
 
 def options(command):
-    """Return each option's type and default by its spelling; arguments by their name."""
+    """Return the type and default of each option by spelling, and of each argument by name."""
     function = inspect.unwrap(command.callback)
     hints = {} if hasattr(function, "__signature__") else typing.get_type_hints(function, include_extras=True)
     parameters, found = inspect.signature(function).parameters, {}

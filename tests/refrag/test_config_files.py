@@ -1,4 +1,4 @@
-"""Options in files: what they may hold, that the command line wins, and that a run can be repeated from its own."""
+"""Option files: valid contents, precedence of the command line, and repeating a run from its own file."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from refrag.training.options import (
 )
 from typer.testing import CliRunner
 
-# As a run at b88c934 wrote it.
+# As written by a run at b88c934.
 STAGE = {
     "objective": "next_paragraph",
     "trained": {"encoder": "none", "decoder": "lora", "rank": 2},
@@ -112,7 +112,7 @@ def test_a_stage_of_before_is_read(tmp_path):
 
 
 def both(given):
-    """Return the options that each of the two command lines makes of the same arguments, or of its refusal."""
+    """Return the options that each of the two command lines parses from the same arguments, or its error."""
     got, app = [], typer.Typer()
     app.command()(option_command(PretrainOptions)(lambda options, console: got.append(options)))
     result = CliRunner().invoke(app, given)

@@ -1,4 +1,4 @@
-"""The corpus, and retrieval from it."""
+"""The demo's corpus, and retrieval from it."""
 
 import pytest
 from refrag import Passage
@@ -33,7 +33,7 @@ def test_ranks_by_meaning_and_keeps_the_embeddings(cache, demo_model, encoder_to
     ranked = retriever.rank("How do I make dough?")
     assert ranked[0][0].id == "bread" and len(ranked) == 3
     assert ranked[0][1] > ranked[1][1] >= ranked[2][1]
-    monkeypatch.setattr(Retriever, "_write", None)  # a second one reads what the first one wrote
+    monkeypatch.setattr(Retriever, "_write", None)  # the second one must read what the first one wrote
     assert Retriever(demo_model.encoder, encoder_tokenizer, PASSAGES).rank("How do I make dough?") == ranked
 
 

@@ -1,4 +1,4 @@
-"""The curriculum against the paper's table 8."""
+"""The curriculum compared with the paper's table 8."""
 
 from collections import Counter
 

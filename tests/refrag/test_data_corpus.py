@@ -1,4 +1,4 @@
-"""`refrag data corpus`: packages become clean text, split by document."""
+"""`refrag data corpus` converts packages to clean text, split by document."""
 
 import gzip
 import json
@@ -64,7 +64,7 @@ def test_corpus(archive, tmp_path):
     train, valid = read(output / "train.jsonl"), read(output / "valid.jsonl")
     ids = [document["id"] for document in [*train, *valid]]
     assert len(set(ids)) == len(ids) and train and valid
-    # 8 and one documents of red but no copy, short text or code; the cap is above what any has.
+    # 8 + 1 documents of red, without copies, short texts or code; no source reaches the cap.
     assert sum(id.startswith("manual-red/") for id in ids) == 9 and len(ids) == 33
     shared = next(document for document in [*train, *valid] if document["id"].endswith("shared.txt"))
     assert "crimson" in shared["text"] and "spacing" not in shared["text"]
@@ -82,7 +82,7 @@ def test_corpus(archive, tmp_path):
     assert manifest["splits"]["train"]["documents"] == len(train)
     assert {entry["held_out"] for entry in manifest["packages"]} == {None, "handbook", "postgres", "perl", "git"}
 
-    # The same seed gives the same files, another one another split.
+    # The same seed gives the same files, a different seed a different split.
     for folder, seed in (("again", 0), ("other", 1)):
         assert run("--output", tmp_path / folder, *arguments, "--seed", seed).exit_code == 0
     assert (tmp_path / "again" / "train.jsonl").read_bytes() == (output / "train.jsonl").read_bytes()

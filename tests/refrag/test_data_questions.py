@@ -1,4 +1,4 @@
-"""`refrag data glossary` and `refrag data manpages`: questions over passages, split by headword and page."""
+"""`refrag data glossary` and `refrag data manpages` write questions over passages, split by headword and page."""
 
 import base64
 import gzip
@@ -77,7 +77,7 @@ FOLDOC = {
 
 
 def number(value):
-    """A number as dictd's indexes have it: the digits are those of base 64."""
+    """Encode a number as in dictd's indexes, in base 64."""
     return base64.b64encode(value.to_bytes(6, "big")).decode().lstrip("A") or "A"
 
 
@@ -98,7 +98,7 @@ def write(folder, name, entries):
 def test_gcide(tmp_path):
     write(tmp_path, "gcide", GCIDE)
     entries = {entry.headword: entry for entry in read_dictionary(tmp_path, "gcide")}
-    assert list(entries) == ["Abatis", "Tort", "Femur", "Abature"]  # a mere reference is no definition
+    assert list(entries) == ["Abatis", "Tort", "Femur", "Abature"]  # a reference is not a definition
     assert entries["Abatis"].definition.startswith(
         "A means of defense formed by felled trees, the ends of whose branches"
     )
@@ -155,7 +155,7 @@ def test_dictionaries_that_are_none(tmp_path):
 
 
 def entries(count=200):
-    """Entries in clusters of ten that are alike, one in each of law; every fifth headword is in two dictionaries."""
+    """Return entries in clusters of ten similar ones, one each in law; every fifth headword is in two dictionaries."""
     made = []
     for n in range(count):
         domain = "law" if n % 10 == 3 else "general"
@@ -168,7 +168,7 @@ def entries(count=200):
 
 
 def embed(texts):
-    """Vectors that are alike within a cluster."""
+    """Return vectors that are similar within a cluster."""
     numbers = np.array([int("".join(filter(str.isdigit, text.split(":")[0]))) for text in texts], dtype=np.float64)
     angles = 2 * np.pi * (numbers // 10 + numbers % 10 / 100) / 40
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -198,7 +198,7 @@ def test_glossary():
         tens = {int(headword(passage)[4:]) // 10 for passage in question.passages}
         alike += max(tens) - min(tens) <= 2
     assert 0.1 < unanswered / 240 < 0.3 and 0.35 < alike / 240 < 0.65
-    assert len({question.gold for question in train}) == 6  # in any place, or in none
+    assert len({question.gold for question in train}) == 6  # at any position, or absent
     assert len({question.source for question in train[:20]}) == 2  # in random order
     assert glossary_questions(entries(), embed, settings) == (train, test)
     assert glossary_questions(entries(), embed, QuestionSettings(passages=5, test=0.2, seed=2)) != (train, test)

@@ -1,4 +1,4 @@
-"""The decoder's attention: equal to Hugging Face's, causal, and never across sequences."""
+"""The decoder's attention equals Hugging Face's, is causal, and never crosses sequences."""
 
 import copy
 
@@ -79,8 +79,8 @@ def test_passages_do_not_attend_to_each_other():
     changed = copy.copy(prompt)
     object.__setattr__(changed, "token_ids", token_ids)
     before, after = model(prompt=prompt).logits[0], model(prompt=changed).logits[0]
-    assert torch.equal(before[7:11], after[7:11]), "the second passage saw the first"
-    assert not torch.allclose(before[11:], after[11:]), "the shared text must see both"
+    assert torch.equal(before[7:11], after[7:11]), "the second passage must not attend to the first"
+    assert not torch.allclose(before[11:], after[11:]), "the shared text must attend to both"
 
 
 def test_refuses_batches_with_plans():

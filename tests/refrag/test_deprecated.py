@@ -1,4 +1,4 @@
-"""Names of the release before: modules, what was in them, and pickles that name them."""
+"""Names of the previous release still work: modules, their contents, and pickles that refer to them."""
 
 import ast
 import importlib
@@ -19,7 +19,7 @@ from refrag.integrations.answering import Answerer
 from tests.refrag import small_answerer
 from tests.refrag.store_writer import FINGERPRINT
 
-# A name of each module of b88c934 that has moved.
+# A name from each module of b88c934 that has moved.
 MODULES = {
     "acceptance": "FamilyError", "attention": "AttentionPlans", "caution": "caution", "chat": "render_chat",
     "choosers": "AllChunks", "chunking": "FixedChunks", "config": "RefragConfig", "corpus": "python_reference",
@@ -147,7 +147,7 @@ def test_chooser_of_the_haystack_component():
     written = component.to_dict()
     assert written["init_parameters"]["selector"] == "random"
     written["init_parameters"]["chooser"] = written["init_parameters"].pop("selector")
-    with warnings.catch_warnings():  # a pipeline's file isn't code: it loads without a warning
+    with warnings.catch_warnings():  # a pipeline's file isn't code, so it loads without a warning
         warnings.simplefilter("error")
         assert RefragGenerator.from_dict(written).to_dict() == component.to_dict()
 

@@ -1,4 +1,4 @@
-"""Distillation: its batches, its loss, whole runs, and what becomes of runs that are broken off."""
+"""Distillation: batches, the loss, whole runs, and interrupted runs."""
 
 import dataclasses
 import json
@@ -102,7 +102,7 @@ def test_a_batch_is_what_its_samples_are_one_by_one(lengths):
     assert batch.encoder_ids.tolist() == encoded and batch.chunk_starts.tolist() == starts
     assert batch.chunk_lengths.tolist() == sum(lengths, []) and batch.text_tokens == sum(map(sum, lengths)) + 6
     assert batch.student_outputs.tolist() == predicts
-    # What the teacher's rows predict is what the student's do.
+    # The teacher's rows predict the same tokens as the student's.
     after = torch.cat([batch.teacher_ids[1:], torch.zeros(1, dtype=torch.int64)])
     assert after[batch.teacher_outputs].tolist() == targets[:6]
     read = common.student.plans.layout.lengths()
@@ -163,7 +163,7 @@ def test_every_trained_tensor_has_a_gradient(place):
     run = Distillation(decoder_of(place), options, torch.device("cpu"), torch.float32)
     for name, parameter in run.model.named_parameters():
         if name.endswith("lora_B"):
-            torch.nn.init.normal_(parameter, std=0.02)  # at their start of zero they hide the other factor's gradient
+            torch.nn.init.normal_(parameter, std=0.02)  # their initial zeros would hide the other factor's gradient
     windows = batches.TokenWindows(*load_tokens([place / "train.tok"])[:2], "train")
     run.loss(batches.batch_at(options, windows, 0, 0.0, 1, torch.device("cpu")))[0].backward()
     named = [(name, parameter) for group in run.trained.values() for name, parameter in group]
@@ -185,7 +185,7 @@ def test_rotary_frequencies_keep_their_precision(place):
 
 
 def test_slots_become_readable(tmp_path):
-    """Text of 20 tokens at random: 3.0 is the loss of one who doesn't read the slots."""
+    """Random text with 20 different tokens: without reading the slots, the loss is 3.0."""
     generator = np.random.default_rng(0)
     distill_files.write_decoder(tmp_path)
     distill_files.write_tokens(tmp_path / "train.tok", [generator.integers(20, 40, size=60)])
@@ -211,11 +211,11 @@ def test_an_adapter_is_read_by_everything(tmp_path, tokenizer, monkeypatch):
     assert log[-1]["kind"] == "end" and log[-1]["step"] == 4
     written = [json.loads(line) for line in (tmp_path / "learnt" / "log.jsonl").read_text().splitlines()]
     assert written == log == [json.loads(line) for line in (tmp_path / "pieces" / "log.jsonl").read_text().splitlines()]
-    # The pieces are the file.
+    # The pieces joined are the file.
     (folder,) = (tmp_path / "pieces").glob("adapter-*")
     joined = b"".join(path.read_bytes() for path in sorted(folder.glob("adapter.safetensors.*")))
     assert joined == (tmp_path / "learnt" / "adapter.safetensors").read_bytes() and folder.name == "adapter-000004"
-    # What the run measured is what the model of the adapter has, by the code that everything else uses.
+    # The run's measurements equal those of a model loaded from the adapter through the regular code.
     parts, _ = ModelBundle.load_trained(tmp_path / "learnt", tmp_path / "decoder")
     parts.model.eval()
     assert len(parts.model.encoder.layers) == 2 and parts.model.config.window == 32
@@ -248,7 +248,7 @@ def test_a_run_that_is_broken_off_leaves_an_adapter_and_goes_on_as_if_it_had_not
 
     def dies(self, batch):
         calls.append(1)
-        if len(calls) == 2 + 4:  # two of them warm up
+        if len(calls) == 2 + 4:  # two are warm-up
             raise KeyboardInterrupt
         return compute(self, batch)
 
@@ -256,7 +256,7 @@ def test_a_run_that_is_broken_off_leaves_an_adapter_and_goes_on_as_if_it_had_not
     with pytest.raises(KeyboardInterrupt):
         distill(broken)
     monkeypatch.setattr(Distillation, "loss", compute)
-    for _ in range(50):  # the writer's thread may still be at it
+    for _ in range(50):  # the writer thread may still be running
         if (place / "broken" / "state.pt").exists():
             break
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""The adapter "distilled", which comes along beside the default: what its slots keep, and where its name may stand."""
+"""The shipped adapter "distilled": how much its slots retain, and where its name is accepted."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ from refrag.training.perplexity import COMPRESSED, FULL, NONE, Conditions, measu
 from typer.testing import CliRunner
 
 NAME = Path("distilled")
-MANUAL = Path(__file__).with_name("manual.txt")  # of a program that there isn't: no training has seen it
+MANUAL = Path(__file__).with_name("manual.txt")  # of a fictional program, so it was in no training data
 QUESTION = "What does --dry-run do?"
 
 
@@ -39,7 +39,7 @@ def test_its_slots_keep_a_part_of_a_manual(trained):
     scores = measure(parts, documents, Conditions(context=128, output_tokens=32, rates=()), samples=8)
     means = {name: sum(values) / len(values) for name, values in scores.items()}
     assert means[FULL] < means[COMPRESSED] < means[NONE]
-    assert value_kept(means, COMPRESSED) > 0.4  # 0.51; the default adapter keeps 0.08, one that isn't trained nothing
+    assert value_kept(means, COMPRESSED) > 0.4  # measured 0.51; the default adapter keeps 0.08, an untrained one 0
 
 
 def test_where_it_is(tmp_path, monkeypatch):
@@ -47,11 +47,11 @@ def test_where_it_is(tmp_path, monkeypatch):
     assert shipped is not None and shipped.stat().st_size < 24e6
     about = read_adapter("distilled")[0]
     assert about["fields"]["chunk_size"] == 8 and about["fields"]["encoder_window"] == 512
-    # Of the demo's decoder, wherever that is, and of no folder of the machine that it was trained on.
+    # It refers to the demo's decoder wherever that is, not to a folder of the machine that trained it.
     assert about["sources"] == {"encoder": "", "decoder": ""}
     assert trained_sources(NAME) == (None, str(weights.decoder_folder()))
     assert adapter_path(NAME) == adapter_path(shipped) == shipped and is_adapter(NAME) and is_adapter(shipped)
-    # What the user has under that name goes first; other names are none of ours.
+    # A user's folder with that name takes precedence; other names are not shipped.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "distilled").mkdir()
     assert not is_adapter(NAME)
@@ -93,7 +93,7 @@ def test_from_a_store_it_answers_the_same(trained, tmp_path, monkeypatch):
     stored = run(*asked, tmp_path / "texts")
     assert stored.exit_code == 0 and stored.stdout.strip(), stored.output
     assert DISTILLED in stored.stderr
-    chosen = run(*asked, tmp_path / "texts", "--expand", "3")  # by cosine, for it has no policy
+    chosen = run(*asked, tmp_path / "texts", "--expand", "3")  # by cosine, since it has no policy
     assert chosen.exit_code == 0 and re.search(r"3 of \d+ chunks", chosen.stderr), chosen.output
     other = run("generate", "--question", QUESTION, "--store", store, tmp_path / "texts")
     assert other.exit_code == 2 and "encoder: holds embeddings of" in " ".join(other.stderr.split()), other.output

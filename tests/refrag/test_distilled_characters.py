@@ -1,4 +1,4 @@
-"""Distillation cuts its windows as prompts are cut: no chunk begins inside a character."""
+"""Distillation cuts windows as prompts are cut: no chunk starts inside a character."""
 
 import json
 import unicodedata
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def byte_fallback():
-    """Return a tokenizer that falls back on bytes: Llama 2's and Gemma's kind."""
+    """Return a tokenizer with byte fallback, as Llama 2's and Gemma's."""
     tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "Ġ", "¡", "日"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
@@ -37,7 +37,7 @@ def byte_fallback():
 
 
 def whole_letters():
-    """Return a tokenizer whose tokens are whole letters, some of which byte-level tokenizers write bytes by."""
+    """Return a tokenizer of whole letters, including letters that stand for bytes in byte-level tokenizers."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>"])
@@ -55,7 +55,7 @@ def test_the_tokens_that_begin_inside_a_character_are_those_that_chunks_never_be
     inside, cut = tokens_inside_characters(own), FixedChunks(own, 1)
     seen = set()
     for text in [*texts("NFC"), *DOCUMENTS.values(), "¡hola! ¿qué? «ņ» ł Ġ bab 日本"]:
-        if make is byte_fallback:  # it writes spaces otherwise, which FixedChunks takes for a text whose marks moved
+        if make is byte_fallback:  # it writes spaces differently, which FixedChunks would treat as changed text
             text = "".join(letter for letter in text if not unicodedata.combining(letter))
         chunks = [chunk.token_ids for chunk in cut(text)]
         assert not any(inside[chunk[0]] for chunk in chunks)
@@ -80,7 +80,7 @@ def test_added_tokens_are_whole():
 
 @pytest.fixture(scope="module")
 def japanese(tmp_path_factory, tokenizer):
-    """Token files of Japanese text with some English, made by ``refrag data tokens``, and a decoder."""
+    """Token files of Japanese text with some English, written by ``refrag data tokens``, and a decoder."""
     folder = tmp_path_factory.mktemp("japanese")
     (folder / "corpus").mkdir()
     for name in ("train", "heldout-rivers"):
@@ -102,7 +102,7 @@ def options(folder, **changed):
 
 @pytest.mark.parametrize("domain", ["train", "heldout-rivers"])
 def test_batches_hold_whole_characters(japanese, tokenizer, domain):
-    """The row B13: with chunks of 8 tokens, three of four held half a character."""
+    """Without this, three of four chunks of 8 tokens would contain part of a character."""
     own = options(japanese)
     train, domains = read_files(own)
     windows = train if domain == "train" else domains["rivers"]
@@ -116,7 +116,7 @@ def test_batches_hold_whole_characters(japanese, tokenizer, domain):
         for start, length in zip(batch.chunk_starts.tolist(), lengths):
             text = tokenizer.decode(ids[start : start + length])
             assert text and "\ufffd" not in text and text in whole
-        # The student reads the same characters that the teacher reads, and learns the same tokens.
+        # The student reads the same characters as the teacher, and learns the same tokens.
         rows = batch.shape.continuations
         after = batch.teacher_ids.roll(-1)
         assert after[batch.teacher_outputs].tolist() == batch.targets[: rows * own.output_tokens].tolist()
@@ -129,19 +129,19 @@ def test_windows_are_cut_as_prompts_are(japanese, tokenizer):
     drawn = train.draw(np.random.default_rng(0), 200, 5, 8, 6)
     assert (drawn.lengths < 8).any(1).sum() > 50
     uneven = (drawn.lengths < 8).any(1)
-    assert not (uneven[:-1] & ~uneven[1:]).any()  # those with padding come last
+    assert not (uneven[:-1] & ~uneven[1:]).any()  # padded windows come last
     for tokens, lengths, context in zip(drawn.tokens, drawn.lengths, drawn.contexts):
         ends = np.cumsum(lengths)
         pieces = [tuple(tokens[end - length : end].tolist()) for end, length in zip(ends, lengths)]
         text = tokenizer.decode(tokens[:context])
-        if tokenizer(text)["input_ids"] == tokens[:context].tolist():  # not where a word was cut
+        if tokenizer(text)["input_ids"] == tokens[:context].tolist():  # unless a word was cut
             assert [chunk.token_ids for chunk in FixedChunks(tokenizer, 8)(text)] == pieces
         assert (tokens[context + 6 :] == 0).all() and "\ufffd" not in text
         assert all("\ufffd" not in tokenizer.decode(piece) for piece in pieces)
 
 
 def test_windows_of_whole_tokens_are_those_of_before():
-    """What a run on English text drew, it draws again: a broken-off run goes on with the same samples."""
+    """A run on English text draws the same samples as before, so that interrupted runs can resume."""
     tokens, offsets = np.arange(1000, dtype=np.uint16), np.array([0, 300, 310, 1000])
     windows = batches.TokenWindows(tokens, offsets, "t", np.zeros(65536, bool))
     drawn = windows.draw(np.random.default_rng(3), 50, 4, 8, 5)
@@ -185,7 +185,7 @@ def test_slots_of_shorter_chunks_are_the_models(japanese, pooling, attention):
     projector = run.model.projector
     embeds = encode_packed(run.model.encoder, packed, pooling, own.segments)
     assert torch.allclose(slots, projector.down(projector.up(embeds)), rtol=1e-4, atol=1e-5)
-    # What stands behind shorter windows reaches nothing.
+    # The padding after shorter windows affects nothing.
     ids[(ids == 0).nonzero()[-1]] = 7
     run.use_attention(attention)
     assert torch.equal(run.slots(batch), slots)

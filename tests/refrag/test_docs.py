@@ -1,4 +1,4 @@
-"""The documentation: every code block runs, the pictures are those that the code draws, nothing public lacks a page."""
+"""The documentation: every code block runs, pictures are up to date, and every public name has a page."""
 
 import importlib.util
 import re
@@ -10,7 +10,7 @@ import yaml
 
 import refrag_kernels as rk
 
-# What is not in the environment of the tests: see make test-integrations.
+# Packages that the tests' environment lacks; see make test-integrations.
 OPTIONAL = ("haystack", "kernels", "langchain_core", "llama_index")
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def test_each_page_is_in_the_navigation():
 def test_what_is_public_has_a_page():
     text = "\n".join(PAGES.values())
     missing = [name for name in rk.__all__ if f"::: refrag_kernels.{name}\n" not in text]
-    assert missing == ["use_backend"]  # on the page about backends, by use
+    assert missing == ["use_backend"]  # documented by its use on the page about backends
 
 
 def test_the_pictures_are_up_to_date():

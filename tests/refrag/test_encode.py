@@ -41,7 +41,7 @@ def encoder_folder(tmp_path_factory, encoder_tokenizer):
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory, encoder_folder, tokenizer, encoder_tokenizer):
-    """A whole model and its processor, saved as a user would."""
+    """A whole model and its processor, saved as by a user."""
     folder = tmp_path_factory.mktemp("model")
     config = type(tiny.DECODERS["llama"])(**{**tiny._DECODER, "vocab_size": len(tokenizer)})
     model = RefragForCausalLM.from_parts(

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of refrag run and print what they say."""
+"""Run the examples in refrag's docstrings and check their output."""
 
 import doctest
 import importlib
@@ -15,7 +15,7 @@ MODULES = [
 ]
 
 
-# The packages that a module may want and the environment of the tests lacks: see make test-vllm and test-integrations.
+# Packages that modules may need but the tests' environment lacks; see make test-vllm and test-integrations.
 OPTIONAL = ("vllm", "haystack", "langchain_core", "llama_index")
 
 

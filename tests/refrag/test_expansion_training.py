@@ -1,4 +1,4 @@
-"""The policy's training: rewards by any packing are the same, and a policy learns what is rewarded."""
+"""Training of the policy: rewards don't depend on packing, and a policy learns what is rewarded."""
 
 import dataclasses
 import functools
@@ -45,10 +45,10 @@ def one_by_one(parts, sample, rollouts):
 @pytest.mark.parametrize(
     "rollouts",
     [
-        [{6}, {7}, {6, 7}, {5}],  # five slots and the prefix are the same
-        [{0}, {1}, {2}, {3}],  # only the prefix is
-        [{0, 5}, {0, 6}, {0, 7}, {0}],  # an expanded chunk is
-        [{2}, {2}],  # all is
+        [{6}, {7}, {6, 7}, {5}],  # five slots and the prefix are shared
+        [{0}, {1}, {2}, {3}],  # only the prefix is shared
+        [{0, 5}, {0, 6}, {0, 7}, {0}],  # an expanded chunk is shared
+        [{2}, {2}],  # everything is shared
         [set()],
     ],
 )
@@ -72,13 +72,13 @@ def test_what_rollouts_begin_with_stands_once(parts, sample):
 
     prompt, (shared, labels, mask) = joined([{6}, {7}, {5, 6}])
     assert mask is not None
-    # Prefix and five slots once; of each rollout three chunks, one or two of them expanded, and eight tokens.
+    # The prefix and five slots once; per rollout three chunks, one or two of them expanded, and eight tokens.
     assert shared.layout.total_rows == 3 + 5 + (6 + 8) + (6 + 8) + (9 + 8)
     assert prompt.layout.total_rows == shared.layout.total_rows + 2 * 8
     assert int((labels >= 0).sum()) == 3 * 8
-    _, alike = joined([{6}, {6}])  # what is left are the last chunk's row and the target
+    _, alike = joined([{6}, {6}])  # only the last chunk's row and the target remain
     assert alike[0].layout.total_rows == 3 + 6 + 4 + 2 * (1 + 8)
-    assert joined([{0}, {1}, {0, 1}])[1] is None  # three rows of prefix are less than a tenth
+    assert joined([{0}, {1}, {0, 1}])[1] is None  # the prefix of three rows is less than a tenth
     assert joined([{3}])[1] is None
 
 
@@ -96,12 +96,12 @@ def test_advantage_and_clip_by_hand():
     new = torch.log(torch.tensor([[0.9, 0.1], [0.9, 0.45]]))
     made = torch.tensor([[True, True], [True, False]])
     gain = clipped_objective(new, old, torch.tensor([1.0, -1.0]), made, 0.2)
-    # Ratios 1.8 and 0.2 of a good rollout: 1.2 and 0.2; 1.8 of a bad one is not clipped.
+    # For a good rollout, ratios 1.8 and 0.2 give 1.2 and 0.2; 1.8 of a bad one is not clipped.
     assert gain.item() == pytest.approx(((1.2 + 0.2) / 2 - 1.8) / 2)
 
 
 def test_a_policy_learns_what_is_rewarded(sample):
-    """The reward is the share of picks among chunks that their embeddings mark: a policy has to find the mark."""
+    """The reward is the share of picks among chunks whose embeddings have a mark, which the policy must find."""
     torch.manual_seed(0)
     policy = ExpansionPolicy(8, width=32, num_heads=2)
 
@@ -125,7 +125,7 @@ def test_a_policy_learns_what_is_rewarded(sample):
 
 
 def test_wide_embeddings_do_not_drown_what_a_place_is_worth(sample):
-    """Thousands of dimensions that say nothing, much alike as those of real embeddings, and one place that counts."""
+    """Thousands of uninformative, similar dimensions, as in real embeddings, and one position that matters."""
     torch.manual_seed(0)
     policy = ExpansionPolicy(4608, width=32, num_heads=2)
     generator = torch.Generator().manual_seed(0)
@@ -175,7 +175,7 @@ def test_the_stage_keeps_its_policy_in_the_adapter(tmp_path, tokenizer, parts):
     fresh = training_parts.parts(tokenizer, parts.encoder_tokenizer)
     _, policy = load_adapter(tmp_path / "policy", fresh.model.decoder, fresh.model.encoder)
     assert policy.settings() == {"embedding_size": 32, "width": 16, "num_layers": 2, "num_heads": 2}
-    # The names that a checkpoint of b88c934 has.
+    # The names in a checkpoint of b88c934.
     assert torch.load(tmp_path / "policy" / "checkpoint.pt")["signature"] == {
         "stage": {
             "settings": {
@@ -186,7 +186,7 @@ def test_the_stage_keeps_its_policy_in_the_adapter(tmp_path, tokenizer, parts):
         },
         **parts.signature(),
     }  # fmt: skip
-    # Gone on from its checkpoint at step 4, it comes to the same.
+    # Resuming from the checkpoint at step 4 gives the same result.
     (tmp_path / "policy" / "adapter.safetensors").unlink()
     assert run(5, tmp_path / "policy") == log
     with pytest.raises(ValueError, match="was made with"):

@@ -1,4 +1,4 @@
-"""Families of transformers: a dozen on every run; with REFRAG_FAMILIES=all every one, which makes docs/families.md."""
+"""Families of transformers: a dozen in every run; all with REFRAG_FAMILIES=all, which writes docs/families.md."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from tests.refrag import families
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 DECODERS = "llama qwen2 qwen3 mistral gemma gemma2 gemma3_text phi3 granite cohere olmo2 gpt_oss".split()
 ENCODERS = {"bert": "packed", "roberta": "packed", "modernbert": "packed", "mpnet": "padded", "qwen3": "packed, causal"}
-SECONDS = 120  # of one family
+SECONDS = 120  # per family
 
 
 @pytest.mark.parametrize("kind", DECODERS)
@@ -54,8 +54,8 @@ def test_every_family_of_transformers(section):
                 made[kind] = families.check_decoder(kind) if section == "Decoders" else families.check_encoder(kind)
         except families.Differs as error:
             failures.append(f"{kind}: {error}")
-        except Exception as error:  # a config that these sizes don't fit
-            reason = re.sub(r" from '/[^']*'", "", " ".join(str(error).split()))  # where a package lies
+        except Exception as error:  # a config that doesn't accept these sizes
+            reason = re.sub(r" from '/[^']*'", "", " ".join(str(error).split()))  # without package paths
             made[kind] = f"not tried: {type(error).__name__}: {reason[:120]}"
         torch.manual_seed(0)
     before, verdicts = PAGE.read_text(), rows(section)
@@ -63,30 +63,30 @@ def test_every_family_of_transformers(section):
     assert not failures
     changed = {kind: (verdicts.get(kind), text) for kind, text in rows(section).items()}
     changed = {kind: both for kind, both in changed.items() if verdict(both[0]) != verdict(both[1])}
-    # What could not be tried depends on the machine and what is installed there.
+    # Which families can't be tried depends on the machine and its installed packages.
     changed = {kind: both for kind, both in changed.items() if "not tried" not in map(verdict, both)}
-    assert not changed, f"{PAGE} was out of date and is written anew"
+    assert not changed, f"{PAGE} was out of date and has been rewritten"
 
 
 def takes_text(kind):
-    """Whether the family's model is given tokens first."""
+    """Return whether the family's model takes tokens as its first input."""
     known = MODEL_MAPPING[CONFIG_MAPPING[kind]]
     return (known[0] if isinstance(known, tuple) else known).main_input_name == "input_ids"
 
 
 def rows(section):
-    """Return a table of the page: what it says of each family."""
+    """Return a table of the page as family -> text."""
     text = PAGE.read_text().split(f"## {section}\n")[1].split("\n## ")[0]
     return dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", text, re.MULTILINE))
 
 
 def no_text():
-    """Return the families that the page lists as those that take no text."""
+    """Return the families that the page lists as taking no text."""
     return re.findall(r"`([^`]+)`", PAGE.read_text().split("## Without text\n")[1].split(": ")[1])
 
 
 def replaced(page, section, made, silent):
-    """Return the page with a section's table written anew."""
+    """Return the page with a section's table replaced."""
     table = "\n".join(f"| `{kind}` | {text.replace('|', '/').replace('`', '')} |" for kind, text in made.items())
     head, tail = page.split(f"## {section}\n")
     before, rest = tail.split("| --- | --- |\n")[0], tail.split("\n\n## ", 1)[1:]
@@ -98,7 +98,7 @@ def replaced(page, section, made, silent):
 
 
 def verdict(text):
-    """Return what a row says without its reason: "works", "packed, causal", "refused", "not tried"."""
+    """Return a row's verdict without its reason: "works", "packed, causal", "refused", "not tried"."""
     return "not listed" if text is None else text.partition(":")[0]
 
 

@@ -1,4 +1,4 @@
-"""Files have the modes that the user's umask asks for, whoever writes them."""
+"""All files have the modes given by the user's umask."""
 
 import os
 import stat
@@ -27,7 +27,7 @@ def mask(request):
 
 
 def check(folder, mask):
-    """Every file and folder is as open and mkdir would have made it."""
+    """Check that every file and folder has the mode that open and mkdir give it."""
     paths = [folder, *folder.rglob("*")]
     assert len(paths) > 1
     for path in paths:
@@ -38,7 +38,7 @@ def check(folder, mask):
 def test_a_store(tmp_path, mask):
     store = ChunkStore.create(tmp_path / "store", store_writer.FINGERPRINT)
     store_writer.put(store, [1, 2])
-    # What a writer that was killed left is written over.
+    # Files left by a killed writer are overwritten.
     left_over = store.folder / ".part-shard-00000001.safetensors"
     left_over.touch()
     left_over.chmod(0o600)

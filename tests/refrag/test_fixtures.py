@@ -1,4 +1,4 @@
-"""Files that users have on their disks since b88c934: each loads, and gives the numbers that were recorded then."""
+"""Files that users may have from b88c934 still load and give the numbers recorded then."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
-# As in fixtures/make.py, which can't be imported: it is code of b88c934.
+# As in fixtures/make.py, which can't be imported because it is code for b88c934.
 PASSAGES = [
     Passage("The old bridge of Orla was built in 1871, of stone.", "orla"),
     Passage("It rained. The river rose by two feet, and fell again.", "river"),
@@ -109,7 +109,7 @@ def test_a_checkpoint(tmp_path):
         documents = Documents(np.array(text * 2), np.array([0, len(text), 2 * len(text)]))
         found = run_stage(parts, options, documents, documents)
     assert [entry["step"] for entry in found] == [1, 2] and found[1]["tokens"] == log[1]["tokens"]
-    # One step of Adam from where the checkpoint was, on samples that are drawn otherwise today.
+    # One step of Adam from the checkpoint, on samples that are drawn differently today.
     steps = (tmp_path / "checkpoints" / f"step-0000000{step}" / "trained.safetensors" for step in (1, 2))
     before, after = map(load_file, steps)
     assert before.keys() == after.keys()

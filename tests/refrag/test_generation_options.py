@@ -37,7 +37,7 @@ def test_hidden_states_of_generation_equal_the_plain_decoders(beams):
     for index, ids in enumerate(prompt.token_ids.split([9, 14])):
         own = tiny.decoder("mistral").generate(ids[None], **how).hidden_states
         assert len(got) == len(own)
-        for mine, theirs in zip(got[0], own[0], strict=True):  # of the prompt, padded on the left
+        for mine, theirs in zip(got[0], own[0], strict=True):  # the prompt, left-padded
             for beam in range(beams):
                 assert relative_error(mine[index * beams + beam, -len(ids) :], theirs[beam]) < 1e-5
     model = tiny.refrag("mistral")

@@ -1,4 +1,4 @@
-"""The component, in Haystack's own pipelines."""
+"""The component in Haystack's own pipelines."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""The HTML report: what its pictures hold, and that a browser shows them."""
+"""The HTML report: the contents of its pictures, and their display in a browser."""
 
 import re
 import shutil
@@ -39,11 +39,11 @@ def test_the_picture_has_the_areas_of_the_plan(mask, causal, scale):
     layout = ChunkLayout.from_lengths([[19 * scale, 1, 16 * scale, 30 * scale, 7]])
     plan = plan_attention(layout, mask, causal=causal)
     rows, stats = layout.total_rows, plan.stats()
-    svg = pictures.plan_svg(plan, size=rows)  # a pixel a pair
+    svg = pictures.plan_svg(plan, size=rows)  # one pixel per pair
     full, allowed, waste = (area(svg, colour) for colour in (pictures.FULL, pictures.ALLOWED, pictures.WASTE))
     assert full + allowed == pytest.approx(stats["pairs_allowed"], rel=1e-3)
     assert allowed <= waste <= stats["pairs_computed"] - full
-    # Tiles at the end of the sequence are cut there.
+    # Tiles are clipped at the end of the sequence.
     boxes = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', svg)
     assert len(boxes) > 2
     assert all(float(x) + float(w) <= rows + 0.01 and float(y) + float(h) <= rows + 0.01 for x, y, w, h in boxes)
@@ -89,7 +89,7 @@ def test_a_browser_shows_it(written, tmp_path):
     )  # fmt: skip
     data = picture.read_bytes()
     assert data.startswith(b"\x89PNG") and struct.unpack(">II", data[16:24]) == (1000, 2600)
-    from matplotlib.image import imread  # after the check above: pixels of a real page
+    from matplotlib.image import imread  # after the check above; reads the pixels of a real page
 
     pixels = imread(picture)[..., :3]
     for colour in (pictures.FULL, pictures.ALLOWED, pictures.WASTE, pictures.SLOT):

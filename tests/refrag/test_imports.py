@@ -1,7 +1,7 @@
-"""What imports what, drawn from the code: layers, no circles, and no training in inference.
+"""The import graph of the code: layers, no circular imports, and no training code in inference.
 
-Every import counts, within functions and under TYPE_CHECKING too: one that is put off hides a circle, it doesn't break
-it. What ``refrag`` itself hands out is left out, for it lists all rooms, and nothing in them imports from it.
+Every import counts, also within functions and under TYPE_CHECKING: a deferred import hides a cycle without breaking it.
+The names that ``refrag`` itself re-exports are excluded, since nothing in the subpackages imports from it.
 """
 
 import ast
@@ -18,7 +18,7 @@ import refrag_kernels
 
 PACKAGES = {package.__name__: Path(package.__path__[0]) for package in (refrag, refrag_kernels)}
 
-# Rooms of refrag, and files at its top, from the lowest to the highest: each imports from itself and from lower lines.
+# Subpackages and top-level files of refrag, from lowest to highest: each imports only from itself and lower lines.
 LAYERS = (
     ("file_modes", "deprecated"),
     ("cache",),
@@ -39,7 +39,7 @@ LAYERS = (
 
 
 def imports(package):
-    """Return for each module of a package the modules of the same package that it imports."""
+    """Return, for each module of a package, the modules of the package that it imports."""
     root = PACKAGES[package]
     files = {}
     for path in root.rglob("*.py"):
@@ -95,7 +95,7 @@ def test_layers():
 
 
 def test_rooms_know_no_circles():
-    """Of rooms side by side in one line, too."""
+    """Subpackages in the same line have no circular imports either."""
     rooms = {}
     for module, found in imports("refrag").items():
         if module != "refrag":

@@ -1,4 +1,4 @@
-"""The Runnable, in LangChain's own chains."""
+"""The Runnable in LangChain's own chains."""
 
 import asyncio
 
@@ -34,7 +34,7 @@ def expected(answerer):
 
 
 class Trace(BaseCallbackHandler):
-    """Notes what begins and ends."""
+    """Records the start and end of runs."""
 
     def __init__(self):
         self.seen = []
@@ -64,7 +64,7 @@ def test_streams(answerer, expected):
     pieces = list(chain.stream(ASKED, config={"callbacks": [trace]}))
     assert "".join(pieces) == expected and len(pieces) > 1
     assert trace.seen == [("start", "RefragChain"), ("end", expected)]
-    # A later step that can stream gets the pieces too.
+    # A later step that supports streaming also gets the pieces.
     assert list((chain | RunnableGenerator(shout)).stream(ASKED)) == [piece.upper() for piece in pieces]
 
     async def streamed():
@@ -79,7 +79,7 @@ def shout(pieces):
 
 
 def test_where_stuffed_documents_stand(answerer, expected):
-    # As create_retrieval_chain puts them together.
+    # As combined by create_retrieval_chain.
     chain = RefragChain(answerer, question_key="input", documents_key="context")
     rag = RunnablePassthrough.assign(context=RunnableLambda(lambda asked: DOCUMENTS)).assign(answer=chain)
     result = rag.invoke({"input": QUESTION})

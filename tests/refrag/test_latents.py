@@ -35,7 +35,7 @@ PARTS = ["Read this: ", *PASSAGES, "When was it built?"]
 
 @pytest.fixture(scope="module")
 def make(tokenizer, encoder_tokenizer):
-    """Return a small random model for the real tokenizers, the decoder as Hugging Face runs it, and the processor."""
+    """Return a small random model for the real tokenizers, Hugging Face's decoder, and the processor."""
 
     def make(decoder="llama", **fields):
         torch.manual_seed(0)

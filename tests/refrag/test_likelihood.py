@@ -1,4 +1,4 @@
-"""The log-likelihood of labels equals that of the decoder's own logits, whatever stands between its rows and those."""
+"""The log-likelihood of labels equals that of the decoder's own logits, whatever head computes them."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ DECODERS = {
 @pytest.mark.parametrize("name", DECODERS)
 def test_equals_the_decoders_own_logits(name):
     decoder = made(name, **DECODERS[name])
-    if name == "Roberta":  # its positions count on from padding, so that from_parts refuses it
+    if name == "Roberta":  # its positions start after the padding index, so that from_parts refuses it
         decoder.set_attn_implementation("refrag")
         decoder.refrag_accepted = True
     model = RefragForCausalLM.from_parts(tiny.encoder("bert"), decoder, 4).eval()

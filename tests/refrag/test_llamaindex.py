@@ -1,4 +1,4 @@
-"""The response synthesizer, in LlamaIndex's own query engine."""
+"""The response synthesizer in LlamaIndex's own query engine."""
 
 import asyncio
 
@@ -25,7 +25,7 @@ NODES = [
 
 
 class Retriever(BaseRetriever):
-    """Finds the two nodes."""
+    """Always finds the same two nodes."""
 
     def _retrieve(self, query_bundle: QueryBundle):
         return NODES
@@ -53,7 +53,7 @@ def test_in_a_query_engine(answerer, expected):
 
 
 def test_no_llm_is_made(answerer):
-    # Without an API key the default one would raise.
+    # Without an API key, the default LLM would raise an error.
     RefragSynthesizer(answerer)
     assert Settings._llm is None
 

@@ -1,4 +1,4 @@
-"""Decode steps of decoders whose attention has a softcap, sinks or windows: eager's logits at every step."""
+"""Decode steps of decoders with softcap, sinks or windows equal eager attention's logits at every step."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ HOW = dict(max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Count the decode steps that paged_attention computes."""
+    """Record the decode steps that paged_attention computes."""
     calls, step = [], module._step
 
     def counting(*args):
@@ -117,7 +117,7 @@ def test_equals_the_definition(rows, dtype):
     assert relative_error(got, wanted) < (1e-2 if dtype == torch.bfloat16 else 2e-6)
 
 
-def test_a_row_that_sees_nothing_is_finite():
+def test_a_fully_masked_row_is_finite():
     states = torch.randn(1, 2, 3, 16)
     mask = torch.zeros(1, 1, 3, 3, dtype=torch.bool)
     assert masked_attention(states, states, states, mask).isfinite().all()

@@ -137,7 +137,7 @@ def test_original_positions_continue_in_generation(decoders):
     positions = prompt.position_ids + torch.arange(prompt.layout.total_rows) * 2
     prompt = dataclasses.replace(prompt, position_ids=positions)
     ours = model.generate(prompt, max_new_tokens=6, do_sample=False)
-    # By hand, without a cache.
+    # Computed manually, without a cache.
     embeds, table = model.embed(prompt), model.get_input_embeddings()
     for step in range(6):
         logits = decoders["llama"](inputs_embeds=embeds[None], position_ids=positions[None]).logits

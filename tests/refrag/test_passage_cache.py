@@ -55,7 +55,7 @@ def without_cache(model, prompt):
 
 
 def rows_read(model):
-    """Count the rows that go through the decoder."""
+    """Record the number of rows that go through the decoder."""
     counts = []
     model.decoder.model.layers[0].register_forward_pre_hook(
         lambda _, args, kwargs: counts.append((args[0] if args else kwargs["hidden_states"]).shape[1]), with_kwargs=True

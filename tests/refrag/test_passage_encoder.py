@@ -25,7 +25,7 @@ PASSAGES = [
 
 @pytest.fixture(scope="module")
 def model(minilm, tokenizer):
-    """A real encoder, so that tokenizers are real too, and a tiny decoder."""
+    """A real encoder, for real tokenizers, and a tiny decoder."""
     config = copy.deepcopy(tiny.DECODERS["llama"])
     config.vocab_size, config.max_position_embeddings = len(tokenizer), 1024
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The table of perplexities: each condition is what its name says, and the figures are those of the plain models."""
+"""The table of perplexities: each condition does what its name says, and the figures equal those of plain models."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def parts(tokenizer, encoder_tokenizer):
 
 
 def loss(model, before, output):
-    """Of the plain decoder on one unpacked sequence."""
+    """Return the plain decoder's loss on one unpacked sequence."""
     ids = torch.tensor([[*before, *output]])
     logits = model.decoder(input_ids=ids).logits[0].log_softmax(-1)
     rows = range(len(before), ids.shape[1])

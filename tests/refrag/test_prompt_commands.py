@@ -1,4 +1,4 @@
-"""`refrag generate` and `refrag inspect`, run as a user would."""
+"""`refrag generate` and `refrag inspect`, run as by a user."""
 
 import json
 import re
@@ -20,7 +20,7 @@ SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_atte
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tokenizer, encoder_tokenizer):
-    """A tiny random model for the real tokenizers, and a policy, as a user saves them."""
+    """A tiny random model for the real tokenizers, and a policy, saved as by a user."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     decoder = LlamaConfig(**SMALL, vocab_size=len(tokenizer), max_position_embeddings=128, eos_token_id=2)
@@ -82,7 +82,7 @@ def test_counts(saved):
     counts = PromptCounts.of(prompt)
     assert (counts.rows, counts.full_rows) == (prompt.layout.total_rows, full)
     assert counts.passage_rows == len(prompt.chunks) - 1 + len(prompt.chunks[0].token_ids)
-    # The paper's rate, where all chunks have k tokens: 64 tokens, k = 4, 4 of 16 chunks expanded.
+    # The paper's rate if all chunks have k tokens: 64 tokens, k = 4, 4 of 16 chunks expanded.
     even = PromptCounts(0, 0, 16, 4, 4 * 4 + 12, 64)
     assert even.rate == pytest.approx(4 / (1 - 0.25 + 4 * 0.25))
 
@@ -140,7 +140,7 @@ def test_policy(saved, files):
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
-    """What a training stage writes: a projector on the demo's decoder, and a policy."""
+    """The output of a training stage: a projector for the demo's decoder, and a policy."""
     folder = tmp_path_factory.mktemp("stage")
     parts = ModelBundle.load(None, weights.decoder_folder(), k=8, preset="tokens")
     save_adapter(prepare(parts.model, TrainableSpec(train_encoder="none")), folder)

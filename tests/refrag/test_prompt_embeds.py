@@ -1,4 +1,4 @@
-"""Prompt embeddings for serving stacks: what they hold, how they travel, and the key of their content."""
+"""Prompt embeddings for serving stacks: their contents, serialization, and content key."""
 
 import base64
 import dataclasses
@@ -32,7 +32,7 @@ def test_rows_are_those_that_the_decoder_reads():
     for one in built:
         mask = torch.tensor(one.is_token)
         assert mask.any() and not mask.all()
-        # vLLM may take a text row from either place.
+        # vLLM may read a text row from either place.
         assert torch.equal(one.embeds[mask], table(torch.tensor(one.token_ids)[mask]))
 
 
@@ -66,11 +66,11 @@ def test_what_the_server_of_vllm_loads(dtype):
     model = tiny.refrag("llama")
     one = build(model, tiny.prompt(tiny.MIXED), dtype=dtype)[1]
     sent = one.for_vllm_server()
-    # As vllm/renderers/embed_utils.py does.
+    # As in vllm/renderers/embed_utils.py.
     loaded = torch.load(io.BytesIO(base64.b64decode(sent, validate=True)), weights_only=True)
     assert torch.equal(loaded, one.embeds) and loaded.dtype == (dtype or torch.float32)
     assert loaded.dim() == 2 and loaded.is_contiguous()
-    # The file's own overhead is below 2 KB: the other prompt's rows don't travel along.
+    # The file's overhead is below 2 KB, so the other prompt's rows are not included.
     assert len(base64.b64decode(sent)) < one.embeds.nbytes + 2048
 
 
@@ -85,7 +85,7 @@ def test_overrides_written_over_the_text_s_embeddings_are_the_rows(name):
     model = tiny.refrag(name)
     for one in build(model, tiny.prompt(tiny.MIXED)):
         ids, embeds, positions = one.overrides()
-        rows = model.get_input_embeddings()(torch.tensor(ids)).clone()  # as SGLang 0.5.23's model_runner.py does
+        rows = model.get_input_embeddings()(torch.tensor(ids)).clone()  # as in SGLang 0.5.23's model_runner.py
         rows[torch.tensor(positions)] = embeds
         assert len(embeds) == len(positions) == one.is_token.count(False) and torch.equal(rows, one.embeds)
 
@@ -139,7 +139,7 @@ def test_equal_prompts_have_equal_keys(processor):
 
 
 def test_the_key_stays_what_it_is():
-    # Caches outlive a process and a release: a change of the key must be meant.
+    # Caches outlive processes and releases, so the key must only change intentionally.
     assert mixed_cache_key(tiny.prompt(tiny.MIXED), name="tiny") == [
         "3f39885aaf6d1949e3c522f0dd258abc",
         "05ebc4205241a869fa0278c2f0b4544c",
@@ -147,7 +147,7 @@ def test_the_key_stays_what_it_is():
 
 
 def variants(processor):
-    """Yield prompts that differ in one thing each."""
+    """Yield prompts that each differ in one respect."""
     other = TEXT.replace("1871", "1872")
     yield "as it is", processor([Passage(TEXT), QUESTION])
     yield "a chunk's content", processor([Passage(other), QUESTION])
@@ -199,7 +199,7 @@ def test_an_expanded_chunk_s_embedding_is_not_in_the_key():
 
 
 def test_rows_of_text_and_slots_never_run_together():
-    # The same tokens in as many rows, once as text and once as a slot whose encoder reads them.
+    # The same tokens in the same number of rows, once as text and once as the encoder's input of a slot.
     text, slot = tiny.prompt([[("text", 1)]]), tiny.prompt([[("slot", -1)]])
     slot = dataclasses.replace(
         slot, encoder_input=dataclasses.replace(slot.encoder_input, token_ids=slot.encoder_input.token_ids * 0)

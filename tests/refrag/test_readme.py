@@ -16,7 +16,7 @@ def test_there_is_one_block_for_the_ops_and_one_for_the_model():
 
 @pytest.mark.parametrize("block", range(len(BLOCKS)))
 def test_block(block):
-    # The same models, from the demo's cache: tests have no network.
+    # The same models from the demo's cache, since tests have no network.
     code = BLOCKS[block].replace('"sentence-transformers/all-MiniLM-L6-v2"', repr(str(weights.encoder_folder())))
     code = code.replace('"HuggingFaceTB/SmolLM2-135M-Instruct"', repr(str(weights.decoder_folder())))
     names = {}

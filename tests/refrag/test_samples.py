@@ -1,4 +1,4 @@
-"""Training samples: what stands where, and which tokens count."""
+"""Training samples: their layout, and which tokens count in the loss."""
 
 import random
 
@@ -37,7 +37,7 @@ def test_next_paragraph_counts_only_what_follows(tokenizer, encoder_tokenizer):
     first = next_paragraph(ids, 8, 4, tokenizer, [1])
     prompt, labels = collate([first, sample], encoder_tokenizer, position_ids="contiguous", special_tokens=True)
     assert prompt.layout.lengths() == [[1, 1, 1, 6], [1, 1, 4, 6]]
-    assert prompt.expanded == {3}  # numbered through the batch
+    assert prompt.expanded == {3}  # chunk numbers run through the batch
     assert prompt.token_ids[9:].tolist() == [1, 0, *ids[4:]]
     assert labels.tolist() == [-100] * 3 + ids[8:] + [-100] * 6 + ids[8:]
 
@@ -85,7 +85,7 @@ def test_schedules():
     total = sum(map(sum, scaled_table(500, max_chunks=16).values()))
     assert sorted(map(ordered, range(total))) == sorted(map(shuffled, range(total)))
     assert sum(map(ordered, range(50))) < sum(map(shuffled, range(50)))
-    assert ordered(total + 5) == ordered(total - 1)  # rounding may leave a run a few short
+    assert ordered(total + 5) == ordered(total - 1)  # rounding may leave a run a few samples short
     assert constant_schedule(3)(99) == 3
     assert random_picks(10, 0.3, 0, 5) == random_picks(10, 0.3, 0, 5)
     assert len(random_picks(10, 0.3, 0, 5)) == 3

@@ -1,4 +1,4 @@
-"""Selectors: what each picks, by name too, and which arguments the processor refuses."""
+"""Selectors: the chunks that each picks, selection by name, and arguments that the processor refuses."""
 
 import pytest
 import torch

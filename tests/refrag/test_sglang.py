@@ -1,4 +1,4 @@
-"""The request for SGLang: what its source does with one, and its own classes where they can be imported."""
+"""Requests for SGLang: how its source processes them, with its own classes if they can be imported."""
 
 import asyncio
 import dataclasses
@@ -18,7 +18,7 @@ SAMPLING = {"temperature": 0, "max_new_tokens": 4}
 
 @dataclasses.dataclass
 class GenerateReqInput:
-    """The fields of SGLang 0.5.23's that are used here."""
+    """The fields of SGLang 0.5.23's class that are used here."""
 
     input_ids: list = None
     positional_embed_overrides: object = None
@@ -29,7 +29,7 @@ class GenerateReqInput:
 
 @dataclasses.dataclass
 class PositionalEmbeds:
-    """As SGLang 0.5.23's, with its check."""
+    """A copy of SGLang 0.5.23's class, with its check."""
 
     embeds: torch.Tensor
     positions: list
@@ -41,7 +41,7 @@ class PositionalEmbeds:
 
 @pytest.fixture(params=["stand-in", "sglang"])
 def classes(request, monkeypatch):
-    """SGLang's two classes: its own, or stand-ins of the same fields where SGLang isn't there."""
+    """SGLang's two classes, or stand-ins with the same fields if SGLang is not installed."""
     if request.param == "sglang":
         module = pytest.importorskip("sglang.srt.managers.io_struct", exc_type=ImportError)
         return module.GenerateReqInput, module.PositionalEmbeds
@@ -85,7 +85,7 @@ def test_a_batch(classes, model, built):
     for ids, overrides, one in zip(request.input_ids, request.positional_embed_overrides, built):
         assert torch.equal(rows_that_sglang_reads(model, ids, overrides), one.embeds)
     if classes[0] is not GenerateReqInput:
-        # What its tokenizer manager does before it takes the requests one by one.
+        # As SGLang's tokenizer manager splits a batch into requests.
         request.normalize_batch_and_arguments()
         for index, one in enumerate(built):
             own = request[index]
@@ -93,7 +93,7 @@ def test_a_batch(classes, model, built):
 
 
 class Manager:
-    """Answers as SGLang's tokenizer manager does: an async generator of responses."""
+    """Responds like SGLang's tokenizer manager, with an async generator of responses."""
 
     def __init__(self):
         self.requests = []

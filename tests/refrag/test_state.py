@@ -165,7 +165,7 @@ def test_a_failure_leaves_the_state_unchanged(error):
 
     def fail(*_):
         calls.append(1)
-        if len(calls) > 3:  # the prompt is read, two tokens are generated
+        if len(calls) > 3:  # after the prompt and two generated tokens
             raise error("in the second layer")
 
     hook = model.decoder.model.layers[1].register_forward_pre_hook(fail)

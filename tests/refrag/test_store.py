@@ -59,7 +59,7 @@ def test_put_passages_are_found(tmp_path, dtype):
     check(reopened, range(300))
     check(pickle.loads(pickle.dumps(reopened)), range(300))
     assert sorted(store.ids()) == sorted(passage(n).id for n in range(300))
-    assert {path.stat().st_mode & 0o444 for path in tmp_path.glob("*.*")} == {0o444}  # others may read it
+    assert {path.stat().st_mode & 0o444 for path in tmp_path.glob("*.*")} == {0o444}  # readable by other users
     single = store.get(passage(7))
     assert torch.equal(single, rows(7).to(dtype))
     single.zero_()  # a copy: neither the file nor later reads change
@@ -278,7 +278,7 @@ def test_a_reader_sees_new_shards_after_refresh(store):
     assert len(reader) == 0 and passage(1) not in reader
     assert reader.refresh() == 2 and reader.refresh() == 0
     check(reader, [1, 2])
-    put(reader, [3])  # a reader may write, too; the first writer sees it before it writes itself
+    put(reader, [3])  # a reader may also write; the first writer sees it before its own write
     assert put(store, [3, 4]) == (1, 1, 0)
     check(store, [1, 2, 3, 4])
 
@@ -394,7 +394,7 @@ def test_ten_passages_take_little_time(tmp_path):
 def test_key_index_compares_all_16_bytes():
     generator = np.random.default_rng(0)
     keys = generator.integers(0, 2, (400, 16), dtype=np.uint8) * 255
-    keys[:, :8] = keys[:, :1]  # two first halves only, bytes of zero included
+    keys[:, :8] = keys[:, :1]  # only two different first halves, including zero bytes
     keys, index, expected = keys.copy(), KeyIndex(), {}
     for first in range(0, 400, 90):
         part = keys[first : first + 90]

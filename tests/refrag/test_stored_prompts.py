@@ -56,7 +56,7 @@ def demo():
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """Count the texts that the encoder reads."""
+    """Record the number of texts that the encoder reads."""
     counts = []
 
     def counting(encoder_, texts, *arguments):

@@ -1,4 +1,4 @@
-"""What the demo measures with."""
+"""The demo's measuring tools."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from refrag.demo.timing import CpuPressure
 
 @pytest.mark.skipif(not Path("/proc/pressure/cpu").exists(), reason="this system has no pressure stall information")
 def test_cpu_pressure_is_a_share():
-    assert 0 <= CpuPressure().share() < 1.5  # the two clocks are read one after the other
+    assert 0 <= CpuPressure().share() < 1.5  # the two clocks are not read at the same time
 
 
 def test_cpu_pressure_is_unknown_elsewhere(monkeypatch):

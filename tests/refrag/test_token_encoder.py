@@ -74,5 +74,5 @@ def test_first_layers_run_the_encoders_attention_in_both_directions():
         changed = encode_packed(model.encoder, texts, "first")
         texts.token_ids[2] = 7
         first = encode_packed(model.encoder, texts, "first")
-    assert not torch.allclose(changed[0], first[0]), "a chunk's first row sees its last"
+    assert not torch.allclose(changed[0], first[0]), "a chunk's first row must attend to its last"
     assert torch.equal(changed[1], first[1]) and before.shape == (2, 48)

@@ -1,4 +1,4 @@
-"""Token files: written in pieces, read by numpy and the standard library alone."""
+"""Token files: written in pieces, read with only numpy and the standard library."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def test_what_is_written_is_read(tmp_path, piece_bytes):
     files = write_tokens(tmp_path / "train.tok", content, piece_bytes=piece_bytes)
     names = ["train.tok"] if piece_bytes is None else [f"train-{n}.tok" for n in range(1, len(files) + 1)]
     assert [file.name for file in files] == names == sorted(path.name for path in tmp_path.iterdir())
-    # Random tokens can't be compressed: the limit holds all the same.
+    # Random tokens can't be compressed, but the limit still holds.
     assert piece_bytes is None or (len(files) > 2 and max(file.stat().st_size for file in files) <= piece_bytes)
     tokens, offsets, sources = load_tokens(files, training=True, tokenizer="a" * 64)
     assert (tokens.dtype, offsets.dtype) == (np.uint16, np.int64)
@@ -106,7 +106,7 @@ def test_a_broken_off_run_leaves_nothing(tmp_path, monkeypatch):
 def corpus(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
-    # One source has ten times the text of the others; "<|im_end|>" is text like any other.
+    # One source has ten times the text of the others; "<|im_end|>" is ordinary text.
     sources = {"long": 100, "short": 10, "other": 10}
     for name in ("train", "valid", "heldout-perl"):
         with open(folder / f"{name}.jsonl", "w") as file:

@@ -1,4 +1,4 @@
-"""`refrag train` and `refrag eval`, one stage after another on small models."""
+"""`refrag train` and `refrag eval`: all stages in sequence on small models."""
 
 import json
 
@@ -81,7 +81,7 @@ def test_the_recipe(workplace):
 
 
 def test_a_run_is_repeated_from_its_options(workplace):
-    torch.manual_seed(0)  # as in a new process: the projector starts at random
+    torch.manual_seed(0)  # as in a new process, since the projector's initialization is random
     result = train("reconstruct", workplace, "--data", workplace / "texts", "--held-out", 0.2, "--max-chunks", 2,
                    "--train-encoder", "none", "--output", workplace / "first")  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -112,7 +112,7 @@ def test_an_adapter_knows_its_encoder_and_decoder(workplace, encoder_tokenizer):
                  "--rates", "2", "--selectors", "cosine")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert (workplace / "lclm-table" / "perplexity.md").exists()
-    # One that doesn't say: of the demo's models.
+    # An adapter that doesn't name them is for the demo's models.
     shipped = weights.adapter_file(8)
     assert trained_sources(shipped) == (None, str(weights.decoder_folder()))
 

@@ -1,4 +1,4 @@
-"""The adapter that comes along: small, for the demo's models, and worth having."""
+"""The shipped adapter: small, for the demo's models, and useful."""
 
 import numpy as np
 import pytest
@@ -45,4 +45,4 @@ def test_its_policy_scores_its_chunks(parts):
     policy = load_policy(weights.adapter_file(8))
     embeds = parts.embed([passage.text[:30] for passage in python_reference()[:5]])
     scores = policy(embeds[None])[0]
-    assert scores.shape == (5,) and scores.std() > 0  # an untrained one scores all alike
+    assert scores.shape == (5,) and scores.std() > 0  # an untrained one gives equal scores

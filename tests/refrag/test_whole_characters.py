@@ -21,7 +21,7 @@ WORDS = "café Ünïcode Việt-Nam ế ǻ 한국어 각 日本語 が ぷ ক�
 
 
 def byte_level(normalizer=None, size=300):
-    """Return a byte-level BPE tokenizer; Qwen's kind with NFC."""
+    """Return a byte-level BPE tokenizer; with NFC like Qwen's."""
     tokenizer = Tokenizer(models.BPE())
     if normalizer is not None:
         tokenizer.normalizer = normalizer

@@ -65,7 +65,7 @@ def encoder(name):
 
 
 def refrag(decoder_name="llama", encoder_name="bert", **fields):
-    """Return a RefragForCausalLM on the same random weights as ``decoder`` and ``encoder``."""
+    """Return a RefragForCausalLM with the same random weights as ``decoder`` and ``encoder``."""
     torch.manual_seed(3)
     model = RefragForCausalLM.from_parts(encoder(encoder_name), decoder(decoder_name), 4, **fields).eval()
     _spread(model.projector)
@@ -73,7 +73,7 @@ def refrag(decoder_name="llama", encoder_name="bert", **fields):
 
 
 def _spread(model):
-    # Fresh weights are so small that attention is flat and every position counts the same: mistakes would not show.
+    # Initial weights are so small that attention is nearly uniform, which would hide mistakes.
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.3)
@@ -82,7 +82,7 @@ def _spread(model):
 def prompt(spans, *, seed=0):
     """Return a random MixedPrompt.
 
-    ``spans``: for each sequence its spans: ("text", rows), ("slot", passage) or ("expanded", rows, passage).
+    ``spans`` holds each sequence's spans: ("text", rows), ("slot", passage) or ("expanded", rows, passage).
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,4 +1,4 @@
-"""Train small models in processes of its own: ``python train_once.py FOLDER [--no-dropout] [--shard] [steps=3]``."""
+"""Train small models in separate processes: ``python train_once.py FOLDER [--no-dropout] [--shard] [steps=3]``."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ def options(folder, **changed):
 
 
 def sharding():
-    """Return an Accelerator with FSDP, which it takes from its config on accelerators and refuses on CPUs."""
+    """Return an Accelerator with FSDP, which Accelerate's config only supports on accelerators."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
         cpu_ram_efficient_loading=False,

@@ -1,4 +1,4 @@
-"""Small models under the demo's tokenizers, and documents, for the tests of training."""
+"""Small models with the demo's tokenizers, and documents, for the training tests."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ WORDS = "the a of bridge river town stood built when who year stone arch old new
 
 
 def parts(tokenizer, encoder_tokenizer, *, k=4, **fields):
-    """Return small random models; attention and dropout as in training."""
+    """Return small random models with attention and dropout as in training."""
     torch.manual_seed(5)
     decoder = LlamaForCausalLM(
         LlamaConfig(

@@ -1,1 +1,1 @@
-"""What tests share: makers of problems, measures of accuracy, and stand-ins for hardware that is missing."""
+"""Shared code of the tests: problem generators, accuracy measures, and stand-ins for missing hardware."""

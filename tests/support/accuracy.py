@@ -1,4 +1,4 @@
-"""How far a result may be from float64, and how that is measured (docs: Accuracy)."""
+"""Error bounds against float64, and how errors are measured (docs: Accuracy)."""
 
 import torch
 
@@ -13,7 +13,7 @@ LSE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-6, torch.fl
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, upstream: torch.Tensor | None = None) -> float:
     """Return |actual - expected| / max(|expected|, 0.01 |upstream|) in the Frobenius norm; NaN counts as infinite.
 
-    ``upstream`` is the gradient that was fed in: a gradient that cancels to almost nothing is measured against it.
+    ``upstream`` is the incoming gradient, the scale for gradients that cancel to almost zero.
     """
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     actual, expected = actual.double(), expected.double()

@@ -1,4 +1,4 @@
-"""Random layouts, masks and attention problems, each made from one seed; a failing test prints the seed."""
+"""Random layouts, masks and attention problems, each generated from a seed that failing tests print."""
 
 import dataclasses
 import random
@@ -9,14 +9,14 @@ import torch
 import refrag_kernels as rk
 from refrag_kernels.reference.mask import allowed_pairs
 
-# Around the tile of 16 rows, and the chunk sizes of the paper.
+# Sizes around the tile of 16 rows, and the paper's chunk sizes.
 CHUNK_LENGTHS = (1, 1, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40)
 MASKS = ("full", "passages", "diagonal", "dense")
-WIDTHS = (8, 16, 24, 32, 64, 64, 80, 96, 128, 256)
+HEAD_DIMS = (8, 16, 24, 32, 64, 64, 80, 96, 128, 256)
 
 
 def random_lengths(rng: random.Random, *, max_sequences: int = 4, max_chunks: int = 10) -> list[list[int]]:
-    """Return chunk lengths of a few sequences; some have no chunk."""
+    """Return the chunk lengths of a few sequences, some without chunks."""
     return [
         [rng.choice(CHUNK_LENGTHS) for _ in range(rng.randint(0, max_chunks))]
         for _ in range(rng.randint(1, max_sequences))
@@ -37,7 +37,7 @@ def random_mask(rng: random.Random, kind: str, lengths: list[list[int]]) -> rk.C
 
 @dataclasses.dataclass
 class PlanProblem:
-    """Arguments of plan_attention, and the pairs that they allow by the specification."""
+    """Arguments of plan_attention, and the pairs that they allow according to the specification."""
 
     layout: rk.ChunkLayout
     mask: rk.ChunkMask
@@ -72,7 +72,7 @@ def random_plan_problem(rng: random.Random, **limits) -> PlanProblem:
 
 @dataclasses.dataclass
 class AttentionProblem:
-    """Inputs of mixed_attention in one dtype, and what goes into its backward pass."""
+    """Inputs of mixed_attention and of its backward pass, in one dtype."""
 
     plan_problem: PlanProblem
     q: torch.Tensor
@@ -116,7 +116,7 @@ class AttentionProblem:
             sinks = scores.new_full((q.shape[1], q.shape[0], 1), float("-inf"))
         scores = torch.cat([scores, sinks], 2)
         empty = scores.isneginf().all(2, keepdim=True)
-        # A row that sees nothing is defined, not computed: its scores are replaced so that no NaN enters the gradients.
+        # Fully masked rows have defined results; replace their scores so that no NaN enters the gradients.
         scores = torch.where(empty, 0.0, scores)
         p = torch.where(empty, 0.0, scores.softmax(2))[:, :, :-1]
         lse = torch.where(empty[..., 0], float("-inf"), scores.logsumexp(2)).T
@@ -124,7 +124,7 @@ class AttentionProblem:
         return {"out": out.detach(), "lse": lse.detach()} | self._gradients(out, lse, leaves)
 
     def _gradients(self, out, lse, leaves):
-        # lse is -inf for a row that sees nothing; its gradient is not defined there.
+        # The lse of a fully masked row is -inf, and its gradient is undefined.
         grad_lse = torch.where(lse.isneginf(), 0, self.grad_lse.to(lse.dtype))
         grads = torch.autograd.grad([out, lse], list(leaves.values()), [self.grad_out.to(out.dtype), grad_lse])
         return {f"d{name}": grad for name, grad in zip(leaves, grads)}
@@ -134,20 +134,20 @@ class AttentionProblem:
 
 
 def random_attention_problem(
-    seed: int, dtype: torch.dtype, *, plain: bool = False, widths: Sequence[int] = WIDTHS, **limits
+    seed: int, dtype: torch.dtype, *, plain: bool = False, head_dims: Sequence[int] = HEAD_DIMS, **limits
 ) -> AttentionProblem:
-    """Return a random problem; ``plain`` leaves out what torch's SDPA does not have."""
+    """Return a random problem; ``plain`` uses only features of torch's SDPA."""
     rng = random.Random(seed)
     plan_problem = random_plan_problem(rng, **limits)
     kv_heads, group = rng.choice([(1, 1), (2, 1), (1, 3), (3, 3), (2, 4), (1, 8)])
-    width = rng.choice(widths)
+    head_dim = rng.choice(head_dims)
     generator = torch.Generator().manual_seed(seed)
-    # Rows, heads and padding of a bigger tensor: strides are not those of a contiguous one in half of the problems.
+    # Slices of a larger tensor: half of the problems have non-contiguous strides.
     pad = rng.choice([0, 0, 8])
 
     def rows(count: int, heads: int) -> torch.Tensor:
-        storage = torch.randn(count, heads + (pad > 0), width + pad, generator=generator)
-        return storage.to(dtype)[:, :heads, :width]
+        storage = torch.randn(count, heads + (pad > 0), head_dim + pad, generator=generator)
+        return storage.to(dtype)[:, :heads, :head_dim]
 
     heads = kv_heads * group
     tokens, keys = plan_problem.layout.total_rows, plan_problem.keys.total_rows

@@ -1,4 +1,4 @@
-"""A test module's check on other instruction sets than this machine's best, each in a process of its own."""
+"""Run a test module's check on instruction sets other than this machine's best, each in a new process."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 
 from refrag_kernels import extension
 
-LOWER = ("avx512", "avx2", "portable")  # below the best one, which all other tests run on
+LOWER = ("avx512", "avx2", "portable")  # below the best one, which all other tests use
 
 
 def run_on(isa: str, module: str, function: str) -> None:
-    """Call a function of a test module in a process that runs on ``isa``; ``""`` is the best one.
+    """Call a function of a test module in a new process that uses ``isa``; ``""`` selects the best one.
 
-    The instruction set is chosen once per process. The process starts in this folder: Python searches its working
-    directory first, and the root holds the checkout's package, not the build under test (``make test-asan``).
+    The instruction set is chosen once per process. The process starts in this folder, because Python searches its
+    working directory first, and the root has the checkout's package, not the build under test (``make test-asan``).
     """
     code = f"""
 import torch, {module}

@@ -1,4 +1,4 @@
-"""Random paged problems and their dense float64 solution, for every test of the paged family."""
+"""Random paged problems and their dense float64 solutions, for all tests of the paged family."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from tests.support.accuracy import LSE, relative_error
 BACKENDS = ("reference", "cpu")
 DTYPES = (torch.float64, *LOW_DTYPES)
 
-# The C++ kernels and no other backend of a CPU refuse float64.
+# Only the C++ kernels reject float64 among the CPU backends.
 COMBINATIONS = [(b, d) for b in BACKENDS for d in DTYPES if not (b == "cpu" and d == torch.float64)]
 
 
 def name_of(value) -> str | None:
-    """Name a dtype in a test's id."""
+    """Return a dtype's name for a test id."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
 def assert_rows_close(got: torch.Tensor, expected: torch.Tensor, bounds: dict[torch.dtype, float], what: str) -> None:
-    """Compare as a whole, and loosely for each row, so that a single bad row can't hide in the norm."""
+    """Compare the whole, and each row with a looser bound, so that a single bad row can't hide in the norm."""
     bound = bounds[got.dtype if bounds is not LSE else torch.float64 if got.dtype == torch.float64 else torch.float32]
     error = relative_error(got, expected)
     assert error <= bound, f"{what}: error {error:.2e} over {bound:.0e}"
-    # A row of few heads may hold one lse near 0 or one cancelling sum: an absolute floor stands in for its scale.
+    # A row with few heads may have an lse near 0 or a cancelling sum, so its scale has an absolute floor.
     for row in range(len(got)):
         error = relative_error(got[row], expected[row], upstream=torch.full((10,), 10.0))
         assert error <= 8 * bound, f"{what}, row {row}: error {error:.2e} over {8 * bound:.0e}"
 
 
 def at_the_edge(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy whose last byte is followed by memory that can't be read."""
+    """Return a copy that is followed directly by unreadable memory."""
     size = tensor.numel() * tensor.element_size()
     readable = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = mmap.mmap(-1, readable + mmap.PAGESIZE)
@@ -55,7 +55,7 @@ def at_the_edge(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass
 class Problem:
-    """The arguments of one paged_attention call, and its solution."""
+    """The arguments of a paged_attention call, and its solution."""
 
     args: tuple[torch.Tensor, ...]  # q, k_pages, v_pages, page_table, kv_lengths
     options: dict
@@ -74,11 +74,11 @@ def random_cache(
     wide: bool = False,
     amplitude: float = 1.0,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return each sequence's keys and values, and the pages and page table that hold them.
+    """Return each sequence's keys and values, and the pages and the page table that hold them.
 
-    Pages stand in random order, with unused ones between them. Every row that holds no key or value is NaN, and every
-    page id beyond a sequence's length is one that must not be read. ``wide``: the pages are views of a buffer that is
-    wider in each dimension, at an offset, with heads before rows.
+    Pages are in random order, with unused pages in between. Unused rows are NaN, and page ids beyond a sequence's
+    length refer to pages that must not be read. If ``wide``, the pages are views with an offset into a buffer that is
+    larger in each dimension, with heads before rows.
     """
     used = [math.ceil(length / page) for length in lengths]
     num_pages = sum(used) + 2
@@ -131,7 +131,7 @@ def make_problem(
     wide: bool = False,
     amplitude: float = 1.0,
 ) -> Problem:
-    """Make a problem: sequence b has ``lengths[b]`` keys and ``rows[b]`` query rows (one, without ``rows``)."""
+    """Make a problem: sequence b has ``lengths[b]`` keys and ``rows[b]`` query rows (one if ``rows`` is None)."""
     generator = torch.Generator().manual_seed(seed)
     rng = random.Random(seed)
     q_heads, kv_heads = heads
@@ -152,7 +152,7 @@ def make_problem(
     if visible:
         ranges = [random_ranges(rng, lengths[b]) for b, count in enumerate(counts) for _ in range(count)]
         starts = [sum(len(r) for r in ranges[:t]) for t in range(len(ranges) + 1)]
-        # One more range than is used, as in buffers of a fixed capacity: it belongs to no row.
+        # An extra range that belongs to no row, as in buffers of a fixed capacity.
         flat = [pair for r in ranges for pair in r] + [(0, 2**31 - 1)]
         options["visible"] = (torch.tensor(starts, dtype=torch.int32), torch.tensor(flat, dtype=torch.int32))
     out, lse = [torch.empty(0, q_heads, dim)], [torch.empty(0, q_heads)]
@@ -170,7 +170,7 @@ def make_problem(
 def visible_keys(
     length: int, count: int, window: int | tuple[int, int] | None, ranges: list[list[tuple[int, int]]] | None
 ) -> torch.Tensor:
-    """Return which keys each of a sequence's last rows sees, as the documentation says it."""
+    """Return the keys that each of a sequence's last rows attends to, as the documentation defines them."""
     mask = torch.zeros(count, length, dtype=torch.bool)
     j = torch.arange(length)
     for row in range(count):
@@ -192,7 +192,7 @@ def dense_attention(q, k, v, mask, sinks=None, scale=None, softcap=None) -> tupl
     scores = q.double().transpose(0, 1) @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    terms = torch.where(mask, scores.exp(), 0.0)  # [H, rows, keys]; the tests' scores are far from overflow
+    terms = torch.where(mask, scores.exp(), 0.0)  # [H, rows, keys]; test scores are far from overflow
     total = terms.sum(-1)
     if sinks is not None:
         total = total + sinks.double().exp()[:, None]

@@ -1,4 +1,4 @@
-"""An attention plan read off a dense matrix of allowed pairs, pair by pair: a second opinion on the planner."""
+"""An attention plan computed by brute force from a dense matrix of allowed pairs, to check the planner."""
 
 import torch
 
@@ -6,9 +6,9 @@ TILE = 16
 
 
 def plan_tensors(allowed: torch.Tensor, q_offsets: list[int], kv_offsets: list[int]) -> dict[str, torch.Tensor]:
-    """Return the fields of a plan for ``allowed`` [T_q, T_kv], by name.
+    """Return a plan's fields for ``allowed`` [T_q, T_kv], by name.
 
-    ``q_offsets`` and ``kv_offsets`` say where each sequence's rows start and, at their end, how many rows there are.
+    ``q_offsets`` and ``kv_offsets`` hold each sequence's first row and, at the end, the number of rows.
     """
     q_blocks, q_row_block = _blocks(q_offsets, kv_offsets)
     kv_blocks, kv_row_block = _blocks(kv_offsets, q_offsets)

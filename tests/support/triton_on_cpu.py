@@ -1,6 +1,6 @@
-"""Triton's kernels on the CPU, in its interpreter or by ttsem, as the backend "triton" of tensors on the CPU.
+"""Run Triton's kernels on the CPU, in its interpreter or with ttsem, as the backend "triton" of CPU tensors.
 
-``triton.jit`` reads TRITON_INTERPRET when it decorates: a process has either the interpreter or the compiler.
+``triton.jit`` reads TRITON_INTERPRET on decoration, so a process has either the interpreter or the compiler.
 """
 
 import dataclasses
@@ -15,18 +15,18 @@ from triton.runtime import interpreter
 from refrag_kernels import plan, selection, tile_lists
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-TTSEM = "ttsem" in sys.modules  # ``python -m ttsem.sanitize pytest``: it runs what Triton's compiler makes of a kernel
-if TTSEM:  # it says that there is a GPU, but pins no memory for one
+TTSEM = "ttsem" in sys.modules  # ``python -m ttsem.sanitize pytest`` runs kernels compiled by Triton
+if TTSEM:  # ttsem reports a GPU but can't pin memory
     plan._empty_buffer = lambda words, device: torch.empty(words, dtype=torch.int32)
 
 
 def plans_have_tile_lists(patch):
-    """Let plans on the CPU have the lists that GPU kernels walk."""
+    """Give CPU plans the tile lists of GPU kernels."""
     patch.setattr(tile_lists, "wanted", lambda device: True)
 
 
 def install(patch):
-    """Let the CPU have the backend; undone with ``patch``, a pytest.MonkeyPatch."""
+    """Install the backend for the CPU until ``patch``, a pytest.MonkeyPatch, is undone."""
     plans_have_tile_lists(patch)
     here = dataclasses.replace(selection.BACKENDS["triton"], devices=("cpu", "cuda"), why_missing=lambda: None)
     patch.setitem(selection.BACKENDS, "triton", here)
@@ -35,23 +35,23 @@ def install(patch):
 
 
 def _widen(handle):
-    """Return a handle of bfloat16, which the interpreter holds as integers, in float32."""
+    """Convert a bfloat16 handle, which the interpreter stores as integers, to float32."""
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
 def _narrow(data):
-    """Return float32 as bfloat16's bits, rounded to nearest even."""
+    """Convert float32 to the bits of bfloat16, rounded to nearest even."""
     bits = np.ascontiguousarray(data, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(data), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
 def _bfloat16(patch):
-    """Make products and casts of bfloat16 right; the interpreter computes on the integers that hold them.
+    """Fix bfloat16 dot products and casts; the interpreter computes on the integers that store them.
 
-    Any other arithmetic on bfloat16 is an error instead: no kernel has it.
+    Any other bfloat16 arithmetic raises an error; no kernel uses it.
     """
     builder = interpreter.InterpreterBuilder
     dot, cast, binary = builder.create_dot, builder.cast_impl, builder.binary_op

@@ -1,1 +1,1 @@
-"""Triton's kernels without a GPU."""
+"""Tests of Triton's kernels without a GPU."""

@@ -1,4 +1,4 @@
-"""What a process of the Triton tests runs: the interpreter or the compiler, a few cases or all of them."""
+"""Modes of a Triton test process: interpreter or compiler, a sample of cases or all."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Every kernel compiled for GPUs that are not at hand: no spills, shared memory that fits, matrix instructions."""
+"""Compile every kernel for GPUs that are not present: no spills, shared memory fits, matrix instructions are used."""
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ from bench.static.launches import CASES
 from refrag_kernels.architectures import ARCHITECTURES, TRITON
 from tests.triton.modes import ALL
 
-# sm_86 has the kernels of sm_80 with the memory of sm_120, or nearly: `make test` leaves it to `make test-gpu-proof`,
-# which leaves out its float16.
+# sm_86 has nearly the kernels of sm_80 and the memory of sm_120, so only `make test-gpu-proof` covers it, without
+# float16.
 TARGETS = [
     pytest.param(case, architecture, id=f"{case}-{architecture}")
     for case in CASES
@@ -30,15 +30,15 @@ def test_resources(case, architecture):
         what = f"{launch.kernel.__name__} {launch.options} on {architecture}: {built}"
         assert built.shared <= limits.shared_memory_per_cta, what
         assert case.spills_reported or not built.spilled, what
-        # Eight warps are two for each scheduler, so that one computes while the other waits.
+        # Eight warps are two per scheduler, so that one computes while the other waits.
         blocks = limits.resident_ctas(built.registers, built.shared, built.warps)
         assert blocks >= 1, what
         assert case.spills_reported or built.warps * blocks >= (4 if architecture == "gfx942" else 8), what
         if case.dtype == torch.float32:
-            # AMD's matrix instructions take float32 as it is; NVIDIA's take three passes of TF32.
+            # AMD's matrix instructions support float32; NVIDIA's need three passes of TF32.
             assert set(built.products) <= {"ieee" if architecture == "gfx942" else "tf32x3"}, what
         elif built.products:
-            # Below 64 rows sm_90 and sm_100 have the instruction of sm_80.
+            # Below 64 rows, sm_90 and sm_100 use the instruction of sm_80.
             wanted = {limits.matrix_instruction} | ({"HMMA"} if resources.tile_rows(launch) < 64 else set())
             assert any(built.matrix.get(name) for name in wanted), what
 

@@ -1,4 +1,4 @@
-"""The Hopper kernel's source on the CPU: against float64, in random orders of events, and with planted faults."""
+"""The Hopper kernel's source on the CPU: against float64, with random orders of events, and with injected faults."""
 
 import dataclasses
 import itertools
@@ -33,10 +33,10 @@ class Problem:
     v: torch.Tensor
     config: Config
     programs: int
-    shuffled: bool = False  # whether a program does its items in a random order
+    shuffled: bool = False  # whether a program processes its items in random order
 
     def run(self, seed=0, edits=()):
-        """Return output and lse by the kernel's source."""
+        """Return output and lse computed by the kernel's source."""
         work = hopper.divide(self.plan, self.q.shape[1], self.k.shape[1], programs=self.programs, config=self.config)
         if self.shuffled:
             for items in work.items.tensor_split(work.starts[1:-1].tolist()):
@@ -48,7 +48,7 @@ class Problem:
         return out, lse
 
     def expected(self):
-        """Return the same by the reference in float64."""
+        """Return output and lse of the float64 reference."""
         inputs = (tensor.double() for tensor in (self.q, self.k, self.v))
         return rk.mixed_attention(*inputs, self.plan, scale=SCALE, return_lse=True, backend="reference")
 
@@ -64,9 +64,9 @@ DEFAULT = Config()
 def problem(
     seed, config=DEFAULT, kv_heads=1, group=2, programs=3, lengths=None, seen=0.6, query_rows=None, strided=False
 ):
-    """Return a problem of chunks that are multiples of 64 rows long and see each other or don't, at random.
+    """Return a problem with chunks of multiples of 64 rows and a random chunk mask.
 
-    ``seen``: how probable that is, or a matrix.
+    ``seen`` is the probability that a chunk attends to another, or the chunk matrix.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     lengths = lengths or [[64 * rng.randint(1, 2) for _ in range(rng.randint(1, 3))] for _ in range(2)]
@@ -105,8 +105,8 @@ CASES = {
     "one warpgroup, one head": problem(6, Config(block_n=64, warpgroups=1), kv_heads=2, group=1),
     "one warpgroup, two heads": problem(7, Config(warpgroups=1, blocks=2)),
     "eight blocks, one head": problem(8, Config(blocks=8), kv_heads=2, group=1, lengths=[[128, 256]], strided=True),
-    "rows that see nothing": problem(9, seen=0.2, lengths=[[64] * 5]),
-    "no row sees anything": problem(10, seen=0.0, lengths=[[64, 64]]),
+    "fully masked rows": problem(9, seen=0.2, lengths=[[64] * 5]),
+    "all rows fully masked": problem(10, seen=0.0, lengths=[[64, 64]]),
     "blocks of fewer rows": problem(11, seen=1.0, lengths=[[64, 128], [64], [192]], query_rows=[57, 49, 70]),
     "long": problem(12, Config(block_n=64, num_stages=2), lengths=[[576, 64]], seen=1.0, programs=2),
 }
@@ -132,7 +132,7 @@ def test_results_do_not_depend_on_the_order_of_events(step):
 
 @pytest.mark.parametrize("step", [64, 128])
 def test_nan_reaches_only_rows_that_attend_to_it(step):
-    """The second half of a first step is a copy of the first, and query rows that a block lacks are copied with it."""
+    """The second half of a first step is a copy of the first, and missing query rows of a block are copies too."""
     case = problem(21, Config(block_n=step), lengths=[[64, 192, 64, 128]], seen=0.5)
     want = case.allowed[:, [70, 300]].any(1)
     want[5] = True
@@ -144,23 +144,12 @@ def test_nan_reaches_only_rows_that_attend_to_it(step):
 
 
 def _without(depth, line):
-    """Leave out a line, indented ``depth`` times."""
+    """Remove a line that is indented ``depth`` times."""
     return [(f"\n{depth * '    '}{line}\n", "\n")]
 
 
 def _moved(depth, line, before):
-    """Move a line to before another one."""
-    line, before = f"\n{depth * '    '}{line}", f"\n{depth * '    '}{before}\n"
-    return [(f"{line}\n", "\n"), (before, line + before)]
-
-
-def _without(depth, line):
-    """Leave out a line, indented ``depth`` times."""
-    return [(f"\n{depth * '    '}{line}\n", "\n")]
-
-
-def _moved(depth, line, before):
-    """Move a line to before another one."""
+    """Move a line before another one."""
     line, before = f"\n{depth * '    '}{line}", f"\n{depth * '    '}{before}\n"
     return [(f"{line}\n", "\n"), (before, line + before)]
 
@@ -175,7 +164,7 @@ MASKED = [
 
 @pytest.mark.parametrize("seed", range(12))
 def test_masks_against_float64(seed):
-    """Chunks of any length, causal and not, windows, query rows that are the last of their sequences."""
+    """Chunks of any length, causal or not, with windows, and query rows that are the last of their sequences."""
     config = MASKED[seed % len(MASKED)]._replace(masks=True)
     random_problem = random_plan_problem(random.Random(seed))
     generator = torch.Generator().manual_seed(seed)
@@ -189,7 +178,7 @@ def test_masks_against_float64(seed):
 
 
 def masked_case():
-    """Return a problem of steps of entries, one of half a step after them, and one without entries."""
+    """Return a problem with steps of partial tiles, then half a step, and an item without partial tiles."""
     layout = rk.ChunkLayout.from_lengths([[64, 41, 87, 64, 64]])
     seen = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 1]]).bool()
     mask = rk.ChunkMask.from_dense([seen])
@@ -199,7 +188,7 @@ def masked_case():
     return Problem(plan, allowed, q, k, v, Config(masks=True), programs=2, shuffled=True)
 
 
-# Each is a mistake that compiles, and would hang or corrupt results on a GPU, if only now and then.
+# Each fault compiles, and would hang or corrupt results on a GPU, at least occasionally.
 FAULTS = {
     "keys are not waited for": _without(4, "mbarrier.wait(k_ready.index(stage), (n + 1) // STAGES & 1)"),
     "the first keys are not waited for": _without(3, "mbarrier.wait(k_ready.index(stage), n // STAGES & 1)"),
@@ -254,7 +243,7 @@ FAULTS = {
 }
 
 
-# The same, where consumers take turns.
+# Faults with alternating consumers.
 TURN_FAULTS = {
     "a turn is not passed on": [("mbarrier.arrive(turns.index(1 - CONSUMER), count=1)", "pass")],
     "both begin": [("(turn & 1) ^ (1 - CONSUMER)", "(turn & 1) ^ 1")],
@@ -264,14 +253,17 @@ TURN_FAULTS = {
 }
 
 
-# The same, where tiles see parts of keys' tiles.
+# Faults with partially masked tiles.
 MASK_FAULTS = {
-    "what a block sees whole is masked": [("code == -2, 0xFFFF", "code == -2, 0")],
-    "what lies behind the last entry is seen": [("& (entry < end)", "& (entry <= end)"), ("- 1) * WIDTH", ") * WIDTH")],
+    "fully visible tiles are masked": [("code == -2, 0xFFFF", "code == -2, 0")],
+    "keys after the last entry are not masked": [
+        ("& (entry < end)", "& (entry <= end)"),
+        ("- 1) * WIDTH", ") * WIDTH"),
+    ],
     "the bits of other rows": [("(word >> (16 * (o_row % 2)))", "word")],
     "half a step after the entries is not masked": [("if step <= masked_steps:", "if step < masked_steps:")],
     "a step after the entries takes half": [("(step == masked_steps) & (pieces % 2 == 0)", "False")],
-    "rows that have seen nothing yet": [("if MASKS:  #", "if False:  #")],
+    "rows without a visible key so far": [("if MASKS:  #", "if False:  #")],
     "values of entries as if they were of ranges": [
         (
             "fmt: skip\n                _copy_step(\n                    v_descs, p_entries, v_head, v_masked > 0 if",
@@ -283,7 +275,7 @@ MASK_FAULTS = {
 
 @pytest.mark.parametrize("fault", [*FAULTS, *TURN_FAULTS, *MASK_FAULTS])
 def test_planted_faults_are_caught(fault):
-    # Items of an odd and an even number of pieces, of one step and of three, of two ranges, and one without keys.
+    # Items with odd and even numbers of pieces, with one and three steps, with two ranges, and one without keys.
     seen = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [0, 1, 0, 1, 0]]).bool()
     case = problem(30, lengths=[[64, 128, 64, 64, 64]], seen=[seen], programs=2)
     case.shuffled, case.config = True, Config(in_turn=fault in TURN_FAULTS)
@@ -294,11 +286,11 @@ def test_planted_faults_are_caught(fault):
             case.check(*case.run(seed, {**FAULTS, **TURN_FAULTS, **MASK_FAULTS}[fault]))
         except AssertionError:
             return
-    pytest.fail("12 orders of events went well")
+    pytest.fail("no fault detected in 12 orders of events")
 
 
 def test_the_work_is_all_there_and_shared_out_evenly():
-    """12 % of 4,096 rows: the question's tiles see all of them, others 64 and 384."""
+    """12 % of 4,096 rows: the question's tiles attend to all of them, others to 64 and 384."""
     passages = Passages(4096, 16, 0.12)
     plan, pairs = passages.plan(), int(passages.dense().sum())
     # Tiles of 64 rows for 2 heads, of 32 for 4, of 64 for 1.
@@ -335,7 +327,7 @@ def test_work_that_is_refused(arguments, config, error):
 
 @pytest.fixture
 def call(monkeypatch):
-    """Return a function that calls the op as on the machine that it is for, but with these arguments."""
+    """Return a function that calls the op as on sm_90, with the given arguments replaced."""
 
     def call(rows=256, **given):
         plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[rows] if rows else []]), causal=False)

@@ -1,4 +1,4 @@
-"""What Triton's pipeliner makes of decoding on sm_90: buffers of keys and values, and copies that overlap products."""
+"""Triton's pipelining of decoding on sm_90: buffers of keys and values, and copies that overlap matrix products."""
 
 import re
 
@@ -14,7 +14,7 @@ CASE = next(case for case in CASES if case.name == "paged-bfloat16-D128-group8-r
 
 
 def pipeline(way: Decode) -> tuple[list[int], int]:
-    """Return the buffers of 64 keys and of their values, and the copies that a step leaves under way as it begins."""
+    """Return the number of buffers of 64 keys and values, and of copies in flight at the start of a step."""
     with decode.use(way):
         recorded = ahead_of_time.record(CASE.call, "sm_90")
     launch = next(launch for launch in recorded if launch.kernel.__name__ == "paged_attention_kernel")
@@ -26,12 +26,12 @@ def pipeline(way: Decode) -> tuple[list[int], int]:
 
 @pytest.mark.parametrize("stages", (3, 4))
 def test_pages_that_are_loaded_ahead_leave_the_stages_to_the_keys(stages):
-    """Keys and values are copied apart: each step that is under way is two copies."""
+    """Keys and values are copied separately, so each step in flight has two copies."""
     assert pipeline(Decode(num_stages=stages)) == ([stages - 1] * 2, 2 * (stages - 2))
 
 
 def test_pages_that_are_loaded_in_step_take_the_stages():
-    """Why they are loaded ahead. Where a version of Triton does better, they needn't be."""
+    """The reason for loading them ahead, which a better version of Triton would make unnecessary."""
     assert pipeline(Decode(ahead=False, num_stages=3)) == ([1, 1], 0)
 
 

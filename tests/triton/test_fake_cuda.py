@@ -1,4 +1,4 @@
-"""The ops as torch.export and fake tensors see them on a GPU: nothing runs, so none has to be there."""
+"""The ops with torch.export and fake CUDA tensors: nothing runs, so no GPU is needed."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import refrag_kernels as rk
 
 
 def on_cuda(plan):
-    """Return a plan of fake tensors; its tile lists are made on the CPU, as for a plan that is moved."""
+    """Return a plan of fake tensors; its tile lists are created on the CPU, as for a plan that is moved."""
     return torch.utils._pytree.tree_map(lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda"), plan)
 
 
@@ -106,9 +106,9 @@ CALLS = pytest.mark.parametrize(
 
 
 def check(graphs, op):
-    """The op is in the graph once, with its backend, and says that its results are on the GPU."""
+    """Check that the graph has the op once, with its backend, and with results on the GPU."""
     wanted = getattr(torch.ops.refrag, op).default
-    # An op that writes its arguments is the first argument of a functional form of it.
+    # An op that mutates its arguments is the first argument of its functionalized form.
     nodes = [node for graph in graphs for node in graph.nodes if wanted in (node.target, *node.args[:1])]
     assert len(nodes) == 1 and nodes[0].kwargs["backend"] == "triton"
     values = nodes[0].meta.get("val")

@@ -1,4 +1,4 @@
-"""What Triton makes of the Hopper kernel: its resources, and the order of what the emulator takes for granted."""
+"""The compiled Hopper kernel: its resources, and the instruction order that the emulator relies on."""
 
 import re
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     triton.__version__[:4] not in ("3.6.", "3.7."), reason=f"written for Triton 3.6 and 3.7, got {triton.__version__}"
 )
 
-# Configuration, query heads, key/value heads.
+# (configuration, query heads, key/value heads)
 LAUNCHES = [
     (Config(), 8, 2),
     (Config(block_n=64, num_stages=4), 8, 2),
@@ -63,17 +63,17 @@ def test_resources(compiled):
 
 
 def test_machine_code(compiled):
-    """Count instructions: wgmma of 16 rows of K, copies of 64 columns, and a wait for each place that has one.
+    """Count instructions: wgmmas with 16 rows of K, copies of 64 columns, and the waits.
 
-    Where the compiler can't keep products apart it waits for each, which would show in the last.
+    If the compiler can't overlap products, it waits for each, which would show in the number of waits.
     """
     config, kernel = compiled
     code = ahead_of_time.machine_code(kernel)[1]
     count = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "UTMALDG", "WARPGROUP.DEPBAR")}
     assert count["HGMMA"] == config.warpgroups * 2 * (
         128 // 16 + config.block_n // 16
-    )  # the first and last, and the loop
-    # An item's first, its others and the last: pieces of 64 keys, and with masks of 16; halves of 64 columns.
+    )  # prologue, epilogue and the loop
+    # An item's first copies, the others and the last: pieces of 64 keys (16 with masks), halves of 64 columns.
     pieces = config.block_n // 64 + (config.block_n // 16 if config.masks else 0)
     assert count["UTMALDG"] == 2 * (5 * pieces + config.blocks)
     assert count["WARPGROUP.DEPBAR"] == 4 * config.warpgroups
@@ -81,7 +81,7 @@ def test_machine_code(compiled):
 
 
 def test_the_softmax_covers_the_products_of_values(compiled):
-    """All exponentials of a step, 64 rows by 128 threads, come before the wait for the sums."""
+    """All exponentials of a step, 64 rows by 128 threads, precede the wait for the accumulators."""
     config, kernel = compiled
     code = ahead_of_time.machine_code(kernel)[1]
     between = re.findall(r"DEPBAR\.LE gsb0, 0x1\b(.*?)DEPBAR\.LE gsb0, 0x0\b", code, re.S)
@@ -90,7 +90,7 @@ def test_the_softmax_covers_the_products_of_values(compiled):
 
 
 def test_warps_of_a_consumer_are_in_step_before_one_of_them_releases_a_buffer(compiled):
-    """One thread arrives for four warps, each of which has waited for its own part of a product only."""
+    """One thread arrives for four warps, each of which has waited only for its own part of a product."""
     config, kernel = compiled
     in_step, arrivals = False, 0
     for line in kernel.asm["ptx"].splitlines():
@@ -109,5 +109,5 @@ def test_copies_see_barriers_as_they_were_initialised(compiled):
     ptx = kernel.asm["ptx"]
     initialised = ptx.rindex("mbarrier.init")
     fence = ptx.index("fence.proxy.async", initialised)
-    assert fence < ptx.index("barrier.sync", initialised)  # where the other warps are let go
+    assert fence < ptx.index("barrier.sync", initialised)  # releases the other warps
     assert ptx.index("cp.async.bulk") > fence

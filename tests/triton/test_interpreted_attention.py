@@ -1,4 +1,4 @@
-"""mixed_attention by Triton's kernels in the interpreter, against float64."""
+"""mixed_attention with Triton's kernels in the interpreter, against float64."""
 
 import functools
 
@@ -16,7 +16,7 @@ from tests.support.factory import random_attention_problem
 from tests.support.nonfinite import spoilt_problem
 from tests.triton.modes import ALL
 
-# The interpreter takes a second for a few hundred rows.
+# The interpreter takes about a second for a few hundred rows.
 LIMITS = {"max_sequences": 2, "max_chunks": 5}
 SEEDS = range(60) if ALL else (1, 3, 6)
 NONFINITE = range(40) if ALL else (3, 4)
@@ -49,8 +49,8 @@ def test_against_float64(seed, dtype):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("seed", NONFINITE)
 def test_where_nan_goes(seed, dtype, monkeypatch):
-    """As tests/kernels/test_nonfinite.py says of the other backends."""
-    monkeypatch.setattr(nonfinite, "REPAIR_ROWS", tl.constexpr(16))  # 16 take the interpreter as long as one
+    """The equivalent of tests/kernels/test_nonfinite.py for the other backends."""
+    monkeypatch.setattr(nonfinite, "REPAIR_ROWS", tl.constexpr(16))  # 16 rows take the interpreter as long as one
     spoilt = spoilt_problem(seed, dtype, **LIMITS)
     spoilt.check(spoilt.spoilt.run("triton"))
 
@@ -69,7 +69,7 @@ def test_no_worse_than_sdpa(dtype):
 
 @pytest.mark.parametrize("group", (1, 2, 3, 4, 8, 11) if ALL else (1, 2, 11))
 def test_heads_that_share_keys(group):
-    """Each way in which heads and blocks share a tile, and sequences that share a tile."""
+    """Each combination of heads and blocks in a tile, and sequences that share a tile."""
     layout = rk.ChunkLayout.from_lengths([[50, 1, 1, 30], [20], [], [33, 16]])
     mask = rk.ChunkMask.passages(torch.tensor([-1, 0, 1, -1, -1, -1, 3]))
     plan = rk.plan_attention(layout, mask)
@@ -90,8 +90,8 @@ def test_heads_that_share_keys(group):
     ([[8] * 17], [[16] * 5, [32] * 2, [7]], [[3, 12, 1, 16, 4, 12, 3, 18, 7, 9, 20, 16]], [[30, 28, 31, 32, 29, 3]]),
     ids=str,
 )
-def test_chunks_that_see_themselves(lengths, group):
-    """The chunk encoder's masks: each block of 16 rows is a tile, and takes 16 keys at a time."""
+def test_chunks_that_attend_to_themselves(lengths, group):
+    """The chunk encoder's masks: each block of 16 rows is a tile, which reads 16 keys at a time."""
     layout = rk.ChunkLayout.from_lengths(lengths)
     plan = rk.plan_attention(layout, rk.ChunkMask.diagonal(), causal=False)
     for kernel in ("forward", "dq"):
@@ -108,15 +108,15 @@ def test_chunks_that_see_themselves(lengths, group):
         assert relative_error(a, b) <= (LSE if name == "lse" else GRADIENT)[torch.float32], name
 
 
-@pytest.mark.parametrize(("width", "group"), ((128, 1), (128, 8), (256, 2)) if ALL else ((128, 3),))
-def test_wide_heads_in_float32(width, group):
-    """Of which 64 rows don't fit in shared memory: tiles of one block, and parts of a tile of keys."""
-    assert configs.attention("dkv", "sm_80", width, 4).block_m < 64
+@pytest.mark.parametrize(("head_dim", "group"), ((128, 1), (128, 8), (256, 2)) if ALL else ((128, 3),))
+def test_wide_heads_in_float32(head_dim, group):
+    """64 rows don't fit in shared memory: tiles have one block and read parts of a key tile."""
+    assert configs.attention("dkv", "sm_80", head_dim, 4).block_m < 64
     layout = rk.ChunkLayout.from_lengths([[50, 1, 1, 30], [20]])
     rows = layout.total_rows
     plan = rk.plan_attention(layout, capacity=rk.PlanCapacity.for_rows(130, sequences=2, ranges_per_block=8))
-    assert attention.tiles_of("dq", "sm_80", plan.tensors(), group, width, 4, False).blocks == 1
-    q, k, v, grad = (torch.randn(130, heads, width) for heads in (group, 1, 1, group))
+    assert attention.tiles_of("dq", "sm_80", plan.tensors(), group, head_dim, 4, False).blocks == 1
+    q, k, v, grad = (torch.randn(130, heads, head_dim) for heads in (group, 1, 1, group))
     leaves = [t.requires_grad_() for t in (q, k, v)]
     out, lse = rk.mixed_attention(*leaves, plan, return_lse=True, backend="triton")
     got = [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad)]
@@ -128,9 +128,9 @@ def test_wide_heads_in_float32(width, group):
         assert (a[rows:].isneginf() if name == "lse" else a[rows:] == 0).all(), name
 
 
-@pytest.mark.parametrize(("group", "width", "softcap"), ((2, 16, None), (1, 128, 3.0)) if ALL else ((1, 16, None),))
-def test_keys_that_many_rows_see_are_shared_out(group, width, softcap):
-    """The keys of a prefix that all passages see have several units, whose sums are added up; with a negative scale."""
+@pytest.mark.parametrize(("group", "head_dim", "softcap"), ((2, 16, None), (1, 128, 3.0)) if ALL else ((1, 16, None),))
+def test_keys_of_many_rows_are_split(group, head_dim, softcap):
+    """A prefix that all passages attend to is split over several work items, whose sums are added; negative scale."""
     lengths = [64, *[72] * 14, 30] if group > 1 else [64, *[64] * 10, 40, 30, 30]
     mask = rk.ChunkMask.passages(torch.tensor([-1, *range(len(lengths) - 2), -1]))
     plan = rk.plan_attention(rk.ChunkLayout.from_lengths([lengths]), mask, causal=False)
@@ -138,7 +138,7 @@ def test_keys_that_many_rows_see_are_shared_out(group, width, softcap):
     assert len(slots) > 2 and slots[0] == slots[1] == 0
     generator = torch.Generator().manual_seed(0)
     rows = sum(lengths)
-    q, k, v = (torch.randn(rows, n, width, generator=generator) for n in (2 * group, 2, 2))
+    q, k, v = (torch.randn(rows, n, head_dim, generator=generator) for n in (2 * group, 2, 2))
     got, want = [], []
     for results, dtype, backend in ((got, torch.float32, "triton"), (want, torch.float64, "reference")):
         leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
@@ -146,7 +146,7 @@ def test_keys_that_many_rows_see_are_shared_out(group, width, softcap):
         results += [out.detach(), *torch.autograd.grad((out * out).sum(), leaves)]
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want):
         assert relative_error(a, b) <= GRADIENT[torch.float32], name
-        if name in ("dk", "dv"):  # of the shared tile alone, which the others would hide
+        if name in ("dk", "dv"):  # only the shared tile, whose error the others would hide
             assert relative_error(a[:64], b[:64]) <= GRADIENT[torch.float32], name
 
 
@@ -159,7 +159,7 @@ def test_a_scale_of_zero():
 
 @pytest.mark.parametrize("sinks", (False, True))
 def test_refilled_buffers_of_a_capacity(sinks):
-    """A launch replays on new plans in the same buffers; rows beyond a batch may hold anything, and get 0 and -inf."""
+    """A launch replays on new plans in the same buffers; rows beyond a batch may have any values and get 0 and -inf."""
     capacity = rk.PlanCapacity.for_rows(192, sequences=4, ranges_per_block=8)
     logits = torch.tensor([0.3, -1.0]) if sinks else None
     plan, address = None, None
@@ -185,7 +185,7 @@ def test_refilled_buffers_of_a_capacity(sinks):
             assert relative_error(a[:rows], b) < 8e-6 and not a[rows:].any()
 
 
-def test_rows_that_see_nothing():
+def test_fully_masked_rows():
     layout = rk.ChunkLayout.from_lengths([[3, 20]])
     plan = rk.plan_attention(layout, rk.ChunkMask.from_dense(torch.tensor([[True, False], [False, False]])))
     q, k, v = (torch.randn(23, heads, 16, requires_grad=True) for heads in (2, 1, 1))
@@ -206,7 +206,7 @@ def test_empty_and_single_rows(lengths):
     out = rk.mixed_attention(q, k, v, rk.plan_attention(layout), backend="triton")
     torch.testing.assert_close(out, v)
     out.sum().backward()
-    # The weight of the only key is 2 to the power of a difference of roundings, not of 0.
+    # The probability of the only key is 2 to the power of a rounding error, not of 0.
     for grad, want in ((v.grad, 1.0), (q.grad, 0.0), (k.grad, 0.0)):
         assert torch.allclose(grad, torch.tensor(want), atol=1e-5)
 
@@ -220,16 +220,16 @@ def test_extreme_scores_stay_finite():
 
 
 def test_keys_far_into_a_tensor():
-    """The rows of k and v lie 2^31 elements apart: addresses take 64 bits, where int32 would wrap."""
+    """The rows of k and v are more than 2^31 elements apart, where int32 offsets would overflow."""
     rows, stride = 2, 2**31 + 8
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would touch all of the 8 GiB
+    torch.utils.deterministic.fill_uninitialized_memory = False  # filling would touch all 8 GiB
     storage = torch.empty(rows * stride, dtype=torch.float16)
     k = storage.as_strided((rows, 1, 16), (stride, 16, 1))
     k.copy_(torch.randn(rows, 1, 16))
     plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[rows]]))
     out = rk.mixed_attention(k, k, k, plan, backend="triton")
     expected = rk.mixed_attention(*(k.clone(),) * 3, plan, backend="reference")
-    torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)  # sums are rounded to float16 in another order
+    torch.testing.assert_close(out, expected, atol=1e-3, rtol=1e-3)  # sums are rounded to float16 in a different order
 
 
 def test_results_are_the_same_in_every_run():

@@ -1,4 +1,4 @@
-"""Addresses beyond 2^31 elements, and indices that are wrong: what lies beside a tensor is neither read nor written."""
+"""Offsets beyond 2^31 elements, and invalid indices: memory around a tensor is neither read nor written."""
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ from tests.support.paged_problems import assert_rows_close, make_problem
 
 @pytest.fixture(autouse=True)
 def memory_that_is_not_touched(monkeypatch):
-    # Filling them would take all of the memory that these tensors only seem to have.
+    # Filling would allocate all of the tensors' memory, most of which is only virtual.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
 
 
 def spread(tensor, strides):
-    """Return a tensor's copy with these strides: gigabytes of addresses, of which little is touched."""
+    """Return a copy of a tensor with these strides: gigabytes of addresses, of which few are touched."""
     size = sum((length - 1) * stride for length, stride in zip(tensor.shape, strides)) + 1
     there = torch.empty(size, dtype=tensor.dtype).as_strided(tensor.shape, strides)
     return there.copy_(tensor)
@@ -67,7 +67,7 @@ def test_a_product_over_rows_far_apart():
 
 
 def guarded(monkeypatch, module):
-    """Let what a module allocates lie between guards, and return a call that looks whether they stand."""
+    """Put guards around a module's allocations, and return a function that checks them."""
     buffers = []
 
     def empty(*shape, dtype, device):
@@ -90,11 +90,11 @@ def test_wrong_offsets_write_nothing_beside_the_output(offsets, monkeypatch):
 
 
 def test_wrong_ranges_read_nothing_beside_them():
-    """Offsets of ranges that begin before the first or end after the last are cut to those that there are."""
+    """Range offsets before the first or after the last range are clamped to the existing ranges."""
     problem = make_problem(1, [30], [3], page=16)
     everything = torch.tensor([[0, 30]] * 3, dtype=torch.int32)
     around = torch.full((9, 2), -1, dtype=torch.int32)
-    around[:3] = torch.tensor([0, 30])  # before them: what would be read, and let every key be seen
+    around[:3] = torch.tensor([0, 30])  # before the ranges: if read, every key would be visible
     around[3:6] = torch.tensor([5, 7])
     around[6:] = torch.tensor([0, 30])
     options = {"q_offsets": torch.tensor([0, 3], dtype=torch.int32), "backend": "triton"}
@@ -105,7 +105,7 @@ def test_wrong_ranges_read_nothing_beside_them():
     assert not torch.equal(want, rk.paged_attention(*problem.args, visible=(right[0], everything), **options))
 
 
-def test_rows_of_no_sequence_see_nothing():
+def test_rows_of_no_sequence_are_fully_masked():
     q, pages = torch.randn(4, 2, 16), torch.randn(2, 16, 1, 16)
     table, empty = torch.zeros(0, 1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32)
     out, lse = rk.paged_attention(

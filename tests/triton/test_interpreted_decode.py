@@ -1,4 +1,4 @@
-"""Ways to decode: each against float64, and what they must not change."""
+"""Decode variants: each against float64, and the results they must not change."""
 
 import dataclasses
 import itertools
@@ -14,7 +14,7 @@ from tests.support.paged_problems import assert_rows_close, make_problem
 from tests.triton.modes import ALL
 
 WAYS = [Decode(ahead, by_length) for ahead, by_length in itertools.product((False, True), repeat=2)]
-# Ragged lengths: below and at a step of keys, and beyond several.
+# Ragged lengths: below and equal to a step of keys, and several steps.
 CASES = {
     "page of 16": {"page": 16},
     "page of 7, window over parts": {"page": 7, "window": 150},
@@ -24,7 +24,7 @@ CASES = {
 
 
 def widened(problem, columns):
-    """Return the problem with a page table of so many columns more, whose pages must not be read."""
+    """Return the problem with ``columns`` more columns in the page table, whose pages must not be read."""
     q, k_pages, v_pages, table, lengths = problem.args
     unread = torch.tensor([-1, len(k_pages), 2**31 - 1], dtype=torch.int32).repeat(len(table), -(-columns // 3))
     return dataclasses.replace(problem, args=(q, k_pages, v_pages, torch.cat([table, unread[:, :columns]], 1), lengths))
@@ -37,7 +37,7 @@ def attend(problem, way):
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_way_equals_dense_float64(case, monkeypatch):
-    """In a table of the lengths, and in one much wider."""
+    """With a page table that fits the lengths, and a much wider one."""
     monkeypatch.setattr(paged, "_PART_KEYS", 64)
     problem = make_problem(3, [1, 0, 37, 300, 64], dtype=torch.float32, heads=(4, 2), dim=32, **CASES[case])
     for table in (problem, widened(problem, 90)):
@@ -45,14 +45,14 @@ def test_each_way_equals_dense_float64(case, monkeypatch):
         for way, (out, lse) in results.items():
             assert_rows_close(out, problem.out, OUTPUT, f"{way}: out")
             assert_rows_close(lse, problem.lse, LSE, f"{way}: lse")
-        # The same products in the same order.
+        # The same matrix products in the same order.
         for by_length in (False, True):
             for a, b in zip(results[Decode(False, by_length)], results[Decode(True, by_length)]):
                 assert torch.equal(a, b)
 
 
 def test_a_row_for_every_sequence_is_divided_by_its_own_length(monkeypatch):
-    """Every part of a long table has keys to read, but where a sequence has fewer steps than parts."""
+    """Every part of a long table has keys to read, unless a sequence has fewer steps than parts."""
     states = []
     merge = paged.paged_attention_merge_kernel
 
@@ -71,12 +71,12 @@ def test_a_row_for_every_sequence_is_divided_by_its_own_length(monkeypatch):
     by_table, by_length = states
     parts = by_table.shape[1]
     assert parts == 17 and by_table.sum(1).tolist() == [2, 1]
-    # Float32 takes steps of 32 keys: 512 are 16, 100 are 4.
+    # float32 uses steps of 32 keys: 512 keys are 16 steps, 100 are 4.
     assert by_length.sum(1).tolist() == [16, 4]
 
 
 def test_a_length_below_the_rows(monkeypatch):
-    """Lengths are on the device alone: a bad one reads nothing that isn't there."""
+    """Lengths are only on the device: an invalid one causes no out-of-bounds reads."""
     monkeypatch.setattr(paged, "_PART_KEYS", 32)
     problem = make_problem(1, [90, 40], [3, 2], dtype=torch.float32, heads=(2, 1), dim=16, page=16)
     q, k_pages, v_pages, table, lengths = problem.args

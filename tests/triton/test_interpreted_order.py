@@ -1,4 +1,4 @@
-"""The order of programs in Triton's kernels: each tile and column once, and the same bits in every order."""
+"""The order of programs in Triton's kernels: each tile and column occurs once, and all orders give the same bits."""
 
 import itertools
 
@@ -25,7 +25,7 @@ def _places_kernel(p_places, section, ahead):
 
 
 def places(tiles, columns, section, ahead):
-    """Return where the programs stand, in the order of their numbers, by the words of grid_order.py."""
+    """Return the place of each program, in the order of program ids, as defined in grid_order.py."""
     ahead = min(ahead, tiles)
     found = [(tile, column) for tile in range(ahead) for column in range(columns)]
     for first in range(0, columns, section):
@@ -41,7 +41,7 @@ def test_places(tiles, columns):
         got = torch.full((tiles * columns, 2), -1, dtype=torch.int32)
         _places_kernel[(tiles, columns)](got, section, ahead)
         assert list(map(tuple, got.tolist())) == places(tiles, columns, section, ahead), (section, ahead)
-    # The order of the grid itself, whose first axis is the fast one.
+    # The grid's own order, with the first axis varying fastest.
     assert places(tiles, columns, 1, 0) == [(tile, column) for column in range(columns) for tile in range(tiles)]
 
 
@@ -53,7 +53,7 @@ ORDERS = (
 
 @pytest.mark.parametrize("group", (1, 4, 5, 11) if ALL else (1, 5))
 def test_every_order_gives_the_same_bits(group):
-    """Tiles of one block and of four, heads that fill no tile, and rows beyond the batch."""
+    """Tiles of one block and of four, heads that don't fill a tile, and rows beyond the batch."""
     rows, capacity, heads = 50 + 1 + 30 + 20, 140, 3
     layout = rk.ChunkLayout.from_lengths([[50, 1, 30], [20]])
     mask = rk.ChunkMask.passages(torch.tensor([-1, 0, -1, -1]))
@@ -80,7 +80,7 @@ def test_every_order_gives_the_same_bits(group):
 
 @pytest.mark.parametrize("group", (1, 5))
 def test_the_grid_is_the_same_in_every_order(group, monkeypatch):
-    """And with tiles first so is all the rest of the launch."""
+    """With tiles first, the rest of the launch is the same too."""
     launches = []
 
     class Recorder:

@@ -1,4 +1,4 @@
-"""paged_attention, append_kv and merge_states by Triton's kernels in the interpreter, against float64."""
+"""paged_attention, append_kv and merge_states with Triton's kernels in the interpreter, against float64."""
 
 import pytest
 import torch
@@ -38,20 +38,20 @@ def test_random_shapes(seed):
 @pytest.mark.parametrize("dtype", paged_problems.LOW_DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(60) if ALL else range(8))
 def test_where_nan_goes(seed, dtype, monkeypatch):
-    """As tests/kernels/test_nonfinite.py says of the other backends."""
-    monkeypatch.setattr(nonfinite, "REPAIR_ROWS", tl.constexpr(16))  # 16 take the interpreter as long as one
+    """The equivalent of tests/kernels/test_nonfinite.py for the other backends."""
+    monkeypatch.setattr(nonfinite, "REPAIR_ROWS", tl.constexpr(16))  # 16 rows take the interpreter as long as one
     spoilt = spoilt_paged(seed, dtype)
     spoilt.check(*rk.paged_attention(*spoilt.problem.args, **spoilt.problem.options, return_lse=True, backend="triton"))
 
 
-def test_what_is_nan_is_seen():
+def test_nan_is_attended_to():
     test_nonfinite.test_a_key_of_nan_is_not_a_key_that_is_not_seen("triton")
     test_nonfinite.test_merge_states("triton")
 
 
 @pytest.mark.parametrize("case", ("decode", "prefill", "visible, window, sinks, softcap"))
 def test_keys_in_parts(case, monkeypatch):
-    """As many parts as a long table is split into, on a short one."""
+    """Split a short table into as many parts as a long one."""
     monkeypatch.setattr(paged, "_PART_KEYS", 1)
     for max_keys in (1, 70, 5000):
         parts, keys = paged.parts_of(1, max_keys, 32)

@@ -1,7 +1,7 @@
-"""Calls replayed as a CUDA graph replays them: the same kernels, tensors and numbers, on what buffers hold by then.
+"""Replay calls as a CUDA graph does: the same kernels, tensors and numbers, with new contents of the buffers.
 
-A graph runs no Python. Here the launches of one call, and the operators of torch between them, are recorded and run
-again after the buffers of plan, tables and inputs were refilled: what a call read on the host would be out of date.
+A graph runs no Python. The launches of a call, and the torch operators between them, are recorded and run again after
+the buffers of plan, tables and inputs are refilled; anything that the call read on the host would be out of date.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from tests.support.paged_problems import assert_rows_close, make_problem
 
 
 class Recording(TorchDispatchMode):
-    """Records operators of torch and launches of kernels, in their order, and runs them again."""
+    """Records torch operators and kernel launches in order, and replays them."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Recording(TorchDispatchMode):
 
         def recorded(executor, *args, **kwargs):
             self.steps.append((launch, (executor, *args), kwargs, None))
-            with torch.utils._python_dispatch._disable_current_modes():  # the interpreter's own copies are no steps
+            with torch.utils._python_dispatch._disable_current_modes():  # the interpreter's own copies are not recorded
                 return launch(executor, *args, **kwargs)
 
         with monkeypatch.context() as patch, self:
@@ -49,7 +49,7 @@ class Recording(TorchDispatchMode):
         for call, args, kwargs, result in self.steps:
             again = call(*args, **kwargs)
             if isinstance(result, torch.Tensor) and again.data_ptr() != result.data_ptr():
-                result.copy_(again)  # a graph's tensors stay where they are
+                result.copy_(again)  # a graph's tensors keep their addresses
 
 
 def test_attention_forward_and_backward(monkeypatch):
@@ -99,7 +99,7 @@ def test_paged_attention(rows, monkeypatch):
         make_problem(seed, lengths, counts, page=16, dim=16, visible=rows is not None)
         for seed, lengths, counts in ((0, [90, 33], rows), (1, [17, 96], rows and rows[::-1]))
     )
-    # One cache and table with room for both.
+    # One cache and table that are large enough for both.
     room = max(len(problem.args[1]) for problem in (first, second))
     pages = [torch.zeros(room, 16, 2, 16) for _ in range(2)]
     table = torch.zeros(2, 8, dtype=torch.int32)
@@ -127,7 +127,7 @@ def test_paged_attention(rows, monkeypatch):
 
 
 def test_a_graph_of_embed_mixed(monkeypatch):
-    """The number of slots is on the device alone: another one is written by the same launches."""
+    """The number of slots is only on the device, so the same launches write a different number."""
     generator = torch.Generator().manual_seed(0)
     table, chunks, w1, w2 = (torch.randn(n, 24, generator=generator) for n in (50, 7, 24, 24))
     ids, slots = torch.zeros(40, dtype=torch.int64), torch.zeros(40, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""pool_chunks, project_chunks and embed_mixed by Triton's kernels in the interpreter, against float64."""
+"""pool_chunks, project_chunks and embed_mixed with Triton's kernels in the interpreter, against float64."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_activations(activation):
 
 @pytest.mark.parametrize("rows", (16, 40, 300))
 def test_every_tile_of_the_table(rows):
-    """Each row bucket of configs.linear, at widths that no tile divides."""
+    """Each row bucket of configs.linear, with sizes that no tile divides."""
     a, w1, w2 = torch.randn(rows, 72), torch.randn(40, 72), torch.randn(136, 40)
     got = rk.project_chunks(a, w1, None, w2, None, activation="none", backend="triton")
     assert relative_error(got, a.double() @ w1.double().T @ w2.double().T) <= OUTPUT[torch.float32]

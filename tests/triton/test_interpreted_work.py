@@ -1,4 +1,4 @@
-"""Bytes that embed_mixed's kernels move, counted from their accesses in the interpreter."""
+"""Count the bytes that embed_mixed's kernels move, from their accesses in the interpreter."""
 
 import collections
 
@@ -11,7 +11,7 @@ from refrag_kernels.triton_kernels import projection
 
 @pytest.fixture
 def touched(monkeypatch):
-    """Count the bytes that kernels read and write: of a launch each address once, as caches make it."""
+    """Count the bytes that kernels read and write, each address once per launch, as with ideal caches."""
     launches = []
     builder = interpreter.InterpreterBuilder
     run = interpreter.GridExecutor.__call__
@@ -46,7 +46,7 @@ def touched(monkeypatch):
 
 
 def test_embed_mixed_moves_what_it_needs(touched):
-    """At most 1.1 times: weights, chunks, token rows and output once, the hidden layer written and read."""
+    """At most 1.1 times the weights, chunks, token rows and output once each, and the hidden layer twice."""
     count, text, d_enc, width, d_dec = 48, 24, 64, 96, 96
     generator = torch.Generator().manual_seed(0)
     random = [torch.randn(*shape, generator=generator).half() for shape in (

@@ -1,4 +1,4 @@
-"""Starts the interpreter's tests, each file in a process of its own."""
+"""Start the interpreter's tests, each file in a new process."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""What is computed from the compiled kernels: occupancy, and the page that tells of them."""
+"""Values computed from the compiled kernels: the occupancy, and the page with the results."""
 
 import dataclasses
 
@@ -15,15 +15,15 @@ from tests.triton.modes import ALL
 @pytest.mark.parametrize(
     ("architecture", "registers", "shared", "warps", "blocks"),
     [
-        # Figures of NVIDIA's occupancy calculator for these launches.
-        ("sm_80", 32, 0, 4, 16),  # warps bind: 64 of them
-        ("sm_80", 255, 0, 4, 2),  # 256 registers of 128 threads, twice
+        # Results of NVIDIA's occupancy calculator for these launches.
+        ("sm_80", 32, 0, 4, 16),  # limited by warps, 64
+        ("sm_80", 255, 0, 4, 2),  # limited by registers: 256 for each of 128 threads, twice
         ("sm_80", 168, 0, 4, 3),
         ("sm_80", 32, 163 << 10, 4, 1),
-        ("sm_90", 128, 113 << 10, 8, 2),  # shared memory and registers alike
-        ("sm_120", 40, 20 << 10, 4, 4),  # shared memory: 100 KiB in parts of 21
-        ("sm_120", 32, 0, 1, 24),  # as many blocks as there may be
-        ("gfx942", 512, 0, 4, 1),  # a wave of 512 registers to each SIMD
+        ("sm_90", 128, 113 << 10, 8, 2),  # limited by both shared memory and registers
+        ("sm_120", 40, 20 << 10, 4, 4),  # limited by shared memory: 100 KiB in parts of 21 KiB
+        ("sm_120", 32, 0, 1, 24),  # limited by the number of CTAs
+        ("gfx942", 512, 0, 4, 1),  # a wave with 512 registers per SIMD
         ("gfx942", 128, 0, 4, 4),
         ("gfx942", 64, 33 << 10, 4, 1),
     ],
@@ -63,7 +63,7 @@ def test_other_backends_join_the_page_by_a_call():
     cell = "255 / 0 / 4096 / 2 x 4 / 8 HMMA / 64 x 32"
     assert f"| D 64 | bfloat16 | {cell} |\n" in text
     assert f"| D 64 | bfloat16 | {cell} | {cell.replace(' 0 ', ' **7** ')} |\n| D 64 | float32 | {cell} | - |\n" in text
-    assert "For times, see" in text
+    assert "For times, see [GPU results]" in text
     wide = dataclasses.replace(row, shape="D 256", spilled=3, warps=8)
     assert resources.summary([*rows, wide, dataclasses.replace(wide, spilled=0)]).splitlines()[2:] == [
         "| 16 bits | 1 / 0 / 8 | 1 / 1 / 8 |",

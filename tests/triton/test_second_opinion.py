@@ -1,8 +1,8 @@
-"""What Triton's compiler makes of the kernels, run on the CPU by ttsem: values, bounds, races between programs.
+"""Run the compiled Triton kernels on the CPU with ttsem, which checks values, bounds and races between programs.
 
-ttsem 0.1.0 asks for Python 3.12 and has no release for this Triton; it works nonetheless, installed by
-``pip install --no-deps --ignore-requires-python ttsem==0.1.0``, as ``make test-gpu-proof`` does. No extra can ask for
-it so.
+ttsem 0.1.0 requires Python 3.12 and has no release for this Triton, but it works if installed with
+``pip install --no-deps --ignore-requires-python ttsem==0.1.0``, as in ``make test-gpu-proof``. An extra can't express
+this.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ def sanitize(*arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-# The interpreter's tests, and those for a GPU: files, and into how many processes their tests are shared out.
+# Files of the interpreter's and the GPU's tests, and the number of processes for each.
 FILES = {
     "tests/triton/test_interpreted_attention.py": 6,
     "tests/triton/test_interpreted_bounds.py": 1,
@@ -38,7 +38,7 @@ FILES = {
     "tests/triton/test_interpreted_rows.py": 2,
     "tests/gpu/test_gpu_ops.py": 8,
 }
-# What it can't run, and why.
+# Tests that ttsem can't run, and the reasons.
 LEFT_OUT = {
     "test_interpreted_replay.py": "records the launches of the interpreter",
     "test_interpreted_work.py": "counts what the interpreter loads and stores",
@@ -61,7 +61,7 @@ def test_every_file_is_run_or_left_out():
 
 @pytest.mark.parametrize(("file", "shard"), [(f, f"{n}/{count}") for f, count in FILES.items() for n in range(count)])
 def test_the_tests_of_the_interpreter_and_of_a_gpu(file, shard):
-    """Values against float64, forward and backward, by reads and writes that stay within tensors and don't race."""
+    """Values equal float64, forward and backward, and memory accesses are in bounds and free of races."""
     wanted = " and ".join([*(["triton"] if "gpu" in file else []), *(f"not {name}" for name in LEFT_OUT)])
     plugins = ("-p", "no:cacheprovider", "-p", "bench.gpu_report.pytest_record")
     options = ("-q", *plugins, "--shard", shard, "--show-capture=no")
@@ -92,7 +92,7 @@ assert target.tolist() == [*range(16), *range(17, 33)]
 
 @pytest.mark.parametrize(("distance", "fault"), [(16, None), (17, "oob_read: 1"), (15, "race: 1")])
 def test_planted_faults(distance, fault, tmp_path):
-    """ttsem itself: programs that read beyond a tensor, or write to the same place, end at the kernel's line."""
+    """ttsem itself: out-of-bounds reads and racing writes stop with an error at the kernel's line."""
     program = tmp_path / "copy.py"
     program.write_text(COPY)
     done = sanitize(program, "--", distance)

@@ -1,1 +1,1 @@
-"""The vLLM plugin."""
+"""Tests of the vLLM plugin."""

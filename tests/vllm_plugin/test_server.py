@@ -1,4 +1,4 @@
-"""`vllm serve` with the plugin, driven by the official openai client: none lost, nothing malformed brings it down."""
+"""`vllm serve` with the plugin and the official openai client: no request is lost, and malformed ones are rejected."""
 
 import asyncio
 import base64

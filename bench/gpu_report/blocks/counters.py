@@ -1,4 +1,4 @@
-"""Nsight Compute's counters of one launch each: where the time of passages, of a prompt and of decoding goes."""
+"""Profile passages, a prompt and decoding with Nsight Compute, to see where their time goes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _TARGETS = (
     ("passages", "cuda"),
     ("decode", "cuda"),
 )
-_LEAST = 6.0  # seconds that a target takes, about
+_LEAST = 6.0  # approximate seconds per target
 
 
 def block(options: Options, results: Results) -> None:
-    """Profile each target in a process of its own; on the CPU, run one without a profiler."""
+    """Profile each target in its own process; on the CPU, run one without a profiler."""
     tool = cuda_tools.find("ncu")
-    if options.rehearsal:
+    if options.dry_run:
         _launch_once(["passages", "--device", "cpu"], options)
         results.add("passages", status="skipped", reason="ncu needs a GPU")
         return
@@ -33,14 +33,16 @@ def block(options: Options, results: Results) -> None:
     for call, backend in _TARGETS:
         case = f"{call}, {backend}"
         if options.seconds_left < _LEAST:
-            results.add(case, status="skipped", reason="the time was over")
+            results.add(case, status="skipped", reason="out of time")
             continue
         found, said = _profile(tool, call, backend, options, metrics=True)
-        if not found and "metric" in said.lower() and options.seconds_left > _LEAST:  # one that this ncu does not know
+        if (
+            not found and "metric" in said.lower() and options.seconds_left > _LEAST
+        ):  # an unknown metric in this version of ncu
             found, said = _profile(tool, call, backend, options, metrics=False)
         for launch in found:
             results.add(case, **ncu.summary(launch))
-            print({name: value for name, value in launch.items() if "__" in name})  # all of it, for the log
+            print({name: value for name, value in launch.items() if "__" in name})  # all counters, for the log
         if not found:
             results.add(case, status="failed", reason=said or "ncu wrote no launch")
 
@@ -58,7 +60,7 @@ def _profile(tool: str, call: str, backend: str, options: Options, metrics: bool
                 timeout=max(1.0, options.seconds_left),
             )
         except subprocess.TimeoutExpired:
-            return [], "the time was over"
+            return [], "out of time"
         text = log.read_text() if log.exists() else ""
     said = ncu.errors(text + "\n" + done.stdout + done.stderr)
     return ncu.launches(text), said or (done.stderr[-300:].strip() if done.returncode else "")

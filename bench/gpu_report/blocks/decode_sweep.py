@@ -1,4 +1,4 @@
-"""Ways to decode over pages, by batch, length and the width of the page table, against torch on keys in one piece."""
+"""Sweep variants of paged decoding by batch, length and table width, compared with torch on contiguous keys."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from refrag_kernels.triton_kernels import decode, paged
 from refrag_kernels.triton_kernels.decode import Decode
 
 _PAGE = 16
-_WIDE = 131072  # keys that a wide table has room for
-_LEAST = 4.0  # seconds that a case takes, about, with what it compiles
+_WIDE = 131072  # keys that a wide table can hold
+_LEAST = 4.0  # approximate seconds per case, including compilation
 
-# The first is what was there before; the stages of the default are those of configs.paged.
+# The first is the previous version; the default's num_stages are those of configs.paged.
 _WAYS = {
     "pages in step, parts of the table": Decode(ahead=False, by_length=False, num_stages=3),
     "default": Decode(),
@@ -31,7 +31,7 @@ _WAYS = {
     "pages in step, parts of the length, stages 5": Decode(ahead=False, num_stages=5),
     "pages in step, parts of the length, stages 7": Decode(ahead=False, num_stages=7),
     "pages ahead, parts of the table, stages 3": Decode(by_length=False, num_stages=3),
-    # As many buffers as 3 have: to tell.
+    # As many buffers as num_stages=3 has, for comparison.
     "pages in step, parts of the length, stages 4": Decode(ahead=False, num_stages=4),
 }
 _FEW = dict(list(_WAYS.items())[:3])
@@ -41,10 +41,10 @@ _FEW = dict(list(_WAYS.items())[:3])
 class _Shape:
     heads: int
     kv_heads: int
-    width: int
+    head_dim: int
     batch: int
     keys: int
-    table: int  # keys that the table has room for
+    table: int  # keys that the table can hold
 
     @property
     def case(self) -> str:
@@ -53,19 +53,19 @@ class _Shape:
 
     @property
     def bytes(self) -> float:
-        return 4.0 * self.batch * self.keys * self.kv_heads * self.width
+        return 4.0 * self.batch * self.keys * self.kv_heads * self.head_dim
 
 
 def block(options: Options, results: Results) -> None:
-    """Time the ways at each shape, those that are said to gain most first."""
-    if options.rehearsal:
+    """Time the variants at each shape, those with the largest expected gain first."""
+    if options.dry_run:
         for batch, table in ((1, 70), (2, 300)):
             _case(_Shape(4, 2, 16, batch, 70, table), _FEW, 1.0, options, results)
         return
     rate = _copy(results)
     grouped = [_Shape(32, 8, 128, *sizes) for sizes in itertools.product((1, 32), (4096, 65536), (0, _WIDE))]
     grouped = [dataclasses.replace(shape, table=shape.table or shape.keys) for shape in grouped]
-    # Short keys first, and a batch of one: what a step of decoding waits for most.
+    # Short KV and batch size 1 first, where latency matters most in a decode step.
     grouped.sort(key=lambda shape: shape.bytes)
     own = _Shape(32, 32, 128, 1, 4096, 4096)
     for shape in (*grouped[:2], own, *grouped[2:]):
@@ -74,7 +74,7 @@ def block(options: Options, results: Results) -> None:
 
 
 def _copy(results: Results) -> float:
-    """Measure the rate at which memory is copied, in bytes read and written a second."""
+    """Measure the memory copy bandwidth, in bytes read and written per second."""
     source = torch.zeros(1 << 28, dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
     times = interleave({"copy": lambda: target.copy_(source)}, 7, device="cuda")["copy"]
@@ -85,8 +85,8 @@ def _copy(results: Results) -> float:
 
 def _case(shape: _Shape, ways: dict[str, Decode], rate: float, options: Options, results: Results) -> None:
     device = torch.device(options.device)
-    # The interpreter has no bfloat16.
-    dtype = torch.float16 if options.rehearsal else torch.bfloat16
+    # The interpreter doesn't support bfloat16.
+    dtype = torch.float16 if options.dry_run else torch.bfloat16
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> torch.Tensor:
@@ -94,14 +94,14 @@ def _case(shape: _Shape, ways: dict[str, Decode], rate: float, options: Options,
 
     blocks = -(-shape.keys // _PAGE)
     pages = shape.batch * blocks
-    k_pages, v_pages = (random(pages, _PAGE, shape.kv_heads, shape.width) for _ in range(2))
-    q = random(shape.batch, shape.heads, shape.width)
+    k_pages, v_pages = (random(pages, _PAGE, shape.kv_heads, shape.head_dim) for _ in range(2))
+    q = random(shape.batch, shape.heads, shape.head_dim)
     used = torch.randperm(pages, generator=generator, device=device).view(shape.batch, blocks)
     table = torch.full((shape.batch, -(-shape.table // _PAGE)), -1, dtype=torch.int32, device=device)
     table[:, :blocks] = used
     lengths = torch.full((shape.batch,), shape.keys, dtype=torch.int32, device=device)
     k, v = (p[used].flatten(1, 2)[:, : shape.keys].transpose(1, 2).contiguous() for p in (k_pages, v_pages))
-    scale = shape.width**-0.5
+    scale = shape.head_dim**-0.5
 
     def torchs() -> torch.Tensor:
         return F.scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0]
@@ -119,7 +119,7 @@ def _case(shape: _Shape, ways: dict[str, Decode], rate: float, options: Options,
         speed = shape.bytes / times.median
         return {"gb_per_s": speed * 1e-9, "share_of_copy": speed / rate}
 
-    some = [0, -1]  # of the sequences: float64 of all of them would not fit
+    some = [0, -1]  # sequences to check: all of them in float64 would not fit
     expected = F.scaled_dot_product_attention(
         q[some][:, :, None].double(), k[some].double(), v[some].double(), enable_gqa=True
     )[:, :, 0]

@@ -1,4 +1,4 @@
-"""What the machine is and can do, whether it uses a Triton cache brought along, and what an empty kernel takes."""
+"""Describe the machine and its limits, check a supplied Triton cache, and time an empty kernel."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from refrag_kernels import backends
 
 
 def block(options: Options, results: Results) -> None:
-    """Look at the machine first, then measure, the cheapest first."""
+    """Describe the machine first, then measure, cheapest first."""
     report = dataclasses.asdict(backends.report())
     for case, nothing in (("versions", "not installed"), ("machine", ""), ("backends", "runs"), ("build", "")):
         results.add(case, found={name: str(value or nothing) for name, value in report[case].items()})
     results.add("devices", found=report["devices"], gpu=machine.gpu())
     results.add("libraries", found={name: value or "not installed" for name, value in machine.libraries().items()})
     _triton_cache(options, results)
-    rounds = 1 if options.rehearsal else 21
-    nothing = (lambda: None) if options.rehearsal else (lambda: torch.cuda._sleep(0))
+    rounds = 1 if options.dry_run else 21
+    nothing = (lambda: None) if options.dry_run else (lambda: torch.cuda._sleep(0))
     _add(results, "empty kernel", interleave({"empty": nothing}, rounds, device=options.device)["empty"])
     _l2(options, results)
-    if options.rehearsal:
-        return  # limits.matmul_flops and limits.bandwidth are the benchmarks', and take seconds
+    if options.dry_run:
+        return  # limits.matmul_flops and limits.bandwidth take seconds
     results.add("matmul, bfloat16", flop_per_s=limits.matmul_flops(torch.bfloat16, device="cuda"))
     results.add("copy", bytes_per_s=limits.bandwidth(device="cuda"))
     for dtype in (torch.float16, torch.float32):
@@ -36,25 +36,25 @@ def block(options: Options, results: Results) -> None:
 
 
 def _triton_cache(options: Options, results: Results) -> None:
-    """Launch the forward kernel of passages, which a cache made for this machine's Triton holds."""
+    """Launch the forward kernel of passages, which a cache made for this machine's Triton contains."""
     from triton import knobs
 
     from bench.gpu_report.known_launches import passages
 
     with compilations.counted() as found:
-        if not options.rehearsal:
+        if not options.dry_run:
             passages("cuda")()
     results.add("triton cache", folder=knobs.cache.dir, **found.as_values())
 
 
 def _l2(options: Options, results: Results) -> None:
-    """Read a buffer that half of an H100's L2 holds, by two programs for each multiprocessor."""
-    programs = 2 if options.rehearsal else 2 * torch.cuda.get_device_properties(0).multi_processor_count
-    call, expected, size = l2.reader(1 << 15 if options.rehearsal else 24 << 20, programs, options.device)
+    """Read a buffer that fits in half of an H100's L2, with two programs per multiprocessor."""
+    programs = 2 if options.dry_run else 2 * torch.cuda.get_device_properties(0).multi_processor_count
+    call, expected, size = l2.reader(1 << 15 if options.dry_run else 24 << 20, programs, options.device)
     if not torch.equal(call(), expected):
-        results.add("L2 read", status="wrong", reason="the sums are not those of the buffer")
+        results.add("L2 read", status="wrong", reason="the sums don't match the buffer's")
         return
-    times = interleave({"read": call}, 1 if options.rehearsal else 11, device=options.device)["read"]
+    times = interleave({"read": call}, 1 if options.dry_run else 11, device=options.device)["read"]
     _add(results, "L2 read", times, bytes_per_s=size / times.median)
 
 

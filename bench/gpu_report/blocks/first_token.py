@@ -1,4 +1,4 @@
-"""Time to first token with the prefill replayed as a CUDA graph, beside the same prefill queued from Python."""
+"""Measure time to first token with the prefill replayed as a CUDA graph, and with it launched from Python."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from bench.gpu_report.block import Options, Results, run
 
 # Context and k. Rows: 376, 252, 1,144, 624, 636, 4,216 with the prefix and the question.
 _SIZES = ((4096, 16), (4096, 32), (16384, 16), (4096, 8), (16384, 32), (65536, 16))
-_REHEARSED = ((256, 16),)
-# Of the logits of all layers in bfloat16, as in bench.cases.model: a wrong mask moves them by tens of per cent.
+_DRY_RUN_SIZES = ((256, 16),)
+# For the logits after all layers in bfloat16, as in bench.cases.model: a wrong mask changes them by tens of percent.
 _BOUND = 8e-2
 
 
 def block(options: Options, results: Results) -> None:
-    """Time prefills, with the chunks' embeddings at hand; the weights are random."""
+    """Time prefills with precomputed chunk embeddings and random weights."""
     from refrag.model.prefill_graph import ROW_STEP, PrefillGraph
 
-    preset = PRESETS["tiny" if options.rehearsal else "llama2-7b"]
-    dtype = torch.float32 if options.rehearsal else torch.bfloat16
+    preset = PRESETS["tiny" if options.dry_run else "llama2-7b"]
+    dtype = torch.float32 if options.dry_run else torch.bfloat16
     start = time.perf_counter()
     model, _ = _models(preset, dtype, options.device)
-    results.add("model", seconds=time.perf_counter() - start, layers=preset.layers, hidden=preset.hidden)
-    graphs: list[PrefillGraph] = []  # kept: a pool lasts as long as a graph that uses it
-    for context, k in _REHEARSED if options.rehearsal else _SIZES:
-        if options.seconds_left < (0 if options.rehearsal else 6):
+    results.add("model", seconds=time.perf_counter() - start, layers=preset.layers, hidden=preset.hidden_size)
+    graphs: list[PrefillGraph] = []  # keeps the pool alive, which lasts as long as a graph that uses it
+    for context, k in _DRY_RUN_SIZES if options.dry_run else _SIZES:
+        if options.seconds_left < (0 if options.dry_run else 6):
             results.add(f"{context}/k={k}", status="left out", reason="no time left")
             continue
         prompt, _ = _mixed_prompts(Prompt(context, k, 0.0), preset.vocabulary)
@@ -57,7 +57,7 @@ def block(options: Options, results: Results) -> None:
             if not error <= _BOUND:
                 results.add(f"{context}/k={k}", **values, status="wrong", same_token=same)
                 continue
-            few = options.rehearsal or rows > 2000
+            few = options.dry_run or rows > 2000
             times = interleave({"eager": eager, "graph": replayed}, 3 if few else 9, 1, options.device)
         for name, took in times.items():
             results.add(f"{context}/k={k}/{name}", **values, status="ok", same_token=same, **_values(took))

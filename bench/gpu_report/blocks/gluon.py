@@ -1,6 +1,6 @@
-"""The Hopper kernel in Gluon: compiled, checked on small problems, and what is right timed beside Triton and torch.
+"""The Hopper kernel in Gluon: compile it, check it on small problems, and time it against Triton and torch.
 
-The kernel runs in processes that are ended when they fall silent: one that hangs costs its time and no other result.
+The kernel runs in processes that are ended when they stop writing, so that a hang costs time but no other results.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from bench.gpu_report.block import Options, Results, run
 
 _WORKER = "bench.gpu_report.gluon_worker"
 _COMPILERS = 12
-_START, _PATIENCE = 40.0, 20.0  # seconds until a process's first line, and from one to the next
-_END = 5.0  # seconds that a process takes to start and to end
+_START, _PATIENCE = 40.0, 20.0  # seconds until a process's first line, and between lines
+_END = 5.0  # seconds for a process to start and exit
 
 
 def block(options: Options, results: Results) -> None:
-    """Check every configuration, then time those that are right; after one that hangs or fails, go on with the next."""
-    if not options.rehearsal:
+    """Check every configuration, then time the correct ones; after a hang or failure, continue with the next."""
+    if not options.dry_run:
         _compile(options, results)
     first, right, hung = 0, [], True
     while hung and options.seconds_left > _END:
@@ -50,7 +50,7 @@ def _command(options: Options, *arguments: object) -> list[str]:
 
 def _lines(options: Options, first: int, right: list[str]) -> Iterator[dict[str, Any]]:
     arguments = ["--first", first, "--seconds", max(1.0, options.seconds_left - _END), "--right", *right]
-    slower = 10 if options.rehearsal else 1
+    slower = 10 if options.dry_run else 1
     return watched.lines(
         _command(options, *arguments),
         start=slower * _START,
@@ -60,7 +60,7 @@ def _lines(options: Options, first: int, right: list[str]) -> Iterator[dict[str,
 
 
 def _compile(options: Options, results: Results) -> None:
-    """Fill Triton's cache, in as many processes as there are configurations: each compiles for seconds."""
+    """Fill Triton's cache with one process per configuration, since each compiles for seconds."""
     start = time.monotonic()
     running = [
         subprocess.Popen(_command(options, "--compile", part, _COMPILERS), stdout=subprocess.DEVNULL)

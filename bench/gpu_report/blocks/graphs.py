@@ -1,4 +1,4 @@
-"""Plans under a capacity, refilled in place, and ops in captured CUDA graphs; the values of the CUDA C++ kernels."""
+"""Test plans with a capacity, refilled in place, and ops in captured CUDA graphs, with the CUDA C++ kernels' values."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _GROUPS = {
 
 
 def block(options: Options, results: Results) -> None:
-    """Run groups of tests side by side; on the CPU, where calls stand in for graphs, the first."""
-    groups = ["graphs"] if options.rehearsal else list(_GROUPS)
+    """Run groups of tests in parallel; on the CPU, where plain calls replace graphs, only the first."""
+    groups = ["graphs"] if options.dry_run else list(_GROUPS)
     if failed := pytest_runs.run({name: pytest_runs.command(results, *_GROUPS[name]) for name in groups}):
         raise SystemExit(f"failed: {', '.join(failed)}")
 

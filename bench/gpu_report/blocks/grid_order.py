@@ -1,4 +1,4 @@
-"""The order in which programs of attention start: tiles first, as it was, against heads first."""
+"""Compare the launch order of attention programs: tiles first (the previous order) and heads first."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from refrag_kernels import extension, grid_order, tile_lists
 from refrag_kernels.grid_order import TILES_FIRST, Order
 
 _GROUPED, _OWN = (32, 8), (32, 32)  # query heads, and key/value heads
-_LEAST = 2.5  # seconds that a case takes, about, with what it compiles
+_LEAST = 2.5  # approximate seconds per case, including compilation
 _ROUNDS = 31
 
 
 def block(options: Options, results: Results) -> None:
-    """Compare orders on the same plan, the predictions that decide first."""
+    """Compare orders on the same plan, the most decisive cases first."""
     _rates(options, results)
-    tiny = options.rehearsal
+    tiny = options.dry_run
     passages = Passages(160, 16, 0.66) if tiny else Passages(4096, 16, 0.12)
     prompt = rk.ChunkLayout.from_lengths([[20, 20]]) if tiny else Prompt(4096, 16, 0.0).layout()
     heads = ((4, 2),) if tiny else (_GROUPED, _OWN)
@@ -47,8 +47,8 @@ def block(options: Options, results: Results) -> None:
 
 @contextlib.contextmanager
 def _tile_lists(options: Options) -> Iterator[None]:
-    """Let plans of the CPU have the lists that GPU kernels walk, in a rehearsal."""
-    if not options.rehearsal:
+    """Give CPU plans the tile lists of GPU kernels, in a dry run."""
+    if not options.dry_run:
         yield
         return
     with mock.patch.object(tile_lists, "wanted", lambda device: True):
@@ -56,30 +56,30 @@ def _tile_lists(options: Options) -> Iterator[None]:
 
 
 def _rates(options: Options, results: Results) -> None:
-    """Measure what bounds the times below: an empty kernel, and the reads of L2."""
-    programs = 2 if options.rehearsal else 2 * torch.cuda.get_device_properties(0).multi_processor_count
-    read, expected, size = l2.reader(1 << 15 if options.rehearsal else 24 << 20, programs, options.device)
-    nothing: Callable[[], object] = (lambda: None) if options.rehearsal else (lambda: torch.cuda._sleep(0))
+    """Measure the lower bounds of the times below: an empty kernel, and L2 reads."""
+    programs = 2 if options.dry_run else 2 * torch.cuda.get_device_properties(0).multi_processor_count
+    read, expected, size = l2.reader(1 << 15 if options.dry_run else 24 << 20, programs, options.device)
+    nothing: Callable[[], object] = (lambda: None) if options.dry_run else (lambda: torch.cuda._sleep(0))
     if not torch.equal(read(), expected):
-        results.add("L2 read", status="wrong", reason="the sums are not those of the buffer")
+        results.add("L2 read", status="wrong", reason="the sums don't match the buffer's")
         return
     calls = {"empty kernel": nothing, "L2 read": read}
-    times = interleave(calls, *((1, 0) if options.rehearsal else (11, 2)), device=options.device)
+    times = interleave(calls, *((1, 0) if options.dry_run else (11, 2)), device=options.device)
     for name, took in times.items():
         rate = {"bytes_per_s": size / took.median} if name == "L2 read" else {}
         results.add(name, median_s=took.median, p20_s=took.quantile(0.2), p80_s=took.quantile(0.8), **rate)
 
 
 def _inputs(heads: tuple[int, int], rows: int, options: Options) -> list[torch.Tensor]:
-    # The interpreter has no bfloat16.
-    dtype = torch.float16 if options.rehearsal else torch.bfloat16
-    return tensors(*heads, 16 if options.rehearsal else 128, rows, dtype, options.device)
+    # The interpreter doesn't support bfloat16.
+    dtype = torch.float16 if options.dry_run else torch.bfloat16
+    return tensors(*heads, 16 if options.dry_run else 128, rows, dtype, options.device)
 
 
 def _orders(k: torch.Tensor, options: Options) -> dict[str, Order]:
-    """Return the orders to compare, each once, by name."""
+    """Return the distinct orders to compare, by name."""
     heads, chosen = k.shape[1], grid_order.order_of(k)
-    if options.rehearsal:
+    if options.dry_run:
         chosen = Order(1, 3)
     named = {
         "tiles first": TILES_FIRST,
@@ -138,7 +138,7 @@ def _backends(options: Options) -> dict[str, Callable]:
     from refrag_kernels.triton_kernels import attention as triton
 
     found: dict[str, Callable] = {"triton": triton.mixed_attention}
-    if not options.rehearsal and extension.cuda_missing() is None:
+    if not options.dry_run and extension.cuda_missing() is None:
         found["cuda"] = cuda.mixed_attention
     return found
 

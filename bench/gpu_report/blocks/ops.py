@@ -1,4 +1,4 @@
-"""The benchmarks of the ops against torch, without what has to be compiled: see the block peers."""
+"""Benchmark the ops against torch; peers that need compilation are in the block peers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BACKENDS = ("triton", "cuda")
 
 
 def entries(device: str) -> Iterator[Entry]:
-    """Yield the rows, those that tell most first."""
+    """Yield the rows, the most informative first."""
     if device == "cpu":
         rows = table.entries(Sweep(("tiny",), context=(256,), dtypes=(torch.float32,)), flex=False)
         wanted = {"pool_chunks/mean", "append_kv/rows", "paged_attention/batch", "mixed_attention/random_passages"}
@@ -28,18 +28,18 @@ def entries(device: str) -> Iterator[Entry]:
     yield from at("llama3-8b", (4096,))
     yield from at("llama3-8b", (4096,), "interleaved", "random_passages")
     yield from at("llama3-8b", (4096, 65536), "batch")
-    # Prompts of as many rows as those of the paper have slots, and of the full text.
+    # Prompts with as many rows as the paper's have slots, and of the full text.
     yield from at("llama3-8b", (128, 256, 512, 1024, 2048, 4096, 16384), "causal")
-    # The shapes of MagiAttention's charts: 64 query heads, 8 of keys.
+    # The shapes of MagiAttention's charts: 64 query heads, 8 key/value heads.
     yield from at("llama3-70b", (4096, 1024, 2048, 8192, 16384), "documents", "blocks")
     yield from at("llama3-70b", (4096,), "causal", "random_passages")
-    # One query head a key.
+    # One query head per key/value head.
     yield from at("llama2-7b", (4096,), "causal", "random_passages")
     yield from at("llama2-7b", (4096,))
 
 
 def _rows(device: str, preset: str, contexts: Sequence[int], *cases: str) -> Iterator[Entry]:
-    """Yield the rows of some cases, or of those that every sweep has."""
+    """Yield the rows of the given cases, or of those in every sweep."""
     for context in contexts:
         sweep = Sweep((preset,), context=(context,), dtypes=(torch.bfloat16,), device=device)
         sweep = dataclasses.replace(sweep, batch=(1, 32), table=(0, 131072))
@@ -49,7 +49,7 @@ def _rows(device: str, preset: str, contexts: Sequence[int], *cases: str) -> Ite
 
 
 def block(options: Options, results: Results) -> None:
-    """Measure the rows while there is time."""
+    """Measure the rows while time remains."""
     bad = measure_rows(entries(options.device), options, results, backends=_BACKENDS)
     if bad:
         raise SystemExit(f"wrong or failed: {', '.join(bad)}")

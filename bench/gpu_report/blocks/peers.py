@@ -1,4 +1,4 @@
-"""Attention against flex_attention, which compiles for seconds, and against what wheels bring."""
+"""Benchmark attention against flex_attention, which takes seconds to compile, and against other libraries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ROWS = (
 
 
 def entries(device: str) -> Iterator[Entry]:
-    """Yield the rows, of 4,096 rows each; on the CPU one, without flex_attention."""
+    """Yield the cases, with 4,096 rows each; on the CPU a single one, without flex_attention."""
     wanted = (("tiny", "documents"),) if device == "cpu" else _ROWS
     context, dtype = (256, torch.float32) if device == "cpu" else (4096, torch.bfloat16)
     for preset, case in wanted:
@@ -31,7 +31,7 @@ def entries(device: str) -> Iterator[Entry]:
 
 
 def block(options: Options, results: Results) -> None:
-    """Measure the rows while there is time."""
+    """Measure the rows while time remains."""
     if bad := measure_rows(entries(options.device), options, results, backends=("triton",), memory=False):
         raise SystemExit(f"wrong or failed: {', '.join(bad)}")
 

@@ -1,4 +1,4 @@
-"""A call of each op under compute-sanitizer: racecheck, synccheck and memcheck side by side."""
+"""Run a call of each op under compute-sanitizer: racecheck, synccheck and memcheck in parallel."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _TOOLS = ("racecheck", "synccheck", "memcheck")
 
 
 def block(options: Options, results: Results) -> None:
-    """Run the sample under each tool; on the CPU, a test of it under none."""
+    """Run the sample under each tool; on the CPU, run a test of it without a tool."""
     sanitizer = cuda_tools.find("compute-sanitizer")
-    if options.rehearsal:
+    if options.dry_run:
         commands = {"none": pytest_runs.command(results, _SAMPLE, "-k", "pool_chunks-triton", tool="none")}
     elif sanitizer is None:
         results.add("compute-sanitizer", status="skipped", reason="not installed")
@@ -33,7 +33,7 @@ def block(options: Options, results: Results) -> None:
         summary = re.findall(r"^=+ (.*SUMMARY.*)$", said, re.M)
         results.add(tool, clean=code == 0, exit_code=code, said="; ".join(summary))
 
-    # Without torch's cache each tensor is an allocation of its own, whose ends are seen.
+    # Without torch's caching allocator, each tensor is a separate allocation with checked bounds.
     if failed := pytest_runs.run(commands, {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, ended):
         raise SystemExit(f"failed: {', '.join(failed)}")
 

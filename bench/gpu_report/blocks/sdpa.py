@@ -1,4 +1,4 @@
-"""Which kernels torch's attention runs for causal prompts, each timed; and what a shape costs that is new to it."""
+"""Find and time the kernels of torch's attention for causal prompts, and time the first call of a new shape."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _HEADS = ((32, 8), (32, 32))  # LLaMA-3-8B's, LLaMA-2-7B's
 
 
 def block(options: Options, results: Results) -> None:
-    """Compare backends row by row; what a new shape costs comes before the longest of them."""
-    if options.rehearsal:
+    """Compare backends case by case; the cost of a new shape comes before the longest case."""
+    if options.dry_run:
         _compare(options, results, 40, (4, 2), 16)
         return
     for number, rows in enumerate(_ROWS):
@@ -39,15 +39,15 @@ def block(options: Options, results: Results) -> None:
             _new_shapes(results)
 
 
-def _compare(options: Options, results: Results, rows: int, heads: tuple[int, int], width: int) -> None:
-    dtype = torch.float32 if options.rehearsal else torch.bfloat16
-    q, k, v = tensors(*heads, width, rows, dtype, options.device)
+def _compare(options: Options, results: Results, rows: int, heads: tuple[int, int], head_dim: int) -> None:
+    dtype = torch.float32 if options.dry_run else torch.bfloat16
+    q, k, v = tensors(*heads, head_dim, rows, dtype, options.device)
     plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[rows]]), device=options.device)
     calls: dict[str, Callable[[], torch.Tensor]] = {
         "torch's choice": peers.sdpa(q, k, v, is_causal=True),
         "refrag_kernels": lambda: rk.mixed_attention(q, k, v, plan),
     }
-    if not options.rehearsal:
+    if not options.dry_run:
         calls |= {name: _forced(backend, calls["torch's choice"]) for name, backend in _BACKENDS.items()}
         calls |= {"aten flash op with lse": _flash(q, k, v), "aten cuDNN op with lse": _cudnn(q, k, v)}
     case = f"causal, {rows} rows, {heads[0]}/{heads[1]} heads"
@@ -64,8 +64,8 @@ def _compare(options: Options, results: Results, rows: int, heads: tuple[int, in
             if errors[name] > 4 * bound_of(dtype):
                 results.add(case, who=name, status="wrong", error=_finite(errors[name]), reason="differs from float64")
                 continue
-            right[name], kernels[name] = call, [] if options.rehearsal else _kernels(call)
-        times = interleave(right, 1 if options.rehearsal else 11, device=options.device)
+            right[name], kernels[name] = call, [] if options.dry_run else _kernels(call)
+        times = interleave(right, 1 if options.dry_run else 11, device=options.device)
     for name, took in times.items():
         results.add(
             case,
@@ -73,14 +73,14 @@ def _compare(options: Options, results: Results, rows: int, heads: tuple[int, in
             median_s=took.median,
             p20_s=took.quantile(0.2),
             p80_s=took.quantile(0.8),
-            tflops=4e-12 * heads[0] * width * pairs / took.median,
+            tflops=4e-12 * heads[0] * head_dim * pairs / took.median,
             error=errors[name],
             kernels=kernels[name],
         )
 
 
 def _new_shapes(results: Results) -> None:
-    """Time the first call of shapes that torch has not seen, on the host until the GPU is done, and later calls."""
+    """Time the first and later calls of shapes new to torch, on the host until the GPU is done."""
     for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
         first, later = [], []
         for rows in (381, 393, 407):
@@ -131,7 +131,7 @@ def _kernels(call: Callable[[], object]) -> list[str]:
             call()
             torch.cuda.synchronize()
         found = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    except RuntimeError as error:  # where counters are reserved for administrators
+    except RuntimeError as error:  # if profiling counters need administrator rights
         return [f"not known: {str(error).partition(chr(10))[0]}"]
     return [name[:160] for name in found]
 

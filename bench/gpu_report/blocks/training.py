@@ -1,8 +1,8 @@
-"""Distillation on a GPU for the seconds given: tokens a second, and what the slots keep when it ends.
+"""Distil on a GPU for the given seconds; report tokens per second, and how much the slots retain at the end.
 
-The files are found in the folder that ``REFRAG_TRAINING_FILES`` names: ``decoder/``, token files ``train*.tok`` and
-``heldout-*.tok``. What is trained goes to ``REFRAG_TRAINING_OUTPUT``: the log, and the adapter in pieces of 15 MiB.
-The dry run makes tiny files of its own and goes through the same code.
+The folder ``REFRAG_TRAINING_FILES`` holds ``decoder/`` and the token files ``train*.tok`` and ``heldout-*.tok``. The
+log, and the trained adapter in pieces of 15 MiB, are written to ``REFRAG_TRAINING_OUTPUT``. The dry run creates tiny
+files and runs the same code.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any
 
 from bench.gpu_report.block import Options, Results, run
 
-_SECONDS_TO_END = 15  # what is left for the last files and the interpreter's end
+_SECONDS_TO_END = 15  # reserved for writing the last files and exiting
 
 
 def block(options: Options, results: Results) -> None:
-    """Distil for the time that is left, and report the log as it grows."""
-    if not options.rehearsal and not os.environ.get("REFRAG_TRAINING_FILES"):
-        results.add("left out", reason="REFRAG_TRAINING_FILES: got none, needs the folder of a decoder and token files")
+    """Distil for the remaining time, and report the log as it grows."""
+    if not options.dry_run and not os.environ.get("REFRAG_TRAINING_FILES"):
+        results.add("left out", reason="REFRAG_TRAINING_FILES: got none, needs a folder with a decoder and token files")
         return
     from refrag.training.distill.loop import distill
     from refrag.training.distill.options import DistillOptions
 
     with tempfile.TemporaryDirectory() as own:
         work = Path(own)
-        if options.rehearsal:
+        if options.dry_run:
             files, settings = _tiny_files(work), _tiny_settings()
             seconds = max(8.0, min(options.seconds_left, 10.0))
         else:
@@ -74,7 +74,7 @@ def _tiny_settings() -> dict[str, Any]:
 
 
 def _tiny_files(folder: Path) -> Path:
-    """Write a small random decoder with a tokenizer, and token files."""
+    """Write a tiny random decoder with a tokenizer, and token files."""
     import numpy as np
     import torch
     from refrag.training.token_files import TokenSet, tokenizer_hash, write_tokens

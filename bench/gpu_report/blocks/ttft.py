@@ -1,4 +1,4 @@
-"""Time to first token of LLaMA-2-7B's shapes, compressed and in full; and two of its layers against float64."""
+"""Measure time to first token with LLaMA-2-7B's shapes, compressed and in full; check two layers against float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CUT = "llama2-7b-2-layers"  # few enough layers to compare with float64
 
 
 def groups(device: str) -> Iterator[tuple[list[Entry], dict[str, Any]]]:
-    """Yield rows that are measured alike, and how; what reads the full text does not depend on k, and is timed once."""
+    """Yield groups of rows with their options; full-text times don't depend on k, so they are measured once."""
     timed = {"refcheck": False, "memory": False, "rounds": 2}
     if device == "cpu":
         yield _rows("tiny", (256,), (16,), device), {}
@@ -35,7 +35,7 @@ def _rows(preset: str, contexts: tuple[int, ...], ks: tuple[int, ...], device: s
 
 
 def block(options: Options, results: Results) -> None:
-    """Measure the rows while there is time."""
+    """Measure the rows while time remains."""
     bad = []
     for rows, how in groups(options.device):
         bad += measure_rows(rows, options, results, **how)

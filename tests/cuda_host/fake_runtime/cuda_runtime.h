@@ -1,5 +1,4 @@
-// The calls of the CUDA runtime that csrc/cuda/launch.h makes. They are noted, fail where they are told to, and kernels run
-// on the host.
+// The CUDA runtime calls of csrc/cuda/launch.h. They are recorded and fail on request; kernels run on the host.
 #pragma once
 
 #include <stdexcept>
@@ -16,7 +15,7 @@ namespace fake_runtime {
 
 inline std::string failing, calls;
 inline std::string last_launch;  // grid, block, bytes of shared memory
-inline int multiprocessor = 100 << 10;  // its bytes of shared memory
+inline int multiprocessor = 100 << 10;  // bytes of shared memory
 inline cudaError_t last = cudaSuccess;
 
 inline std::string describe(dim3 size) {
