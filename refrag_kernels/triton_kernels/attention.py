@@ -87,7 +87,7 @@ def _query_tiles(kernel, q, k, v, plan: Sequence[torch.Tensor], softcap: float):
         GROUP=group,
         HEADS=tiles.heads,
         BLOCKS=tiles.blocks,
-        STEP=tiles.block_n,
+        BLOCK_N=tiles.block_n,
         D=q.shape[2],
         BD=block_d,
         WIDE=launch.wide(tiles.block_n, k.stride(0), v.stride(0)),
@@ -166,7 +166,7 @@ def _delta(grad_out, grad_lse, out, lse, sizes, sinks) -> tuple[torch.Tensor, to
     with launch.on(out.device):
         mixed_attention_delta_kernel[(programs, heads)](
             grad_out, grad_lse, out, lse, lse if sinks is None else sinks.contiguous(), sizes, delta, parts, rows,
-            *_strides(grad_out, out), ROWS=_DELTA_ROWS, D=columns, BD=launch.width(columns), SINKS=sinks is not None,
+            *_strides(grad_out, out), BLOCK_M=_DELTA_ROWS, D=columns, BD=launch.width(columns), SINKS=sinks is not None,
         )  # fmt: skip
     return delta, parts.new_empty(0) if sinks is None else parts.sum(0)
 
@@ -189,14 +189,14 @@ def _key_gradients(inputs, dk, dv, plan, scale, softcap) -> None:
     mixed_attention_bwd_dkv_kernel[(kv_heads, programs) if heads_first else (programs, kv_heads)](
         *inputs, dk, dv, sums, plan[PlanField.SIZES], kv_blocks, plan[PlanField.PARTIAL_BITS], work_items, ranges,
         partial_tiles, scale, softcap, k.shape[0], kv_blocks.shape[0], num_partials, *_strides(q, k, v, grad_out, dk),
-        GROUP=q.shape[1] // kv_heads, KEYS=config.block_m,
-        STEP=config.block_n, D=columns, BD=block_d,
+        GROUP=q.shape[1] // kv_heads, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, D=columns, BD=block_d,
         WIDE=launch.wide(config.block_n, q.stride(0), grad_out.stride(0)), SOFTCAP=softcap > 0,
         PRECISION=launch.precision(q.dtype, target), TILES=int(heads_first),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if split:
         mixed_attention_bwd_sum_kernel[(num_partials, kv_heads, 64 // _SUM_ROWS)](
-            sums, partials, kv_blocks, dk, dv, num_partials, kv_blocks.shape[0], *dk.stride()[:2], ROWS=_SUM_ROWS,
+            sums, partials, kv_blocks, dk, dv, num_partials, kv_blocks.shape[0], *dk.stride()[:2], BLOCK_M=_SUM_ROWS,
             D=columns, BD=block_d,
         )  # fmt: skip

@@ -8,14 +8,14 @@ from refrag_kernels.triton_kernels.tiles import (
     LN2,
     LOG2E,
     block_rows,
-    entry_rows,
     fill_rows,
     load_rows,
     load_step,
+    load_work_item,
     next_step,
+    partial_tile_rows,
     scores,
     tile_and_column,
-    unit_of,
     visible_keys,
 )
 
@@ -61,9 +61,9 @@ def mixed_attention_fwd_kernel(
     p_sizes,  # [8], the plan from here on
     p_blocks,  # [NB, 4]
     p_bits,  # [P, 8]
-    p_units,  # [tiles + 1, 5]
+    p_work_items,  # [tiles + 1, 5]
     p_ranges,  # [R, 2]
-    p_entries,  # [E, 2 + BLOCKS]
+    p_partial_tiles,  # [E, 2 + BLOCKS]
     scale,
     softcap,
     q_rows,
@@ -81,7 +81,7 @@ def mixed_attention_fwd_kernel(
     GROUP: tl.constexpr,  # query heads of a key/value head
     HEADS: tl.constexpr,  # of those, heads of a tile
     BLOCKS: tl.constexpr,
-    STEP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     WIDE: tl.constexpr,
@@ -90,18 +90,18 @@ def mixed_attention_fwd_kernel(
     FUSED: tl.constexpr,  # the maximum is that of the products: the scale is positive, and there is no softcap
     PRECISION: tl.constexpr,
 ):
-    WIDTH: tl.constexpr = 2 + BLOCKS
-    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    TILE_WORDS: tl.constexpr = 2 + BLOCKS
+    HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     tile, column = tile_and_column(section, ahead)
     # Under a causal mask the last tiles have the most keys: they start first.
     tile = tl.num_programs(0) - 1 - tile
-    kv_head = column // PARTS
+    kv_head = column // HEAD_TILES
     o_m = tl.arange(0, BLOCKS * 16 * HEADS)
-    o_n = tl.arange(0, STEP)
+    o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BD)
     o_block = o_m // (16 * HEADS)
     o_row = o_m // HEADS % 16
-    head_of_group = column % PARTS * HEADS + o_m % HEADS
+    head_of_group = column % HEAD_TILES * HEADS + o_m % HEADS
     m_head = head_of_group < GROUP
     head = kv_head * GROUP + head_of_group
 
@@ -109,27 +109,27 @@ def mixed_attention_fwd_kernel(
     m_rows = m_rows & m_head
     p_rows = rows.to(tl.int64)[:, None] * stride_qt + head.to(tl.int64)[:, None] * stride_qh + o_d[None, :]
     b_q = tl.load(p_q + p_rows, mask=m_rows[:, None] & (o_d[None, :] < D), other=0.0)  # [BM, BD]
-    p_keys, p_values, p_all_units = p_k, p_v, p_units  # as they were, for repair_rows
+    p_keys, p_values, p_all_work_items = p_k, p_v, p_work_items  # as they were, for repair_rows
     p_k += kv_head.to(tl.int64) * stride_kh
     p_v += kv_head.to(tl.int64) * stride_vh
 
     b_acc = tl.zeros([BLOCKS * 16 * HEADS, BD], tl.float32)
     b_max = tl.full([BLOCKS * 16 * HEADS], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCKS * 16 * HEADS], tl.float32)
-    p_units += tile * 5
-    first_range, last_range, steps, key, key_end = unit_of(p_units, p_ranges, STEP)
+    p_work_items += tile * 5
+    first_range, last_range, steps, key, key_end = load_work_item(p_work_items, p_ranges, BLOCK_N)
     index = first_range
     for _ in range(0, steps):
-        b_k = load_step(p_k, key, o_n, o_d, stride_kt, D, WIDE)  # [STEP, BD]
+        b_k = load_step(p_k, key, o_n, o_d, stride_kt, D, WIDE)  # [BLOCK_N, BD]
         b_v = load_step(p_v, key, o_n, o_d, stride_vt, D, WIDE)
         b_acc, b_max, b_sum = _step(
             b_q, b_k, b_v, b_acc, b_max, b_sum, None, scale, softcap, SOFTCAP, FUSED, PRECISION, False
         )
-        index, key, key_end = next_step(p_ranges, first_range, last_range, index, key, key_end, STEP)
-    end = tl.load(p_units + 6)
-    for entry in range(tl.load(p_units + 1), end, STEP // 16):
-        o_key, m_key = entry_rows(p_entries, entry, end, o_n, WIDTH)
-        visible = visible_keys(p_bits, p_entries, entry, end, o_block, o_row, o_n, WIDTH, STEP)
+        index, key, key_end = next_step(p_ranges, first_range, last_range, index, key, key_end, BLOCK_N)
+    end = tl.load(p_work_items + 6)
+    for partial_tile in range(tl.load(p_work_items + 1), end, BLOCK_N // 16):
+        o_key, m_key = partial_tile_rows(p_partial_tiles, partial_tile, end, o_n, TILE_WORDS)
+        visible = visible_keys(p_bits, p_partial_tiles, partial_tile, end, o_block, o_row, o_n, TILE_WORDS, BLOCK_N)
         b_k = load_rows(p_k, o_key, m_key, o_d, stride_kt, D)
         b_v = load_rows(p_v, o_key, m_key, o_d, stride_vt, D)
         b_acc, b_max, b_sum = _step(
@@ -153,13 +153,13 @@ def mixed_attention_fwd_kernel(
     b_lse = tl.where(seen, (b_max + tl.log2(tl.where(seen, b_sum, 1.0))) * LN2, float("-inf"))
     p_rows = rows.to(tl.int64)[:, None] * stride_ot + head.to(tl.int64)[:, None] * stride_oh + o_d[None, :]
     tl.store(p_out + p_rows, b_out.to(p_out.dtype.element_ty), mask=m_rows[:, None] & (o_d[None, :] < D))
-    heads = tl.num_programs(1) // PARTS * GROUP
+    heads = tl.num_programs(1) // HEAD_TILES * GROUP
     tl.store(p_lse + rows.to(tl.int64) * heads + head, b_lse, mask=m_rows)
 
     # Rows beyond the batch, under a capacity.
-    ROWS: tl.constexpr = BLOCKS * 16
-    first = tl.load(p_sizes) + tile * ROWS
-    stride = tl.num_programs(0) * ROWS
+    TILE_ROWS: tl.constexpr = BLOCKS * 16
+    first = tl.load(p_sizes) + tile * TILE_ROWS
+    stride = tl.num_programs(0) * TILE_ROWS
     fill_rows(p_out, first, q_rows, stride, o_m, head.to(tl.int64), m_head, o_d, stride_ot, stride_oh, HEADS, D)
     for start in range(first, q_rows, stride):
         o_fill = start + o_m // HEADS
@@ -168,7 +168,8 @@ def mixed_attention_fwd_kernel(
     if not finite:
         tl.debug_barrier()  # out and lse are written before they are read and written again
         repair_rows(
-            p_q, p_keys, p_values, p_q, p_lse, p_lse, p_out, p_blocks, p_bits, p_all_units, p_ranges, p_entries, scale,
-            softcap, num_blocks, section, ahead, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-            stride_qt, stride_qh, stride_ot, stride_oh, False, GROUP, HEADS, BLOCKS, D, BD, WIDE, SOFTCAP,
+            p_q, p_keys, p_values, p_q, p_lse, p_lse, p_out, p_blocks, p_bits, p_all_work_items, p_ranges,
+            p_partial_tiles, scale, softcap, num_blocks, section, ahead, stride_qt, stride_qh, stride_kt, stride_kh,
+            stride_vt, stride_vh, stride_qt, stride_qh, stride_ot, stride_oh, False, GROUP, HEADS, BLOCKS, D, BD, WIDE,
+            SOFTCAP,
         )  # fmt: skip

@@ -13,8 +13,8 @@ from refrag_kernels.plan import AttentionPlan
 from refrag_kernels.plan_fields import PlanField, PlanSize
 from refrag_kernels.triton_kernels import launch
 
-WIDTH = 128  # of a head
-_ROWS = 64  # of a consumer
+HEAD_DIM = 128  # of a head
+_WGMMA_M = 64  # of a consumer
 _ITEM_COST = 1  # of an item's first and last instructions, in pieces of 64 keys
 _PARTIAL_COST = 0.4  # of a partial tile of 16 keys: more than a quarter, for its mask
 _VERSIONS = ((3, 6), (3, 7))  # of Triton, whose Gluon the kernel is written in
@@ -40,7 +40,7 @@ class Config(NamedTuple):
     @property
     def block_m(self) -> int:
         """Rows of a tile."""
-        return _ROWS * self.warpgroups
+        return _WGMMA_M * self.warpgroups
 
     @property
     def num_warps(self) -> int:
@@ -68,9 +68,9 @@ class Work(NamedTuple):
 
     starts: torch.Tensor  # [programs + 1]: its items
     items: torch.Tensor  # [items, 6]: tile, key/value head and part of its group, first range, pieces of 64 keys,
-    # first entry, entries
+    # first entry, partial_tiles
     ranges: torch.Tensor  # [R, 2]: keys [start, end), multiples of 64 long
-    entries: torch.Tensor  # [E, 2 + blocks]: of refrag_kernels.tile_lists
+    partial_tiles: torch.Tensor  # [E, 2 + blocks]: of refrag_kernels.tile_lists
     bits: torch.Tensor  # [P, 8], the plan's partial_bits
     blocks: torch.Tensor  # [NB, 4], the plan's q_blocks
     q_shape: tuple[int, int]  # rows and heads
@@ -130,18 +130,18 @@ def divide(
         raise ValueError(
             f"plan: got one with a capacity of {rows[0]} rows, needs one of the {sizes[PlanSize.Q_ROWS]} rows alone"
         )
-    work_items, ranges, entries = _tile_list(host, config.blocks)
-    if entries.shape[0] and not config.masks:
+    work_items, ranges, partial_tiles = _tile_list(host, config.blocks)
+    if partial_tiles.shape[0] and not config.masks:
         raise ValueError(
-            f"plan: got {entries.shape[0]} partial tiles in groups of {config.blocks} blocks, needs none, or "
+            f"plan: got {partial_tiles.shape[0]} partial tiles in groups of {config.blocks} blocks, needs none, or "
             "config.masks"
         )
     if programs is None:
         programs = _multiprocessors(plan.device) * config.resident
     starts, items = _items(work_items, kv_heads * (group // config.heads), programs)
-    starts, items, ranges, entries = (tensor.to(plan.device) for tensor in (starts, items, ranges, entries))
+    starts, items, ranges, partial_tiles = (tensor.to(plan.device) for tensor in (starts, items, ranges, partial_tiles))
     blocks, shapes = plan.q_blocks[: sizes[PlanSize.Q_BLOCKS]], ((rows[0], q_heads), (rows[1], kv_heads))
-    return Work(starts, items, ranges, entries, plan.partial_bits, blocks, *shapes, config)
+    return Work(starts, items, ranges, partial_tiles, plan.partial_bits, blocks, *shapes, config)
 
 
 def _tile_list(plan: AttentionPlan, group: int) -> list[torch.Tensor]:
@@ -162,17 +162,17 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _items(work_items: torch.Tensor, heads: int, programs: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``Work.starts`` and ``Work.items``: every work item for each of ``heads``."""
-    first_range, first_entry = work_items[:-1, 0].tolist(), work_items[:-1, 1].tolist()
-    pieces, entries = work_items[:, 2].diff().tolist(), work_items[:, 1].diff().tolist()
+    first_range, first_partial_tile = work_items[:-1, 0].tolist(), work_items[:-1, 1].tolist()
+    pieces, partial_tiles = work_items[:, 2].diff().tolist(), work_items[:, 1].diff().tolist()
     # Equal items go head by head, so that what runs at one time reads the same keys.
-    cost = [keys + _PARTIAL_COST * count + _ITEM_COST for keys, count in zip(pieces, entries)]
+    cost = [keys + _PARTIAL_COST * count + _ITEM_COST for keys, count in zip(pieces, partial_tiles)]
     order = sorted((-cost[tile], head, tile) for head in range(heads) for tile in range(len(cost)))
     programs = max(1, min(programs, len(order)))
     of_program: list[list[tuple[int, ...]]] = [[] for _ in range(programs)]
     busy = [(0.0, program) for program in range(programs)]
     for _, head, tile in order:
         work, program = busy[0]
-        item = (tile, head, first_range[tile], pieces[tile], first_entry[tile], entries[tile])
+        item = (tile, head, first_range[tile], pieces[tile], first_partial_tile[tile], partial_tiles[tile])
         of_program[program].append(item)
         heapq.heapreplace(busy, (work + cost[tile], program))
     starts = torch.tensor([0, *(len(items) for items in of_program)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -198,8 +198,8 @@ def unsupported_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> st
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype != torch.bfloat16:
             return f"{name}: got {tensor.dtype}, needs torch.bfloat16"
-        if tensor.dim() != 3 or tensor.shape[2] != WIDTH:
-            return f"{name}: got shape {list(tensor.shape)}, needs [T, H, {WIDTH}]"
+        if tensor.dim() != 3 or tensor.shape[2] != HEAD_DIM:
+            return f"{name}: got shape {list(tensor.shape)}, needs [T, H, {HEAD_DIM}]"
         strides = [stride for stride, size in zip(tensor.stride()[:2], tensor.shape) if size > 1]
         if tensor.stride(2) != 1 or any(stride <= 0 or 2 * stride % _ALIGNMENT for stride in strides):
             return f"{name}: got strides {tensor.stride()}, needs multiples of 8, and 1 for the last"
@@ -244,7 +244,9 @@ def hopper_attention(
         raise ValueError(reason)
     for name, shape, wanted in (("q", q.shape, work.q_shape), ("k", k.shape, work.kv_shape)):
         if tuple(shape[:2]) != wanted:
-            raise ValueError(f"{name}: got shape {list(shape)}, needs {[*wanted, WIDTH]}, for which work was divided")
+            raise ValueError(
+                f"{name}: got shape {list(shape)}, needs {[*wanted, HEAD_DIM]}, for which work was divided"
+            )
     if work.items.device != q.device:
         raise ValueError(f"work: got tensors on {work.items.device}, needs {q.device} as q")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -268,20 +270,20 @@ def launch_arguments(q, k, v, out, lse, work: Work, scale: float) -> tuple[Any, 
 
     config = work.config
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    k_box, entry_box, q_box = [1, PIECE.value, WIDTH], [1, 16, WIDTH], [16, config.heads, WIDTH]
-    masks = work.entries.shape[0] > 0
+    k_box, partial_box, q_box = [1, PIECE.value, HEAD_DIM], [1, 16, HEAD_DIM], [16, config.heads, HEAD_DIM]
+    masks = work.partial_tiles.shape[0] > 0
     arguments = dict(
         q_desc=TensorDescriptor(q, [*q.shape], _strides(q), q_box, layout),
         k_desc=_by_heads(k, k_box, layout, TensorDescriptor),
         v_desc=_by_heads(v, k_box, layout, TensorDescriptor),
-        k_entry_desc=_by_heads(k, entry_box, layout, TensorDescriptor) if masks else None,
-        v_entry_desc=_by_heads(v, entry_box, layout, TensorDescriptor) if masks else None,
+        k_partial_desc=_by_heads(k, partial_box, layout, TensorDescriptor) if masks else None,
+        v_partial_desc=_by_heads(v, partial_box, layout, TensorDescriptor) if masks else None,
         p_out=out,
         p_lse=lse,
         p_starts=work.starts,
         p_items=work.items,
         p_ranges=work.ranges,
-        p_entries=work.entries,
+        p_partial_tiles=work.partial_tiles,
         p_bits=work.bits,
         p_blocks=work.blocks,
         num_blocks=work.blocks.shape[0],
@@ -292,12 +294,12 @@ def launch_arguments(q, k, v, out, lse, work: Work, scale: float) -> tuple[Any, 
         GROUP=q.shape[1] // k.shape[1],
         HEADS=config.heads,
         BLOCKS=config.blocks,
-        STEP=config.block_n,
+        BLOCK_N=config.block_n,
         STAGES=config.num_stages,
         WARPGROUPS=config.warpgroups,
         MASKS=masks,
         IN_TURN=config.in_turn,
-        D=WIDTH,
+        D=HEAD_DIM,
         CONSUMER_REGISTERS=config.consumer_registers,
         PRODUCER_REGISTERS=config.producer_registers,
     )
@@ -306,7 +308,7 @@ def launch_arguments(q, k, v, out, lse, work: Work, scale: float) -> tuple[Any, 
 
 def _strides(tensor: torch.Tensor) -> list[int]:
     """Return the strides of a tensor; where a dimension has one row only, any that TMA takes."""
-    return [stride if size > 1 else WIDTH for stride, size in zip(tensor.stride()[:2], tensor.shape)] + [1]
+    return [stride if size > 1 else HEAD_DIM for stride, size in zip(tensor.stride()[:2], tensor.shape)] + [1]
 
 
 def _by_heads(tensor: torch.Tensor, box: list[int], layout, descriptor) -> Any:

@@ -14,16 +14,16 @@ import triton.language as tl
 
 from refrag_kernels.triton_kernels.tiles import (
     LOG2E,
+    attending_rows,
     block_rows,
-    entry_bits,
-    entry_rows,
     load_rows,
     load_step,
+    load_work_item,
     next_step,
+    partial_tile_bits,
+    partial_tile_rows,
     scores,
-    seeing_rows,
     tile_and_column,
-    unit_of,
 )
 
 # Rows at a time: as many as leave the kernels' registers and stack as they are.
@@ -37,10 +37,10 @@ def all_finite(b_sums):
 
 
 @triton.jit
-def _add(b_weights, b_rows, visible, b_sum, b_hidden):
-    """Add what ``b_weights`` [R, 16] give of ``b_rows`` [1, 16, BD]: to ``b_sum`` [R, BD] over the visible pairs, to
+def _add(b_factors, b_rows, visible, b_sum, b_hidden):
+    """Add what ``b_factors`` [R, 16] give of ``b_rows`` [1, 16, BD]: to ``b_sum`` [R, BD] over the visible pairs, to
     ``b_hidden`` over the others, as a product of tiles does: 0, or NaN."""
-    b_terms = b_weights[:, :, None] * b_rows
+    b_terms = b_factors[:, :, None] * b_rows
     b_sum += tl.sum(tl.where(visible[:, :, None], b_terms, 0.0), 1)
     b_hidden += tl.sum(tl.where(visible[:, :, None], 0.0, b_terms), 1)
     return b_sum, b_hidden
@@ -76,31 +76,31 @@ def add_keys(
 
 @triton.jit(noinline=True)
 def repair_rows(
-    p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_out, p_blocks, p_bits, p_units, p_ranges, p_entries, scale, softcap,
-    num_blocks, section, ahead, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    stride_ot, stride_oh, BACKWARD: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, SOFTCAP: tl.constexpr,
+    p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_out, p_blocks, p_bits, p_work_items, p_ranges, p_partial_tiles, scale,
+    softcap, num_blocks, section, ahead, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt,
+    stride_gh, stride_ot, stride_oh, BACKWARD: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    BLOCKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Write the outputs of rows of a tile of mixed_attention, or the gradients of the rows (``BACKWARD``)."""
     EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
-    WIDTH: tl.constexpr = 2 + BLOCKS
-    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    TILE_WORDS: tl.constexpr = 2 + BLOCKS
+    HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     # As the kernels that call this number their programs.
     tile, column = tile_and_column(section, ahead)
     tile = tl.num_programs(0) - 1 - tile
-    kv_head = column // PARTS
-    heads = tl.num_programs(1) // PARTS * GROUP
+    kv_head = column // HEAD_TILES
+    heads = tl.num_programs(1) // HEAD_TILES * GROUP
     p_k += kv_head.to(tl.int64) * stride_kh
     p_v += kv_head.to(tl.int64) * stride_vh
-    p_units += tile * 5
-    end = tl.load(p_units + 6)
+    p_work_items += tile * 5
+    end = tl.load(p_work_items + 6)
     o_n = tl.arange(0, 16)
     o_d = tl.arange(0, BD)
     for first_row in tl.range(0, BLOCKS * 16 * HEADS, REPAIR_ROWS, num_stages=1):
         o_m = first_row + tl.arange(0, REPAIR_ROWS)
         o_block = o_m // (16 * HEADS)
         o_row = o_m // HEADS % 16
-        head_of_group = column % PARTS * HEADS + o_m % HEADS
+        head_of_group = column % HEAD_TILES * HEADS + o_m % HEADS
         rows, m_rows = block_rows(p_blocks, tile * BLOCKS + o_block, o_row, num_blocks)
         m_rows = m_rows & (head_of_group < GROUP)
         head = (kv_head * GROUP + head_of_group).to(tl.int64)
@@ -115,9 +115,9 @@ def repair_rows(
             b_delta = tl.load(p_delta + rows * heads + head, mask=m_rows, other=0.0)
         b_sum = tl.zeros([REPAIR_ROWS, BD], tl.float32)
         b_hidden = tl.zeros([REPAIR_ROWS, BD], tl.float32)
-        for entry in tl.range(tl.load(p_units + 1), end, num_stages=1):
-            o_key, m_key = entry_rows(p_entries, entry, end, o_n, WIDTH)
-            bits = entry_bits(p_bits, p_entries, entry, end, o_block, o_row, WIDTH)
+        for partial_tile in tl.range(tl.load(p_work_items + 1), end, num_stages=1):
+            o_key, m_key = partial_tile_rows(p_partial_tiles, partial_tile, end, o_n, TILE_WORDS)
+            bits = partial_tile_bits(p_bits, p_partial_tiles, partial_tile, end, o_block, o_row, TILE_WORDS)
             visible = (((bits[:, None] >> o_n[None, :]) & 1) != 0) & m_key[None, :]
             b_k = load_rows(p_k, o_key, m_key, o_d, stride_kt, D)
             b_v = load_rows(p_v, o_key, m_key, o_d, stride_vt, D)
@@ -128,7 +128,7 @@ def repair_rows(
         m_rows = m_rows & reached(b_sum, b_hidden)
         if tl.max(m_rows.to(tl.int32)) != 0:
             visible = (o_m >= 0)[:, None] & (o_n >= 0)[None, :]
-            first_range, last_range, steps, key, key_end = unit_of(p_units, p_ranges, 16)
+            first_range, last_range, steps, key, key_end = load_work_item(p_work_items, p_ranges, 16)
             index = first_range
             for _ in tl.range(0, steps, num_stages=1):
                 b_k = load_step(p_k, key, o_n, o_d, stride_kt, D, WIDE)
@@ -162,27 +162,27 @@ def _add_queries(
 
 @triton.jit(noinline=True)
 def repair_keys(
-    p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_dk, p_dv, p_sums, p_blocks, p_bits, p_units, p_ranges, p_entries,
-    scale, softcap, num_blocks, slots, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt,
-    stride_gh, stride_dt, stride_dh, GROUP: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    WIDE: tl.constexpr, SOFTCAP: tl.constexpr, TILES: tl.constexpr,
+    p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_dk, p_dv, p_partial_sums, p_blocks, p_bits, p_work_items, p_ranges,
+    p_partial_tiles, scale, softcap, num_blocks, num_partials, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt,
+    stride_vh, stride_gt, stride_gh, stride_dt, stride_dh, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, WIDE: tl.constexpr, SOFTCAP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of keys and values of a tile of mixed_attention, or the sums of a part of one to its slot."""
+    """Write the gradients of keys and values of a tile of mixed_attention, or the sums of a part of one to its partial."""
     EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
-    PARTS: tl.constexpr = 64 // KEYS
+    PARTS: tl.constexpr = 64 // BLOCK_M
     # As the kernel that calls this numbers its programs.
     part = tl.program_id(TILES) % PARTS
     kv_head = tl.program_id(1 - TILES).to(tl.int64)
     kv_heads = tl.num_programs(1 - TILES)
     heads = kv_heads * GROUP
-    p_units += tl.program_id(TILES) // PARTS * 5
-    tile = tl.load(p_units + 3)
-    slot = tl.load(p_units + 4)
-    first_entry = tl.load(p_units + 1)
-    end = tl.load(p_units + 6)
+    p_work_items += tl.program_id(TILES) // PARTS * 5
+    tile = tl.load(p_work_items + 3)
+    partial = tl.load(p_work_items + 4)
+    first_partial_tile = tl.load(p_work_items + 1)
+    end = tl.load(p_work_items + 6)
     o_e = tl.arange(0, 16)
     o_d = tl.arange(0, BD)
-    for first_key in tl.range(part * KEYS, (part + 1) * KEYS, REPAIR_ROWS, num_stages=1):
+    for first_key in tl.range(part * BLOCK_M, (part + 1) * BLOCK_M, REPAIR_ROWS, num_stages=1):
         o_m = first_key + tl.arange(0, REPAIR_ROWS)
         rows, m_rows = block_rows(p_blocks, tile * 4 + o_m // 16, o_m % 16, num_blocks)
         b_k = load_rows(p_k + kv_head * stride_kh, rows, m_rows, o_d, stride_kt, D).to(tl.float32)
@@ -192,9 +192,9 @@ def repair_keys(
         b_dk_hidden = tl.zeros([REPAIR_ROWS, BD], tl.float32)
         b_dv_hidden = tl.zeros([REPAIR_ROWS, BD], tl.float32)
         for head in tl.range(kv_head * GROUP, (kv_head + 1) * GROUP, num_stages=1):
-            for entry in tl.range(first_entry, end, num_stages=1):
-                o_query, m_query = entry_rows(p_entries, entry, end, o_e, 6)
-                visible = seeing_rows(p_bits, p_entries, entry, end, o_m, o_e, 6) & m_query[None, :]
+            for partial_tile in tl.range(first_partial_tile, end, num_stages=1):
+                o_query, m_query = partial_tile_rows(p_partial_tiles, partial_tile, end, o_e, 6)
+                visible = attending_rows(p_bits, p_partial_tiles, partial_tile, end, o_m, o_e, 6) & m_query[None, :]
                 b_q = load_rows(p_q + head * stride_qh, o_query, m_query, o_d, stride_qt, D)
                 b_grad = load_rows(p_grad_out + head * stride_gh, o_query, m_query, o_d, stride_gt, D)
                 at = o_query.to(tl.int64) * heads + head
@@ -209,7 +209,7 @@ def repair_keys(
         if tl.max(m_rows.to(tl.int32)) != 0:
             visible = (o_m >= 0)[:, None] & (o_e >= 0)[None, :]
             for head in tl.range(kv_head * GROUP, (kv_head + 1) * GROUP, num_stages=1):
-                first_range, last_range, steps, query, query_end = unit_of(p_units, p_ranges, 16)
+                first_range, last_range, steps, query, query_end = load_work_item(p_work_items, p_ranges, 16)
                 index = first_range
                 for _ in tl.range(0, steps, num_stages=1):
                     b_q = load_step(p_q + head * stride_qh, query, o_e, o_d, stride_qt, D, WIDE)
@@ -222,10 +222,10 @@ def repair_keys(
                     index, query, query_end = next_step(p_ranges, first_range, last_range, index, query, query_end, 16)
             b_dk *= scale
             mask = m_rows[:, None] & (o_d < D)[None, :]
-            if slot >= 0:
-                at = ((slot.to(tl.int64) * kv_heads + kv_head) * 64 + o_m)[:, None] * D + o_d[None, :]
-                tl.store(p_sums + at, b_dk, mask=mask)
-                tl.store(p_sums + slots.to(tl.int64) * kv_heads * 64 * D + at, b_dv, mask=mask)
+            if partial >= 0:
+                at = ((partial.to(tl.int64) * kv_heads + kv_head) * 64 + o_m)[:, None] * D + o_d[None, :]
+                tl.store(p_partial_sums + at, b_dk, mask=mask)
+                tl.store(p_partial_sums + num_partials.to(tl.int64) * kv_heads * 64 * D + at, b_dv, mask=mask)
             else:
                 at = rows.to(tl.int64)[:, None] * stride_dt + kv_head * stride_dh + o_d[None, :]
                 tl.store(p_dk + at, b_dk.to(p_dk.dtype.element_ty), mask=mask)

@@ -19,15 +19,15 @@ from refrag_kernels.triton_kernels.paged_kernels import paged_attention_kernel, 
 # Programs that fill a device of 132 multiprocessors (H100) twice: keys are split until there are as many. A constant,
 # not the device's own number, so that a result does not depend on where it was computed.
 _PROGRAMS = 264
-# A part shorter than this costs more to merge than it saves; more parts than that don't fit one merge.
-_PART_KEYS, _MAX_PARTS = 256, 32
+# A split shorter than this costs more to merge than it saves; more splits than that don't fit one merge.
+_MIN_SPLIT_KEYS, _MAX_SPLITS = 256, 32
 _STATES = 4  # of a program of merge_states: rows of a few hundred bytes
 
 
-def parts_of(programs: int, max_keys: int, step: int) -> tuple[int, int]:
-    """Return into how many parts keys are split, and the keys of a part if a sequence has all, from shapes alone."""
-    parts = min(_MAX_PARTS, -(-_PROGRAMS // programs), -(-max_keys // _PART_KEYS))
-    keys = -(-max_keys // (max(1, parts) * step)) * step
+def splits_of(programs: int, max_keys: int, step: int) -> tuple[int, int]:
+    """Return into how many splits keys are split, and the keys of a split if a sequence has all, from shapes alone."""
+    splits = min(_MAX_SPLITS, -(-_PROGRAMS // programs), -(-max_keys // _MIN_SPLIT_KEYS))
+    keys = -(-max_keys // (max(1, splits) * step)) * step
     return max(1, -(-max_keys // max(1, keys))), max(step, keys)
 
 
@@ -56,33 +56,33 @@ def paged_attention(
     rows = 1 if q_offsets is None else config.block_m // heads
     heads = max(heads, 16 // rows)  # matrix instructions take 16 rows
     tiles = sequences if q_offsets is None else q_rows // rows + sequences
-    splits = kv_heads * -(-group // heads)
-    parts, part_keys = parts_of(tiles * splits, max_pages * page, config.block_n)
-    out_parts, lse_parts = out, lse
-    if parts > 1:
+    head_tiles = kv_heads * -(-group // heads)
+    splits, split_keys = splits_of(tiles * head_tiles, max_pages * page, config.block_n)
+    split_out, split_lse = out, lse
+    if splits > 1:
         # A row that belongs to no sequence (rows beyond q_offsets) keeps what is here: nothing seen.
-        out_parts = torch.empty((parts, *q.shape), dtype=torch.float32, device=q.device)
-        lse_parts = torch.empty((parts, *lse.shape), dtype=torch.float32, device=q.device)
+        split_out = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
+        split_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=q.device)
     if q_offsets is not None:
-        out_parts.zero_()
-        lse_parts.fill_(float("-inf"))
+        split_out.zero_()
+        split_lse.fill_(float("-inf"))
     if visible_ranges is not None and not visible_ranges.shape[0]:
         visible_ranges = visible_ranges.new_zeros(1, 2)
     with launch.on(q.device):
-        paged_attention_kernel[(tiles, splits, parts)](
+        paged_attention_kernel[(tiles, head_tiles, splits)](
             q, k_pages, v_pages, page_table, kv_lengths, q_offsets, visible_indptr,
-            None if visible_ranges is None else visible_ranges.contiguous(), sinks, out_parts, lse_parts, scale,
+            None if visible_ranges is None else visible_ranges.contiguous(), sinks, split_out, split_lse, scale,
             softcap, window_left, sequences, q_rows, num_pages,
             0 if visible_ranges is None else visible_ranges.shape[0],
-            max_pages * page, 0 if decode.chosen.by_length else part_keys, *q.stride()[:2], *k_pages.stride()[:3],
-            *v_pages.stride()[:3], page_table.stride(0), GROUP=group, HEADS=heads, ROWS=rows, STEP=config.block_n,
+            max_pages * page, 0 if decode.chosen.by_length else split_keys, *q.stride()[:2], *k_pages.stride()[:3],
+            *v_pages.stride()[:3], page_table.stride(0), GROUP=group, HEADS=heads, ROWS=rows, BLOCK_N=config.block_n,
             PAGE=page, D=columns, BD=width, SOFTCAP=softcap > 0, PRECISION=launch.precision(q.dtype, target),
             AHEAD=ahead, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-        if parts > 1:
+        if splits > 1:
             paged_attention_merge_kernel[(q_rows * q_heads,)](
-                out_parts, lse_parts, out, lse, q_rows * q_heads, parts, BP=launch.power_of_2(parts), D=columns,
-                BD=width,
+                split_out, split_lse, out, lse, q_rows * q_heads, splits, BLOCK_SPLITS=launch.power_of_2(splits),
+                D=columns, BD=width,
             )  # fmt: skip
     return out, lse
 

@@ -1,4 +1,4 @@
-"""The kernels of paged_attention: one part of the keys per program, and the merge of the parts."""
+"""The kernels of paged_attention: one split of the keys per program, and the merge of the splits."""
 
 import triton
 import triton.language as tl
@@ -39,10 +39,10 @@ def first_range(p_ranges, cursor, end, key):
 
 
 @triton.jit
-def in_ranges(p_ranges, cursor, end, o_key, STEP: tl.constexpr):
-    """Return which of STEP keys lie in each row's ranges, [rows, STEP], and the ranges to go on from."""
+def in_ranges(p_ranges, cursor, end, o_key, BLOCK_N: tl.constexpr):
+    """Return which of BLOCK_N keys lie in each row's ranges, [rows, BLOCK_N], and the ranges to go on from."""
     last = tl.max(o_key) + 1
-    seen = tl.zeros([cursor.shape[0], STEP], tl.int32)
+    seen = tl.zeros([cursor.shape[0], BLOCK_N], tl.int32)
     moved = 1
     while moved > 0:
         m_range = cursor < end
@@ -86,7 +86,7 @@ def _step(
     m_key &= (page >= 0) & (page < pages)
     b_k, b_v = _load_keys(
         p_k, p_v, page, o_key, m_key, o_d, stride_kp, stride_ks, stride_vp, stride_vs, PAGE, D
-    )  # [STEP, BD]
+    )  # [BLOCK_N, BD]
     b_s, _ = scores(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), scale, softcap, SOFTCAP, EXACT)
     b_s = tl.where(visible & m_key[None, :], b_s, float("-inf"))
     new_max = tl.maximum(b_max, tl.max(b_s, 1))
@@ -105,16 +105,16 @@ def repair_rows(
     GROUP: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Write rows of a tile of a prefill over one part of the keys, from ``begin`` to ``end``; see ``nonfinite``."""
+    """Write rows of a tile of a prefill over one split of the keys, from ``begin`` to ``end``; see ``nonfinite``."""
     EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
-    SPLITS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    heads = tl.num_programs(1) // SPLITS * GROUP
+    HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    heads = tl.num_programs(1) // HEAD_TILES * GROUP
     o_n = tl.arange(0, 16)
     o_d = tl.arange(0, BD)
     for first in tl.range(0, ROWS * HEADS, nonfinite.REPAIR_ROWS, num_stages=1):
         o_m = first + tl.arange(0, nonfinite.REPAIR_ROWS)
-        head_of_group = tl.program_id(1) % SPLITS * HEADS + o_m % HEADS
-        head = (tl.program_id(1) // SPLITS).to(tl.int64) * GROUP + head_of_group
+        head_of_group = tl.program_id(1) % HEAD_TILES * HEADS + o_m % HEADS
+        head = (tl.program_id(1) // HEAD_TILES).to(tl.int64) * GROUP + head_of_group
         o_row = first_row + o_m // HEADS
         m_row = (o_row >= 0) & (o_row < tl.minimum(end_row, q_rows)) & (head_of_group < GROUP)
         at = (tl.program_id(2).to(tl.int64) * q_rows + o_row) * heads + head
@@ -164,8 +164,8 @@ def paged_attention_kernel(
     p_indptr,  # [T_q + 1], or None: every key
     p_ranges,  # [R, 2]
     p_sinks,  # [H_q] float32, or None
-    p_out,  # [parts, T_q, H_q, D]: float32 where there are several parts
-    p_lse,  # [parts, T_q, H_q] float32
+    p_out,  # [splits, T_q, H_q, D]: float32 where there are several splits
+    p_lse,  # [splits, T_q, H_q] float32
     scale,
     softcap,
     window_left,
@@ -174,7 +174,7 @@ def paged_attention_kernel(
     pages,
     num_ranges,
     max_keys,  # that the table has room for
-    part_keys,  # keys of a part, a multiple of STEP; 0: a tile's keys are divided evenly
+    split_keys,  # keys of a split, a multiple of BLOCK_N; 0: a tile's keys are divided evenly
     stride_qt,
     stride_qh,
     stride_kp,
@@ -187,7 +187,7 @@ def paged_attention_kernel(
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
-    STEP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PAGE: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -195,14 +195,14 @@ def paged_attention_kernel(
     PRECISION: tl.constexpr,
     AHEAD: tl.constexpr,  # whether a step loads the pages of the next one, and its own are there
 ):
-    SPLITS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    kv_head = (tl.program_id(1) // SPLITS).to(tl.int64)
-    part = tl.program_id(2)
+    HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    kv_head = (tl.program_id(1) // HEAD_TILES).to(tl.int64)
+    split = tl.program_id(2)
     o_m = tl.arange(0, ROWS * HEADS)
     o_d = tl.arange(0, BD)
-    head_of_group = tl.program_id(1) % SPLITS * HEADS + o_m % HEADS
+    head_of_group = tl.program_id(1) % HEAD_TILES * HEADS + o_m % HEADS
     head = kv_head * GROUP + head_of_group
-    heads = tl.num_programs(1) // SPLITS * GROUP
+    heads = tl.num_programs(1) // HEAD_TILES * GROUP
 
     if p_offsets is None:
         sequence = tl.program_id(0)
@@ -222,20 +222,20 @@ def paged_attention_kernel(
     length = tl.minimum(tl.load(p_lengths + sequence), max_keys)
     position = length - end_row + o_row
 
-    # The keys that some row of the tile may see, and those of this part.
+    # The keys that some row of the tile may see, and those of this split.
     end = length - end_row + tl.minimum(first_tile_row + ROWS, end_row)
     begin = 0
     if window_left >= 0:
         begin = tl.maximum(length - end_row + first_tile_row - window_left, 0)
-    first = begin // STEP * STEP
-    if part_keys == 0:
-        part_keys = tl.cdiv(end - first, tl.num_programs(2) * STEP) * STEP
+    first = begin // BLOCK_N * BLOCK_N
+    if split_keys == 0:
+        split_keys = tl.cdiv(end - first, tl.num_programs(2) * BLOCK_N) * BLOCK_N
     else:
         first = 0
-    start = first + part * part_keys
-    end = tl.minimum(end, start + part_keys)
+    start = first + split * split_keys
+    end = tl.minimum(end, start + split_keys)
     begin = tl.maximum(begin, start)
-    start = begin // STEP * STEP
+    start = begin // BLOCK_N * BLOCK_N
 
     p_rows = o_row.to(tl.int64)[:, None] * stride_qt + head[:, None] * stride_qh + o_d[None, :]
     b_q = tl.load(p_q + p_rows, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)  # [BM, BD]
@@ -251,10 +251,10 @@ def paged_attention_kernel(
         range_end = tl.minimum(tl.load(p_indptr + o_row + 1, mask=m_row, other=0), num_ranges)
         cursor = first_range(p_ranges, cursor, range_end, start)
     if AHEAD and p_indptr is None:
-        o_key = start + tl.arange(0, STEP)
+        o_key = start + tl.arange(0, BLOCK_N)
         page = pages_of(p_pages, o_key, (o_key >= begin) & (o_key < end), PAGE)
-    for key in range(start, end, STEP):
-        o_key = key + tl.arange(0, STEP)
+    for key in range(start, end, BLOCK_N):
+        o_key = key + tl.arange(0, BLOCK_N)
         # What no row sees may hold anything, NaN too, and is not read.
         m_key = (o_key >= begin) & (o_key < end)
         visible = (o_key[None, :] <= position[:, None]) & m_row[:, None]
@@ -262,7 +262,7 @@ def paged_attention_kernel(
             visible &= o_key[None, :] >= position[:, None] - window_left
         if p_indptr is None:
             if AHEAD:
-                next_page = pages_of(p_pages, o_key + STEP, o_key + STEP < end, PAGE)
+                next_page = pages_of(p_pages, o_key + BLOCK_N, o_key + BLOCK_N < end, PAGE)
             else:
                 page = pages_of(p_pages, o_key, m_key, PAGE)
             b_acc, b_max, b_sum = _step(
@@ -272,7 +272,7 @@ def paged_attention_kernel(
             if AHEAD:
                 page = next_page
         else:
-            seen, cursor = in_ranges(p_ranges, cursor, range_end, o_key, STEP)
+            seen, cursor = in_ranges(p_ranges, cursor, range_end, o_key, BLOCK_N)
             visible &= seen
             # Most steps hold nothing that a chunk mask lets these rows see: they cost a test, not a read of keys.
             m_key &= tl.max(visible.to(tl.int32), 0) > 0
@@ -287,18 +287,18 @@ def paged_attention_kernel(
     if p_offsets is not None:  # a decoding step's heads attend to the same keys
         finite = nonfinite.all_finite(b_acc)
     if p_sinks is not None:
-        # Of several parts, the first carries the sinks.
-        b_sink = tl.load(p_sinks + head, mask=m_row & (part == 0), other=float("-inf")) * LOG2E
+        # Of several splits, the first carries the sinks.
+        b_sink = tl.load(p_sinks + head, mask=m_row & (split == 0), other=float("-inf")) * LOG2E
         new_max = tl.maximum(b_max, b_sink)
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
         decay = tl.exp2(b_max - base)
         b_sum = b_sum * decay + tl.exp2(b_sink - base)
         b_acc *= decay[:, None]
         b_max = new_max
-    seen_any = b_sum != 0
-    b_sum = tl.where(seen_any, b_sum, 1.0)
-    b_lse = tl.where(seen_any, (b_max + tl.log2(b_sum)) * LN2, float("-inf"))
-    at = (part.to(tl.int64) * q_rows + o_row) * heads + head
+    attends = b_sum != 0
+    b_sum = tl.where(attends, b_sum, 1.0)
+    b_lse = tl.where(attends, (b_max + tl.log2(b_sum)) * LN2, float("-inf"))
+    at = (split.to(tl.int64) * q_rows + o_row) * heads + head
     tl.store(p_lse + at, b_lse, mask=m_row)
     b_out = (b_acc / b_sum[:, None]).to(p_out.dtype.element_ty)
     tl.store(p_out + at[:, None] * D + o_d[None, :], b_out, mask=m_row[:, None] & (o_d < D)[None, :])
@@ -314,30 +314,30 @@ def paged_attention_kernel(
 
 @triton.jit
 def paged_attention_merge_kernel(
-    p_parts,  # [parts, T_q, H_q, D] float32
-    p_part_lse,  # [parts, T_q, H_q] float32
+    p_split_out,  # [splits, T_q, H_q, D] float32
+    p_split_lse,  # [splits, T_q, H_q] float32
     p_out,  # [T_q, H_q, D]
     p_lse,  # [T_q, H_q] float32
     states,  # T_q * H_q
-    parts,
-    BP: tl.constexpr,
+    splits,
+    BLOCK_SPLITS: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Merge the parts of a row and head, always in the same order."""
+    """Merge the splits of a row and head, always in the same order."""
     state = tl.program_id(0).to(tl.int64)
-    o_p = tl.arange(0, BP)
+    o_p = tl.arange(0, BLOCK_SPLITS)
     o_d = tl.arange(0, BD)
     at = o_p.to(tl.int64) * states + state
-    b_lse = tl.load(p_part_lse + at, mask=o_p < parts, other=float("-inf"))
+    b_lse = tl.load(p_split_lse + at, mask=o_p < splits, other=float("-inf"))
     highest = tl.max(b_lse, 0)
     base = tl.where(highest == float("-inf"), 0.0, highest)
     b_weight = tl.exp2((b_lse - base) * LOG2E)
     total = tl.sum(b_weight, 0)
     seen = total != 0
     total = tl.where(seen, total, 1.0)
-    m_part = (b_lse != float("-inf"))[:, None] & (o_d < D)[None, :]
-    b_part = tl.load(p_parts + at[:, None] * D + o_d[None, :], mask=m_part, other=0.0)
-    b_out = tl.sum(b_part * b_weight[:, None], 0) / total
+    m_split = (b_lse != float("-inf"))[:, None] & (o_d < D)[None, :]
+    b_split = tl.load(p_split_out + at[:, None] * D + o_d[None, :], mask=m_split, other=0.0)
+    b_out = tl.sum(b_split * b_weight[:, None], 0) / total
     tl.store(p_out + state * D + o_d, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
     tl.store(p_lse + state, tl.where(seen, base + tl.log2(total) * LN2, float("-inf")))

@@ -46,7 +46,7 @@ def _linear(
         linear_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)](
             a, b, bias, before, out, p_rows, p_count, p_slots, rows, columns, inner, *a.stride(), *b.stride(),
             BIAS=bias is not None, ACTIVATION=activation, KEEP=before is not None and not slope, SLOPE=slope,
-            LISTED=listed is not None, BM=config.block_m, BN=config.block_n, BK=config.block_k,
+            LISTED=listed is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             PRECISION=launch.precision(a.dtype, target), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out
@@ -93,7 +93,7 @@ def embed_mixed(
     with launch.on(out.device):
         embed_text_kernel[(rows, triton.cdiv(columns, _COLUMNS))](
             token_ids, token_table, slot_of_row, out, token_scale, token_table.shape[0], count, token_table.stride(0),
-            D=columns, COLUMNS=_COLUMNS,
+            D=columns, BLOCK_D=_COLUMNS,
         )  # fmt: skip
         if not count:
             return out
@@ -112,7 +112,7 @@ def _sum_rows(grad: torch.Tensor, keys: torch.Tensor, out: torch.Tensor, scale: 
     ordered, order = torch.sort(keys, stable=True)
     with launch.on(grad.device):
         sum_rows_kernel[(grad.shape[0], triton.cdiv(grad.shape[1], _COLUMNS))](
-            grad, ordered, order, out, grad.shape[0], out.shape[0], scale, D=grad.shape[1], COLUMNS=_COLUMNS
+            grad, ordered, order, out, grad.shape[0], out.shape[0], scale, D=grad.shape[1], BLOCK_D=_COLUMNS
         )
     return out
 

@@ -71,23 +71,23 @@ def linear_kernel(
     KEEP: tl.constexpr,  # write `before`
     SLOPE: tl.constexpr,  # multiply by the activation's slope at `before`, instead of bias and activation
     LISTED: tl.constexpr,  # rows come from p_slots and go to p_rows
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out[m] = epilogue(a[m] b), by tiles. Consecutive programs share columns of ``b`` for eight tiles of rows."""
     EXACT: tl.constexpr = p_a.dtype.element_ty == tl.float32
     GROUPED: tl.constexpr = 8
-    row_tiles = tl.cdiv(rows, BM)
-    column_tiles = tl.cdiv(columns, BN)
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    column_tiles = tl.cdiv(columns, BLOCK_N)
     strip = tl.program_id(0) // (GROUPED * column_tiles)
     height = tl.minimum(row_tiles - strip * GROUPED, GROUPED)
     within = tl.program_id(0) % (GROUPED * column_tiles)
-    first_row = (strip * GROUPED + within % height) * BM
-    o_n = within // height * BN + tl.arange(0, BN)
-    o_m = first_row + tl.arange(0, BM)
-    o_k = tl.arange(0, BK)
+    first_row = (strip * GROUPED + within % height) * BLOCK_M
+    o_n = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_m = first_row + tl.arange(0, BLOCK_M)
+    o_k = tl.arange(0, BLOCK_K)
     if LISTED:
         rows = tl.load(p_count)
         if first_row >= rows:
@@ -102,9 +102,9 @@ def linear_kernel(
 
     p_a_tile = p_a + row_a.to(tl.int64)[:, None] * stride_am + o_k.to(tl.int64)[None, :] * stride_ak
     p_b_tile = p_b + o_k.to(tl.int64)[:, None] * stride_bk + o_n.to(tl.int64)[None, :] * stride_bn
-    b_acc = tl.zeros([BM, BN], tl.float32)
-    step = tl.full([], BK, tl.int64)
-    for start in range(0, inner, BK):
+    b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    step = tl.full([], BLOCK_K, tl.int64)
+    for start in range(0, inner, BLOCK_K):
         m_k = start + o_k < inner
         b_a = tl.load(p_a_tile, mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_b = tl.load(p_b_tile, mask=m_k[:, None] & m_n[None, :], other=0.0)
@@ -157,7 +157,7 @@ def embed_text_kernel(
     chunks,
     stride,
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """Write the text rows: a token's row of the table, 0 for an index that leaves the table or the chunks."""
     row = tl.program_id(0).to(tl.int64)
@@ -166,7 +166,7 @@ def embed_text_kernel(
         return
     token = tl.load(p_ids + row)
     good = (slot < 0) & (token >= 0) & (token < vocabulary)
-    o_d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     b_row = tl.load(p_table + token * stride + o_d, mask=(o_d < D) & good, other=0.0).to(tl.float32) * scale
     tl.store(p_out + row * D + o_d, b_row.to(p_out.dtype.element_ty), mask=o_d < D)
 
@@ -181,7 +181,7 @@ def sum_rows_kernel(
     out_rows,
     scale,
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """Add rows that have the same key, in the order of the rows: the program of a key's first row adds them all."""
     first = tl.program_id(0).to(tl.int64)
@@ -189,8 +189,8 @@ def sum_rows_kernel(
     before = tl.load(p_keys + first - 1, mask=first > 0, other=-1).to(tl.int64)
     if (key < 0) | (key >= out_rows) | ((before == key) & (first > 0)):
         return
-    o_d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    b_sum = tl.zeros([COLUMNS], tl.float32)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    b_sum = tl.zeros([BLOCK_D], tl.float32)
     at = first
     same = key
     while same == key:

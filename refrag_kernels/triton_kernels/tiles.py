@@ -41,24 +41,24 @@ def block_rows(p_blocks, o_block, o_row, num_blocks):
 
 
 @triton.jit
-def unit_of(p_units, p_ranges, STEP: tl.constexpr):
+def load_work_item(p_work_items, p_ranges, BLOCK_N: tl.constexpr):
     """Return a unit's ranges [first, last), its steps of them, and where the first range starts and ends."""
-    first = tl.load(p_units)
-    last = tl.load(p_units + 5)
-    steps = (tl.load(p_units + 7) - tl.load(p_units + 2)) * (64 // STEP)
+    first = tl.load(p_work_items)
+    last = tl.load(p_work_items + 5)
+    steps = (tl.load(p_work_items + 7) - tl.load(p_work_items + 2)) * (64 // BLOCK_N)
     row = tl.load(p_ranges + first * 2, mask=steps > 0, other=0)
     end = tl.load(p_ranges + first * 2 + 1, mask=steps > 0, other=0)
     return first, last, steps, row, end
 
 
 @triton.jit
-def next_step(p_ranges, first, last, index, row, end, STEP: tl.constexpr):
+def next_step(p_ranges, first, last, index, row, end, BLOCK_N: tl.constexpr):
     """Return range, row and end of that range for the step after the one at ``row``; the first follows the last.
 
     One loop walks all ranges of a unit: a passage's have two or three steps each, and what a loop loads only overlaps
     the products of the same loop.
     """
-    row += STEP
+    row += BLOCK_N
     over = row >= end
     index += over.to(tl.int32)
     index = tl.where(index == last, first, index)
@@ -68,45 +68,47 @@ def next_step(p_ranges, first, last, index, row, end, STEP: tl.constexpr):
 
 
 @triton.jit
-def entry_rows(p_entries, entry, end, o_n, WIDTH: tl.constexpr):
-    """Return the rows of the other side that the entries from ``entry`` on list, 16 each, and which of them exist."""
-    o_entry = entry + o_n // 16
-    m_entry = o_entry < end
-    first = tl.load(p_entries + o_entry * WIDTH, mask=m_entry, other=0)
-    count = tl.load(p_entries + o_entry * WIDTH + 1, mask=m_entry, other=0)
+def partial_tile_rows(p_partial_tiles, partial_tile, end, o_n, TILE_WORDS: tl.constexpr):
+    """Return the rows of the other side that the entries from ``partial_tile`` on list, 16 each, and which of them exist."""
+    o_partial_tile = partial_tile + o_n // 16
+    m_partial_tile = o_partial_tile < end
+    first = tl.load(p_partial_tiles + o_partial_tile * TILE_WORDS, mask=m_partial_tile, other=0)
+    count = tl.load(p_partial_tiles + o_partial_tile * TILE_WORDS + 1, mask=m_partial_tile, other=0)
     return first + o_n % 16, o_n % 16 < count
 
 
 @triton.jit
-def entry_bits(p_bits, p_entries, o_entry, end, o_block, o_row, WIDTH: tl.constexpr):
-    """Return 16 bits: which keys of an entry's tile query row ``o_row`` sees, by the code of block ``o_block``."""
-    code = tl.load(p_entries + o_entry * WIDTH + 2 + o_block, mask=o_entry < end, other=-1)
+def partial_tile_bits(p_bits, p_partial_tiles, o_partial_tile, end, o_block, o_row, TILE_WORDS: tl.constexpr):
+    """Return 16 bits: which keys of an partial_tile's tile query row ``o_row`` sees, by the code of block ``o_block``."""
+    code = tl.load(p_partial_tiles + o_partial_tile * TILE_WORDS + 2 + o_block, mask=o_partial_tile < end, other=-1)
     word = tl.load(p_bits + code * 8 + o_row // 2, mask=code >= 0, other=0)
     return tl.where(code == -2, 0xFFFF, (word >> (16 * (o_row % 2))) & 0xFFFF)
 
 
 @triton.jit
-def visible_keys(p_bits, p_entries, entry, end, o_block, o_row, o_n, WIDTH: tl.constexpr, STEP: tl.constexpr):
-    """Return which keys each row of a tile of query rows sees, [rows, STEP]."""
-    low = entry_bits(p_bits, p_entries, entry, end, o_block, o_row, WIDTH)
-    if STEP > 16:
-        low |= entry_bits(p_bits, p_entries, entry + 1, end, o_block, o_row, WIDTH) << 16
+def visible_keys(
+    p_bits, p_partial_tiles, partial_tile, end, o_block, o_row, o_n, TILE_WORDS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Return which keys each row of a tile of query rows sees, [rows, BLOCK_N]."""
+    low = partial_tile_bits(p_bits, p_partial_tiles, partial_tile, end, o_block, o_row, TILE_WORDS)
+    if BLOCK_N > 16:
+        low |= partial_tile_bits(p_bits, p_partial_tiles, partial_tile + 1, end, o_block, o_row, TILE_WORDS) << 16
     word = low[:, None]
-    if STEP == 64:
-        high = entry_bits(p_bits, p_entries, entry + 2, end, o_block, o_row, WIDTH)
-        high |= entry_bits(p_bits, p_entries, entry + 3, end, o_block, o_row, WIDTH) << 16
+    if BLOCK_N == 64:
+        high = partial_tile_bits(p_bits, p_partial_tiles, partial_tile + 2, end, o_block, o_row, TILE_WORDS)
+        high |= partial_tile_bits(p_bits, p_partial_tiles, partial_tile + 3, end, o_block, o_row, TILE_WORDS) << 16
         word = tl.where(o_n[None, :] < 32, word, high[:, None])
     return ((word >> (o_n % 32)[None, :]) & 1) != 0
 
 
 @triton.jit
-def seeing_rows(p_bits, p_entries, entry, end, o_key, o_n, WIDTH: tl.constexpr):
+def attending_rows(p_bits, p_partial_tiles, partial_tile, end, o_key, o_n, TILE_WORDS: tl.constexpr):
     """Return which query rows see each key of a tile of four blocks of keys, [64, rows]."""
-    o_entry = entry + o_n // 16
-    low = entry_bits(p_bits, p_entries, o_entry, end, 0, o_n % 16, WIDTH)
-    low |= entry_bits(p_bits, p_entries, o_entry, end, 1, o_n % 16, WIDTH) << 16
-    high = entry_bits(p_bits, p_entries, o_entry, end, 2, o_n % 16, WIDTH)
-    high |= entry_bits(p_bits, p_entries, o_entry, end, 3, o_n % 16, WIDTH) << 16
+    o_partial_tile = partial_tile + o_n // 16
+    low = partial_tile_bits(p_bits, p_partial_tiles, o_partial_tile, end, 0, o_n % 16, TILE_WORDS)
+    low |= partial_tile_bits(p_bits, p_partial_tiles, o_partial_tile, end, 1, o_n % 16, TILE_WORDS) << 16
+    high = partial_tile_bits(p_bits, p_partial_tiles, o_partial_tile, end, 2, o_n % 16, TILE_WORDS)
+    high |= partial_tile_bits(p_bits, p_partial_tiles, o_partial_tile, end, 3, o_n % 16, TILE_WORDS) << 16
     word = tl.where(o_key[:, None] < 32, low[None, :], high[None, :])
     return ((word >> (o_key % 32)[:, None]) & 1) != 0
 

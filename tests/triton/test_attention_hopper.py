@@ -189,7 +189,7 @@ def test_masks_against_float64(seed):
 
 
 def masked_case():
-    """Return a problem of steps of entries, one of half a step after them, and one without entries."""
+    """Return a problem with items of partial tiles, of partial tiles and half a step, and without partial tiles."""
     layout = rk.ChunkLayout.from_lengths([[64, 41, 87, 64, 64]])
     seen = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 1]]).bool()
     mask = rk.ChunkMask.from_dense([seen])
@@ -245,7 +245,7 @@ FAULTS = {
     "scores are taken before they are there": [("warpgroup_mma_wait(1, deps", "warpgroup_mma_wait(2, deps")],
     "sums are taken before they are there": [("warpgroup_mma_wait(0, deps", "warpgroup_mma_wait(1, deps")],
     "barriers are not fenced": [("    fence_async_shared()", "    #")],
-    "half a step is not masked": [("STEP - pieces % 2 * PIECE, 0)", "STEP, 0)")],
+    "half a step is not masked": [("BLOCK_N - pieces % 2 * PIECE, 0)", "BLOCK_N, 0)")],
     "a range is read beyond its end": [("over = key >= end", "over = key > end")],
     "the rows of another block": [("slice(own * 16, 16, dim=0)", "slice(0, 16, dim=0)")],
     "the last values are not copied": [
@@ -264,18 +264,21 @@ TURN_FAULTS = {
 }
 
 
-# The same, where tiles see parts of keys' tiles.
+# The same, where items have partial tiles.
 MASK_FAULTS = {
-    "what a block sees whole is masked": [("code == -2, 0xFFFF", "code == -2, 0")],
-    "what lies behind the last entry is seen": [("& (entry < end)", "& (entry <= end)"), ("- 1) * WIDTH", ") * WIDTH")],
+    "a full tile is masked": [("code == -2, 0xFFFF", "code == -2, 0")],
+    "what follows the last partial tile is attended to": [
+        ("& (partial_tile < end)", "& (partial_tile <= end)"),
+        ("- 1) * TILE_WORDS", ") * TILE_WORDS"),
+    ],
     "the bits of other rows": [("(word >> (16 * (o_row % 2)))", "word")],
-    "half a step after the entries is not masked": [("if step <= masked_steps:", "if step < masked_steps:")],
-    "a step after the entries takes half": [("(step == masked_steps) & (pieces % 2 == 0)", "False")],
-    "rows that have seen nothing yet": [("if MASKS:  #", "if False:  #")],
-    "values of entries as if they were of ranges": [
+    "half a step after the partial tiles is not masked": [("if step <= masked_steps:", "if step < masked_steps:")],
+    "a step after the partial tiles takes half": [("(step == masked_steps) & (pieces % 2 == 0)", "False")],
+    "rows that have not attended to a key yet": [("if MASKS:  #", "if False:  #")],
+    "values of partial tiles as if they were of ranges": [
         (
-            "fmt: skip\n                _copy_step(\n                    v_descs, p_entries, v_head, v_masked > 0 if",
-            "fmt: skip\n                _copy_step(\n                    v_descs, p_entries, v_head, False if",
+            "fmt: skip\n                _copy_step(\n                    v_descs, p_partial_tiles, v_head, v_masked > 0 if",
+            "fmt: skip\n                _copy_step(\n                    v_descs, p_partial_tiles, v_head, False if",
         )
     ],
 }
