@@ -43,7 +43,7 @@ class Row:
 
 
 def triton_rows(architectures: Sequence[str] = SHOWN, progress: bool = False) -> list[Row]:
-    """Return a row for each kernel of Triton's that an op launches, by head width, dtype and architecture."""
+    """Return a row for each Triton kernel that an op launches, by head_dim, dtype and architecture."""
     rows: dict[Row, None] = {}
     for case in launches.CASES:
         for architecture in architectures:

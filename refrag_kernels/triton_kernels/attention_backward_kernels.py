@@ -1,7 +1,7 @@
-"""The backward kernels of mixed_attention: delta and the sinks, dq by tiles of query rows, dk and dv by tiles of keys.
+"""The backward kernels of mixed_attention: delta and dsinks, dq by tiles of query rows, dk and dv by tiles of keys.
 
-Each gradient is written by one program that adds its terms in the order of the plan: no atomics, and the same bits in
-every run.
+One program writes each gradient and adds its terms in the order of the plan. There are no atomics, so gradients are
+bitwise reproducible.
 """
 
 import triton
@@ -33,7 +33,7 @@ def mixed_attention_delta_kernel(
     p_sinks,  # [H_q] float32
     p_sizes,  # [8]
     p_delta,  # [T_q, H_q] float32
-    p_dsinks,  # [programs along the rows, H_q] float32
+    p_dsinks,  # [programs along the rows, H_q] float32, to be summed
     q_rows,
     stride_gt,
     stride_gh,
@@ -44,7 +44,7 @@ def mixed_attention_delta_kernel(
     BD: tl.constexpr,
     SINKS: tl.constexpr,
 ):
-    """Write delta = dout . out - dlse, 0 beyond the batch, and a program's part of the gradient of its head's sink."""
+    """Write delta = dout . out - dlse, 0 beyond the batch, and this program's part of the gradient of a head's sink."""
     head = tl.program_id(1)
     heads = tl.num_programs(1)
     o_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -55,7 +55,7 @@ def mixed_attention_delta_kernel(
     at = o_row.to(tl.int64) * heads + head
     b_delta = tl.sum(b_grad.to(tl.float32) * b_out.to(tl.float32), 1)
     b_delta -= tl.load(p_grad_lse + at, mask=m_row, other=0.0)
-    # A row that sees nothing has lse -inf; what is fed into the gradient of that is dropped.
+    # Fully masked rows have lse -inf; the gradient with respect to it is dropped.
     b_lse = tl.load(p_lse + at, mask=m_row, other=float("-inf"))
     b_delta = tl.where(b_lse == float("-inf"), 0.0, b_delta)
     tl.store(p_delta + at, b_delta, mask=o_row < q_rows)
@@ -91,17 +91,17 @@ def mixed_attention_bwd_dq_kernel(
     p_lse,  # [T_q, H_q] float32
     p_delta,  # [T_q, H_q] float32
     p_dq,  # [T_q, H_q, D]
-    p_sizes,  # [8], the plan from here on
+    p_sizes,  # [8], the first of the plan's tensors
     p_blocks,  # [NB, 4]
     p_bits,  # [P, 8]
-    p_work_items,  # [tiles + 1, 5]
+    p_work_items,  # [work items + 1, 5]
     p_ranges,  # [R, 2]
-    p_partial_tiles,  # [E, 2 + BLOCKS]
+    p_partial_tiles,  # [E, TILE_WORDS]
     scale,
     softcap,
     q_rows,
     num_blocks,
-    section,  # columns of the grid
+    section,  # columns of the grid, see tile_and_column
     ahead,  # tiles
     stride_qt,
     stride_qh,
@@ -151,7 +151,7 @@ def mixed_attention_bwd_dq_kernel(
     b_lse = tl.load(p_lse + rows * heads + head, mask=m_rows, other=0.0) * LOG2E
     b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)
     b_delta = tl.load(p_delta + rows * heads + head, mask=m_rows, other=0.0)
-    p_keys, p_values, p_all_work_items = p_k, p_v, p_work_items  # as they were, for repair_rows
+    p_keys, p_values, p_all_work_items = p_k, p_v, p_work_items  # unmodified, for repair_rows
     p_k += kv_head.to(tl.int64) * stride_kh
     p_v += kv_head.to(tl.int64) * stride_vh
 
@@ -170,8 +170,8 @@ def mixed_attention_bwd_dq_kernel(
         visible = visible_keys(p_bits, p_partial_tiles, partial_tile, end, o_block, o_row, o_n, TILE_WORDS, BLOCK_N)
         b_k = load_rows(p_k, o_key, m_key, o_d, stride_kt, D)
         b_v = load_rows(p_v, o_key, m_key, o_d, stride_vt, D)
-        seen = visible & m_key[None, :]
-        b_dq = _dq_step(b_q, b_do, b_lse, b_delta, b_dq, b_k, b_v, seen, scale, softcap, SOFTCAP, PRECISION, True)
+        visible &= m_key[None, :]
+        b_dq = _dq_step(b_q, b_do, b_lse, b_delta, b_dq, b_k, b_v, visible, scale, softcap, SOFTCAP, PRECISION, True)
     finite = all_finite(b_dq)
     p_rows = p_dq + rows[:, None] * stride_dt + head[:, None] * stride_dh + o_d[None, :]
     tl.store(p_rows, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_tile)
@@ -182,7 +182,7 @@ def mixed_attention_bwd_dq_kernel(
         p_dq, first, q_rows, tl.num_programs(0) * TILE_ROWS, o_m, head, m_head, o_d, stride_dt, stride_dh, HEADS, D
     )
     if not finite:
-        tl.debug_barrier()  # dq is written before it is written again
+        tl.debug_barrier()  # the repair overwrites dq
         repair_rows(
             p_q, p_keys, p_values, p_grad_out, p_lse, p_delta, p_dq, p_blocks, p_bits, p_all_work_items, p_ranges,
             p_partial_tiles, scale, softcap, num_blocks, section, ahead, stride_qt, stride_qh, stride_kt, stride_kh,
@@ -196,7 +196,7 @@ def _dkv_step(
     b_k, b_v, b_dk, b_dv, b_q, b_do, b_lse, b_delta, visible, scale, softcap,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add a step of query rows of one head to the gradients of a tile of keys. Scores are transposed, [BLOCK_M, BLOCK_N]."""
+    """Add a step of one head's query rows to dk and dv of a tile. Scores are transposed, [BLOCK_M, BLOCK_N]."""
     EXACT: tl.constexpr = b_k.dtype == tl.float32
     b_s, slope = scores(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION), scale, softcap, SOFTCAP, EXACT)
     b_p = tl.exp2(b_s - (b_lse * LOG2E)[None, :])
@@ -221,11 +221,11 @@ def mixed_attention_bwd_dkv_kernel(
     p_delta,  # [T_q, H_q] float32
     p_dk,  # [T_kv, H_kv, D]
     p_dv,  # [T_kv, H_kv, D]
-    p_partial_sums,  # [2, num_partials, H_kv, 64, D] float32: dk and dv of parts of tiles
-    p_sizes,  # [8], the plan from here on
+    p_partial_sums,  # [2, num_partials, H_kv, 64, D] float32: dk and dv of the partials
+    p_sizes,  # [8], the first of the plan's tensors
     p_blocks,  # [NK, 4]
     p_bits,  # [P, 8]
-    p_work_items,  # [units + 1, 5]
+    p_work_items,  # [work items + 1, 5]
     p_ranges,  # [R, 2]
     p_partial_tiles,  # [E, 6]
     scale,
@@ -244,24 +244,25 @@ def mixed_attention_bwd_dkv_kernel(
     stride_dt,
     stride_dh,
     GROUP: tl.constexpr,
-    BLOCK_M: tl.constexpr,  # 64 or, where those don't fit in shared memory, a part of them
+    BLOCK_M: tl.constexpr,  # keys per program: 64, or fewer where 64 don't fit in shared memory
     BLOCK_N: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     WIDE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
-    TILES: tl.constexpr,  # which axis of the grid counts them; the other one the key/value heads
+    TILES: tl.constexpr,  # the grid axis of the tiles; the other one is that of the key/value heads
 ):
-    """Gradients of the keys and values of a tile of four blocks, or of a part of one, over all query heads.
+    """Compute dk and dv of BLOCK_M keys of a tile of four blocks, over all query heads of a key/value head.
 
-    A tile whose query rows are shared out to several units has the sums of each of them in a partial.
+    If the query rows of a tile are split among several work items, each of them writes its sums to a partial, which
+    ``mixed_attention_bwd_sum_kernel`` adds up.
     """
     TILE_WORDS: tl.constexpr = 6
     PARTS: tl.constexpr = 64 // BLOCK_M
-    # Under a causal mask the first tiles are seen by the most rows: they start first, as they are numbered.
+    # Under a causal mask the most rows attend to the first tiles, which start first as they are numbered.
     work_item = tl.program_id(TILES) // PARTS
-    p_all_work_items = p_work_items  # as they were, for repair_keys
+    p_all_work_items = p_work_items  # unmodified, for repair_keys
     p_work_items += work_item * 5
     tile = tl.load(p_work_items + 3)
     kv_head = tl.program_id(1 - TILES).to(tl.int64)
@@ -277,7 +278,7 @@ def mixed_attention_bwd_dkv_kernel(
     b_dv = tl.zeros([BLOCK_M, BD], tl.float32)
     first_range, last_range, steps, query, query_end = load_work_item(p_work_items, p_ranges, BLOCK_N)
     index = first_range
-    for step in range(0, steps * GROUP):  # all steps of a head, then those of the next
+    for step in range(0, steps * GROUP):  # all steps of one head, then those of the next
         head = kv_head * GROUP + step // steps
         b_q = load_step(p_q + head * stride_qh, query, o_n, o_d, stride_qt, D, WIDE)  # [BLOCK_N, BD]
         b_do = load_step(p_grad_out + head * stride_gh, query, o_n, o_d, stride_gt, D, WIDE)
@@ -287,7 +288,7 @@ def mixed_attention_bwd_dkv_kernel(
             SOFTCAP, PRECISION, False,
         )  # fmt: skip
         index, query, query_end = next_step(p_ranges, first_range, last_range, index, query, query_end, BLOCK_N)
-    # One partial_tile at a time, and no copies ahead of it: the masks of longer steps, and more of them at once, spill.
+    # One partial tile per iteration without pipelining: the masks of longer steps, or of several stages, spill.
     o_e = tl.arange(0, 16)
     first_partial_tile = tl.load(p_work_items + 1)
     end_partial_tile = tl.load(p_work_items + 6)
@@ -329,7 +330,7 @@ def mixed_attention_bwd_dkv_kernel(
     fill_rows(p_dk, first, kv_rows, stride, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)
     fill_rows(p_dv, first, kv_rows, stride, o_m, o_head, o_m >= 0, o_d, stride_dt, stride_dh, 1, D)
     if not finite:
-        tl.debug_barrier()  # dk and dv are written before they are written again
+        tl.debug_barrier()  # the repair overwrites dk and dv
         repair_keys(
             p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_dk, p_dv, p_partial_sums, p_blocks, p_bits, p_all_work_items,
             p_ranges, p_partial_tiles, scale, softcap, num_blocks, num_partials, stride_qt, stride_qh, stride_kt,
@@ -340,7 +341,7 @@ def mixed_attention_bwd_dkv_kernel(
 
 @triton.jit
 def partial_offsets(partial, kv_heads, kv_head, o_m, o_d, D: tl.constexpr):
-    """Return where rows ``o_m`` of a partial are in [num_partials, H_kv, 64, D]."""
+    """Return the offsets of rows ``o_m`` of a partial in [num_partials, H_kv, 64, D]."""
     row = (partial.to(tl.int64) * kv_heads + kv_head) * 64 + o_m
     return row[:, None] * D + o_d[None, :]
 
@@ -348,7 +349,7 @@ def partial_offsets(partial, kv_heads, kv_head, o_m, o_d, D: tl.constexpr):
 @triton.jit
 def mixed_attention_bwd_sum_kernel(
     p_partial_sums,  # [2, num_partials, H_kv, 64, D] float32
-    p_partials,  # [num_partials], ascending; -1 beyond the last
+    p_partials,  # [num_partials]: the tile of each, ascending; -1 beyond the last
     p_blocks,  # [NK, 4]
     p_dk,  # [T_kv, H_kv, D]
     p_dv,  # [T_kv, H_kv, D]
@@ -356,11 +357,11 @@ def mixed_attention_bwd_sum_kernel(
     num_blocks,
     stride_dt,
     stride_dh,
-    BLOCK_M: tl.constexpr,  # of the tile's 64
+    BLOCK_M: tl.constexpr,  # rows per program, of a tile's 64
     D: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """Add up the num_partials of a tile, in their order: the program of a tile's first partial adds all of them."""
+    """Add up the partials of a tile in order. The program of a tile's first partial does; the others return."""
     first = tl.program_id(0)
     tile = tl.load(p_partials + first)
     if (tile < 0) | (tl.load(p_partials + first - 1, mask=first > 0, other=-1) == tile):

@@ -25,7 +25,7 @@ def _step(
     b_q, b_k, b_v, b_acc, b_max, b_sum, visible, scale, softcap,
     SOFTCAP: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add a step of keys to the output of a tile, with the running maximum and sum of its rows."""
+    """Accumulate one step of keys: the online-softmax update of a tile's output and its rows' maximum and sum."""
     EXACT: tl.constexpr = b_q.dtype == tl.float32
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     if not FUSED:
@@ -35,10 +35,10 @@ def _step(
     new_max = tl.maximum(b_max, tl.max(b_s, 1))
     base = new_max
     if MASKED:
-        # A row that has seen nothing yet: -inf - -inf would be NaN.
+        # Rows that have not attended to a key yet: -inf - -inf would be NaN.
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
     if FUSED:
-        # One instruction for each score beside its exponential.
+        # Scaling and subtraction are one instruction per score.
         factor = scale * LOG2E
         b_p = tl.exp2(b_s * factor - (base * factor)[:, None])
         decay = tl.exp2((b_max - base) * factor)
@@ -58,17 +58,17 @@ def mixed_attention_fwd_kernel(
     p_out,  # [T_q, H_q, D]
     p_lse,  # [T_q, H_q] float32
     p_sinks,  # [H_q] float32
-    p_sizes,  # [8], the plan from here on
+    p_sizes,  # [8], the first of the plan's tensors
     p_blocks,  # [NB, 4]
     p_bits,  # [P, 8]
-    p_work_items,  # [tiles + 1, 5]
+    p_work_items,  # [work items + 1, 5]
     p_ranges,  # [R, 2]
-    p_partial_tiles,  # [E, 2 + BLOCKS]
+    p_partial_tiles,  # [E, TILE_WORDS]
     scale,
     softcap,
     q_rows,
     num_blocks,
-    section,  # columns of the grid
+    section,  # columns of the grid, see tile_and_column
     ahead,  # tiles
     stride_qt,
     stride_qh,
@@ -78,22 +78,22 @@ def mixed_attention_fwd_kernel(
     stride_vh,
     stride_ot,
     stride_oh,
-    GROUP: tl.constexpr,  # query heads of a key/value head
-    HEADS: tl.constexpr,  # of those, heads of a tile
-    BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads per key/value head
+    HEADS: tl.constexpr,  # of those, heads in a tile
+    BLOCKS: tl.constexpr,  # of 16 query rows, in a tile
     BLOCK_N: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     WIDE: tl.constexpr,
     SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    FUSED: tl.constexpr,  # the maximum is that of the products: the scale is positive, and there is no softcap
+    FUSED: tl.constexpr,  # b_max holds unscaled products, as the scale is positive and there is no softcap
     PRECISION: tl.constexpr,
 ):
     TILE_WORDS: tl.constexpr = 2 + BLOCKS
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     tile, column = tile_and_column(section, ahead)
-    # Under a causal mask the last tiles have the most keys: they start first.
+    # Under a causal mask the last tiles attend to the most keys, so they start first.
     tile = tl.num_programs(0) - 1 - tile
     kv_head = column // HEAD_TILES
     o_m = tl.arange(0, BLOCKS * 16 * HEADS)
@@ -109,7 +109,7 @@ def mixed_attention_fwd_kernel(
     m_rows = m_rows & m_head
     p_rows = rows.to(tl.int64)[:, None] * stride_qt + head.to(tl.int64)[:, None] * stride_qh + o_d[None, :]
     b_q = tl.load(p_q + p_rows, mask=m_rows[:, None] & (o_d[None, :] < D), other=0.0)  # [BM, BD]
-    p_keys, p_values, p_all_work_items = p_k, p_v, p_work_items  # as they were, for repair_rows
+    p_keys, p_values, p_all_work_items = p_k, p_v, p_work_items  # unmodified, for repair_rows
     p_k += kv_head.to(tl.int64) * stride_kh
     p_v += kv_head.to(tl.int64) * stride_vh
 
@@ -148,9 +148,9 @@ def mixed_attention_fwd_kernel(
         b_sum = b_sum * decay + tl.exp2(b_sink - base)
         b_acc *= decay[:, None]
         b_max = new_max
-    seen = b_sum != 0
-    b_out = b_acc / tl.where(seen, b_sum, 1.0)[:, None]
-    b_lse = tl.where(seen, (b_max + tl.log2(tl.where(seen, b_sum, 1.0))) * LN2, float("-inf"))
+    attends = b_sum != 0  # False for fully masked rows
+    b_out = b_acc / tl.where(attends, b_sum, 1.0)[:, None]
+    b_lse = tl.where(attends, (b_max + tl.log2(tl.where(attends, b_sum, 1.0))) * LN2, float("-inf"))
     p_rows = rows.to(tl.int64)[:, None] * stride_ot + head.to(tl.int64)[:, None] * stride_oh + o_d[None, :]
     tl.store(p_out + p_rows, b_out.to(p_out.dtype.element_ty), mask=m_rows[:, None] & (o_d[None, :] < D))
     heads = tl.num_programs(1) // HEAD_TILES * GROUP
@@ -166,7 +166,7 @@ def mixed_attention_fwd_kernel(
         empty = tl.full([BLOCKS * 16 * HEADS], float("-inf"), tl.float32)
         tl.store(p_lse + o_fill.to(tl.int64) * heads + head, empty, mask=(o_fill < q_rows) & m_head)
     if not finite:
-        tl.debug_barrier()  # out and lse are written before they are read and written again
+        tl.debug_barrier()  # the repair reads and overwrites out and lse
         repair_rows(
             p_q, p_keys, p_values, p_q, p_lse, p_lse, p_out, p_blocks, p_bits, p_all_work_items, p_ranges,
             p_partial_tiles, scale, softcap, num_blocks, section, ahead, stride_qt, stride_qh, stride_kt, stride_kh,

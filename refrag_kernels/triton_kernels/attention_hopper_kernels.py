@@ -1,19 +1,21 @@
-"""The forward kernel of mixed_attention for sm_90, in Gluon: TMA, wgmma, and warps with roles of their own.
+"""The forward kernel of mixed_attention for sm_90, in Gluon: persistent and warp-specialized, with TMA and wgmma.
 
-A program stays on its multiprocessor and works through the items that ``attention_hopper.divide`` gave it. An item is a
-tile of query rows for some heads of a key/value head, and all keys that the rows see, in steps of ``BLOCK_N``. One warp,
-the producer, copies query rows, keys and values to shared memory; each of ``WARPGROUPS`` consumers computes 64 rows.
-They meet at mbarriers, in pairs: a buffer is ``ready`` once its bytes have arrived, and ``empty`` once all consumers
-have read it. Step n uses stage n % STAGES of the buffers; the phase of its barriers, n // STAGES % 2, follows.
+Each program is persistent and computes the items that ``attention_hopper.divide`` assigned to it. An item is a tile of
+query rows for some heads of a key/value head, with all keys that the rows attend to, in steps of ``BLOCK_N``. A
+producer warp copies query rows, keys and values to shared memory; each of ``WARPGROUPS`` consumers computes 64 rows.
+They synchronize by pairs of mbarriers: a buffer is ``ready`` once its bytes have arrived, and ``empty`` once all
+consumers have read it. Step n uses stage n % STAGES of the buffers, and n // STAGES % 2 is the phase of its barriers.
 
 Row m of a tile belongs to block m // (16 * HEADS), to row m // HEADS % 16 of it, and to head m % HEADS, as in
-``tiles``: a box of 16 rows and HEADS heads, as TMA copies it, is just that.
+``tiles``. A TMA box of 16 rows and HEADS heads has this order already.
 
-Ranges of keys are multiples of 64 long, and so is what is copied: a step of 128 takes two pieces of 64, wherever they
-lie. If their number is odd, the first step takes one piece twice and masks the second: all others are without a test.
+Ranges of keys are multiples of 64 long, so keys are copied in pieces of 64: a step of 128 takes two pieces, which need
+not be adjacent. If the number of pieces is odd, the first step copies a piece twice and masks the second copy; the
+other steps need no mask.
 
-With ``MASKS`` an item begins with steps of partial_tiles, 16 keys each, whose bits say which row sees which key. What a row
-does not see has weight 0, but takes part in the product: NaN in the values of a tile reaches all rows that see some.
+With ``MASKS`` an item begins with steps of partial tiles of 16 keys, whose bits say which row attends to which key. A
+key that a row does not attend to has probability 0 but takes part in the matrix product, so NaN in the values of a tile
+reaches all rows that attend to any of its keys.
 """
 
 from triton.experimental import gluon
@@ -26,15 +28,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-PIECE = gl.constexpr(64)  # keys that are copied at a time
-WGMMA_M = gl.constexpr(64)  # of a consumer: those of a wgmma
+PIECE = gl.constexpr(64)  # keys per copy
+WGMMA_M = gl.constexpr(64)  # rows of a consumer
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
 def _item(p_items, index, last):
-    """Return tile, head, first range, pieces, first partial_tile and partial_tiles of an item; 0 from last on."""
+    """Load an item: tile, head, first range, pieces, first partial tile, partial tiles; 0 from ``last`` on."""
     m_item = index < last
     p_item = p_items + index * 6
     tile = gl.load(p_item, mask=m_item, other=0)
@@ -48,7 +50,7 @@ def _item(p_items, index, last):
 
 @gluon.jit
 def _masked_steps(partial_tiles, BLOCK_N: gl.constexpr, MASKS: gl.constexpr):
-    """Return how many steps the partial_tiles of an item take; they come first."""
+    """Return the number of steps for the partial tiles of an item, which come first."""
     if MASKS:
         return (partial_tiles + BLOCK_N // 16 - 1) // (BLOCK_N // 16)
     else:
@@ -57,7 +59,7 @@ def _masked_steps(partial_tiles, BLOCK_N: gl.constexpr, MASKS: gl.constexpr):
 
 @gluon.jit
 def _next_piece(p_ranges, index, key, end):
-    """Return range, first key and end of that range for the piece after the one at ``key``."""
+    """Advance from the piece at ``key``: return the next piece's range, first key and range end."""
     key += PIECE
     over = key >= end
     index = gl.where(over, index + 1, index)
@@ -71,10 +73,10 @@ def _copy_step(
     descriptors, p_partial_tiles, head, masked, first, second, empty, ready, buffers, n,
     TILE_WORDS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Copy the pieces at ``first`` and ``second`` to the buffer of step n as soon as that is empty.
+    """Copy the pieces at ``first`` and ``second`` to the buffer of step n as soon as it is empty.
 
-    Where ``masked``, those are the first of as many partial_tiles as a step takes, and the end of the partial_tiles. The last one
-    fills a step that has fewer: what is masked must be numbers too.
+    If ``masked``, copy partial tiles from ``first`` on instead; ``second`` is the end of the item's partial tiles. A
+    step with fewer than it has room for repeats the last one, as masked keys and values must be finite too.
     """
     PIECES: gl.constexpr = BLOCK_N // PIECE
     desc, partial_desc = descriptors
@@ -98,9 +100,9 @@ def _copy_queries(
     q_desc, p_blocks, num_blocks, tile, head, q_empty, q_ready, q_bufs, phase,
     GROUP: gl.constexpr, HEADS: gl.constexpr, BLOCKS: gl.constexpr, WARPGROUPS: gl.constexpr,
 ):  # fmt: skip
-    """Copy the query rows of an item. Rows that a block lacks are copied with it, computed, and not stored."""
+    """Copy the query rows of an item. A block of fewer than 16 rows is copied and computed whole, not stored whole."""
     HEAD_TILES: gl.constexpr = GROUP // HEADS
-    OWN: gl.constexpr = BLOCKS // WARPGROUPS  # blocks of a consumer
+    OWN: gl.constexpr = BLOCKS // WARPGROUPS  # blocks per consumer
     first_head = head // HEAD_TILES * GROUP + head % HEAD_TILES * HEADS
     for consumer in gl.static_range(WARPGROUPS):
         mbarrier.wait(q_empty.index(consumer), phase ^ 1)
@@ -118,7 +120,7 @@ def _producer(
     GROUP: gl.constexpr, HEADS: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, MASKS: gl.constexpr,
 ):  # fmt: skip
-    """Copy what the consumers read, as far ahead of them as there are buffers."""
+    """Copy query rows, keys and values for the consumers, as far ahead as there are buffers."""
     q_desc, k_desc, v_desc, k_partial_desc, v_partial_desc = descriptors
     p_starts, p_items, p_ranges, p_partial_tiles, _p_bits, p_blocks, num_blocks = walk
     q_bufs, k_bufs, v_bufs = buffers
@@ -155,8 +157,8 @@ def _producer(
             if MASKS:
                 first = gl.where(masked, partial_tile, first)
                 second = gl.where(masked, partial_tile + partial_tiles, second)
-            # In the order in which buffers become empty: keys are read a step before their values, and the query rows
-            # of an item up to its last step.
+            # In the order in which buffers become empty: consumers read keys one step before the values, and the query
+            # rows of an item until its last step.
             _copy_step(
                 k_descs, p_partial_tiles, head // HEAD_TILES, masked if MASKS else False, first, second, k_empty,
                 k_ready, k_bufs, n, TILE_WORDS, BLOCK_N, STAGES,
@@ -210,7 +212,7 @@ def _producer(
 
 @gluon.jit
 def _partial_tile_bits(p_bits, p_partial_tiles, partial_tile, end, o_block, o_row, TILE_WORDS: gl.constexpr):
-    """Return 16 bits: which keys of an partial_tile each row sees, by the code of its block."""
+    """Return 16 bits for each row: the keys of a partial tile that it attends to, by the code of its block."""
     code = gl.load(
         p_partial_tiles + partial_tile * TILE_WORDS + 2 + o_block, mask=(o_block >= 0) & (partial_tile < end), other=-1
     )
@@ -220,7 +222,7 @@ def _partial_tile_bits(p_bits, p_partial_tiles, partial_tile, end, o_block, o_ro
 
 @gluon.jit
 def _masked(scores, step, masked_steps, pieces, partial_tile, partial_tiles, masks, BLOCK_N: gl.constexpr):
-    """Return the scores of a step, -inf where a row does not see a key: of one of partial_tiles, or the first one after."""
+    """Mask the scores of a step of partial tiles, or of the first step after them, with -inf."""
     p_bits, p_partial_tiles, o_block, o_row, o_n, TILE_WORDS = masks
     if step < masked_steps:
         first = partial_tile + step * (BLOCK_N // 16)
@@ -237,10 +239,10 @@ def _masked(scores, step, masked_steps, pieces, partial_tile, partial_tiles, mas
 
 @gluon.jit
 def _softmax(scores, row_max, row_sum, factor, MASKS: gl.constexpr):
-    """Return the probs of a step, the maximum and sum of rows with it, and what the acc so far are scaled by."""
+    """Return exp(scores - row_max), the updated row_max and row_sum, and the factor that rescales the accumulator."""
     new_max = gl.maximum(row_max, gl.max(scores, 1))
     base = new_max * factor
-    if MASKS:  # a row that has seen nothing yet: -inf - -inf would be NaN
+    if MASKS:  # rows that have not attended to a key yet: -inf - -inf would be NaN
         base = gl.where(new_max == float("-inf"), 0.0, base)
     probs = gl.exp2(scores * factor - gl.expand_dims(base, 1))
     decay = gl.exp2(row_max * factor - base)
@@ -253,10 +255,10 @@ def _consumer(
     GROUP: gl.constexpr, HEADS: gl.constexpr, BLOCKS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr, MASKS: gl.constexpr, IN_TURN: gl.constexpr, D: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
-    """Compute the rows from ``64 * CONSUMER`` on of each item's tile.
+    """Compute rows ``64 * CONSUMER`` to ``64 * CONSUMER + 63`` of each item's tile.
 
-    ``IN_TURN``: two consumers issue the products of a step one after the other, so that one's run below the other's
-    softmax.
+    With ``IN_TURN`` two consumers alternate in issuing the matrix products of a step, so that the products of one
+    overlap the softmax of the other.
     """
     p_out, p_lse, stride_ot, stride_oh, total_heads = output
     p_starts, p_items, _p_ranges, p_partial_tiles, p_bits, p_blocks, num_blocks = walk
@@ -269,7 +271,7 @@ def _consumer(
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     PROBS: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])  # a row of 256 bytes by 16 threads
+    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])  # 16 threads per row of 256 bytes
     o_m = gl.arange(0, WGMMA_M, gl.SliceLayout(1, STORED))
     o_d = gl.arange(0, D, gl.SliceLayout(0, STORED))
     o_n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
@@ -287,10 +289,10 @@ def _consumer(
     last = gl.load(p_starts + gl.program_id(0) + 1)
     n = 0  # steps computed
     tiles = 0  # items with keys
-    turn = 0  # of this consumer
+    turn = 0  # turns that this consumer has taken
     tile, head, _range, pieces, partial_tile, partial_tiles = _item(p_items, start, last)
     for at in range(start, last):
-        # Asked for before they are needed: a load takes as long as part of a step.
+        # Prefetch the next item: the latency of a load is a good part of a step.
         next_tile, next_head, _next_range, next_pieces, next_partial_tile, next_partial_tiles = _item(
             p_items, at + 1, last
         )
@@ -312,13 +314,12 @@ def _consumer(
             if MASKS:
                 scores = _masked(scores, 0, masked_steps, pieces, partial_tile, partial_tiles, masks, BLOCK_N)
             elif PIECES == 2:
-                seen = gl.expand_dims(o_n < BLOCK_N - pieces % 2 * PIECE, 0)
-                scores = gl.where(seen, scores, float("-inf"))
+                visible = gl.expand_dims(o_n < BLOCK_N - pieces % 2 * PIECE, 0)
+                scores = gl.where(visible, scores, float("-inf"))
             probs, row_max, row_sum, decay = _softmax(scores, row_max, row_sum, factor, MASKS)
             operand = gl.convert_layout(probs.to(DTYPE), PROBS)
             for step in range(1, steps):
-                # The products of this step's keys and of the values of the one before run side by side, and the latter
-                # go on below the softmax.
+                # QK^T of this step and PV of the previous step run concurrently, and PV overlaps the softmax.
                 stage = (n + 1) % STAGES
                 mbarrier.wait(k_ready.index(stage), (n + 1) // STAGES & 1)
                 if IN_TURN:
@@ -340,8 +341,8 @@ def _consumer(
                             scores, step, masked_steps, pieces, partial_tile, partial_tiles, masks, BLOCK_N
                         )
                 probs, row_max, row_sum, decay = _softmax(scores, row_max, row_sum, factor, MASKS)
-                # Over already. It is a loop, across which ptxas does not move instructions: else the softmax would come
-                # after the acc, whose products it is to cover.
+                # Completed already. The wait compiles to a loop, across which ptxas does not move instructions:
+                # otherwise it would place the softmax after the wait for PV, which the softmax has to overlap.
                 mbarrier.wait(v_ready.index(stage_before), n // STAGES & 1)
                 acc = warpgroup_mma_wait(0, deps=(pending_acc,))
                 mbarrier.arrive(v_empty.index(stage_before), count=1)
@@ -356,9 +357,9 @@ def _consumer(
             n += 1
             tiles += 1
 
-        some = row_sum != 0
-        divisor = gl.where(some, row_sum, 1.0)
-        lse = gl.where(some, (row_max * factor + gl.log2(divisor)) * LN2, float("-inf"))
+        attends = row_sum != 0  # False for fully masked rows
+        divisor = gl.where(attends, row_sum, 1.0)
+        lse = gl.where(attends, (row_max * factor + gl.log2(divisor)) * LN2, float("-inf"))
         out = acc / gl.expand_dims(gl.convert_layout(divisor, gl.SliceLayout(1, ACC)), 1)
         row = (first_row + o_row).to(gl.int64)
         o_head = (head // HEAD_TILES * GROUP + head % HEAD_TILES * HEADS + o_m % HEADS).to(gl.int64)
@@ -377,31 +378,31 @@ def _consumer(
 
 @gluon.jit(do_not_specialize=["num_blocks", "total_heads"])
 def mixed_attention_fwd_hopper_kernel(
-    q_desc,  # [T_q, H_q, D] by boxes of [16, HEADS, D]
-    k_desc,  # [H_kv, T_kv, D] by boxes of [1, 64, D]
+    q_desc,  # [T_q, H_q, D] in boxes of [16, HEADS, D]
+    k_desc,  # [H_kv, T_kv, D] in boxes of [1, 64, D]
     v_desc,
-    k_partial_desc,  # with MASKS, the same by boxes of [1, 16, D]
+    k_partial_desc,  # with MASKS, the same in boxes of [1, 16, D]
     v_partial_desc,
     p_out,  # [T_q, H_q, D]
     p_lse,  # [T_q, H_q] float32
     p_starts,  # [programs + 1]
-    p_items,  # [items, 6]: tile, head, first range, pieces of 64 keys, first partial_tile, partial_tiles
+    p_items,  # [items, 6]: tile, head, first range, pieces of 64 keys, first partial tile, partial tiles
     p_ranges,  # [R, 2]
-    p_partial_tiles,  # [E, 2 + BLOCKS]
+    p_partial_tiles,  # [E, TILE_WORDS]
     p_bits,  # [P, 8]
-    p_blocks,  # [NB, 4], of the plan
+    p_blocks,  # [NB, 4], the plan's q_blocks
     num_blocks,
     scale,
     stride_ot,
     stride_oh,
     total_heads,
-    GROUP: gl.constexpr,  # query heads of a key/value head
-    HEADS: gl.constexpr,  # of those, heads of a tile
-    BLOCKS: gl.constexpr,  # of 16 rows, of a tile
+    GROUP: gl.constexpr,  # query heads per key/value head
+    HEADS: gl.constexpr,  # of those, heads in a tile
+    BLOCKS: gl.constexpr,  # of 16 query rows, in a tile
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr,
-    MASKS: gl.constexpr,  # whether there are partial_tiles
+    MASKS: gl.constexpr,  # whether there are partial tiles
     IN_TURN: gl.constexpr,
     D: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
@@ -426,14 +427,14 @@ def mixed_attention_fwd_hopper_kernel(
         mbarrier.init(k_empty.index(stage), count=WARPGROUPS)
         mbarrier.init(v_ready.index(stage), count=1)
         mbarrier.init(v_empty.index(stage), count=WARPGROUPS)
-    fence_async_shared()  # copies must see the barriers as they are now; the start of the other warps is a barrier
+    fence_async_shared()  # make the initialized barriers visible to TMA; starting the other warps is a barrier
 
     walk = (p_starts, p_items, p_ranges, p_partial_tiles, p_bits, p_blocks, num_blocks)
     buffers = (q_bufs, k_bufs, v_bufs)
     barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty, turns)
     output = (p_out, p_lse, stride_ot, stride_oh, total_heads)
     descriptors = (q_desc, k_desc, v_desc, k_partial_desc, v_partial_desc)
-    # Constants stay constants only where a call names them.
+    # Constants remain constexpr only if the call passes them one by one.
     if WARPGROUPS == 2:
         gl.warp_specialize(
             [

@@ -1,12 +1,13 @@
-"""What attention kernels call at their end, where the sums of a tile are not finite.
+"""Repairs of tiles whose accumulators are not finite, which attention kernels call at their end.
 
-A row that does not attend to a key gives it the probability 0. But 0 * NaN is NaN, and the product of a tile takes all
-of its keys for all of its rows: a NaN or inf would reach rows that only share a tile with those that attend to it.
-So a kernel tests its sums once, after its loops. If one is not finite, a function from here goes over the tile again,
-a few rows at a time and without tile products, and writes the rows that were reached that way. This is slow, and rare.
+A row gives probability 0 to a key that it does not attend to. But 0 * NaN is NaN, and matrix products combine all keys
+of a tile with all of its rows: a NaN or inf would spread to rows that merely share a tile with rows attending to it.
+Therefore a kernel tests its accumulators once, after its loops. If one is not finite, a function of this module
+computes the tile again, a few rows at a time and without matrix products, and overwrites the rows that a NaN reached by
+mistake. This is slow, and rare.
 
-The functions are not inlined and take only numbers and addresses, so that the kernels keep the registers that they have
-without them. They use no tl.dot, which Triton does not compile in such functions for sm_100.
+The functions are not inlined and take only scalars and pointers, so they don't raise the register use of the kernels
+that call them. They use no tl.dot, which Triton does not compile in such functions for sm_100.
 """
 
 import triton
@@ -26,20 +27,22 @@ from refrag_kernels.triton_kernels.tiles import (
     tile_and_column,
 )
 
-# Rows at a time: as many as leave the kernels' registers and stack as they are.
+# Rows per iteration: more would raise the kernels' use of registers and stack.
 REPAIR_ROWS = tl.constexpr(1)
 
 
 @triton.jit
 def all_finite(b_sums):
-    """Return whether all numbers of a tile are finite."""
-    return tl.sum(b_sums * 0.0) == 0.0  # an addition for each
+    """Return whether all elements of a tile are finite."""
+    return tl.sum(b_sums * 0.0) == 0.0  # one addition per element
 
 
 @triton.jit
 def _add(b_factors, b_rows, visible, b_sum, b_hidden):
-    """Add what ``b_factors`` [R, 16] give of ``b_rows`` [1, 16, BD]: to ``b_sum`` [R, BD] over the visible pairs, to
-    ``b_hidden`` over the others, as a product of tiles does: 0, or NaN."""
+    """Add the product of ``b_factors`` [R, 16] and ``b_rows`` [1, 16, BD] to ``b_sum`` [R, BD] for visible pairs.
+
+    Hidden pairs, which a matrix product adds as well, are added to ``b_hidden``: it stays 0 or becomes NaN.
+    """
     b_terms = b_factors[:, :, None] * b_rows
     b_sum += tl.sum(tl.where(visible[:, :, None], b_terms, 0.0), 1)
     b_hidden += tl.sum(tl.where(visible[:, :, None], 0.0, b_terms), 1)
@@ -48,13 +51,13 @@ def _add(b_factors, b_rows, visible, b_sum, b_hidden):
 
 @triton.jit
 def _products(b_own, b_rows):
-    """Return the products of rows [R, BD] with rows [1, 16, BD], [R, 16]."""
+    """Return the dot products of rows [R, BD] with rows [1, 16, BD], as [R, 16]."""
     return tl.sum(b_own[:, None, :] * b_rows, 2)
 
 
 @triton.jit
 def reached(b_sum, b_hidden):
-    """Return whether hidden pairs make a NaN of something that the visible ones leave finite, for each row."""
+    """Return for each row whether hidden pairs turn an element into NaN that is finite by the visible pairs."""
     return tl.max(((b_hidden != b_hidden) & (tl.abs(b_sum) < float("inf"))).to(tl.int32), 1) != 0
 
 
@@ -63,7 +66,7 @@ def add_keys(
     b_q, b_grad, b_lse, b_delta, b_k, b_v, visible, b_sum, b_hidden, scale, softcap,
     BACKWARD: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Add 16 keys to the outputs of rows, or to their gradients before the scale (``BACKWARD``)."""
+    """Add 16 keys to the outputs of rows or, if ``BACKWARD``, to the rows' gradients before the scale."""
     b_k = b_k.to(tl.float32)[None, :, :]
     b_v = b_v.to(tl.float32)[None, :, :]
     b_s, slope = scores(_products(b_q, b_k), scale, softcap, SOFTCAP, EXACT)
@@ -81,11 +84,11 @@ def repair_rows(
     stride_gh, stride_ot, stride_oh, BACKWARD: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     BLOCKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Write the outputs of rows of a tile of mixed_attention, or the gradients of the rows (``BACKWARD``)."""
+    """Rewrite rows of a tile's output in mixed_attention or, if ``BACKWARD``, rows of dq."""
     EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
     TILE_WORDS: tl.constexpr = 2 + BLOCKS
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    # As the kernels that call this number their programs.
+    # The calling kernels' program order.
     tile, column = tile_and_column(section, ahead)
     tile = tl.num_programs(0) - 1 - tile
     kv_head = column // HEAD_TILES
@@ -149,7 +152,7 @@ def _add_queries(
     b_k, b_v, b_q, b_grad, b_lse, b_delta, visible, b_dk, b_dk_hidden, b_dv, b_dv_hidden, scale, softcap,
     SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Add 16 query rows of one head to the gradients of keys, before the scale, and of their values."""
+    """Add 16 query rows of one head to the gradients of keys (before the scale) and values."""
     b_q = b_q.to(tl.float32)[None, :, :]
     b_grad = b_grad.to(tl.float32)[None, :, :]
     b_s, slope = scores(_products(b_k, b_q), scale, softcap, SOFTCAP, EXACT)
@@ -167,10 +170,10 @@ def repair_keys(
     stride_vh, stride_gt, stride_gh, stride_dt, stride_dh, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr,
     BD: tl.constexpr, WIDE: tl.constexpr, SOFTCAP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of keys and values of a tile of mixed_attention, or the sums of a part of one to its partial."""
+    """Rewrite rows of dk and dv of a tile in mixed_attention, or those of its partial."""
     EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
     PARTS: tl.constexpr = 64 // BLOCK_M
-    # As the kernel that calls this numbers its programs.
+    # The calling kernel's program order.
     part = tl.program_id(TILES) % PARTS
     kv_head = tl.program_id(1 - TILES).to(tl.int64)
     kv_heads = tl.num_programs(1 - TILES)

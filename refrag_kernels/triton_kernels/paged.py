@@ -1,6 +1,6 @@
 """paged_attention, append_kv and merge_states on GPUs by Triton.
 
-A bad index counts as a key that no row sees, or as a row that has no place; REFRAG_KERNELS_CHECK=1 raises instead.
+A bad index counts as a key that no row attends to, or as a row to drop; REFRAG_KERNELS_CHECK=1 raises instead.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from refrag_kernels.triton_kernels.paged_append_merge_kernels import (
 )
 from refrag_kernels.triton_kernels.paged_kernels import paged_attention_kernel, paged_attention_merge_kernel
 
-# Programs that fill a device of 132 multiprocessors (H100) twice: keys are split until there are as many. A constant,
-# not the device's own number, so that a result does not depend on where it was computed.
+# Programs that fill 132 multiprocessors (H100) twice: keys are split until there are as many. A constant rather than
+# the device's own number, so that results don't depend on the device.
 _PROGRAMS = 264
 # A split shorter than this costs more to merge than it saves; more splits than that don't fit one merge.
 _MIN_SPLIT_KEYS, _MAX_SPLITS = 256, 32
-_STATES = 4  # of a program of merge_states: rows of a few hundred bytes
+_STATES = 4  # per program of merge_states: rows of a few hundred bytes
 
 
 def splits_of(programs: int, max_keys: int, step: int) -> tuple[int, int]:
-    """Return into how many splits keys are split, and the keys of a split if a sequence has all, from shapes alone."""
+    """Return the number of splits, and the keys per split of a sequence of ``max_keys``, from shapes alone."""
     splits = min(_MAX_SPLITS, -(-_PROGRAMS // programs), -(-max_keys // _MIN_SPLIT_KEYS))
     keys = -(-max_keys // (max(1, splits) * step)) * step
     return max(1, -(-max_keys // max(1, keys))), max(step, keys)
@@ -35,7 +35,7 @@ def paged_attention(
     q, k_pages, v_pages, page_table, kv_lengths, q_offsets, visible_indptr, visible_ranges,
     scale, softcap, window_left, window_right, sinks,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """See ``refrag_kernels.paged_attention``; a bound to the right adds nothing to causality."""
+    """See ``refrag_kernels.paged_attention``; the bound to the right is ignored, as causality is stricter."""
     q_rows, q_heads, columns = q.shape
     num_pages, page, kv_heads, _ = k_pages.shape
     sequences, max_pages = page_table.shape
@@ -43,10 +43,10 @@ def paged_attention(
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if not out.numel():
         return out, lse
-    if not sequences:  # rows that belong to none
+    if not sequences:  # rows that belong to no sequence
         return out.zero_(), lse.fill_(float("-inf"))
     target, width, group = launch.architecture(q.device), launch.width(columns), q_heads // kv_heads
-    many = 2 * sequences * kv_heads * -(-group // 16) >= _PROGRAMS  # before keys are split
+    many = 2 * sequences * kv_heads * -(-group // 16) >= _PROGRAMS  # before splitting keys
     config = configs.paged(target, width, q.element_size(), q_offsets is None, many)
     ahead = False
     if q_offsets is None:
@@ -60,7 +60,7 @@ def paged_attention(
     splits, split_keys = splits_of(tiles * head_tiles, max_pages * page, config.block_n)
     split_out, split_lse = out, lse
     if splits > 1:
-        # A row that belongs to no sequence (rows beyond q_offsets) keeps what is here: nothing seen.
+        # Rows that belong to no sequence (beyond q_offsets) keep these values, as fully masked rows.
         split_out = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
         split_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=q.device)
     if q_offsets is not None:

@@ -8,7 +8,7 @@ import triton
 from refrag_kernels.triton_kernels import launch
 from refrag_kernels.triton_kernels.pooling_kernels import pool_chunks_bwd_kernel, pool_chunks_fwd_kernel
 
-# Columns of a program: 1 KiB of 16-bit values, four accesses of 128 bytes for each of 2 warps. Rows it reads at a time:
+# Columns per program: 1 KiB of 16-bit values, four accesses of 128 bytes for each of 2 warps. Rows per iteration:
 # chunks have 1 to 32.
 _COLUMNS, _ROWS = 512, 8
 

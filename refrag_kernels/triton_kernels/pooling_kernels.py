@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def chunk_of_row(p_offsets, o_row, chunks):
-    """Return the number of chunks that end at or before each row: its chunk, or ``chunks`` beyond the last."""
+    """Return the chunk of each row, or ``chunks`` for rows beyond the last one."""
     low = tl.zeros_like(o_row)
     high = low + chunks
     while tl.max(high - low) > 0:
@@ -34,7 +34,7 @@ def pool_chunks_fwd_kernel(
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     start = tl.load(p_offsets + chunk)
     end = tl.load(p_offsets + chunk + 1)
-    # Offsets that leave the rows of hidden make a row of zeros.
+    # Chunks whose offsets are out of range give a row of zeros.
     good = (start >= 0) & (end <= rows) & (start < end)
     if MODE == "mean":
         b_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

@@ -64,9 +64,9 @@ DEFAULT = Config()
 def problem(
     seed, config=DEFAULT, kv_heads=1, group=2, programs=3, lengths=None, seen=0.6, query_rows=None, strided=False
 ):
-    """Return a problem of chunks that are multiples of 64 rows long and see each other or don't, at random.
+    """Return a problem of chunks that are multiples of 64 rows long and attend to each other at random.
 
-    ``seen``: how probable that is, or a matrix.
+    ``seen``: the probability of that, or a matrix.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     lengths = lengths or [[64 * rng.randint(1, 2) for _ in range(rng.randint(1, 3))] for _ in range(2)]
@@ -105,8 +105,8 @@ CASES = {
     "one warpgroup, one head": problem(6, Config(block_n=64, warpgroups=1), kv_heads=2, group=1),
     "one warpgroup, two heads": problem(7, Config(warpgroups=1, blocks=2)),
     "eight blocks, one head": problem(8, Config(blocks=8), kv_heads=2, group=1, lengths=[[128, 256]], strided=True),
-    "rows that see nothing": problem(9, seen=0.2, lengths=[[64] * 5]),
-    "no row sees anything": problem(10, seen=0.0, lengths=[[64, 64]]),
+    "fully masked rows": problem(9, seen=0.2, lengths=[[64] * 5]),
+    "all rows fully masked": problem(10, seen=0.0, lengths=[[64, 64]]),
     "blocks of fewer rows": problem(11, seen=1.0, lengths=[[64, 128], [64], [192]], query_rows=[57, 49, 70]),
     "long": problem(12, Config(block_n=64, num_stages=2), lengths=[[576, 64]], seen=1.0, programs=2),
 }
@@ -277,7 +277,8 @@ MASK_FAULTS = {
     "rows that have not attended to a key yet": [("if MASKS:  #", "if False:  #")],
     "values of partial tiles as if they were of ranges": [
         (
-            "fmt: skip\n                _copy_step(\n                    v_descs, p_partial_tiles, v_head, v_masked > 0 if",
+            "fmt: skip\n                _copy_step(\n                    "
+            "v_descs, p_partial_tiles, v_head, v_masked > 0 if",
             "fmt: skip\n                _copy_step(\n                    v_descs, p_partial_tiles, v_head, False if",
         )
     ],
@@ -301,7 +302,7 @@ def test_planted_faults_are_caught(fault):
 
 
 def test_the_work_is_all_there_and_shared_out_evenly():
-    """12 % of 4,096 rows: the question's tiles see all of them, others 64 and 384."""
+    """12 % of 4,096 rows: the question's tiles attend to all of them, others to 64 and 384."""
     passages = Passages(4096, 16, 0.12)
     plan, pairs = passages.plan(), int(passages.dense().sum())
     # Tiles of 64 rows for 2 heads, of 32 for 4, of 64 for 1.
