@@ -44,7 +44,7 @@ def transposed_pairs(plan):
 
 @pytest.mark.parametrize(("enum", "prefix"), [(PlanField, "k"), (PlanSize, "kNum")])
 def test_the_enums_of_python_and_of_cpp_name_the_same_fields(enum, prefix):
-    header = (Path(__file__).parents[1] / "csrc" / "plan_fields.h").read_text()
+    header = (Path(__file__).parents[2] / "csrc" / "plan_fields.h").read_text()
     body = re.search(rf"enum {enum.__name__} \{{(.*?)\}}", header, re.DOTALL).group(1)
     names = [name.strip() for name in body.split(",")]
     in_python = [prefix + field.name.title().replace("_", "") for field in enum]
