@@ -1,6 +1,6 @@
 // The backends' private ops. The public ops, with autograd and fake kernels, are in Python; refrag_kernels/cpu_kernels
-// and refrag_kernels/cuda_kernels call these. Each backend has a namespace, because two backends serve the CUDA key. An
-// op of one backend alone may be registered where it is implemented, as in cpu/linear.cpp.
+// and refrag_kernels/cuda_kernels call these. Each backend has a namespace, because two backends use the CUDA key. An
+// op of a single backend may be registered where it is implemented, as in cpu/linear.cpp.
 #include "cpu/ops.h"
 
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,7 @@ namespace {
 
 std::string active_isa() { return refrag::cpu::name_of(refrag::cpu::active_isa()); }
 
-// The compute capabilities that the CUDA kernels were compiled for; empty: built without them.
+// The compute capabilities that the CUDA kernels were compiled for; empty if built without them.
 std::string architectures() {
 #ifdef REFRAG_CUDA_ARCHS
   return REFRAG_CUDA_ARCHS;
@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY(refrag_cuda, m) {
   for (const char* schema : refrag::kSchemas) m.def(schema);
 }
 
-// Ops without tensors have no device to be dispatched by.
+// Ops without tensor arguments can't be dispatched by device.
 STABLE_TORCH_LIBRARY_IMPL(refrag_cpu, CompositeExplicitAutograd, m) { m.impl("active_isa", TORCH_BOX(&active_isa)); }
 
 STABLE_TORCH_LIBRARY_IMPL(refrag_cuda, CompositeExplicitAutograd, m) {

@@ -1,5 +1,5 @@
-// The tensors of an attention plan by name, in the order in which ops take them; the lists of GPU tiles follow. The
-// same enums are in refrag_kernels/plan_fields.py; tests/test_plan.py compares the two.
+// The tensors of an attention plan by name, in the order in which they are passed to ops; the tile lists follow. The
+// same enums are in refrag_kernels/plan_fields.py; tests/kernels/test_plan.py compares the two.
 #pragma once
 
 namespace refrag {
@@ -22,7 +22,7 @@ enum PlanField {
   kNumPlanFields
 };
 
-// What each entry of the field `sizes` counts.
+// The entries of the field `sizes`.
 enum PlanSize {
   kNumQRows,
   kNumKvRows,

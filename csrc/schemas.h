@@ -3,7 +3,7 @@
 
 namespace refrag {
 
-// The same for every backend; a backend that lacks a kernel registers none.
+// Common to all backends; a backend without a kernel for one of them registers no implementation.
 inline constexpr const char* kSchemas[] = {
     "mixed_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor[] plan, float scale, float softcap, Tensor? sinks) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
@@ -22,14 +22,14 @@ inline constexpr const char* kSchemas[] = {
     "Tensor w2, Tensor? b2, str activation, float token_scale, Tensor? packed) -> Tensor",
 };
 
-// Of the CPU backend alone.
+// Of the CPU backend only.
 inline constexpr const char* kCpuSchemas[] = {
     "mixed_attention(Tensor q, Tensor k, Tensor v, Tensor[] plan, float scale, float softcap, Tensor? sinks) "
     "-> (Tensor out, Tensor lse)",
     "pack_projection(Tensor w1, Tensor w2) -> Tensor",
 };
 
-// Of the CUDA backend alone.
+// Of the CUDA backend only.
 inline constexpr const char* kCudaSchemas[] = {
     "mixed_attention(Tensor q, Tensor k, Tensor v, Tensor[] plan, float scale, float softcap, Tensor? sinks, "
     "int section_heads, int ahead) -> (Tensor out, Tensor lse)",

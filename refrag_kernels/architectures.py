@@ -14,28 +14,28 @@ KIB = 1 << 10
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What an architecture offers a kernel.
+    """The limits of an architecture.
 
     Attributes
     ----------
     name : str
-        ``sm_<capability>``, or the name of AMD's target.
+        ``sm_<capability>``, or AMD's target name.
     shared_memory_per_cta, shared_memory_per_sm : int
         Bytes.
     reserved_per_cta : int
-        Bytes of shared memory that the system takes from each CTA's share.
+        Bytes of shared memory that the system reserves for each CTA.
     registers_per_sm : int
         32-bit registers.
     warps_per_sm, ctas_per_sm : int
-        At most resident at once.
+        Maximum number of resident warps and CTAs.
     warp_size : int
-        Threads of a warp (a wave of AMD).
+        Threads per warp (AMD: wave).
     matrix_instruction : str
-        What the machine code of a matrix product shows.
+        The opcode of matrix products in machine code.
     triton : bool
-        Whether Triton's kernels have configurations of their own for it.
+        Whether the Triton kernels have configurations for it.
     cuda : bool
-        Whether a release of the CUDA C++ kernels has device code for it.
+        Whether releases of the CUDA C++ kernels contain device code for it.
     """
 
     name: str
@@ -57,10 +57,10 @@ class Architecture:
         return (int(digits[:-1]), int(digits[-1])) if digits != self.name else None
 
     def resident_ctas(self, registers: int, shared_memory: int, warps: int) -> int:
-        """Return the occupancy: how many CTAs of so many warps an SM holds at once.
+        """Return the occupancy: the number of CTAs with ``warps`` warps each that are resident on an SM.
 
-        ``registers`` are a thread's, handed out to warps in units of 8 a thread; each of the four schedulers has a
-        quarter of them, and whole warps. ``shared_memory`` is a CTA's, handed out in units of 128 bytes.
+        ``registers`` is per thread and rounded up to a multiple of 8; each of the four schedulers allocates a quarter
+        of the registers to whole warps. ``shared_memory`` is per CTA and rounded up to a multiple of 128 bytes.
         """
         of_warp = -(-max(registers, 1) // 8) * 8 * self.warp_size
         by_registers = 4 * (self.registers_per_sm // 4 // of_warp) // warps
@@ -83,20 +83,20 @@ ARCHITECTURES = {
     )
 }
 
-# Those that Triton's configurations are chosen for, the oldest first; other devices use the nearest older one.
+# Architectures with Triton configurations, oldest first; other devices use those of the nearest older one.
 TRITON = tuple(name for name, architecture in ARCHITECTURES.items() if architecture.triton)
-# Those that a release of the CUDA C++ kernels has device code for.
+# Architectures that releases of the CUDA C++ kernels contain device code for.
 CUDA = tuple(name for name, architecture in ARCHITECTURES.items() if architecture.cuda)
 
 
 def of_capability(major: int, minor: int) -> str:
-    """Return which of ``TRITON`` serves a device of a CUDA compute capability."""
-    if major > 10:  # 11.x too: what fits in the memory of sm_120 fits there
+    """Return the name in ``TRITON`` whose configurations a CUDA compute capability uses."""
+    if major > 10:  # 11.x too, which has at least the shared memory of sm_120
         return "sm_120"
     older = [name for name in TRITON if (ARCHITECTURES[name].capability or (99, 0)) <= (major, minor)]
     return older[-1] if older else TRITON[0]
 
 
 def release_archs() -> str:
-    """Return the compute capabilities of a release, as REFRAG_KERNELS_CUDA_ARCHS takes them: the newest with PTX."""
+    """Return the compute capabilities of a release in the form of REFRAG_KERNELS_CUDA_ARCHS; the newest has PTX."""
     return ",".join(name.removeprefix("sm_") for name in CUDA) + "+PTX"

@@ -1,4 +1,4 @@
-"""Backends for users: restrict the choice of implementation, and report what this build and this machine offer."""
+"""Public functions on backends: restrict which one runs, and report what this build and machine support."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Report", "available", "effective_backend", "missing", "report", "use
 
 
 def available(op: str, device: torch.device, *deprecated: torch.device) -> list[str]:
-    """Return the backends that serve ``op`` on ``device`` in this build, in order of preference."""
+    """Return the backends that support ``op`` on ``device`` in this build, in order of preference."""
     if deprecated:
         warnings.warn("available: the family of an op is no longer passed", DeprecationWarning, stacklevel=2)
         (device,) = deprecated
@@ -28,12 +28,12 @@ def pinned(backend: str | None) -> str | None:
 
 
 def report() -> Report:
-    """Report what this build and this machine offer: versions, devices, compiled kernels, and what runs each op.
+    """Report versions, devices, compiled kernels and the backends of each op, for this build and machine.
 
     Returns
     -------
     Report
-        ``print`` shows it; ``python -m refrag_kernels`` does the same. It holds no paths: paste it into a bug report.
+        Print it, or run ``python -m refrag_kernels``, to paste it into a bug report; it contains no paths.
 
     Examples
     --------

@@ -2,7 +2,7 @@
 
 ``_C``, the kernels, has no Python symbols (LibTorch stable ABI), so it is loaded as a torch library, not imported.
 ``_planner`` is a Python module. Both are loaded on first use: the package imports without them, and reports
-what is amiss.
+what is missing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The ops as layers without state: the form in which Hugging Face's ``kernels`` swaps an implementation into a model.
+"""The ops as stateless layers, which Hugging Face's ``kernels`` can substitute in a model.
 
-``kernels`` replaces the forward of whatever carries a layer's name by ``use_kernel_forward_from_hub``. A project marks
-its own plain function so and runs without this package; with ``kernel_mapping()`` registered, the op is run instead.
+A project decorates its own plain function or module with ``use_kernel_forward_from_hub`` and a layer's name, and works
+without this package. If ``kernel_mapping()`` is registered, ``kernels`` replaces the forward by the op.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class MixedAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, scale: float | None
     ) -> torch.Tensor:
         """Return the attention [T_q, H_q, D]; see ``mixed_attention``."""
-        return cast(torch.Tensor, mixed_attention(q, k, v, plan, scale=scale))  # no lse is asked for
+        return cast(torch.Tensor, mixed_attention(q, k, v, plan, scale=scale))  # without return_lse a single tensor
 
 
 LAYERS: dict[str, type[nn.Module]] = {layer.__name__: layer for layer in (EmbedMixed, MixedAttention)}
@@ -73,9 +73,9 @@ LAYERS: dict[str, type[nn.Module]] = {layer.__name__: layer for layer in (EmbedM
 
 @dataclasses.dataclass(frozen=True)
 class InstalledLayer:
-    """What ``kernels`` asks for a layer: it comes from the installed package, and nothing is downloaded.
+    """A layer repository for ``kernels`` that uses the installed package and downloads nothing.
 
-    A repository of ``kernels`` on the Hub or on disk would import the package a second time and define its ops twice.
+    A repository on the Hub or on disk would import the package a second time and define its ops twice.
 
     Attributes
     ----------
@@ -104,7 +104,7 @@ def kernel_mapping(devices: Iterable[str] = ("cpu", "cuda", "rocm")) -> dict[str
     Returns
     -------
     dict
-        Layer's name -> device type -> layer. They are good for inference, training and ``torch.compile``.
+        Layer name -> device type -> layer. The layers support inference, training and ``torch.compile``.
 
     Examples
     --------

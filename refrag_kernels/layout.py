@@ -15,7 +15,7 @@ class ChunkLayout:
     """The chunks and sequences of a packed batch.
 
     Rows of all sequences are packed, without padding. A span of text is a chunk like any other: a slot is
-    a chunk of 1 row, an expanded chunk one of k rows, a question one of as many rows as it has tokens.
+    a chunk of 1 row, an expanded chunk has k rows, and a question has one row per token.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class ChunkLayout:
         Parameters
         ----------
         lengths : sequence of sequences of int
-            One list a sequence: the number of rows of each of its chunks, at least 1 each. A list may be empty.
+            One list per sequence: the number of rows of each of its chunks, at least 1 each. A list may be empty.
 
         Returns
         -------
@@ -77,7 +77,7 @@ class ChunkLayout:
             flat.extend(sequence)
             starts.append(len(flat))
         if not all(type(length) is int for length in flat):
-            # Integers of other types (NumPy's, 0-d tensors) are welcome; floats and strings are not.
+            # Integers of other types (NumPy's, 0-d tensors) are accepted; floats and strings are not.
             flat = [_as_int(length, *_position(starts, i)) for i, length in enumerate(flat)]
         if flat and min(flat) < 1:
             chunk = next(i for i, length in enumerate(flat) if length < 1)
@@ -88,14 +88,14 @@ class ChunkLayout:
         total = sum(flat)
         if total > INT32_MAX:
             raise ValueError(f"lengths: got {total} rows in all, needs at most {INT32_MAX}")
-        # The device is named, as torch.set_default_device may say another one: the planner reads these.
+        # The device is explicit, as torch.set_default_device may have set another one: the planner reads these.
         chunk_offsets = torch.zeros(len(flat) + 1, dtype=torch.int32, device="cpu")
         torch.cumsum(torch.tensor(flat, dtype=torch.int32, device="cpu"), 0, out=chunk_offsets[1:])
         sequence_chunks = torch.tensor(starts, dtype=torch.int32, device="cpu")
         return _layout(chunk_offsets, sequence_chunks, chunk_offsets[sequence_chunks.long()], total, None)
 
     def __post_init__(self) -> None:
-        """Check what the planner reads without another look; a moved layout is one by its copy on the CPU."""
+        """Check the tensors, as the planner does not; the values of a moved layout were checked on the CPU."""
         for name in ("chunk_offsets", "sequence_chunks", "sequence_offsets"):
             tensor = getattr(self, name)
             check_dtype(name, tensor, torch.int32)
@@ -130,11 +130,11 @@ class ChunkLayout:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return self.chunk_offsets.device
 
     def lengths(self) -> list[list[int]]:
-        """Return the chunk lengths of each sequence, as ``from_lengths`` takes them."""
+        """Return the chunk lengths of each sequence: the argument of ``from_lengths``."""
         host = self.host()
         lengths = host.chunk_offsets.diff().tolist()
         starts = host.sequence_chunks.tolist()
@@ -188,7 +188,7 @@ def _check_offsets(name: str, offsets: torch.Tensor, least: int, end: int, end_n
 
 
 def _position(starts: list[int], chunk: int) -> tuple[int, int]:
-    """Return the sequence of a chunk of the batch and its place in it."""
+    """Return the sequence of a chunk and its index within that sequence."""
     sequence = next(i for i, end in enumerate(starts[1:]) if chunk < end)
     return sequence, chunk - starts[sequence]
 

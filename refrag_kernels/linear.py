@@ -54,11 +54,11 @@ _linear_rows = register_op(
 def linear_rows(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str | None = None
 ) -> torch.Tensor:
-    """Apply a linear layer to a few rows: y = x W^T + b, with the weights read once, unpacked, by all threads.
+    """Apply a linear layer to a few rows: y = x W^T + b. All threads share the single read of the unpacked weights.
 
-    With a row or two the time is that of reading the weights. torch reads them with one thread there; so this is for
-    the steps of a generation on the CPU. With more than about 16 rows ``torch.nn.functional.linear`` is as fast or
-    faster, and on other devices the plain torch of the reference runs.
+    With one or two rows the time is that of reading the weights, for which torch uses one thread; this op is therefore
+    for decoding on the CPU. With more than about 16 rows ``torch.nn.functional.linear`` is as fast or faster. On other
+    devices the reference in plain torch runs.
 
     Parameters
     ----------
@@ -91,5 +91,5 @@ def linear_rows(
 
 
 def cpu_linear_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Run the C++ kernel of ``linear_rows`` on tensors that are known to fit: nothing is checked, no backend chosen."""
+    """Run the C++ kernel of ``linear_rows`` without checks or backend selection, on tensors known to be valid."""
     return torch.ops.refrag_cpu.linear_rows(x, weight, bias)

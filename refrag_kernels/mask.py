@@ -51,7 +51,7 @@ class ChunkMask:
     indices: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Check that the mask has what its kind says, as contiguous int32 on the CPU: the planner reads it."""
+        """Check that the mask has the tensors of its kind, and make them contiguous int32 on the CPU."""
         if not isinstance(self.kind, MaskKind):
             raise TypeError(f"kind: got {self.kind!r}, needs a MaskKind")
         needed = _TENSORS_OF_KIND.get(self.kind, ())

@@ -1,6 +1,6 @@
 """Attention over a paged key/value cache: paged_attention, append_kv and merge_states.
 
-Public functions, schemas, fake kernels and autograd; the arithmetic is in the backends' folders.
+This module has the public functions, schemas, fake kernels and autograd; kernels are in the backends' folders.
 """
 
 from __future__ import annotations
@@ -152,7 +152,6 @@ def append_kv(
     ------
     TypeError, ValueError
         If an argument's dtype, shape, device, stride or (on the CPU) value is wrong; names the argument.
-
     RuntimeError
         If pages require grad while gradients are recorded: the op has no backward.
 
@@ -230,7 +229,7 @@ def merge_states(
 
 
 def _autocast(rows: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-    # torch's autocast would cast the whole cache at each call (and append_kv would then write into the copy).
+    # torch's autocast would cast the whole cache in each call, and append_kv would write into the copy.
     if not isinstance(rows, torch.Tensor) or not validation.autocast_is_on(rows.device):
         return rows
     return rows.to(pages.dtype) if validation.same_under_autocast(rows.dtype, pages.dtype) else rows
@@ -251,7 +250,7 @@ def _check_cache(
     page_table: torch.Tensor,
     kv_lengths: torch.Tensor,
 ) -> None:
-    """Check the cache and its tables; ``rows`` [T, H, D] are the queries or keys that go with it."""
+    """Check the cache and its tables, and ``rows`` [T, H, D]: the queries, or the keys to append."""
     validation.check_dtype(rows_name, rows, *validation.FLOAT_DTYPES)
     validation.check_dtype("k_pages", k_pages, rows.dtype)
     validation.check_dtype("v_pages", v_pages, rows.dtype)
@@ -260,13 +259,13 @@ def _check_cache(
     validation.check_shape("k_pages", k_pages, "P", "page", "H_kv", rows.shape[-1])
     validation.check_shape("v_pages", v_pages, *k_pages.shape)
     if k_pages.shape[1] == 0 or k_pages.shape[2] == 0:
-        raise ValueError(f"k_pages: got shape {list(k_pages.shape)}, needs at least one row a page and one head")
+        raise ValueError(f"k_pages: got shape {list(k_pages.shape)}, needs at least one row per page and one head")
     validation.check_last_contiguous(**{rows_name: rows, "k_pages": k_pages, "v_pages": v_pages})
     _check_indices("kv_lengths", kv_lengths, "B")
     _check_indices("page_table", page_table, kv_lengths.shape[0], "max_pages")
     if page_table.shape[1] * k_pages.shape[1] > validation.INT32_MAX:
         raise ValueError(
-            f"page_table: got {page_table.shape[1]} pages of {k_pages.shape[1]} rows a sequence, needs at most "
+            f"page_table: got {page_table.shape[1]} pages of {k_pages.shape[1]} rows per sequence, needs at most "
             f"{validation.INT32_MAX} rows: positions are int32"
         )
 
@@ -289,7 +288,7 @@ def _check_attention(
     if q_offsets is not None:
         _check_indices("q_offsets", q_offsets, kv_lengths.shape[0] + 1)
     elif rows != kv_lengths.shape[0]:
-        raise ValueError(f"q: got {rows} rows, needs {kv_lengths.shape[0]}, one a sequence, or q_offsets")
+        raise ValueError(f"q: got {rows} rows, needs {kv_lengths.shape[0]}, one per sequence, or q_offsets")
     if indptr is not None:
         assert ranges is not None  # the public function passes both or neither
         _check_indices("visible.indptr", indptr, rows + 1)

@@ -1,4 +1,4 @@
-"""plan_attention: from a layout and a mask to the tiles that the attention kernels of all backends iterate over."""
+"""plan_attention: turns a layout and a mask into the tiles that the attention kernels of all backends iterate over."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class AttentionPlan:
     Raises
     ------
     TypeError, ValueError
-        If a plan is put together by hand (``dataclasses.replace``) of tensors whose dtypes, shapes or devices don't fit
-        each other, or, on the CPU, whose values would lead a kernel out of them.
+        If a plan is assembled by hand (``dataclasses.replace``) from tensors whose dtypes, shapes or devices don't
+        match or, on the CPU, whose values would make a kernel read out of bounds.
     """
 
     sizes: torch.Tensor = _field()
@@ -88,11 +88,11 @@ class AttentionPlan:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors are."""
+        """The device of the tensors."""
         return self.sizes.device
 
     def to(self, device: torch.device | str) -> AttentionPlan:
-        """Return this plan on ``device``; one copy moves all of it."""
+        """Return this plan on ``device``, moved by a single copy."""
         device = torch.device(device)
         if device == self.device:
             return self
@@ -100,11 +100,11 @@ class AttentionPlan:
         buffer = _buffer_of(self)
         if tile_lists.wanted(device) and not self.tiles and self.device.type == "cpu":
             buffer, shapes = _with_tiles(buffer, shapes, _capacity_of(self), device)
-        # Towards the CPU the copy has to be there before it is read, and nothing else waits for it.
+        # A copy to the CPU must be complete before it is read, and nothing else would wait for it.
         return _from_buffer(buffer.to(device, non_blocking=device.type != "cpu"), shapes)
 
     def __reduce__(self) -> tuple:
-        """Copy and pickle the buffer, once: each field would bring all of it along."""
+        """Copy and pickle the buffer once: each field is a view and would bring all of it along."""
         return _from_buffer, (_buffer_of(self), _shapes(self))
 
     def stats(self) -> dict[str, int]:
@@ -211,7 +211,7 @@ class PlanCapacity:
 def _rows_of_fields(
     q_rows: int, kv_rows: int, q_blocks: int, kv_blocks: int, full: int, partial: int, full_t: int
 ) -> list[int]:
-    """Return the rows of each field, in their order, from the numbers of a PlanCapacity, in theirs."""
+    """Return the rows of each field, in the order of PlanField, from the values of a PlanCapacity."""
     rows = {
         PlanField.SIZES: len(PlanSize),
         PlanField.Q_ROW_BLOCK: q_rows,
@@ -257,7 +257,7 @@ def plan_attention(
     mask : ChunkMask, optional
         Default ``ChunkMask.full()``.
     causal : bool
-        Whether a row attends to no later row.
+        Whether rows attend only to themselves and earlier rows.
     window : int or (int, int), optional
         An int w allows j > i - w and needs ``causal``. A pair (left, right) allows i - left <= j <= i + right; -1 means
         no bound.
@@ -327,7 +327,7 @@ def plan_attention(
 
 
 def _problem(keys: ChunkLayout, mask: ChunkMask) -> tuple[int, ...]:
-    """Return the planner's view of a layout on the CPU and a mask."""
+    """Return a layout on the CPU and a mask as arguments for the planner."""
     if not isinstance(mask, ChunkMask):
         raise TypeError(f"mask: got {type(mask).__name__}, needs a ChunkMask")
     for name, tensor, want in (
@@ -351,7 +351,7 @@ def _problem(keys: ChunkLayout, mask: ChunkMask) -> tuple[int, ...]:
 
 
 def _query_lengths(layout: ChunkLayout, keys: ChunkLayout) -> torch.Tensor:
-    """Return the number of query rows of each sequence, after checking that the keys are at least as many."""
+    """Return the number of query rows of each sequence; raise ValueError if one has fewer keys than that."""
     if layout.num_sequences != keys.num_sequences:
         raise ValueError(
             f"kv_layout: got {keys.num_sequences} sequences, needs {layout.num_sequences}, as many as layout has"
@@ -367,7 +367,7 @@ def _query_lengths(layout: ChunkLayout, keys: ChunkLayout) -> torch.Tensor:
 
 
 def _rows(sizes: Sequence[int]) -> list[int]:
-    # Lists never have 0 or 1 rows: torch.compile would make a variant of its own for such a plan.
+    # Lists never have 0 or 1 rows: torch.compile would specialize on these sizes.
     lists = {size: max(2, sizes[size]) for size in PlanSize}
     return _rows_of_fields(
         sizes[PlanSize.Q_ROWS],
@@ -391,7 +391,7 @@ def _capacity_rows(sizes: Sequence[int], capacity: PlanCapacity) -> list[int]:
 
 
 def _offsets(shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], int]:
-    """Return where each section of a plan starts in its buffer, and the buffer's length, in words."""
+    """Return the start of each section of a plan in its buffer, and the buffer's length, in words."""
     offsets, total = [], 0
     for shape in shapes:
         offsets.append(total)
@@ -400,7 +400,7 @@ def _offsets(shapes: Sequence[tuple[int, ...]]) -> tuple[list[int], int]:
 
 
 def _empty_buffer(words: int, device: torch.device) -> torch.Tensor:
-    """Return a buffer on the CPU that can be copied to ``device`` without waiting for it."""
+    """Return a buffer on the CPU that can be copied to ``device`` asynchronously."""
     pinned = device.type == "cuda" and torch.cuda.is_available()
     return torch.empty(words, dtype=torch.int32, device="cpu", pin_memory=pinned)
 
@@ -423,7 +423,7 @@ def _with_tiles(
     shapes = [*shapes, *((count, *shape) for count, shape in zip(rows, tile_lists.ROW_SHAPES))]
     offsets, total = _offsets(shapes)
     whole = _empty_buffer(total, device)
-    # torch's copy would wake its threads, which costs more than the planning.
+    # torch's copy would wake its thread pool, which takes longer than planning.
     ctypes.memmove(whole.data_ptr(), buffer.data_ptr(), buffer.nbytes)
     tile_lists.write(lists, whole.data_ptr(), offsets[len(_FIELDS) :], rows)
     return whole, shapes
@@ -432,7 +432,7 @@ def _with_tiles(
 def _from_buffer(buffer: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> AttentionPlan:
     views = _views(buffer, shapes)
     fields = dict(zip(_FIELDS, views))
-    # Kept beside the fields, which are all that dataclasses and pytrees know of: one copy moves or refills the plan.
+    # Not a field, so dataclasses and pytrees ignore it: one copy of the buffer moves or refills the plan.
     return unchecked(AttentionPlan, **fields, tiles=tuple(views[len(_FIELDS) :]), _buffer=buffer)
 
 
@@ -446,9 +446,9 @@ def _shapes(plan: AttentionPlan) -> list[tuple[int, ...]]:
 
 
 def _buffer_of(plan: AttentionPlan) -> torch.Tensor:
-    """Return the buffer that the plan's fields are views of, or a copy of them in one."""
+    """Return the buffer that the plan's fields are views of, or copy the fields into a new one."""
     buffer = vars(plan).get("_buffer")
-    if buffer is None:  # put together by hand, or from leaves of a pytree
+    if buffer is None:  # assembled by hand, or from leaves of a pytree
         shapes = _shapes(plan)
         buffer = torch.zeros(_offsets(shapes)[1], dtype=torch.int32, device=plan.device)
         for section, tensor in zip(_views(buffer, shapes), plan.tensors()):
@@ -457,7 +457,7 @@ def _buffer_of(plan: AttentionPlan) -> torch.Tensor:
 
 
 def _capacity_of(plan: AttentionPlan) -> PlanCapacity | None:
-    """Return the capacity that a plan on the CPU was made with, which its shapes show; None if they are its sizes."""
+    """Return the capacity of a plan on the CPU, from its shapes; None if they equal its sizes."""
     rows = _rows(plan.sizes.tolist())
     given = [tensor.shape[0] for tensor in plan.tensors()[: len(_FIELDS)]]
     if rows == given:

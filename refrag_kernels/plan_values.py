@@ -1,4 +1,4 @@
-"""Checks of a plan that is put together by hand: dtypes, shapes and devices, and on the CPU values too."""
+"""Checks of plans assembled by hand: dtypes, shapes and devices, and on the CPU values too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from refrag_kernels import extension, tile_lists
 from refrag_kernels.plan_fields import PlanSize
 from refrag_kernels.validation import check_dtype, check_same_device, check_shape
 
-# Fields with as many rows as another one has, and so many more.
+# Fields whose number of rows is that of another field plus a constant.
 _ROWS_OF = {
     "full_offsets": ("q_blocks", 1),
     "partial_offsets": ("q_blocks", 1),
@@ -22,9 +22,9 @@ _ROWS_OF = {
 
 
 def check(fields: Mapping[str, torch.Tensor], row_shapes: Sequence[tuple[int, ...]], tiles: object) -> None:
-    """Raise TypeError or ValueError, naming the field, unless kernels can follow these fields without leaving them.
+    """Raise TypeError or ValueError, naming the field, unless kernels stay within bounds when they follow the fields.
 
-    On the CPU the values are read. Those of ``tiles``, which are on a GPU, are not.
+    Values are checked on the CPU only; those of ``tiles``, which are on a GPU, are not.
     """
     for (name, tensor), row_shape in zip(fields.items(), row_shapes):
         _check_section(name, tensor, row_shape)

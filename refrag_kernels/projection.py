@@ -1,4 +1,4 @@
-"""project_chunks and embed_mixed: chunk embeddings into the decoder's space, and into the mixed sequence."""
+"""project_chunks and embed_mixed: project chunk embeddings, and write them into the mixed sequence."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "tanh", "none")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedProjection:
-    """The weights of a projection, laid out once as the CPU kernels read them, for inference.
+    """The weights of a projection, packed once into the layout of the CPU kernels, for inference.
 
-    ``project_chunks`` and ``embed_mixed`` take it in place of the four tensors. It refers to the tensors it was made
-    from, without their gradients: other backends use those. It does not follow later changes of the weights.
+    ``project_chunks`` and ``embed_mixed`` accept it in place of the four tensors. It keeps the original tensors,
+    detached, for other backends. Later changes of the weights don't change the packed copy.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class PackedProjection:
     activation : str
         The activation between the two layers.
     packed : Tensor or None
-        The CPU kernels' layout, opaque; None where those can't run. Made from the weights, so that the two agree.
+        The weights in the CPU kernels' opaque layout; None if those can't run.
 
     Raises
     ------
@@ -64,7 +64,7 @@ class PackedProjection:
     packed: torch.Tensor | None = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        """Check the weights, leave their gradients behind, and pack them."""
+        """Check, detach and pack the weights."""
         _check_weights(self.w1, self.b1, self.w2, self.b2, self.activation)
         for name in ("w1", "b1", "w2", "b2"):
             weight = getattr(self, name)
@@ -82,7 +82,7 @@ class PackedProjection:
         b2: torch.Tensor | None,
         activation: str = "gelu",
     ) -> PackedProjection:
-        """Pack the weights of a projection; arguments as for ``project_chunks``."""
+        """Pack the weights of a projection; the arguments are those of ``project_chunks``."""
         return PackedProjection(w1, b1, w2, b2, activation)
 
 
@@ -136,7 +136,7 @@ def _check_embed(token_ids, token_table, chunks, slot_of_row, w1, b1, w2, b2, ac
 
 
 def _empty_like_weights(*tensors):
-    """Return empty gradients; an absent tensor has one of no element."""
+    """Return uninitialized gradients; that of an absent tensor has no elements."""
     dtype_of = tensors[0]
     return tuple(dtype_of.new_empty(0) if t is None else dtype_of.new_empty(t.shape) for t in tensors)
 
@@ -196,7 +196,7 @@ def _backward_embed(ctx, grad):
 
 
 _FORWARD = [Support("cuda", exact_matmul=True), Support("triton")]
-# Five products of large matrices: torch's own are as fast as any.
+# Five large matrix products, for which torch's own are as fast as any.
 _BACKWARD = [
     Support("cuda", missing="has no gradients of a projection"),
     Support("triton"),
@@ -242,11 +242,11 @@ register_op(
 
 
 def _weights(w1, b1, w2, b2, activation):
-    """Return w1, b1, w2, b2, activation and packed from what a public function was given."""
+    """Return w1, b1, w2, b2, activation and packed from the arguments of a public function."""
     if isinstance(w1, PackedProjection):
         if b1 is not None or w2 is not None or b2 is not None:
             raise TypeError("w1: got a PackedProjection beside other weights, needs it alone: it holds all four")
-        # Autocast casts the weights, not what was packed from them.
+        # Autocast casts the weights, not the packed copy.
         packed = None if autocast_is_on(w1.w1.device) else w1.packed
         return w1.w1, w1.b1, w1.w2, w1.b2, w1.activation, packed
     if w2 is None:
@@ -319,7 +319,7 @@ def embed_mixed(
     token_scale: float = 1.0,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Make the decoder's input: token embeddings in text rows, projected chunk embeddings in slots (REFRAG, section 2).
+    """Build the decoder's input: token embeddings in text rows, projected chunks in slots (REFRAG, section 2).
 
     Row t is ``token_table[token_ids[t]] * token_scale`` where ``slot_of_row[t]`` is -1, and else the projection of
     ``chunks[slot_of_row[t]]``, which is written there without an intermediate [N, d_dec] tensor.
@@ -337,7 +337,7 @@ def embed_mixed(
     w1, b1, w2, b2, activation
         The projection, as in ``project_chunks``; ``w1`` may be a PackedProjection.
     token_scale : float
-        Factor of the text rows (Gemma's decoders scale their token embeddings).
+        Factor of the text rows: Gemma's decoders scale their token embeddings.
     backend : str, optional
         Backends that may run this call, in order; default the fastest that supports it.
 

@@ -14,8 +14,8 @@ from refrag_kernels.validation import unchecked
 def register(cls: type, serialized_type_name: str | None = None) -> None:
     """Register a frozen dataclass as a pytree node.
 
-    As ``torch.utils._pytree.register_dataclass``, but what is put together again from leaves is not checked: torch puts
-    sizes, specifications and placeholders in their place.
+    Like ``torch.utils._pytree.register_dataclass``, but unflattening skips ``__post_init__``: torch replaces leaves by
+    sizes, specs and placeholders, which would fail its checks.
     """
     names = [field.name for field in dataclasses.fields(cls)]
 

@@ -1,4 +1,4 @@
-"""How an op enters torch: schema, implementations, fake kernel, autograd and autocast, the same way for every op."""
+"""Register ops with torch, all in the same way: schema, implementations, fake kernel, autograd and autocast."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def register_op(
     Parameters
     ----------
     schema : str
-        The op's schema. Its last argument is the keyword-only ``str? backend``.
+        The op's schema; its last argument is the keyword-only ``str? backend``.
     family : str
         The module that implements the op in each backend's folder (see ``selection``).
     support : sequence of Support
         One row for each backend, in order of preference.
     fake : callable
-        The fake kernel: checks shapes and dtypes as the public function does, returns empty tensors.
+        The fake kernel: checks shapes and dtypes like the public function, and returns empty tensors.
     values : callable, optional
-        Raises an error that names the argument whose values are bad. It takes the op's arguments, with integer tensors
-        on the CPU; ``selection.Backend.values`` says when it runs.
+        Raises an error that names an argument with invalid values. It takes the op's arguments, with integer tensors on
+        the CPU; see ``selection.Backend.values`` for when it runs.
     setup_context, backward : callable, optional
-        As ``torch.library.register_autograd`` takes them. Without ``backward``, differentiating the op raises.
+        See ``torch.library.register_autograd``. Without ``backward``, differentiating the op raises.
     autocast : tuple of str
-        The tensor arguments that take part in autocast: cast to its dtype when they are float32, float16 or bfloat16.
+        The tensor arguments that autocast casts if they are float32, float16 or bfloat16.
     dtype_of : str, optional
         The argument whose dtype the rows of ``support`` restrict; the first one by default.
     """
@@ -61,7 +61,7 @@ def register_op(
         chosen = select(op, backend, args)
         result = chosen.function(*args) if values is None else _run_with_values(chosen, values, args)
         if written:
-            # As torch.library.custom_op does: a backward pass that needs the old values finds that they are gone.
+            # As torch.library.custom_op does, so that a backward pass that needs the old values raises.
             torch.autograd.graph.increment_version([args[i] for i in written if not args[i].is_inference()])
         return result
 
@@ -81,7 +81,7 @@ def register_op(
 def _implementations(
     op: str, family: str, support: Sequence[Support], names: Sequence[str], dtype_of: str
 ) -> dict[str, Implementation]:
-    """Return the op's rows by backend; one that falls back on another backend has that one's."""
+    """Return the op's implementations by backend; a row with a fallback has the function of that backend."""
     rows = {row.backend: row for row in support}
     if len(rows) != len(support) or set(rows) != set(BACKENDS):
         raise ValueError(
@@ -93,13 +93,13 @@ def _implementations(
 
 
 def _run_with_values(chosen: Implementation, values: Callable[..., None], args: Sequence):
-    """Call an implementation, and check the values of integer tensors as its backend wants it."""
+    """Call an implementation, and check the values of integer tensors when its backend requires that."""
     when = BACKENDS[chosen.backend].values
     if when == "on failure":
         try:
             return chosen.function(*args)
         except RuntimeError:
-            values(*args)  # what the kernels refused, by name
+            values(*args)  # raises an error that names the argument
             raise
     if when == "before" and args[0].device.type == "cpu":
         values(*args)
@@ -109,9 +109,9 @@ def _run_with_values(chosen: Implementation, values: Callable[..., None], args: 
 
 
 def values_are_checked() -> bool:
-    """Return whether REFRAG_KERNELS_CHECK=1 asks ops on a GPU to check indices, which waits for the device.
+    """Return whether REFRAG_KERNELS_CHECK=1 is set: ops on a GPU then check indices, which synchronizes.
 
-    Raise RuntimeError where it does while a CUDA graph is captured, for a graph can't hold the wait.
+    Raises RuntimeError if it is set while a CUDA graph is being captured, which can't contain a synchronization.
     """
     if os.environ.get("REFRAG_KERNELS_CHECK") != "1":
         return False

@@ -1,4 +1,4 @@
-"""What this build and this machine offer, in a form to paste into a bug report."""
+"""The report on this build and machine, for bug reports."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from refrag_kernels.version import __version__
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What ``backends.report()`` found.
+    """The result of ``backends.report()``.
 
     Attributes
     ----------
     versions : dict
-        Version of each package and of Python; None for one that is not installed.
+        Version of each package and of Python; None if not installed.
     machine : dict
-        The system, the CPU, how many threads torch uses on it.
+        The system, the CPU and the number of torch's threads.
     devices : list of str
         The devices that torch can use.
     build : dict
-        For each part of the compiled code what it holds, or why it is not there.
+        For each compiled module its contents, or why it is missing.
     backends : dict
-        For each backend why it can't run here; None when it can.
+        For each backend why it can't run here; None if it can.
     ops : dict
-        For each op and each type of device the backends that can run it, fastest first.
+        For each op and device type the backends that can run it, fastest first.
     fallbacks : dict
-        For each op whose backends have no kernel of their own: backend -> the backend whose code it runs instead.
+        For each op with backends that have no kernel of their own: backend -> the backend that runs instead.
     environment : dict
-        The variables that change what runs.
+        The environment variables that affect which backend runs.
     """
 
     versions: dict[str, str | None]
@@ -76,7 +76,7 @@ class Report:
 
 
 def collect() -> Report:
-    """Look at the build and the machine; ``backends.report`` is its public name."""
+    """Inspect the build and the machine; the public function is ``backends.report``."""
     types = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     ops = {op: {device: selection.available(op, torch.device(device)) for device in types} for op in sorted(OPS)}
     fallbacks = {
@@ -105,7 +105,7 @@ def collect() -> Report:
 
 def _version(package: str) -> str | None:
     try:
-        # torch's own version names its build, such as +cpu, also where the metadata of the package does not.
+        # torch.__version__ names the build, such as +cpu, even if the package's metadata does not.
         return torch.__version__ if package == "torch" else importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
@@ -139,7 +139,7 @@ def _build() -> dict[str, str]:
         return {"_planner": planner, "_C": reason}
     try:
         instructions = torch.ops.refrag_cpu.active_isa()
-    except RuntimeError as error:  # REFRAG_KERNELS_ISA names one that this machine can't run
+    except RuntimeError as error:  # REFRAG_KERNELS_ISA requests one that this machine can't run
         instructions = f"none: {error}"
     architectures = ", ".join(f"sm_{name.strip()}" for name in torch.ops.refrag_cuda.architectures().split(",") if name)
     return {
@@ -151,5 +151,5 @@ def _build() -> dict[str, str]:
 
 
 def _without_paths(text: str) -> str:
-    """Return ``text`` with the last part of each absolute path only: folders may name the machine's owner."""
+    """Shorten absolute paths in ``text`` to their last part: folders may contain the name of a user."""
     return re.sub(r"(?<![\w.])(?:/[^\s/:'\",;]+)+/([^\s/:'\",;]+)", r"\1", text)

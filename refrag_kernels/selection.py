@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and how to restrict the choice.
+"""Select the implementation that runs an op, and restrict the selection.
 
 ==========  ====================  =====================================
 backend     folder                devices
@@ -9,7 +9,7 @@ cpu         ``cpu_kernels/``      CPU (C++ kernels of ``_C``)
 reference   ``reference/``        any device; the specification
 ==========  ====================  =====================================
 
-What each of them implements, and which is preferred, is declared with each op: see ``support``.
+Each op declares what each backend supports and which one is preferred; see ``support``.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Backend:
     folder : str
         The package of its functions, with a module for each family of ops.
     devices : tuple of str, optional
-        Types of devices; None: any.
+        Device types; None: any.
     why_missing : callable
         Returns why the backend can't run on this machine, or None.
     values : {"before", "on failure", "on request"}
-        When bad values in tensors are looked for, to name the argument: before each call on the CPU; once the
-        implementation has refused them without saying where; or, as kernels that tolerate them run on a GPU, only where
-        REFRAG_KERNELS_CHECK=1.
+        When to check the values of integer tensors in order to name an argument: before each call on the CPU; after the
+        implementation has refused them without naming the argument; or only if REFRAG_KERNELS_CHECK=1, on a GPU, whose
+        kernels tolerate invalid values.
     """
 
     folder: str
@@ -54,7 +54,7 @@ class Backend:
 
     @functools.cached_property
     def reason(self) -> str | None:
-        """What ``why_missing`` returned when it was first asked."""
+        """The result of ``why_missing``, cached."""
         return self.why_missing()
 
 
@@ -159,7 +159,7 @@ def select(op: Op, backend: str | None, args: Sequence) -> Implementation:
 
 
 def available(op: str, device: torch.device) -> list[str]:
-    """Return the backends that serve ``op`` on ``device`` in this build, in order of preference."""
+    """Return the backends that support ``op`` on ``device`` in this build, in order of preference."""
     return [
         name
         for name, implementation in OPS[op].implementations.items()

@@ -1,7 +1,7 @@
-"""Which backend implements which op, and for which arguments: one row for each pair of them.
+"""Which backend implements which op for which arguments: one row per backend and op.
 
-The rows of an op are declared where it is registered, in order of preference. A row says what the backend's kernels
-take, which other backend's function serves in place of its own, or why there is none.
+The rows of an op are declared where it is registered, in order of preference. A row says which arguments the backend's
+kernels support, which backend it falls back to instead of kernels of its own, or why it has no implementation.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from refrag_kernels.validation import FLOAT_DTYPES
 
 HALF = (torch.bfloat16, torch.float16)
 SINGLE_AND_HALF = (torch.float32, *HALF)
-TENSOR_CORES = (8, 0)  # the compute capability from which mma.sync takes bfloat16
+TENSOR_CORES = (8, 0)  # the first compute capability whose mma.sync supports bfloat16
 ALIGNMENT = 16  # bytes: of a vector load and of cp.async
 
 
 @dataclasses.dataclass(frozen=True)
 class Support:
-    """What one backend's implementation of one op takes.
+    """The arguments that one backend's implementation of one op supports.
 
     Attributes
     ----------
@@ -39,13 +39,13 @@ class Support:
     aligned : tuple of str
         Arguments whose rows must start at multiples of ``ALIGNMENT`` bytes.
     exact_matmul : bool
-        Whether torch's own matrix products take part: float32 is refused while torch computes it in one pass of TF32.
+        Whether torch's own matrix products are used: float32 is refused while torch computes it in one pass of TF32.
     tile_lists : bool
         Whether the argument ``plan`` must have tile lists.
     binds : bool
         Whether the op of the same name in ``_C`` is called directly, rather than a function in the backend's folder.
     fallback : str, optional
-        The backend whose function serves in the place of one of its own.
+        The backend whose function runs instead of one of its own.
     missing : str, optional
         Why there is no implementation.
     """
@@ -62,19 +62,19 @@ class Support:
     missing: str | None = None
 
 
-# The specification takes every dtype and device.
+# The specification supports every dtype and device.
 REFERENCE = Support("reference", FLOAT_DTYPES)
 
 
 class Implementation:
-    """A row of an op's table: refuses arguments by reason, and loads its function on first use.
+    """A row of an op's table: says why it refuses arguments, and loads its function on first use.
 
     Attributes
     ----------
     op : str
     support : Support
     module : str
-        Where the function is, unless an op of ``_C`` is called directly or there is none.
+        The function's module, unless an op of ``_C`` is called directly or there is no implementation.
     """
 
     def __init__(self, op: str, support: Support, module: str, names: Sequence[str], dtype_of: str) -> None:
@@ -96,7 +96,7 @@ class Implementation:
         return getattr(importlib.import_module(self.module), self.op)
 
     def unsupported(self, args: Sequence) -> str | None:
-        """Return why the implementation does not take these arguments of the op, or None."""
+        """Return why the implementation does not support these arguments of the op, or None."""
         dtype = args[self._dtype_at].dtype
         if dtype not in self._dtypes:
             return f"dtype {str(dtype).removeprefix('torch.')}"
@@ -133,11 +133,11 @@ class Op:
 
     @property
     def is_backward(self) -> bool:
-        """Whether it computes the gradients of another op, and no user calls it."""
+        """Whether the op computes the gradients of another op and is not called by users."""
         return self.name.endswith("_backward")
 
 
-# All ops, by name, as ``registration.register_op`` registers them.
+# All ops by name, filled by ``registration.register_op``.
 OPS: dict[str, Op] = {}
 
 

@@ -1,4 +1,4 @@
-"""Tile lists: what GPU kernels walk, derived from a plan when it is made for a GPU or moved to one.
+"""Tile lists: what GPU kernels iterate over, derived from a plan when it is made for a GPU or moved to one.
 
 A GPU's tiles have 64 rows or more, so several blocks of 16 rows share one. A list groups ``group`` consecutive blocks
 of one side of the plan, and holds the rows of the other side that the group attends to, or that attend to it:
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class TileList(NamedTuple):
-    """One list: how it is made, and the fields of the plan that bound its size."""
+    """One list: the blocks that it groups."""
 
     keys: bool  # whether it groups blocks of keys, and lists query rows
     group: int  # blocks per group
@@ -59,7 +59,7 @@ def tensors_of(values: Sequence[T], which: TileList) -> Sequence[T]:
 
 
 def wanted(device: torch.device) -> bool:
-    """Whether plans for ``device`` have tile lists: the backends of the CPU walk the plan itself."""
+    """Return whether plans for ``device`` have tile lists: CPU backends iterate over the plan itself."""
     return device.type == "cuda"
 
 
@@ -74,9 +74,9 @@ def derive(plan: Sequence[torch.Tensor], *, split: bool) -> list:
 
 
 def sizes(lists: list) -> list[int]:
-    """Return the rows of each tensor of ``lists``; never 0 or 1, which torch.compile would make variants for."""
+    """Return the rows of each tensor of ``lists``; never 0 or 1, on which torch.compile would specialize."""
     return [
-        # A list without partials has two rows for them: a group in two parts gets one more.
+        # A list without partials has two rows of them; a group in two parts has two partials and gets a third row.
         max(3 if kind == 3 and rows else 2, rows)
         for tile_list, built in zip(TILE_LISTS, lists)
         for kind, rows in enumerate(built.rows()[: len(tile_list.row_shapes())])

@@ -1,6 +1,6 @@
-"""Checks of shape, dtype, device and stride that public functions and fake kernels share.
+"""Checks of shape, dtype, device and stride, shared by public functions and fake kernels.
 
-Each raises an error that names the argument, what it got and what it needs. None reads a tensor's values.
+Each raises an error that names the argument, what it got and what it needs. None of them reads a tensor's values.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ T = TypeVar("T")
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT32_MAX = 2**31 - 1
 _PLAIN = frozenset((type(None), str, int, torch.device))
-_MOST_REMEMBERED = 1024  # kinds of arguments, of a few hundred bytes each
-MAX_HEAD_DIM = 256  # what the kernels' registers and shared memory are laid out for
+_MOST_REMEMBERED = 1024  # keys of a few hundred bytes each
+MAX_HEAD_DIM = 256  # limited by the kernels' use of registers and shared memory
 
 
 # The devices and dtypes of autocast, which leaves float64 alone.
@@ -34,7 +34,7 @@ def autocast_is_on(device: torch.device) -> bool:
 
 
 def same_under_autocast(first: torch.dtype, second: torch.dtype) -> bool:
-    """Return whether autocast makes one dtype of two."""
+    """Return whether two dtypes are the same under autocast."""
     return first == second or (first in AUTOCAST_DTYPES and second in AUTOCAST_DTYPES)
 
 
@@ -43,14 +43,14 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def unchecked(cls: type[T], **fields: object) -> T:
-    """Return an instance of a frozen dataclass without its ``__post_init__``, for fields that are known to be good."""
+    """Create an instance of a frozen dataclass without ``__post_init__``, for fields that are known to be valid."""
     instance = object.__new__(cls)
     instance.__dict__.update(fields)
     return instance
 
 
 def as_int(name: str, value: object, least: int) -> int:
-    """Return ``value``, an integer of any type (NumPy's, say) from ``least`` to the largest int32, as an int."""
+    """Convert an integer of any type, such as NumPy's, to int; it must be from ``least`` to the largest int32."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -63,10 +63,10 @@ def as_int(name: str, value: object, least: int) -> int:
 
 
 def remembered(check: Callable[..., None]) -> Callable[..., None]:
-    """Skip ``check`` for arguments like those that it has accepted before: most calls repeat the one of another layer.
+    """Skip ``check`` for arguments of a kind that it accepted before, as layers repeat each other's calls.
 
-    ``check`` may depend on shapes, strides, dtypes and devices of tensors, not on their values; and, where autocast is
-    on, it must accept no less than where it is off.
+    ``check`` may depend on shapes, strides, dtypes and devices of tensors, but not on their values. With autocast it
+    must accept at least what it accepts without.
     """
     accepted: set[tuple] = set()
 
@@ -185,7 +185,7 @@ def check_number(name: str, value: object) -> None:
 
 
 def window_bounds(window: int | tuple[int, int] | None, causal: bool = True) -> tuple[int, int]:
-    """Return the bounds (left, right) that a window and causality amount to; -1 means none."""
+    """Return the bounds (left, right) of a window combined with causality; -1 means no bound."""
     if window is None:
         return -1, 0 if causal else -1
     if not isinstance(window, int):
@@ -204,7 +204,7 @@ def window_bounds(window: int | tuple[int, int] | None, causal: bool = True) -> 
 
 
 def _window_of(window: Any) -> int | tuple[int, int]:
-    """Return a window whose integers are of other types (NumPy's, say) as one of ints."""
+    """Convert a window whose integers have other types, such as NumPy's, to ints."""
     try:
         return operator.index(window)
     except TypeError:

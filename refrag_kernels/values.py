@@ -1,6 +1,6 @@
-"""Checks of the values of index tensors, on the CPU, by errors that name the argument.
+"""Checks of the values of index tensors on the CPU, with errors that name the argument.
 
-One function for each op that reads indices from tensors; ``registration`` says when they run.
+There is one function for each op that reads indices from tensors; see ``registration`` for when they run.
 """
 
 from __future__ import annotations

@@ -125,8 +125,8 @@ def runner(problem: Problem, config: Config, plan: rk.AttentionPlan, tensors: Te
     if q.device.type == "cpu":
         return _emulated(problem, config, plan, tensors)
     work = attention_hopper.divide(plan, *problem.heads, config=config)
-    if config.masks and not work.entries.shape[0]:
-        raise ValueError("plan: got one without partial tiles, needs a configuration without masks")
+    if config.masks and not work.partial_tiles.shape[0]:
+        raise ValueError("plan: got one without partial tiles, which another configuration takes")
     return lambda: attention_hopper.hopper_attention(q, k, v, work, q.shape[2] ** -0.5)
 
 

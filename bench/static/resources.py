@@ -62,10 +62,10 @@ def triton_rows(architectures: Sequence[str] = SHOWN, progress: bool = False) ->
 def tile_rows(recorded: ahead_of_time.Launch) -> int:
     """Return the number of rows in the tiles that a kernel multiplies."""
     a = recorded.arguments
-    if "BM" in a:
-        return a["BM"]
-    # The key gradient kernels iterate over tiles of keys, all others over tiles of query rows.
-    return a["HEADS"] * a.get("ROWS", a.get("BLOCKS", 1) * 16) if "HEADS" in a else a["KEYS"]
+    if "BLOCK_M" in a:
+        return a["BLOCK_M"]
+    # Tiles of query rows hold the rows of several heads.
+    return a["HEADS"] * a.get("ROWS", a.get("BLOCKS", 1) * 16)
 
 
 def _shape(case: launches.Case, recorded: ahead_of_time.Launch) -> tuple[str, str]:
@@ -73,12 +73,12 @@ def _shape(case: launches.Case, recorded: ahead_of_time.Launch) -> tuple[str, st
     a = recorded.arguments
     parts = [f"D {case.head_dim}"] if case.head_dim else []
     tile = ""
-    if "GROUP" in a and "STEP" in a:
-        tile = f"{tile_rows(recorded)} x {a['STEP']}"
+    if "GROUP" in a and "BLOCK_N" in a:
+        tile = f"{tile_rows(recorded)} x {a['BLOCK_N']}"
         parts += [f"{a['GROUP']} heads per key", *(["softcap"] if a["SOFTCAP"] else [])]
-        parts += ["short KV"] if a.get("BLOCKS") == 1 and a["STEP"] == 16 else []
-    elif "BM" in a:
-        tile = f"{a['BM']} x {a['BN']} x {a['BK']}"
+        parts += ["short KV"] if a.get("BLOCKS") == 1 and a["BLOCK_N"] == 16 else []
+    elif "BLOCK_K" in a:
+        tile = f"{a['BLOCK_M']} x {a['BLOCK_N']} x {a['BLOCK_K']}"
         parts += [case.name.split("-")[2].replace("N", "N "), *(["listed rows"] if a["LISTED"] else [])]
     return ", ".join(parts), tile
 

@@ -1,4 +1,4 @@
-// mixed_attention: checks, and the kernel that fits the head width and the device.
+// The launcher of mixed_attention: checks arguments, and selects the kernel by head_dim and device.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -14,7 +14,7 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr const char* kOp = "mixed_attention";
-constexpr int64_t kMaxAhead = 1 << 20;  // blocks of threads: many times what a device holds
+constexpr int64_t kMaxAhead = 1 << 20;  // CTAs: many times more than a device can hold
 
 template <class T, int D, int kTiles>
 void launch_attention(const AttentionParams& params, const AttentionGrid& grid, cudaStream_t stream) {
@@ -38,10 +38,10 @@ std::tuple<Tensor, Tensor> mixed_attention(const Tensor& q, const Tensor& k, con
   const int64_t kv_heads = k.size(1);
   check_queries(q, kv_heads);
   STD_TORCH_CHECK(k.size(2) == q.size(2) && v.size(0) == k.size(0) && v.size(1) == kv_heads && v.size(2) == q.size(2),
-                  "k, v: need the same shape, and the head width of q");
+                  "k, v: need the same shape, and the head_dim of q");
   check_rows("k", k, q);
   check_rows("v", v, q);
-  // The tile lists that follow the fields are for other kernels.
+  // Tile lists follow the fields; these kernels don't use them.
   STD_TORCH_CHECK(plan.size() >= kNumPlanFields, "plan: got ", plan.size(), " tensors, needs ", int{kNumPlanFields});
   STD_TORCH_CHECK(plan[kQRowBlock].numel() == q.size(0) && plan[kKvRowBlock].numel() == k.size(0),
                   "plan: was made for other row counts");

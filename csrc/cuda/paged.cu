@@ -1,4 +1,4 @@
-// paged_attention, append_kv and merge_states: checks, memory, and the kernels that fit.
+// The launchers of paged_attention, append_kv and merge_states: check arguments, allocate memory and select kernels.
 #include "cuda/paged_kernels.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -18,7 +18,7 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = "paged_attention";
 
-// page_table [B, max_pages], of which rows may have any stride.
+// Checks page_table [B, max_pages], whose rows may have any stride, and returns its data.
 const int32_t* check_table(const Tensor& page_table, const Tensor& like) {
   STD_TORCH_CHECK(page_table.scalar_type() == ScalarType::Int && page_table.dim() == 2 &&
                       (page_table.size(1) <= 1 || page_table.stride(1) == 1),
@@ -42,10 +42,10 @@ void launch_paged(const PagedParams& params, const PagedGrid& grid, cudaStream_t
     launch_splits<T, D, kFewerWarps<D>>(params, grid, stream);
   }
   if (grid.z == 1) return;
-  const int64_t places = static_cast<int64_t>(params.q_rows) * params.q_heads;
+  const int64_t num_states = static_cast<int64_t>(params.q_rows) * params.q_heads;
   launch(kOp, "merge_splits_kernel", merge_splits_kernel<T, D>,
-         dim3(static_cast<unsigned>((places + kMergeWarps - 1) / kMergeWarps)), dim3(kMergeWarps * kWarp), 0, stream,
-         params);
+         dim3(static_cast<unsigned>((num_states + kMergeWarps - 1) / kMergeWarps)), dim3(kMergeWarps * kWarp), 0,
+         stream, params);
 }
 
 std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> paged_attention(const Tensor& q, const Tensor& k_page
   STD_TORCH_CHECK(q.dim() == 3 && k_pages.dim() == 4 && v_pages.dim() == 4, "q needs 3 dimensions, pages need 4");
   const int64_t rows = q.size(0), kv_heads = k_pages.size(2);
   check_queries(q, kv_heads);
-  STD_TORCH_CHECK(k_pages.size(3) == q.size(2), "k_pages: needs the head width of q");
+  STD_TORCH_CHECK(k_pages.size(3) == q.size(2), "k_pages: needs the head_dim of q");
   for (int64_t i = 0; i < 4; ++i) {
     STD_TORCH_CHECK(v_pages.size(i) == k_pages.size(i), "v_pages: needs the shape of k_pages");
   }
@@ -128,7 +128,7 @@ void append_kv(const Tensor& k, const Tensor& v, Tensor k_pages, Tensor v_pages,
   for (const Tensor* tensor : std::array<const Tensor*, 3>{&v, &k_pages, &v_pages}) {
     STD_TORCH_CHECK(tensor->scalar_type() == k.scalar_type() && tensor->get_device_index() == k.get_device_index() &&
                         tensor->size(tensor->dim() - 1) == k.size(2) && tensor->size(tensor->dim() - 2) == k.size(1),
-                    "append_kv: needs one dtype, device, number of heads and width for all rows and pages");
+                    "append_kv: needs the same dtype, device, number of heads and head_dim for all rows and pages");
   }
   for (const Tensor* tensor : std::array<const Tensor*, 4>{&k, &v, &k_pages, &v_pages}) {
     STD_TORCH_CHECK(tensor->size(tensor->dim() - 1) <= 1 || tensor->stride(tensor->dim() - 1) == 1,
@@ -137,7 +137,7 @@ void append_kv(const Tensor& k, const Tensor& v, Tensor k_pages, Tensor v_pages,
   STD_TORCH_CHECK(v.size(0) == k.size(0) && v_pages.size(0) == k_pages.size(0) && v_pages.size(1) == k_pages.size(1),
                   "append_kv: needs as many rows and pages of values as of keys");
   STD_TORCH_CHECK(kv_lengths.numel() == page_table.size(0) && q_offsets.numel() == kv_lengths.numel() + 1,
-                  "append_kv: needs tables of one number of sequences");
+                  "append_kv: needs tables of the same number of sequences");
   if (k.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(k.get_device_index());
   const AppendParams params = {k.const_data_ptr(),
@@ -189,20 +189,20 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a
   STD_TORCH_CHECK(out_b.numel() == out_a.numel() && out_b.scalar_type() == out_a.scalar_type() &&
                       out_b.get_device_index() == out_a.get_device_index(),
                   "out_b: needs the shape, dtype and device of out_a");
-  const int64_t places = out_a.size(0) * out_a.size(1);
+  const int64_t num_states = out_a.size(0) * out_a.size(1);
   for (const Tensor* lse : std::array<const Tensor*, 2>{&lse_a, &lse_b}) {
-    STD_TORCH_CHECK(lse->scalar_type() == ScalarType::Float && lse->numel() == places &&
+    STD_TORCH_CHECK(lse->scalar_type() == ScalarType::Float && lse->numel() == num_states &&
                         lse->get_device_index() == out_a.get_device_index(),
                     "lse_a, lse_b: need float32 [T, H] on the device of out_a");
   }
   const torch::stable::accelerator::DeviceGuard guard(out_a.get_device_index());
   Tensor out = torch::stable::new_empty(out_a, {out_a.size(0), out_a.size(1), out_a.size(2)});
   Tensor lse = torch::stable::new_empty(lse_a, {out_a.size(0), out_a.size(1)});
-  if (places == 0) return {out, lse};
+  if (num_states == 0) return {out, lse};
   const MergeParams params = {out_a.const_data_ptr(), static_cast<const float*>(lse_a.const_data_ptr()),
                               out_b.const_data_ptr(), static_cast<const float*>(lse_b.const_data_ptr()),
                               out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr()),
-                              places,                 static_cast<int32_t>(out_a.size(2))};
+                              num_states,             static_cast<int32_t>(out_a.size(2))};
   const bool wide = reinterpret_cast<uintptr_t>(params.out_a) % kAccessBytes == 0 &&
                     reinterpret_cast<uintptr_t>(params.out_b) % kAccessBytes == 0;
   const cudaStream_t stream = current_stream(out_a);

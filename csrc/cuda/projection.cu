@@ -1,4 +1,4 @@
-// project_chunks for few chunks, and the assembly of embed_mixed: checks, memory, and the kernels that fit.
+// The launchers of project_chunks for small M, and of embed_mixed: check arguments, allocate memory and select kernels.
 #include "cuda/projection_kernels.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -99,7 +99,7 @@ Tensor assemble_mixed(const Tensor& token_ids, const Tensor& token_table, const 
   STD_TORCH_CHECK(token_table.dim() == 2 && projected.dim() == 2 && projected.size(1) == token_table.size(1) &&
                       projected.scalar_type() == token_table.scalar_type() &&
                       projected.get_device_index() == token_table.get_device_index(),
-                  "projected: needs the width, dtype and device of token_table");
+                  "projected: needs the hidden_size, dtype and device of token_table");
   STD_TORCH_CHECK(token_table.size(1) <= 1 || (token_table.stride(1) == 1 && projected.stride(1) == 1),
                   "token_table, projected: need a contiguous last dimension");
   STD_TORCH_CHECK(token_ids.scalar_type() == ScalarType::Long && token_ids.is_contiguous() &&
@@ -107,8 +107,8 @@ Tensor assemble_mixed(const Tensor& token_ids, const Tensor& token_table, const 
                       token_ids.numel() == slot_of_row.numel(),
                   "token_ids: needs contiguous int64, one for each row");
   const torch::stable::accelerator::DeviceGuard guard(token_table.get_device_index());
-  const int64_t rows = token_ids.numel(), width = token_table.size(1);
-  Tensor out = torch::stable::new_empty(token_table, {rows, width});
+  const int64_t rows = token_ids.numel(), hidden_size = token_table.size(1);
+  Tensor out = torch::stable::new_empty(token_table, {rows, hidden_size});
   const int32_t* slots = indices("slot_of_row", slot_of_row, token_table);
   if (out.numel() == 0) return out;
   const AssembleParams params = {static_cast<const int64_t*>(token_ids.const_data_ptr()),
@@ -119,7 +119,7 @@ Tensor assemble_mixed(const Tensor& token_ids, const Tensor& token_table, const 
                                  rows,
                                  token_table.size(0),
                                  projected.size(0),
-                                 width,
+                                 hidden_size,
                                  token_table.stride(0),
                                  projected.stride(0),
                                  static_cast<float>(token_scale)};

@@ -1,4 +1,4 @@
-// A plan put together by hand: whether a kernel that follows it stays within its tensors.
+// Checks that kernels stay within the tensors of a plan that was assembled by hand.
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -12,7 +12,8 @@ namespace {
   throw std::invalid_argument(std::string(field) + ": got a wrong entry at " + std::to_string(at) + ", needs " + needs);
 }
 
-// Blocks follow each other from row 0 on, with 1 to 16 rows each, and know their rows; what they see is in bounds.
+// Checks that blocks of 1 to 16 rows cover the rows in order, that rows refer to their blocks, and that the rows of the
+// other side are in bounds.
 void check_blocks(const char* field, const char* rows_field, const Block* blocks, int32_t count,
                   const int32_t* block_of, int32_t rows, int32_t other_rows) {
   int64_t row = 0;
@@ -46,8 +47,8 @@ struct Tiles {
   const Block* blocks;
   int32_t num_blocks;
 
-  // Whether rows [start, start + count) are whole tiles of what a block sees. Tiles have 16 rows at most, so as many
-  // rows as 16 times the tiles mean that all are full.
+  // Whether rows [start, start + count) are whole tiles within a block's rows of the other side. Tiles have at most 16
+  // rows, so all of them are full if there are 16 times as many rows as tiles.
   bool whole(const Block& block, int64_t start, int64_t count) const {
     if (start < block.other_start || count < 1 || start + count > int64_t{block.other_start} + block.other_count) {
       return false;
@@ -56,7 +57,8 @@ struct Tiles {
     return tiles[first].start == start && count == int64_t{kTile} * (last - first + 1);
   }
 
-  // A block's rows of the other side are tiles of 16 but for the last one, the same for all blocks that begin there.
+  // Checks that a block's rows of the other side are tiles of 16 rows, except the last one, and the same for all blocks
+  // of a sequence.
   void check_sequences(const char* field) const {
     for (int32_t b = 0; b < num_blocks; ++b) {
       const Block& block = blocks[b];
@@ -82,7 +84,7 @@ struct Tiles {
   }
 };
 
-// What a capacity leaves over holds what the planner writes there: kernels that can't know the sizes read it.
+// Checks the unused rows under a capacity: kernels that don't know the sizes read the planner's fill values there.
 void check_rest(const char* field, const int32_t* words, int64_t used, int64_t room, int32_t fill) {
   for (int64_t word = used; word < room; ++word) {
     if (words[word] != fill) fail(field, word, std::to_string(fill) + " beyond what sizes counts");
@@ -93,7 +95,7 @@ void check_rest(const char* field, const int32_t* words, int64_t used, int64_t r
 
 void check_plan(const PlanArray<const int32_t*>& fields, const PlanArray<int64_t>& rows) {
   const int32_t* sizes = fields[kSizes];
-  // What each entry of sizes counts, and the fields that have as many rows.
+  // Each entry of sizes, and the field whose rows it counts.
   struct Count {
     PlanSize entry;
     PlanField field;
@@ -144,11 +146,13 @@ void check_plan(const PlanArray<const int32_t*>& fields, const PlanArray<int64_t
     const Block& block = q_blocks[b];
     for (int32_t i = fields[kPartialOffsets][b]; i < fields[kPartialOffsets][b + 1]; ++i) {
       const int32_t key = fields[kPartialKeys][i];
-      const bool seen = key >= block.other_start && key < block.other_start + block.other_count;
-      if (!seen || kv_blocks[fields[kKvRowBlock][key]].start != key) fail("partial_keys", i, "the first key of a tile");
+      const bool in_sequence = key >= block.other_start && key < block.other_start + block.other_count;
+      if (!in_sequence || kv_blocks[fields[kKvRowBlock][key]].start != key) {
+        fail("partial_keys", i, "the first key of a tile");
+      }
     }
   }
-  // Rows that see a key of a tile may be those of a block that is not full, so only where they begin has to fit.
+  // A range of rows may end with a block of fewer than 16 rows, so only its start has to be aligned.
   const auto* ranges = reinterpret_cast<const Interval*>(fields[kFullTRanges]);
   const auto* tiles = reinterpret_cast<const TransposedTile*>(fields[kPartialTTiles]);
   for (int32_t b = 0; b < sizes[kNumKvBlocks]; ++b) {

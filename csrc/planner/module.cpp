@@ -1,5 +1,5 @@
-// refrag_kernels._planner: the planner for Python. Arrays come and go as addresses of int32 tensors on the CPU, checked
-// and kept alive by refrag_kernels/plan.py, so that neither torch's headers nor numpy are needed here.
+// refrag_kernels._planner: Python bindings of the planner. Arrays are passed as addresses of int32 tensors on the CPU,
+// which refrag_kernels/plan.py checks and keeps alive, so that neither torch's headers nor numpy are needed here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -91,8 +91,8 @@ std::vector<int32_t> block_of_row(const std::vector<Block>& blocks) {
   return rows;
 }
 
-// Writes each section to word offsets[i] of the buffer, which has room for rows[i] of its rows. What is left over is
-// filled so that kernels skip it: offsets repeat their last value, rows belong to no block, the rest is 0.
+// Writes section i to word offsets[i] of the buffer, which has room for rows[i] of its rows. The unused rest is filled
+// so that kernels skip it: offsets repeat their last value, rows belong to no block, other fields are 0.
 void write_plan(const Plan& plan, uintptr_t buffer, const PlanArray<int64_t>& offsets, const PlanArray<int64_t>& rows) {
   const auto sizes = sizes_of(plan);
   const auto q_row_block = block_of_row(plan.q_blocks), kv_row_block = block_of_row(plan.kv_blocks);
@@ -139,7 +139,7 @@ Side side_of(const PlanArray<uintptr_t>& fields, bool keys) {
   return side;
 }
 
-// Rows of work items, ranges, partial tiles and partials.
+// Returns the numbers of work items, ranges, partial tiles and partials.
 std::array<int64_t, 4> rows_of(const TileLists& lists) {
   return {static_cast<int64_t>(lists.work_items.size()), static_cast<int64_t>(lists.ranges.size()),
           static_cast<int64_t>(lists.partial_tiles.size() / (2 + lists.group)),
@@ -157,7 +157,7 @@ void write_lists(const TileLists& lists, uintptr_t buffer, const std::vector<int
   const std::array<const void*, 4> data{lists.work_items.data(), lists.ranges.data(), lists.partial_tiles.data(),
                                         lists.partials.data()};
   if (offsets.size() != rows.size() || rows.size() > used.size())
-    throw std::invalid_argument("tile list buffer is of no list");
+    throw std::invalid_argument("tile list buffer has the wrong number of tensors");
   for (size_t i = 0; i < rows.size(); ++i) {
     if (used[i] > rows[i]) throw std::invalid_argument("tile list buffer is too small");
     int32_t* out = reinterpret_cast<int32_t*>(buffer) + offsets[i];

@@ -1,7 +1,9 @@
-// The planner: from chunk lengths and a chunk mask to the tiles that attention kernels walk. Plain C++, no torch.
+// The planner: turns chunk lengths and a chunk mask into the tiles that attention kernels iterate over. Plain C++, no
+// torch.
 //
 // Rows of each sequence are cut into blocks of 16 query rows and tiles of 16 key rows, both counted from the sequence's
-// own first row. A pair of block and tile is skipped, full (every row sees every key) or partial (16 x 16 mask bits).
+// own first row. A pair of block and tile is skipped, full (every row attends to every key) or partial (16 x 16 mask
+// bits).
 #pragma once
 
 #include <array>
@@ -13,8 +15,8 @@
 
 namespace refrag::planner {
 
-// Rows in a query block and keys in a tile: the granularity at which every backend can follow chunk boundaries (the
-// shortest matrix instructions on CPUs and GPUs take 16 rows or keys).
+// Rows in a query block and keys in a tile: the granularity at which every backend follows chunk boundaries (the
+// smallest matrix instructions on CPUs and GPUs have 16 rows or keys).
 inline constexpr int32_t kTile = 16;
 
 enum class MaskKind : int32_t { full = 0, passages = 1, diagonal = 2, csr = 3 };
@@ -28,9 +30,9 @@ struct Problem {
   const int32_t* passage_of_chunk;  // [num_chunks] for passages
   const int32_t* indptr;            // [num_chunks + 1] for csr
   const int32_t* indices;
-  // Query rows of each sequence, its last ones; null: as many as there are keys.
+  // Number of query rows of each sequence, which are its last rows; null: as many as keys.
   const int32_t* query_lengths;
-  // Row i may look at row j only if i - left <= j <= i + right; negative: no bound. Causal is right = 0.
+  // Row i may attend to row j only if i - left <= j <= i + right; negative: no bound. Causal is right = 0.
   int32_t left;
   int32_t right;
 
@@ -48,20 +50,20 @@ struct Interval {
   int32_t start, end;
 };
 
-// A block of query rows or a tile of key rows, with the packed rows of the other side of its sequence.
+// A block of query rows or a tile of key rows, with its sequence's packed rows on the other side.
 struct Block {
   int32_t start, count, other_start, other_count;
 };
 
 struct Bits {
-  uint32_t words[kTile / 2];  // bit 16 * (r % 2) + c of word r / 2: row r sees key c
+  uint32_t words[kTile / 2];  // bit 16 * (r % 2) + c of word r / 2: row r attends to key c
 };
 
 struct TransposedTile {
   int32_t block, tile;
 };
 
-// See refrag_kernels/plan.py for what each field means to a kernel.
+// The fields are documented in refrag_kernels/plan.py.
 struct Plan {
   int32_t query_rows = 0, key_rows = 0, num_sequences = 0;
   std::vector<Block> q_blocks, kv_blocks;
@@ -78,8 +80,8 @@ Plan make_plan(const Problem& problem);
 template <class T>
 using PlanArray = std::array<T, kNumPlanFields>;
 
-// Throws std::invalid_argument, which names the field, unless the fields of a plan with so many rows stay within each
-// other's bounds.
+// Throws std::invalid_argument, which names the field, unless the fields of a plan stay within each other's bounds.
+// `rows`: the number of rows of each field.
 void check_plan(const PlanArray<const int32_t*>& fields, const PlanArray<int64_t>& rows);
 
 // Fills the transposed fields (kv_blocks and *_t_*) from the others.

@@ -1,4 +1,4 @@
-// Groups consecutive blocks of a plan: one sweep over the sorted lists of the blocks of a group.
+// Groups consecutive blocks of a plan, by one sweep over the sorted lists of a group's blocks.
 #include "tile_lists.h"
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int32_t kNever = std::numeric_limits<int32_t>::max();
 
-// Where the sweep is in the lists of one block.
+// The position of the sweep in the lists of one block.
 struct Cursor {
   const Interval *full, *full_end;
   const TransposedTile *partial, *partial_end;
@@ -19,7 +19,7 @@ struct Cursor {
     while (full != full_end && full->end <= row) ++full;
     while (partial != partial_end && partial->block < row) ++partial;
   }
-  // The first row at or after `row` that the block has to do with.
+  // Returns the first row at or after `row` in the block's lists.
   int32_t next(int32_t row) const {
     const int32_t in_full = full == full_end ? kNever : std::max(full->start, row);
     return partial == partial_end ? in_full : std::min(in_full, partial->block);
@@ -43,13 +43,13 @@ TileLists list_groups(const Side& side, int32_t group) {
   mark();
   for (int32_t first = 0; first < side.num_blocks; first += group) {
     const int32_t last = std::min(first + group, side.num_blocks);
-    // Blocks of two sequences may share a group, but they see no row in common: one sequence after the other.
+    // Blocks of two sequences may share a group, but have no rows in common: process one sequence after the other.
     for (int32_t begin = first, end; begin < last; begin = end) {
       const int32_t other_start = side.blocks[begin].other_start;
       int32_t other_end = other_start;
       end = begin;
       cursors.clear();
-      // A sequence without rows on the other side starts where the next one does; it sees nothing either way.
+      // A sequence without rows on the other side has the same start as the next one; its blocks have empty lists.
       for (; end < last && side.blocks[end].other_start == other_start; ++end) {
         other_end = std::max(other_end, other_start + side.blocks[end].other_count);
         cursors.push_back({side.full_ranges + side.full_offsets[end], side.full_ranges + side.full_offsets[end + 1],
@@ -97,13 +97,13 @@ TileLists list_groups(const Side& side, int32_t group) {
   return lists;
 }
 
-// Steps of a work item's ranges and of its partial tiles, which fill a step by fours.
+// Returns the steps of a work item: those of its ranges, and one for every four partial tiles.
 int32_t work_of(const WorkItem& item, const WorkItem& next) {
   constexpr int32_t kTilesPerStep = kStep / kTile;
   return next.steps - item.steps + (next.partial_tile - item.partial_tile + kTilesPerStep - 1) / kTilesPerStep;
 }
 
-// Cuts groups into parts of up to `most` steps: ranges at their steps, partial tiles by fours.
+// Cuts groups into parts of up to `most` steps: ranges at multiples of a step, partial tiles at multiples of four.
 void split_groups(TileLists& lists, int32_t most) {
   const std::vector<WorkItem> groups = std::move(lists.work_items);
   const std::vector<Interval> ranges = std::move(lists.ranges);
@@ -113,7 +113,7 @@ void split_groups(TileLists& lists, int32_t most) {
   for (size_t i = 0; i + 1 < groups.size(); ++i) {
     const WorkItem &group = groups[i], &next = groups[i + 1];
     const bool cut = work_of(group, next) > most;
-    int32_t left = 0, tile = group.partial_tile;  // steps that the current part may still take
+    int32_t left = 0, tile = group.partial_tile;  // left: steps that still fit in the current part
     const auto start = [&] {
       const int32_t partial = cut ? static_cast<int32_t>(lists.partials.size()) : -1;
       if (cut) lists.partials.push_back(group.group);

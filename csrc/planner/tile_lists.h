@@ -1,19 +1,19 @@
-// Tile lists: a plan's 16-row blocks in groups that fill a GPU's tile, with the work that is common to a group apart.
-// Derived from the fields of a finished plan, so that a plan can be given to a GPU after it was made.
+// Tile lists: group a plan's 16-row blocks to fill a GPU's tile, and separate the work that all blocks of a group
+// share. They are derived from the fields of a finished plan, so that a plan can be moved to a GPU.
 #pragma once
 
 #include "planner.h"
 
 namespace refrag::planner {
 
-// A GPU kernel takes 64 rows of the other side per step: ranges are made of whole steps, partial tiles fill a step by
-// fours.
+// A GPU kernel processes 64 rows of the other side per step: ranges consist of whole steps, and four partial tiles fill
+// a step.
 inline constexpr int32_t kStep = 64;
 
-// What a partial tile says about one block of its group, where it is not an index into Plan::partial_bits.
+// Codes of a partial tile for one block of its group; other codes are indices into Plan::partial_bits.
 inline constexpr int32_t kSkipped = -1, kFull = -2;
 
-// One side of a plan: its blocks, and the rows of the other side that they see (or are seen by).
+// One side of a plan: its blocks, and the rows of the other side that they attend to (or that attend to them).
 struct Side {
   const Block* blocks;
   int32_t num_blocks;
@@ -23,18 +23,18 @@ struct Side {
   std::vector<TransposedTile> partial_tiles;  // first row on the other side, index into partial_bits
 };
 
-// What one program of a kernel does: a group, or a part of a group that has much more work than others.
+// The work of one program of a kernel: a group, or a part of a group that has much more work than others.
 struct WorkItem {
-  int32_t range, partial_tile;  // the first ones
-  int32_t steps;                // of ranges, in all work items before this one
+  int32_t range, partial_tile;  // index of the first one
+  int32_t steps;                // in the ranges of all previous work items
   int32_t group;
-  int32_t partial;  // where a part's sums are stored until they are added up; -1: the item is its whole group
+  int32_t partial;  // the split-KV partial that a part writes its sums to; -1: the item is its whole group
 };
 
 struct TileLists {
   int32_t group;                       // blocks per group
   std::vector<WorkItem> work_items;    // [work_items + 1]
-  std::vector<Interval> ranges;        // rows that every block of the group sees whole; multiples of kStep long
+  std::vector<Interval> ranges;        // rows that all blocks of the group fully attend to; multiples of kStep long
   std::vector<int32_t> partial_tiles;  // [E, 2 + group]: first row, number of rows, one code per block
   std::vector<int32_t> partials;       // the group of each partial, ascending
 };

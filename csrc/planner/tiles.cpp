@@ -15,7 +15,7 @@ namespace {
 constexpr int32_t tile_floor(int32_t row) { return row / kTile; }
 constexpr int32_t tile_ceil(int32_t row) { return (row + kTile - 1) / kTile; }
 
-// Consecutive rows of one block whose chunks see the same keys.
+// Consecutive rows of a block whose chunks attend to the same keys.
 struct Run {
   int32_t first, last;  // rows [first, last) within the block
   int32_t group;
@@ -31,18 +31,18 @@ class BlockTiles {
     edge_of_tile_.assign(tile_ceil(key_rows), -1);
   }
 
-  // Adds the keys that `run` of the block at `position` (rows counted from the sequence's first key) may see.
+  // Adds the keys that `run` may attend to. `position`: of the block, counted from the sequence's first key.
   void add(const Run& run, int32_t position, const std::vector<Interval>& intervals) {
     const int32_t first = position + run.first, last = position + run.last - 1;
-    const Interval any{low(first), high(last)};  // seen by some row of the run
-    const Interval all{low(last), high(first)};  // seen by every row of the run
+    const Interval any{low(first), high(last)};  // keys that any row of the run attends to
+    const Interval all{low(last), high(first)};  // keys that all rows of the run attend to
     const uint32_t rows = (1u << run.last) - (1u << run.first);
     auto interval = std::partition_point(intervals.begin(), intervals.end(),
                                          [&](const Interval& i) { return i.end <= any.start; });
     for (; interval != intervals.end() && interval->start < any.end; ++interval) {
       const int32_t touched_first = tile_floor(std::max(interval->start, any.start));
       const int32_t touched_last = tile_ceil(std::min(interval->end, any.end));
-      // Tiles that lie inside for every row: [inner_first, inner_last).
+      // Tiles [inner_first, inner_last) are within the interval for every row.
       const int32_t inner_first = std::min(tile_ceil(std::max(interval->start, all.start)), touched_last);
       const int32_t inner_last = std::max(tile_floor(std::min(interval->end, all.end)), inner_first);
       if (inner_first < inner_last) {
@@ -56,7 +56,7 @@ class BlockTiles {
     }
   }
 
-  // Appends what was added since the last call to the plan, as the tiles of a block of `rows` query rows.
+  // Appends the keys added since the last call to the plan, as the tiles of a block of `rows` query rows.
   void finish(int32_t rows, bool sorted) {
     const uint32_t all_rows = (1u << rows) - 1;
     if (!sorted) std::sort(events_.begin(), events_.end(), [](Event a, Event b) { return a.tile < b.tile; });
@@ -147,8 +147,8 @@ class BlockTiles {
     }
   }
 
-  // Whether every row sees a whole tile: adjacent intervals of different runs can add up to that. The last tile of a
-  // sequence is never whole when it holds fewer keys: no row sees the absent ones.
+  // Whether every row attends to the whole tile, which adjacent intervals and different runs can add up to. A last tile
+  // with fewer than 16 keys is never complete, as no row attends to the missing keys.
   static bool complete(const Edge& edge, int32_t rows) {
     for (int32_t row = 0; row < rows; ++row) {
       if ((edge.bits.words[row / 2] >> (kTile * (row % 2)) & 0xFFFF) != 0xFFFF) return false;

@@ -1,4 +1,4 @@
-// The backward half of a plan: for each tile of keys, the query blocks that see it.
+// The backward half of a plan: for each tile of keys, the query blocks that attend to it.
 #include "planner.h"
 
 namespace refrag::planner {
@@ -6,13 +6,14 @@ using std::size_t;
 
 namespace {
 
-// A key tile that every row of the query rows [start, end) sees whole.
+// A key tile that all query rows [start, end) fully attend to.
 struct Stretch {
   int32_t tile;
   Interval rows;
 };
 
-// Calls visit(tile) for each tile that lies in a range of `a` and in none of `b`. Both are sorted and disjoint.
+// Calls visit(row) with the first row of each tile that is in a range of `a` but in none of `b`. Both lists are sorted
+// and disjoint.
 template <class Visit>
 void for_each_missing(const Interval* a, const Interval* a_end, const Interval* b, const Interval* b_end, Visit visit) {
   for (; a != a_end; ++a) {
@@ -30,10 +31,10 @@ void for_each_missing(const Interval* a, const Interval* a_end, const Interval* 
 
 void transpose(const Problem& problem, Plan& plan) {
   std::vector<Stretch> stretches;
-  std::vector<int32_t> open;  // per tile of the sequence: first query row of the stretch that is open
+  std::vector<int32_t> open;  // per tile of the sequence: first query row of the current stretch
   size_t block = 0;
   int32_t query_start = 0;
-  // Partial tiles are stored by their first key; this finds the tile's number.
+  // Partial tiles are stored by their first key; these map a block to the number of its sequence's first tile.
   std::vector<int32_t> first_tile_of_sequence, sequence_of_block(plan.q_blocks.size());
 
   for (int32_t sequence = 0; sequence < problem.num_sequences; ++sequence) {
@@ -47,8 +48,8 @@ void transpose(const Problem& problem, Plan& plan) {
     }
     open.assign(plan.kv_blocks.size() - first_tile, 0);
 
-    // Walk the blocks in order and compare each one's full ranges with those of the one before: only the tiles that
-    // enter or leave cost anything.
+    // Compare each block's full ranges with those of the previous block: the cost is proportional to the number of
+    // tiles that differ.
     const Interval* ranges = plan.full_ranges.data();
     const Interval *before = nullptr, *before_end = nullptr;
     const int32_t query_end = query_start + query_rows;

@@ -35,12 +35,12 @@ void check_csr(const Problem& problem, int64_t num_indices) {
     const int32_t first = problem.sequence_chunks[sequence], last = problem.sequence_chunks[sequence + 1];
     for (int32_t chunk = first; chunk < last; ++chunk) {
       for (int32_t at = problem.indptr[chunk]; at < problem.indptr[chunk + 1]; ++at) {
-        const int32_t seen = problem.indices[at];
-        const bool ascending = at == problem.indptr[chunk] || problem.indices[at - 1] < seen;
-        if (seen >= first && seen < last && ascending) continue;
-        const std::string where = "indices: got " + std::to_string(seen) + " for chunk " + std::to_string(chunk);
-        if (seen < 0 || seen >= chunks) fail(where + ", needs a chunk in [0, " + std::to_string(chunks) + ")");
-        if (seen < first || seen >= last) {
+        const int32_t index = problem.indices[at];
+        const bool ascending = at == problem.indptr[chunk] || problem.indices[at - 1] < index;
+        if (index >= first && index < last && ascending) continue;
+        const std::string where = "indices: got " + std::to_string(index) + " for chunk " + std::to_string(chunk);
+        if (index < 0 || index >= chunks) fail(where + ", needs a chunk in [0, " + std::to_string(chunks) + ")");
+        if (index < first || index >= last) {
           fail(where + ", needs a chunk of its own sequence " + std::to_string(sequence) + ", in [" +
                std::to_string(first) + ", " + std::to_string(last) + "): a mask can't cross sequences");
         }
@@ -97,7 +97,7 @@ const std::vector<Interval>& Visibility::intervals(int32_t group) {
       }
       break;
     case MaskKind::passages:
-      if (group == 0) {  // shared text sees everything
+      if (group == 0) {  // shared text attends to everything
         current_.push_back({0, key_rows});
         break;
       }

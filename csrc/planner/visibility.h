@@ -1,4 +1,4 @@
-// Which keys the chunks of one sequence may look at, as sorted disjoint intervals of rows.
+// The keys that the chunks of a sequence may attend to, as sorted disjoint intervals of rows.
 #pragma once
 
 #include <unordered_map>
@@ -8,18 +8,18 @@
 
 namespace refrag::planner {
 
-// Chunks of one group see the same keys. Intervals are made when a group is first asked for, so that a plan for a few
-// query rows does not pay for every chunk of a long context.
+// Chunks of a group attend to the same keys. Intervals are computed on demand, so that a plan for a few query rows does
+// not pay for every chunk of a long context.
 class Visibility {
  public:
   explicit Visibility(const Problem& problem) : problem_(problem) {}
 
   void enter_sequence(int32_t sequence);
 
-  // A number that chunks of the same group of the current sequence share.
+  // Returns the group of a chunk of the current sequence.
   int32_t group_of(int32_t chunk) const;
 
-  // Keys of the group, rows counted from the sequence's first row. Valid until the next call.
+  // Returns the keys of a group, as rows counted from the sequence's first row. Valid until the next call.
   const std::vector<Interval>& intervals(int32_t group);
 
  private:

@@ -1,1 +1,1 @@
-"""Bind the C++ CPU kernels of ``_C``: check values, then call."""
+"""Bind the C++ CPU kernels of ``_C``."""

@@ -1,4 +1,4 @@
-"""merge_states' gradients by the C++ kernels of csrc/cpu; the other ops of the family are bound directly."""
+"""The gradients of merge_states by the C++ kernels of csrc/cpu; the other ops of the family are bound directly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def merge_states_backward(
     out_b: torch.Tensor,
     lse_b: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All four gradients in one pass."""
+    """Return all four gradients, computed in one pass."""
     return torch.ops.refrag_cpu.merge_states_backward.default(
         grad_out.contiguous(), grad_lse.contiguous(), out_a, lse_a, out_b, lse_b
     )

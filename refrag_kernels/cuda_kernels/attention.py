@@ -1,4 +1,4 @@
-"""mixed_attention by the CUDA kernels of csrc/cuda; other backends compute its gradient."""
+"""mixed_attention by the CUDA kernels of csrc/cuda; other backends compute its gradients."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """project_chunks and embed_mixed by the CUDA kernels of csrc/cuda.
 
-Up to 64 chunks go through a kernel that reads each weight once; more are a matter for torch's own products.
+Up to 64 chunks use a kernel that reads each weight once; more use torch's own matrix products.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _not_small_m(
     activation: str,
     packed: torch.Tensor | None,
 ) -> str | None:
-    """Return why the kernel of csrc/cuda does not take these arguments, or None."""
+    """Return why the kernel of csrc/cuda does not support these arguments, or None."""
     if chunks.shape[0] > MAX_SMALL_M:
         return f"{chunks.shape[0]} chunks"
     if w1.shape[0] % 8 or w1.shape[1] % 8:
@@ -62,7 +62,7 @@ def embed_mixed(
     token_scale: float,
     packed: torch.Tensor | None,
 ) -> torch.Tensor:
-    """See ``refrag_kernels.embed_mixed``; a row whose token or slot does not exist gives zeros."""
+    """See ``refrag_kernels.embed_mixed``; a row whose token or slot is out of range becomes zeros."""
     projected = project_chunks(chunks, w1, b1, w2, b2, activation, packed)
     return torch.ops.refrag_cuda.assemble_mixed.default(
         token_ids.contiguous(), token_table, projected, slot_of_row.contiguous(), token_scale

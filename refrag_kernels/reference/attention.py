@@ -1,11 +1,11 @@
 """mixed_attention in plain torch: its specification, forward and backward.
 
-With s_ij = scale * q_i . k_j, or softcap * tanh(s_ij / softcap) of it, over the pairs (i, j) that the plan allows:
+With s_ij = scale * q_i . k_j, or softcap * tanh(scale * q_i . k_j / softcap), over the pairs that the plan allows:
 
     lse_i = log(sum_j exp(s_ij) + exp(sink)),    p_ij = exp(s_ij - lse_i),    out_i = sum_j p_ij v_j
 
-A fully masked row has out 0 and lse -inf (or the sink). The sums run over the allowed pairs alone: a NaN or inf in
-q, k or v is in the results of the rows that attend to it, and in the gradients of what those attend to, nowhere else.
+A fully masked row has out 0 and lse -inf (or the sink). The sums run over allowed pairs only: a NaN or inf in q, k or v
+affects the rows that attend to it and the gradients of the keys that those attend to, and nothing else.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def _in_batch(tensor: torch.Tensor, row_block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return ``tensor`` in ``dtype``, 0 in the rows beyond the batch: those may hold anything, NaN too."""
+    """Return ``tensor`` in ``dtype``, with 0 in the rows beyond the batch, which may contain NaN."""
     return tensor.to(dtype).masked_fill(row_block[:, None, None] < 0, 0)
 
 
 def _scores(
     q: torch.Tensor, k: torch.Tensor, allowed: torch.Tensor, scale: float, softcap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the scores [G, T_q, T_kv] of a group of heads, -inf where not allowed, and their slope by the product."""
+    """Return the scores [G, T_q, T_kv] of a group of heads, -inf where not allowed, and d score / d product."""
     products = torch.einsum("igd,jd->gij", q, k) * scale
     if softcap > 0:
         ratio = torch.tanh(products / softcap)
@@ -56,8 +56,8 @@ def _probabilities(scores: torch.Tensor, lse: torch.Tensor, allowed: torch.Tenso
 def _over_allowed(weights: torch.Tensor, allowed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Return sum_j weights[g, i, j] * rows[j] over the allowed pairs (i, j); rows [T_kv, D], or a set for each g.
 
-    Where a pair is not allowed its weight is 0, but 0 * NaN is not: what is not finite is left out of the product, and
-    makes NaN of the sums that it belongs to.
+    The weight of a pair that is not allowed is 0, but 0 * NaN is NaN. So non-finite elements are left out of the matrix
+    product, and the sums that include one are set to NaN.
     """
     finite = rows.isfinite()
     reached = torch.matmul(allowed.to(rows.dtype), (~finite).to(rows.dtype)) > 0

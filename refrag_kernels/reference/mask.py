@@ -1,4 +1,4 @@
-"""The specification of a plan: which pairs of rows are allowed, in plain torch, and what a plan says is allowed."""
+"""The specification of a plan in plain torch: which pairs of rows are allowed, and which ones a plan allows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The specification of paged_attention, append_kv and merge_states: plain torch in float64, without host waits."""
+"""The specification of paged_attention, append_kv and merge_states: plain torch in float64, without synchronization."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _attend(q, k_pages, v_pages, page_table, visible, scale, softcap) -> tuple[t
     """Attend from each row of ``q`` to the keys of its row of ``page_table`` that are visible to it."""
     page, kv_heads = k_pages.shape[1], k_pages.shape[2]
     rows, heads, dim = q.shape
-    # Pages and rows of pages that no row attends to may hold anything, so neither their ids nor their values are used.
+    # Pages that no row attends to may contain anything, so neither their ids nor their values are used.
     needed = visible.unflatten(1, (-1, page)).any(2)
     pages = torch.where(needed, page_table, 0).long()
     k, v = (
@@ -148,7 +148,7 @@ def merge_states_backward(
     out_b: torch.Tensor,
     lse_b: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """With weights a + b = 1: d out / d lse_a = a b (out_a - out_b), d lse / d lse_a = a, and so on."""
+    """With weights a + b = 1: d out / d lse_a = a b (out_a - out_b), d lse / d lse_a = a, and likewise for b."""
     _, weight_a, weight_b = _weights(lse_a, lse_b)
     grad_out, grad_lse = grad_out.double(), grad_lse.double()
     shift = weight_a * weight_b * (grad_out * (_values(out_a, lse_a) - _values(out_b, lse_b))).sum(-1)

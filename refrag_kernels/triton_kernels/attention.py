@@ -19,8 +19,8 @@ from refrag_kernels.triton_kernels.attention_backward_kernels import (
 )
 from refrag_kernels.triton_kernels.attention_forward_kernels import mixed_attention_fwd_kernel
 
-_DELTA_ROWS = 32  # a warp's width, for the sum over rows of dsinks
-_SUM_ROWS = 16  # of a tile's 64, whose parts are added up by one program
+_DELTA_ROWS = 32  # the threads of a warp, for the sum over rows of dsinks
+_SUM_ROWS = 16  # of a tile's 64 rows, per program that adds up partials
 
 
 def _list(plan: Sequence[torch.Tensor], which: TileList) -> Sequence[torch.Tensor]:
@@ -29,10 +29,10 @@ def _list(plan: Sequence[torch.Tensor], which: TileList) -> Sequence[torch.Tenso
 
 
 class Tiles(NamedTuple):
-    """How a kernel that works by tiles of query rows divides its work."""
+    """Tile shape of a kernel that has one program per tile of query rows."""
 
-    heads: int  # of a tile, that share a key/value head
-    blocks: int  # of a tile, of 16 rows each
+    heads: int  # per tile; they share a key/value head
+    blocks: int  # per tile, of 16 rows each
     block_n: int  # keys per iteration
     num_warps: int
     num_stages: int
@@ -41,11 +41,12 @@ class Tiles(NamedTuple):
 def tiles_of(
     kernel: str, target: str, plan: Sequence[torch.Tensor], group: int, head_dim: int, element_size: int, softcap: bool
 ) -> Tiles:
-    """Return how ``kernel`` ("forward", "dq") divides a plan's work for ``group`` query heads per key/value head.
+    """Return the tile shape of ``kernel`` ("forward", "dq") for a plan with ``group`` query heads per key/value head.
 
-    Four heads and more fill a tile with the rows of one block, whose keys are exactly those that the plan lists. Fewer
-    heads, and heads that would leave a quarter of a tile empty, take the rows of four blocks, which share most of their
-    keys. With short KV they don't share them: each block is a tile, as it is where 64 rows don't fit in shared memory.
+    Four or more heads fill a tile with the rows of one block, whose keys are exactly those that the plan lists. With
+    fewer heads, or a number of heads that would leave a quarter of the tile empty, a tile has the rows of four blocks,
+    which share most of their keys. With short KV they don't share them, so each block is a tile, as it is if 64 rows
+    don't fit in shared memory.
     """
     heads = min(8, launch.power_of_2(group))
     if 4 * group <= 3 * heads:
@@ -56,7 +57,7 @@ def tiles_of(
     config = configs.attention(kernel, target, head_dim, element_size, softcap)
     blocks = 4 if heads <= 2 and config.block_m >= 64 else 1
     heads = max(1, min(heads, config.block_m // (16 * blocks)))
-    # A tile that is smaller than the configuration allows needs fewer warps; four share a matrix unit's work evenly.
+    # A tile smaller than block_m needs fewer warps, but no fewer than four, which share the matrix units evenly.
     num_warps = min(config.num_warps, max(4, config.num_warps * heads * blocks * 16 // config.block_m))
     return Tiles(heads, blocks, config.block_n, num_warps, config.num_stages)
 
@@ -64,12 +65,12 @@ def tiles_of(
 def _short_kv(plan: Sequence[torch.Tensor]) -> bool:
     """Return whether blocks of 16 rows attend to fewer than 64 keys on average, as in the encoder.
 
-    Four blocks that share a tile would then have few keys in common, and other tiles take 64 keys per iteration. Chunks
-    of up to 32 rows that attend to themselves are such a case, wherever they begin: a block of 16 rows lies in two or
+    Four blocks in one tile would then share hardly any keys, and other tiles process 64 keys per iteration. Chunks of
+    up to 32 rows that attend to themselves are such a case, wherever they start: a block of 16 rows overlaps two or
     three of them.
 
-    Decided by the sizes of lists, so nothing is read from the device. Lists never have fewer than 2 rows, so plans of a
-    few blocks can't be judged; and under a capacity lists are as long as any batch needs.
+    Only the lengths of the lists are used, so nothing is read from the device. Lists have at least 2 rows, so plans of
+    a few blocks don't count as short KV, nor do plans under a capacity, whose lists are as long as any batch needs.
     """
     blocks = plan[PlanField.Q_BLOCKS].shape[0]
     _, ranges, partial_tiles = _list(plan, TileList(False, 1))
@@ -77,7 +78,7 @@ def _short_kv(plan: Sequence[torch.Tensor]) -> bool:
 
 
 def _query_tiles(kernel, q, k, v, plan: Sequence[torch.Tensor], softcap: float):
-    """Return grid, plan arguments, order, constants and options of a kernel that works by tiles of query rows."""
+    """Return grid, plan tensors, program order, constants and options of a kernel with tiles of query rows."""
     target = launch.architecture(q.device)
     group, block_d = q.shape[1] // k.shape[1], launch.width(q.shape[2])
     tiles = tiles_of(kernel, target, plan, group, block_d, q.element_size(), softcap > 0)
@@ -87,7 +88,7 @@ def _query_tiles(kernel, q, k, v, plan: Sequence[torch.Tensor], softcap: float):
         GROUP=group,
         HEADS=tiles.heads,
         BLOCKS=tiles.blocks,
-        STEP=tiles.block_n,
+        BLOCK_N=tiles.block_n,
         D=q.shape[2],
         BD=block_d,
         WIDE=launch.wide(tiles.block_n, k.stride(0), v.stride(0)),
@@ -166,7 +167,7 @@ def _delta(grad_out, grad_lse, out, lse, sizes, sinks) -> tuple[torch.Tensor, to
     with launch.on(out.device):
         mixed_attention_delta_kernel[(programs, heads)](
             grad_out, grad_lse, out, lse, lse if sinks is None else sinks.contiguous(), sizes, delta, parts, rows,
-            *_strides(grad_out, out), ROWS=_DELTA_ROWS, D=columns, BD=launch.width(columns), SINKS=sinks is not None,
+            *_strides(grad_out, out), BLOCK_M=_DELTA_ROWS, D=columns, BD=launch.width(columns), SINKS=sinks is not None,
         )  # fmt: skip
     return delta, parts.new_empty(0) if sinks is None else parts.sum(0)
 
@@ -180,8 +181,8 @@ def _key_gradients(inputs, dk, dv, plan, scale, softcap) -> None:
     parts, kv_heads, num_partials = 64 // config.block_m, k.shape[1], partials.shape[0]
     sums = lse  # not written: no work item has a partial
     programs = (work_items.shape[0] - 1) * parts
-    # Work items are alike in cost, and share so much of what they read that heads need no sections. All axes of the
-    # grid but the first have at most 65,535 programs.
+    # Work items have similar costs and read mostly the same rows, so heads need no sections. Grid axes other than the
+    # first have at most 65,535 programs.
     heads_first = grid_order.heads_first() and programs < 2**16
     split = num_partials > 2  # a list without partials has two rows
     if split:
@@ -189,14 +190,14 @@ def _key_gradients(inputs, dk, dv, plan, scale, softcap) -> None:
     mixed_attention_bwd_dkv_kernel[(kv_heads, programs) if heads_first else (programs, kv_heads)](
         *inputs, dk, dv, sums, plan[PlanField.SIZES], kv_blocks, plan[PlanField.PARTIAL_BITS], work_items, ranges,
         partial_tiles, scale, softcap, k.shape[0], kv_blocks.shape[0], num_partials, *_strides(q, k, v, grad_out, dk),
-        GROUP=q.shape[1] // kv_heads, KEYS=config.block_m,
-        STEP=config.block_n, D=columns, BD=block_d,
+        GROUP=q.shape[1] // kv_heads, BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, D=columns, BD=block_d,
         WIDE=launch.wide(config.block_n, q.stride(0), grad_out.stride(0)), SOFTCAP=softcap > 0,
         PRECISION=launch.precision(q.dtype, target), TILES=int(heads_first),
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if split:
         mixed_attention_bwd_sum_kernel[(num_partials, kv_heads, 64 // _SUM_ROWS)](
-            sums, partials, kv_blocks, dk, dv, num_partials, kv_blocks.shape[0], *dk.stride()[:2], ROWS=_SUM_ROWS,
+            sums, partials, kv_blocks, dk, dv, num_partials, kv_blocks.shape[0], *dk.stride()[:2], BLOCK_M=_SUM_ROWS,
             D=columns, BD=block_d,
         )  # fmt: skip

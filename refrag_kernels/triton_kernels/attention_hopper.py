@@ -1,4 +1,4 @@
-"""mixed_attention on sm_90 by Gluon: which work each multiprocessor does, and the launch. No backend chooses it yet."""
+"""mixed_attention on sm_90 in Gluon: the schedule of persistent programs, and the launch. No backend selects it yet."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from refrag_kernels.plan import AttentionPlan
 from refrag_kernels.plan_fields import PlanField, PlanSize
 from refrag_kernels.triton_kernels import launch
 
-WIDTH = 128  # of a head
-_ROWS = 64  # of a consumer
-_ITEM_COST = 1  # of an item's first and last instructions, in pieces of 64 keys
+HEAD_DIM = 128  # the only head_dim that is supported
+_WGMMA_M = 64  # rows of a consumer
+_ITEM_COST = 1  # of an item's prologue and epilogue, in pieces of 64 keys
 _PARTIAL_COST = 0.4  # of a partial tile of 16 keys: more than a quarter, for its mask
-_VERSIONS = ((3, 6), (3, 7))  # of Triton, whose Gluon the kernel is written in
-_ALIGNMENT = 16  # bytes, of what TMA copies
+_VERSIONS = ((3, 6), (3, 7))  # of Triton, whose Gluon the kernel needs
+_ALIGNMENT = 16  # bytes, of addresses and strides for TMA
 
 
 class Config(NamedTuple):
-    """How the kernel is compiled.
+    """Compile-time configuration of the kernel.
 
-    A tile has 64 rows for each consumer: 16 of each of ``blocks`` blocks, for as many query heads of a key/value head
-    as fill it.
+    A tile has 64 rows per consumer: 16 rows of each of ``blocks`` blocks, for as many query heads of a key/value head
+    as fill the tile.
     """
 
     block_n: int = 128  # keys per iteration: 64 or 128
     num_stages: int = 2  # blocks of keys, and as many of values, in shared memory
     blocks: int = 4
     warpgroups: int = 2  # consumers: two in a CTA, or one in each of two CTAs
-    consumer_registers: int = 232  # of a thread of two consumers; a single one has what the producer leaves
+    consumer_registers: int = 232  # per thread, with two consumers; a single one gets what the producer leaves
     producer_registers: int = 40
     masks: bool = False  # whether there may be partial tiles
-    in_turn: bool = False  # whether two consumers issue their products one after the other
+    in_turn: bool = False  # whether two consumers alternate in issuing matrix products
 
     @property
     def block_m(self) -> int:
         """Rows of a tile."""
-        return _ROWS * self.warpgroups
+        return _WGMMA_M * self.warpgroups
 
     @property
     def num_warps(self) -> int:
@@ -54,23 +54,24 @@ class Config(NamedTuple):
 
     @property
     def resident(self) -> int:
-        """CTAs of a multiprocessor (the occupancy)."""
+        """Resident CTAs per multiprocessor (the occupancy)."""
         return 2 // self.warpgroups
 
     @property
     def launched_registers(self) -> int:
-        """Registers of a thread at the launch, when all have the same: those of four warps for each role."""
+        """Registers per thread at launch, when all threads have the same number."""
         return 65536 // self.resident // (32 * self.num_warps) // 8 * 8
 
 
 class Work(NamedTuple):
-    """What each program does, from ``divide``: int32 tensors on one device, and what they were made for."""
+    """The items of each program, from ``divide``: int32 tensors on one device, and the shapes that they are for."""
 
-    starts: torch.Tensor  # [programs + 1]: its items
-    items: torch.Tensor  # [items, 6]: tile, key/value head and part of its group, first range, pieces of 64 keys,
-    # first entry, entries
+    starts: torch.Tensor  # [programs + 1]: first item of each program
+    # [items, 6]: tile, key/value head and part of its group, first range, pieces of 64 keys, first partial tile,
+    # partial tiles
+    items: torch.Tensor
     ranges: torch.Tensor  # [R, 2]: keys [start, end), multiples of 64 long
-    entries: torch.Tensor  # [E, 2 + blocks]: of refrag_kernels.tile_lists
+    partial_tiles: torch.Tensor  # [E, 2 + blocks]: see refrag_kernels.tile_lists
     bits: torch.Tensor  # [P, 8], the plan's partial_bits
     blocks: torch.Tensor  # [NB, 4], the plan's q_blocks
     q_shape: tuple[int, int]  # rows and heads
@@ -81,19 +82,19 @@ class Work(NamedTuple):
 def divide(
     plan: AttentionPlan, q_heads: int, kv_heads: int, *, programs: int | None = None, config: Config | None = None
 ) -> Work:
-    """Divide the work of a plan among the programs of the kernel: the longest items first, each to the least busy.
+    """Divide the work of a plan among the programs of the kernel: longest items first, each to the least busy program.
 
-    Waits for the device if the plan is there: to be called once a plan.
+    Synchronizes with the device if the plan is on one: call it once per plan.
 
     Parameters
     ----------
     plan : AttentionPlan
-        Without ``config.masks``, its tiles of ``config.blocks`` blocks must attend to whole ranges of 64 keys alone, as
-        they do where chunks are multiples of 64 rows long and the mask is not causal.
+        Without ``config.masks``, tiles of ``config.blocks`` blocks must attend to whole ranges of 64 keys only, as they
+        do if chunks are multiples of 64 rows long and the mask is not causal.
     q_heads, kv_heads : int
         H_q and H_kv.
     programs : int, optional
-        Default: as many as the plan's device has room for.
+        Default: as many as can be resident on the plan's device.
     config : Config, optional
 
     Returns
@@ -103,7 +104,7 @@ def divide(
     Raises
     ------
     ValueError
-        If the plan needs masks and ``config`` has none, or has a capacity, or the heads don't fill tiles.
+        If the plan needs masks and ``config.masks`` is False, the plan has a capacity, or the heads don't fill tiles.
     """
     config = config or Config()
     if config.block_n not in (64, 128) or config.warpgroups not in (1, 2) or config.num_stages < 2:
@@ -121,7 +122,7 @@ def divide(
     group = q_heads // kv_heads
     if q_heads % kv_heads or group % config.heads:
         raise ValueError(
-            f"q: got {q_heads} heads for {kv_heads} of k, needs a multiple of {config.heads} for each of those"
+            f"q: got {q_heads} heads for {kv_heads} of k, needs a multiple of {config.heads} for each of them"
         )
     host = plan.to("cpu")
     sizes = host.sizes.tolist()
@@ -130,22 +131,22 @@ def divide(
         raise ValueError(
             f"plan: got one with a capacity of {rows[0]} rows, needs one of the {sizes[PlanSize.Q_ROWS]} rows alone"
         )
-    work_items, ranges, entries = _tile_list(host, config.blocks)
-    if entries.shape[0] and not config.masks:
+    work_items, ranges, partial_tiles = _tile_list(host, config.blocks)
+    if partial_tiles.shape[0] and not config.masks:
         raise ValueError(
-            f"plan: got {entries.shape[0]} partial tiles in groups of {config.blocks} blocks, needs none, or "
+            f"plan: got {partial_tiles.shape[0]} partial tiles in groups of {config.blocks} blocks, needs none, or "
             "config.masks"
         )
     if programs is None:
         programs = _multiprocessors(plan.device) * config.resident
     starts, items = _items(work_items, kv_heads * (group // config.heads), programs)
-    starts, items, ranges, entries = (tensor.to(plan.device) for tensor in (starts, items, ranges, entries))
+    starts, items, ranges, partial_tiles = (tensor.to(plan.device) for tensor in (starts, items, ranges, partial_tiles))
     blocks, shapes = plan.q_blocks[: sizes[PlanSize.Q_BLOCKS]], ((rows[0], q_heads), (rows[1], kv_heads))
-    return Work(starts, items, ranges, entries, plan.partial_bits, blocks, *shapes, config)
+    return Work(starts, items, ranges, partial_tiles, plan.partial_bits, blocks, *shapes, config)
 
 
 def _tile_list(plan: AttentionPlan, group: int) -> list[torch.Tensor]:
-    """Return work items, ranges and partial tiles of a plan on the CPU, by groups of so many blocks."""
+    """Return work items, ranges and partial tiles of a plan on the CPU, for groups of ``group`` blocks."""
     built = extension.planner().tile_lists(
         [tensor.data_ptr() for tensor in plan.tensors()[: len(PlanField)]], False, group, False
     )
@@ -161,18 +162,18 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _items(work_items: torch.Tensor, heads: int, programs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``Work.starts`` and ``Work.items``: every work item for each of ``heads``."""
-    first_range, first_entry = work_items[:-1, 0].tolist(), work_items[:-1, 1].tolist()
-    pieces, entries = work_items[:, 2].diff().tolist(), work_items[:, 1].diff().tolist()
-    # Equal items go head by head, so that what runs at one time reads the same keys.
-    cost = [keys + _PARTIAL_COST * count + _ITEM_COST for keys, count in zip(pieces, entries)]
+    """Return ``Work.starts`` and ``Work.items``, with one item per work item and head."""
+    first_range, first_partial_tile = work_items[:-1, 0].tolist(), work_items[:-1, 1].tolist()
+    pieces, partial_tiles = work_items[:, 2].diff().tolist(), work_items[:, 1].diff().tolist()
+    # Items of equal cost are ordered by head, so that concurrent programs read the same keys.
+    cost = [keys + _PARTIAL_COST * count + _ITEM_COST for keys, count in zip(pieces, partial_tiles)]
     order = sorted((-cost[tile], head, tile) for head in range(heads) for tile in range(len(cost)))
     programs = max(1, min(programs, len(order)))
     of_program: list[list[tuple[int, ...]]] = [[] for _ in range(programs)]
     busy = [(0.0, program) for program in range(programs)]
     for _, head, tile in order:
         work, program = busy[0]
-        item = (tile, head, first_range[tile], pieces[tile], first_entry[tile], entries[tile])
+        item = (tile, head, first_range[tile], pieces[tile], first_partial_tile[tile], partial_tiles[tile])
         of_program[program].append(item)
         heapq.heapreplace(busy, (work + cost[tile], program))
     starts = torch.tensor([0, *(len(items) for items in of_program)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -181,7 +182,7 @@ def _items(work_items: torch.Tensor, heads: int, programs: int) -> tuple[torch.T
 
 
 def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> str | None:
-    """Return why the kernel does not take these arguments, or None if it does."""
+    """Return why the kernel does not support these arguments, or None if it does."""
     if reason := unsupported_tensors(q, k, v):
         return reason
     if not scale > 0:
@@ -194,12 +195,12 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float)
 
 
 def unsupported_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Return why the kernel does not take tensors of this kind, or None if it does."""
+    """Return why the kernel does not support these tensors, or None if it does."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype != torch.bfloat16:
             return f"{name}: got {tensor.dtype}, needs torch.bfloat16"
-        if tensor.dim() != 3 or tensor.shape[2] != WIDTH:
-            return f"{name}: got shape {list(tensor.shape)}, needs [T, H, {WIDTH}]"
+        if tensor.dim() != 3 or tensor.shape[2] != HEAD_DIM:
+            return f"{name}: got shape {list(tensor.shape)}, needs [T, H, {HEAD_DIM}]"
         strides = [stride for stride, size in zip(tensor.stride()[:2], tensor.shape) if size > 1]
         if tensor.stride(2) != 1 or any(stride <= 0 or 2 * stride % _ALIGNMENT for stride in strides):
             return f"{name}: got strides {tensor.stride()}, needs multiples of 8, and 1 for the last"
@@ -217,12 +218,12 @@ def unsupported_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> st
 def hopper_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, work: Work, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention on sm_90: see ``refrag_kernels.mixed_attention``.
+    """Compute attention on sm_90; see ``refrag_kernels.mixed_attention``.
 
     Parameters
     ----------
     q : Tensor [T_q, H_q, 128], bfloat16
-        Strides must be multiples of 16 bytes, as those of k and v.
+        Strides of q, k and v must be multiples of 16 bytes.
     k, v : Tensor [T_kv, H_kv, 128], bfloat16
     work : Work
         From ``divide``.
@@ -237,14 +238,16 @@ def hopper_attention(
     Raises
     ------
     ValueError
-        If an argument is of another kind, Triton is not 3.6 or 3.7, or the device is not sm_90.
+        If an argument is not supported, Triton is not 3.6 or 3.7, or the device is not sm_90.
     """
     reason = unsupported(q, k, v, scale)
     if reason:
         raise ValueError(reason)
     for name, shape, wanted in (("q", q.shape, work.q_shape), ("k", k.shape, work.kv_shape)):
         if tuple(shape[:2]) != wanted:
-            raise ValueError(f"{name}: got shape {list(shape)}, needs {[*wanted, WIDTH]}, for which work was divided")
+            raise ValueError(
+                f"{name}: got shape {list(shape)}, needs {[*wanted, HEAD_DIM]}, for which work was divided"
+            )
     if work.items.device != q.device:
         raise ValueError(f"work: got tensors on {work.items.device}, needs {q.device} as q")
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -268,20 +271,20 @@ def launch_arguments(q, k, v, out, lse, work: Work, scale: float) -> tuple[Any, 
 
     config = work.config
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    k_box, entry_box, q_box = [1, PIECE.value, WIDTH], [1, 16, WIDTH], [16, config.heads, WIDTH]
-    masks = work.entries.shape[0] > 0
+    k_box, partial_box, q_box = [1, PIECE.value, HEAD_DIM], [1, 16, HEAD_DIM], [16, config.heads, HEAD_DIM]
+    masks = work.partial_tiles.shape[0] > 0
     arguments = dict(
         q_desc=TensorDescriptor(q, [*q.shape], _strides(q), q_box, layout),
         k_desc=_by_heads(k, k_box, layout, TensorDescriptor),
         v_desc=_by_heads(v, k_box, layout, TensorDescriptor),
-        k_entry_desc=_by_heads(k, entry_box, layout, TensorDescriptor) if masks else None,
-        v_entry_desc=_by_heads(v, entry_box, layout, TensorDescriptor) if masks else None,
+        k_partial_desc=_by_heads(k, partial_box, layout, TensorDescriptor) if masks else None,
+        v_partial_desc=_by_heads(v, partial_box, layout, TensorDescriptor) if masks else None,
         p_out=out,
         p_lse=lse,
         p_starts=work.starts,
         p_items=work.items,
         p_ranges=work.ranges,
-        p_entries=work.entries,
+        p_partial_tiles=work.partial_tiles,
         p_bits=work.bits,
         p_blocks=work.blocks,
         num_blocks=work.blocks.shape[0],
@@ -292,12 +295,12 @@ def launch_arguments(q, k, v, out, lse, work: Work, scale: float) -> tuple[Any, 
         GROUP=q.shape[1] // k.shape[1],
         HEADS=config.heads,
         BLOCKS=config.blocks,
-        STEP=config.block_n,
+        BLOCK_N=config.block_n,
         STAGES=config.num_stages,
         WARPGROUPS=config.warpgroups,
         MASKS=masks,
         IN_TURN=config.in_turn,
-        D=WIDTH,
+        D=HEAD_DIM,
         CONSUMER_REGISTERS=config.consumer_registers,
         PRODUCER_REGISTERS=config.producer_registers,
     )
@@ -305,8 +308,8 @@ def launch_arguments(q, k, v, out, lse, work: Work, scale: float) -> tuple[Any, 
 
 
 def _strides(tensor: torch.Tensor) -> list[int]:
-    """Return the strides of a tensor; where a dimension has one row only, any that TMA takes."""
-    return [stride if size > 1 else WIDTH for stride, size in zip(tensor.stride()[:2], tensor.shape)] + [1]
+    """Return the strides of a tensor; for a dimension of size 1, any that TMA accepts."""
+    return [stride if size > 1 else HEAD_DIM for stride, size in zip(tensor.stride()[:2], tensor.shape)] + [1]
 
 
 def _by_heads(tensor: torch.Tensor, box: list[int], layout, descriptor) -> Any:

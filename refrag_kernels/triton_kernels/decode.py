@@ -1,4 +1,4 @@
-"""How paged_attention reads the keys of one row a sequence, and how to choose otherwise for comparisons."""
+"""How paged_attention reads keys when decoding (one row per sequence), with alternatives for comparisons."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import NamedTuple
 
 
 class Decode(NamedTuple):
-    """A way to decode.
+    """Options of the decoding kernel.
 
     Attributes
     ----------
     ahead : bool
-        A step of keys loads the page ids of the next one. Where it loads its own, its keys wait for them, and what
-        Triton keeps of the stages is one buffer that is filled while nothing is computed.
+        Each step prefetches the page ids of the next one. Otherwise its keys wait for its own page ids, and Triton's
+        pipeline degenerates to a single buffer that is filled while nothing is computed.
     by_length : bool
-        Each sequence's own keys are divided evenly among its parts; else the keys that the page table has room for.
+        Divide each sequence's own keys evenly among the splits, rather than the rows that the page table has room for.
     num_stages : int or None
-        Stages of the loop over keys; None: as many as ``configs.paged`` says.
+        Stages of the loop over keys; None: those of ``configs.paged``.
     """
 
     ahead: bool = True
@@ -31,7 +31,7 @@ chosen = Decode()
 
 @contextlib.contextmanager
 def use(decode: Decode) -> Iterator[None]:
-    """Decode by ``decode`` in every call inside the block."""
+    """Use these options in every call inside the block."""
     global chosen
     before, chosen = chosen, decode
     try:

@@ -1,4 +1,4 @@
-"""Where a kernel is launched: the device, its architecture, and the shapes that kernels are specialised for."""
+"""Properties of a launch: the device, its architecture, and the tile shapes that kernels are specialized for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _architecture(index: int) -> str:
 
 
 def architecture(device: torch.device) -> str:
-    """Return which of ``architectures.TRITON`` the configurations for ``device`` are taken from."""
+    """Return the name in ``architectures.TRITON`` whose configurations ``device`` uses."""
     if device.type != "cuda":  # the interpreter runs kernels on tensors of the CPU
         return architectures.TRITON[0]
     return _architecture(torch.cuda.current_device() if device.index is None else device.index)
@@ -30,9 +30,9 @@ def on(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def precision(dtype: torch.dtype, target: str) -> str:
-    """Return how products of ``dtype`` are made: float32 by three TF32 passes, or IEEE where that does not exist.
+    """Return the precision of matrix products of ``dtype``: float32 takes three TF32 passes, or IEEE on AMD.
 
-    One pass of TF32 keeps 10 bits, which is not float32. AMD's matrix cores multiply float32 as it is.
+    One TF32 pass keeps 10 bits of the mantissa, which is not float32. AMD's matrix cores multiply float32 natively.
     """
     return "tf32x3" if dtype == torch.float32 and target != "gfx942" else "ieee"
 
@@ -43,10 +43,10 @@ def power_of_2(number: int) -> int:
 
 
 def width(columns: int) -> int:
-    """Return the width of a tile that holds rows of ``columns``; matrix instructions need 16."""
+    """Return the tile width for rows of ``columns`` elements: a power of 2, at least 16 for matrix instructions."""
     return max(16, power_of_2(columns))
 
 
 def wide(rows: int, *strides: int) -> bool:
-    """Return whether distances between ``rows`` rows that are ``strides`` elements apart need more than 32 bits."""
+    """Return whether offsets within ``rows`` rows of these strides (in elements) need more than 32 bits."""
     return rows * max(strides) >= 2**31

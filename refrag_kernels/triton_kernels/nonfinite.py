@@ -1,12 +1,13 @@
-"""What attention kernels call at their end, where the sums of a tile are not finite.
+"""Repairs of tiles whose accumulators are not finite, which attention kernels call at their end.
 
-A row that does not attend to a key gives it the probability 0. But 0 * NaN is NaN, and the product of a tile takes all
-of its keys for all of its rows: a NaN or inf would reach rows that only share a tile with those that attend to it.
-So a kernel tests its sums once, after its loops. If one is not finite, a function from here goes over the tile again,
-a few rows at a time and without tile products, and writes the rows that were reached that way. This is slow, and rare.
+A row gives probability 0 to a key that it does not attend to. But 0 * NaN is NaN, and matrix products combine all keys
+of a tile with all of its rows: a NaN or inf would spread to rows that merely share a tile with rows attending to it.
+Therefore a kernel tests its accumulators once, after its loops. If one is not finite, a function of this module
+computes the tile again, a few rows at a time and without matrix products, and overwrites the rows that a NaN reached by
+mistake. This is slow, and rare.
 
-The functions are not inlined and take only numbers and addresses, so that the kernels keep the registers that they have
-without them. They use no tl.dot, which Triton does not compile in such functions for sm_100.
+The functions are not inlined and take only scalars and pointers, so they don't raise the register use of the kernels
+that call them. They use no tl.dot, which Triton does not compile in such functions for sm_100.
 """
 
 import triton
@@ -14,33 +15,35 @@ import triton.language as tl
 
 from refrag_kernels.triton_kernels.tiles import (
     LOG2E,
+    attending_rows,
     block_rows,
-    entry_bits,
-    entry_rows,
     load_rows,
     load_step,
+    load_work_item,
     next_step,
+    partial_tile_bits,
+    partial_tile_rows,
     scores,
-    seeing_rows,
     tile_and_column,
-    unit_of,
 )
 
-# Rows at a time: as many as leave the kernels' registers and stack as they are.
+# Rows per iteration: more would raise the kernels' use of registers and stack.
 REPAIR_ROWS = tl.constexpr(1)
 
 
 @triton.jit
 def all_finite(b_sums):
-    """Return whether all numbers of a tile are finite."""
-    return tl.sum(b_sums * 0.0) == 0.0  # an addition for each
+    """Return whether all elements of a tile are finite."""
+    return tl.sum(b_sums * 0.0) == 0.0  # one addition per element
 
 
 @triton.jit
-def _add(b_weights, b_rows, visible, b_sum, b_hidden):
-    """Add what ``b_weights`` [R, 16] give of ``b_rows`` [1, 16, BD]: to ``b_sum`` [R, BD] over the visible pairs, to
-    ``b_hidden`` over the others, as a product of tiles does: 0, or NaN."""
-    b_terms = b_weights[:, :, None] * b_rows
+def _add(b_factors, b_rows, visible, b_sum, b_hidden):
+    """Add the product of ``b_factors`` [R, 16] and ``b_rows`` [1, 16, BD] to ``b_sum`` [R, BD] for visible pairs.
+
+    Hidden pairs, which a matrix product adds as well, are added to ``b_hidden``: it stays 0 or becomes NaN.
+    """
+    b_terms = b_factors[:, :, None] * b_rows
     b_sum += tl.sum(tl.where(visible[:, :, None], b_terms, 0.0), 1)
     b_hidden += tl.sum(tl.where(visible[:, :, None], 0.0, b_terms), 1)
     return b_sum, b_hidden
@@ -48,13 +51,13 @@ def _add(b_weights, b_rows, visible, b_sum, b_hidden):
 
 @triton.jit
 def _products(b_own, b_rows):
-    """Return the products of rows [R, BD] with rows [1, 16, BD], [R, 16]."""
+    """Return the dot products of rows [R, BD] with rows [1, 16, BD], as [R, 16]."""
     return tl.sum(b_own[:, None, :] * b_rows, 2)
 
 
 @triton.jit
 def reached(b_sum, b_hidden):
-    """Return whether hidden pairs make a NaN of something that the visible ones leave finite, for each row."""
+    """Return for each row whether hidden pairs turn an element into NaN that is finite by the visible pairs."""
     return tl.max(((b_hidden != b_hidden) & (tl.abs(b_sum) < float("inf"))).to(tl.int32), 1) != 0
 
 
@@ -63,7 +66,7 @@ def add_keys(
     b_q, b_grad, b_lse, b_delta, b_k, b_v, visible, b_sum, b_hidden, scale, softcap,
     BACKWARD: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Add 16 keys to the outputs of rows, or to their gradients before the scale (``BACKWARD``)."""
+    """Add 16 keys to the outputs of rows or, if ``BACKWARD``, to the rows' gradients before the scale."""
     b_k = b_k.to(tl.float32)[None, :, :]
     b_v = b_v.to(tl.float32)[None, :, :]
     b_s, slope = scores(_products(b_q, b_k), scale, softcap, SOFTCAP, EXACT)
@@ -76,31 +79,31 @@ def add_keys(
 
 @triton.jit(noinline=True)
 def repair_rows(
-    p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_out, p_blocks, p_bits, p_units, p_ranges, p_entries, scale, softcap,
-    num_blocks, section, ahead, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt, stride_gh,
-    stride_ot, stride_oh, BACKWARD: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, BLOCKS: tl.constexpr,
-    D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, SOFTCAP: tl.constexpr,
+    p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_out, p_blocks, p_bits, p_work_items, p_ranges, p_partial_tiles, scale,
+    softcap, num_blocks, section, ahead, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt,
+    stride_gh, stride_ot, stride_oh, BACKWARD: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    BLOCKS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Write the outputs of rows of a tile of mixed_attention, or the gradients of the rows (``BACKWARD``)."""
+    """Rewrite rows of a tile's output in mixed_attention or, if ``BACKWARD``, rows of dq."""
     EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
-    WIDTH: tl.constexpr = 2 + BLOCKS
-    PARTS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    # As the kernels that call this number their programs.
+    TILE_WORDS: tl.constexpr = 2 + BLOCKS
+    HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    # The calling kernels' program order.
     tile, column = tile_and_column(section, ahead)
     tile = tl.num_programs(0) - 1 - tile
-    kv_head = column // PARTS
-    heads = tl.num_programs(1) // PARTS * GROUP
+    kv_head = column // HEAD_TILES
+    heads = tl.num_programs(1) // HEAD_TILES * GROUP
     p_k += kv_head.to(tl.int64) * stride_kh
     p_v += kv_head.to(tl.int64) * stride_vh
-    p_units += tile * 5
-    end = tl.load(p_units + 6)
+    p_work_items += tile * 5
+    end = tl.load(p_work_items + 6)
     o_n = tl.arange(0, 16)
     o_d = tl.arange(0, BD)
     for first_row in tl.range(0, BLOCKS * 16 * HEADS, REPAIR_ROWS, num_stages=1):
         o_m = first_row + tl.arange(0, REPAIR_ROWS)
         o_block = o_m // (16 * HEADS)
         o_row = o_m // HEADS % 16
-        head_of_group = column % PARTS * HEADS + o_m % HEADS
+        head_of_group = column % HEAD_TILES * HEADS + o_m % HEADS
         rows, m_rows = block_rows(p_blocks, tile * BLOCKS + o_block, o_row, num_blocks)
         m_rows = m_rows & (head_of_group < GROUP)
         head = (kv_head * GROUP + head_of_group).to(tl.int64)
@@ -115,9 +118,9 @@ def repair_rows(
             b_delta = tl.load(p_delta + rows * heads + head, mask=m_rows, other=0.0)
         b_sum = tl.zeros([REPAIR_ROWS, BD], tl.float32)
         b_hidden = tl.zeros([REPAIR_ROWS, BD], tl.float32)
-        for entry in tl.range(tl.load(p_units + 1), end, num_stages=1):
-            o_key, m_key = entry_rows(p_entries, entry, end, o_n, WIDTH)
-            bits = entry_bits(p_bits, p_entries, entry, end, o_block, o_row, WIDTH)
+        for partial_tile in tl.range(tl.load(p_work_items + 1), end, num_stages=1):
+            o_key, m_key = partial_tile_rows(p_partial_tiles, partial_tile, end, o_n, TILE_WORDS)
+            bits = partial_tile_bits(p_bits, p_partial_tiles, partial_tile, end, o_block, o_row, TILE_WORDS)
             visible = (((bits[:, None] >> o_n[None, :]) & 1) != 0) & m_key[None, :]
             b_k = load_rows(p_k, o_key, m_key, o_d, stride_kt, D)
             b_v = load_rows(p_v, o_key, m_key, o_d, stride_vt, D)
@@ -128,7 +131,7 @@ def repair_rows(
         m_rows = m_rows & reached(b_sum, b_hidden)
         if tl.max(m_rows.to(tl.int32)) != 0:
             visible = (o_m >= 0)[:, None] & (o_n >= 0)[None, :]
-            first_range, last_range, steps, key, key_end = unit_of(p_units, p_ranges, 16)
+            first_range, last_range, steps, key, key_end = load_work_item(p_work_items, p_ranges, 16)
             index = first_range
             for _ in tl.range(0, steps, num_stages=1):
                 b_k = load_step(p_k, key, o_n, o_d, stride_kt, D, WIDE)
@@ -149,7 +152,7 @@ def _add_queries(
     b_k, b_v, b_q, b_grad, b_lse, b_delta, visible, b_dk, b_dk_hidden, b_dv, b_dv_hidden, scale, softcap,
     SOFTCAP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Add 16 query rows of one head to the gradients of keys, before the scale, and of their values."""
+    """Add 16 query rows of one head to the gradients of keys (before the scale) and values."""
     b_q = b_q.to(tl.float32)[None, :, :]
     b_grad = b_grad.to(tl.float32)[None, :, :]
     b_s, slope = scores(_products(b_k, b_q), scale, softcap, SOFTCAP, EXACT)
@@ -162,27 +165,27 @@ def _add_queries(
 
 @triton.jit(noinline=True)
 def repair_keys(
-    p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_dk, p_dv, p_sums, p_blocks, p_bits, p_units, p_ranges, p_entries,
-    scale, softcap, num_blocks, slots, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_gt,
-    stride_gh, stride_dt, stride_dh, GROUP: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    WIDE: tl.constexpr, SOFTCAP: tl.constexpr, TILES: tl.constexpr,
+    p_q, p_k, p_v, p_grad_out, p_lse, p_delta, p_dk, p_dv, p_partial_sums, p_blocks, p_bits, p_work_items, p_ranges,
+    p_partial_tiles, scale, softcap, num_blocks, num_partials, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt,
+    stride_vh, stride_gt, stride_gh, stride_dt, stride_dh, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, D: tl.constexpr,
+    BD: tl.constexpr, WIDE: tl.constexpr, SOFTCAP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of keys and values of a tile of mixed_attention, or the sums of a part of one to its slot."""
+    """Rewrite rows of dk and dv of a tile in mixed_attention, or those of its partial."""
     EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
-    PARTS: tl.constexpr = 64 // KEYS
-    # As the kernel that calls this numbers its programs.
+    PARTS: tl.constexpr = 64 // BLOCK_M
+    # The calling kernel's program order.
     part = tl.program_id(TILES) % PARTS
     kv_head = tl.program_id(1 - TILES).to(tl.int64)
     kv_heads = tl.num_programs(1 - TILES)
     heads = kv_heads * GROUP
-    p_units += tl.program_id(TILES) // PARTS * 5
-    tile = tl.load(p_units + 3)
-    slot = tl.load(p_units + 4)
-    first_entry = tl.load(p_units + 1)
-    end = tl.load(p_units + 6)
+    p_work_items += tl.program_id(TILES) // PARTS * 5
+    tile = tl.load(p_work_items + 3)
+    partial = tl.load(p_work_items + 4)
+    first_partial_tile = tl.load(p_work_items + 1)
+    end = tl.load(p_work_items + 6)
     o_e = tl.arange(0, 16)
     o_d = tl.arange(0, BD)
-    for first_key in tl.range(part * KEYS, (part + 1) * KEYS, REPAIR_ROWS, num_stages=1):
+    for first_key in tl.range(part * BLOCK_M, (part + 1) * BLOCK_M, REPAIR_ROWS, num_stages=1):
         o_m = first_key + tl.arange(0, REPAIR_ROWS)
         rows, m_rows = block_rows(p_blocks, tile * 4 + o_m // 16, o_m % 16, num_blocks)
         b_k = load_rows(p_k + kv_head * stride_kh, rows, m_rows, o_d, stride_kt, D).to(tl.float32)
@@ -192,9 +195,9 @@ def repair_keys(
         b_dk_hidden = tl.zeros([REPAIR_ROWS, BD], tl.float32)
         b_dv_hidden = tl.zeros([REPAIR_ROWS, BD], tl.float32)
         for head in tl.range(kv_head * GROUP, (kv_head + 1) * GROUP, num_stages=1):
-            for entry in tl.range(first_entry, end, num_stages=1):
-                o_query, m_query = entry_rows(p_entries, entry, end, o_e, 6)
-                visible = seeing_rows(p_bits, p_entries, entry, end, o_m, o_e, 6) & m_query[None, :]
+            for partial_tile in tl.range(first_partial_tile, end, num_stages=1):
+                o_query, m_query = partial_tile_rows(p_partial_tiles, partial_tile, end, o_e, 6)
+                visible = attending_rows(p_bits, p_partial_tiles, partial_tile, end, o_m, o_e, 6) & m_query[None, :]
                 b_q = load_rows(p_q + head * stride_qh, o_query, m_query, o_d, stride_qt, D)
                 b_grad = load_rows(p_grad_out + head * stride_gh, o_query, m_query, o_d, stride_gt, D)
                 at = o_query.to(tl.int64) * heads + head
@@ -209,7 +212,7 @@ def repair_keys(
         if tl.max(m_rows.to(tl.int32)) != 0:
             visible = (o_m >= 0)[:, None] & (o_e >= 0)[None, :]
             for head in tl.range(kv_head * GROUP, (kv_head + 1) * GROUP, num_stages=1):
-                first_range, last_range, steps, query, query_end = unit_of(p_units, p_ranges, 16)
+                first_range, last_range, steps, query, query_end = load_work_item(p_work_items, p_ranges, 16)
                 index = first_range
                 for _ in tl.range(0, steps, num_stages=1):
                     b_q = load_step(p_q + head * stride_qh, query, o_e, o_d, stride_qt, D, WIDE)
@@ -222,10 +225,10 @@ def repair_keys(
                     index, query, query_end = next_step(p_ranges, first_range, last_range, index, query, query_end, 16)
             b_dk *= scale
             mask = m_rows[:, None] & (o_d < D)[None, :]
-            if slot >= 0:
-                at = ((slot.to(tl.int64) * kv_heads + kv_head) * 64 + o_m)[:, None] * D + o_d[None, :]
-                tl.store(p_sums + at, b_dk, mask=mask)
-                tl.store(p_sums + slots.to(tl.int64) * kv_heads * 64 * D + at, b_dv, mask=mask)
+            if partial >= 0:
+                at = ((partial.to(tl.int64) * kv_heads + kv_head) * 64 + o_m)[:, None] * D + o_d[None, :]
+                tl.store(p_partial_sums + at, b_dk, mask=mask)
+                tl.store(p_partial_sums + num_partials.to(tl.int64) * kv_heads * 64 * D + at, b_dv, mask=mask)
             else:
                 at = rows.to(tl.int64)[:, None] * stride_dt + kv_head * stride_dh + o_d[None, :]
                 tl.store(p_dk + at, b_dk.to(p_dk.dtype.element_ty), mask=mask)

@@ -1,6 +1,6 @@
 """paged_attention, append_kv and merge_states on GPUs by Triton.
 
-A bad index counts as a key that no row sees, or as a row that has no place; REFRAG_KERNELS_CHECK=1 raises instead.
+A bad index counts as a key that no row attends to, or as a row to drop; REFRAG_KERNELS_CHECK=1 raises instead.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from refrag_kernels.triton_kernels.paged_append_merge_kernels import (
 )
 from refrag_kernels.triton_kernels.paged_kernels import paged_attention_kernel, paged_attention_merge_kernel
 
-# Programs that fill a device of 132 multiprocessors (H100) twice: keys are split until there are as many. A constant,
-# not the device's own number, so that a result does not depend on where it was computed.
+# Programs that fill 132 multiprocessors (H100) twice: keys are split until there are as many. A constant rather than
+# the device's own number, so that results don't depend on the device.
 _PROGRAMS = 264
-# A part shorter than this costs more to merge than it saves; more parts than that don't fit one merge.
-_PART_KEYS, _MAX_PARTS = 256, 32
-_STATES = 4  # of a program of merge_states: rows of a few hundred bytes
+# A split shorter than this costs more to merge than it saves; more splits than that don't fit one merge.
+_MIN_SPLIT_KEYS, _MAX_SPLITS = 256, 32
+_STATES = 4  # per program of merge_states: rows of a few hundred bytes
 
 
-def parts_of(programs: int, max_keys: int, step: int) -> tuple[int, int]:
-    """Return into how many parts keys are split, and the keys of a part if a sequence has all, from shapes alone."""
-    parts = min(_MAX_PARTS, -(-_PROGRAMS // programs), -(-max_keys // _PART_KEYS))
-    keys = -(-max_keys // (max(1, parts) * step)) * step
+def splits_of(programs: int, max_keys: int, step: int) -> tuple[int, int]:
+    """Return the number of splits, and the keys per split of a sequence of ``max_keys``, from shapes alone."""
+    splits = min(_MAX_SPLITS, -(-_PROGRAMS // programs), -(-max_keys // _MIN_SPLIT_KEYS))
+    keys = -(-max_keys // (max(1, splits) * step)) * step
     return max(1, -(-max_keys // max(1, keys))), max(step, keys)
 
 
@@ -35,7 +35,7 @@ def paged_attention(
     q, k_pages, v_pages, page_table, kv_lengths, q_offsets, visible_indptr, visible_ranges,
     scale, softcap, window_left, window_right, sinks,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """See ``refrag_kernels.paged_attention``; a bound to the right adds nothing to causality."""
+    """See ``refrag_kernels.paged_attention``; the bound to the right is ignored, as causality is stricter."""
     q_rows, q_heads, columns = q.shape
     num_pages, page, kv_heads, _ = k_pages.shape
     sequences, max_pages = page_table.shape
@@ -43,10 +43,10 @@ def paged_attention(
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if not out.numel():
         return out, lse
-    if not sequences:  # rows that belong to none
+    if not sequences:  # rows that belong to no sequence
         return out.zero_(), lse.fill_(float("-inf"))
     target, width, group = launch.architecture(q.device), launch.width(columns), q_heads // kv_heads
-    many = 2 * sequences * kv_heads * -(-group // 16) >= _PROGRAMS  # before keys are split
+    many = 2 * sequences * kv_heads * -(-group // 16) >= _PROGRAMS  # before splitting keys
     config = configs.paged(target, width, q.element_size(), q_offsets is None, many)
     ahead = False
     if q_offsets is None:
@@ -56,33 +56,33 @@ def paged_attention(
     rows = 1 if q_offsets is None else config.block_m // heads
     heads = max(heads, 16 // rows)  # matrix instructions take 16 rows
     tiles = sequences if q_offsets is None else q_rows // rows + sequences
-    splits = kv_heads * -(-group // heads)
-    parts, part_keys = parts_of(tiles * splits, max_pages * page, config.block_n)
-    out_parts, lse_parts = out, lse
-    if parts > 1:
-        # A row that belongs to no sequence (rows beyond q_offsets) keeps what is here: nothing seen.
-        out_parts = torch.empty((parts, *q.shape), dtype=torch.float32, device=q.device)
-        lse_parts = torch.empty((parts, *lse.shape), dtype=torch.float32, device=q.device)
+    head_tiles = kv_heads * -(-group // heads)
+    splits, split_keys = splits_of(tiles * head_tiles, max_pages * page, config.block_n)
+    split_out, split_lse = out, lse
+    if splits > 1:
+        # Rows that belong to no sequence (beyond q_offsets) keep these values, as fully masked rows.
+        split_out = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
+        split_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=q.device)
     if q_offsets is not None:
-        out_parts.zero_()
-        lse_parts.fill_(float("-inf"))
+        split_out.zero_()
+        split_lse.fill_(float("-inf"))
     if visible_ranges is not None and not visible_ranges.shape[0]:
         visible_ranges = visible_ranges.new_zeros(1, 2)
     with launch.on(q.device):
-        paged_attention_kernel[(tiles, splits, parts)](
+        paged_attention_kernel[(tiles, head_tiles, splits)](
             q, k_pages, v_pages, page_table, kv_lengths, q_offsets, visible_indptr,
-            None if visible_ranges is None else visible_ranges.contiguous(), sinks, out_parts, lse_parts, scale,
+            None if visible_ranges is None else visible_ranges.contiguous(), sinks, split_out, split_lse, scale,
             softcap, window_left, sequences, q_rows, num_pages,
             0 if visible_ranges is None else visible_ranges.shape[0],
-            max_pages * page, 0 if decode.chosen.by_length else part_keys, *q.stride()[:2], *k_pages.stride()[:3],
-            *v_pages.stride()[:3], page_table.stride(0), GROUP=group, HEADS=heads, ROWS=rows, STEP=config.block_n,
+            max_pages * page, 0 if decode.chosen.by_length else split_keys, *q.stride()[:2], *k_pages.stride()[:3],
+            *v_pages.stride()[:3], page_table.stride(0), GROUP=group, HEADS=heads, ROWS=rows, BLOCK_N=config.block_n,
             PAGE=page, D=columns, BD=width, SOFTCAP=softcap > 0, PRECISION=launch.precision(q.dtype, target),
             AHEAD=ahead, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
-        if parts > 1:
+        if splits > 1:
             paged_attention_merge_kernel[(q_rows * q_heads,)](
-                out_parts, lse_parts, out, lse, q_rows * q_heads, parts, BP=launch.power_of_2(parts), D=columns,
-                BD=width,
+                split_out, split_lse, out, lse, q_rows * q_heads, splits, BLOCK_SPLITS=launch.power_of_2(splits),
+                D=columns, BD=width,
             )  # fmt: skip
     return out, lse
 

@@ -1,4 +1,4 @@
-"""The kernels of append_kv, and of merge_states and its gradients: one program for a row, or for a few states."""
+"""The kernels of append_kv (a program per row), and of merge_states and its gradients (a few states per program)."""
 
 import triton
 import triton.language as tl
@@ -36,7 +36,7 @@ def append_kv_kernel(
     BD: tl.constexpr,
 ):
     row = tl.program_id(0)
-    # The last sequence that starts at or before the row: the ones before it with the same start are empty.
+    # The last sequence that starts at or before the row: earlier ones with the same start are empty.
     low = tl.zeros([], tl.int32)
     high = low + sequences
     while low + 1 < high:
@@ -64,7 +64,7 @@ def append_kv_kernel(
 
 @triton.jit
 def _state(p_out, p_lse, o_state, m_state, o_d, stride_t, stride_h, lse_stride_t, lse_stride_h, HEADS, D: tl.constexpr):
-    """Return a state's lse, and its output, which is 0 where the state is empty."""
+    """Return a state's lse and its output, which is 0 if the state is empty."""
     row = (o_state // HEADS).to(tl.int64)
     head = (o_state % HEADS).to(tl.int64)
     b_lse = tl.load(p_lse + row * lse_stride_t + head * lse_stride_h, mask=m_state, other=float("-inf"))
@@ -76,14 +76,14 @@ def _state(p_out, p_lse, o_state, m_state, o_d, stride_t, stride_h, lse_stride_t
 @triton.jit
 def _weights(b_lse_a, b_lse_b):
     """Return the merged lse and each state's share of the denominator, 0 for two empty states."""
-    highest = tl.maximum(b_lse_a, b_lse_b)
-    base = tl.where(highest == float("-inf"), 0.0, highest)
+    max_lse = tl.maximum(b_lse_a, b_lse_b)
+    base = tl.where(max_lse == float("-inf"), 0.0, max_lse)
     b_a = tl.exp2((b_lse_a - base) * LOG2E)
     b_b = tl.exp2((b_lse_b - base) * LOG2E)
     total = b_a + b_b
-    seen = total != 0
-    total = tl.where(seen, total, 1.0)
-    return tl.where(seen, base + tl.log2(total) * LN2, float("-inf")), b_a / total, b_b / total
+    nonempty = total != 0
+    total = tl.where(nonempty, total, 1.0)
+    return tl.where(nonempty, base + tl.log2(total) * LN2, float("-inf")), b_a / total, b_b / total
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def merge_states_bwd_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """With weights a + b = 1: d out / d lse_a = a b (out_a - out_b), d lse / d lse_a = a, and so on."""
+    """With weights a + b = 1: d out / d lse_a = a b (out_a - out_b), d lse / d lse_a = a, and likewise for b."""
     o_state = tl.program_id(0) * STATES + tl.arange(0, STATES)
     m_state = o_state < states
     o_d = tl.arange(0, BD)

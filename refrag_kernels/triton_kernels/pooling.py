@@ -8,7 +8,7 @@ import triton
 from refrag_kernels.triton_kernels import launch
 from refrag_kernels.triton_kernels.pooling_kernels import pool_chunks_bwd_kernel, pool_chunks_fwd_kernel
 
-# Columns of a program: 1 KiB of 16-bit values, four accesses of 128 bytes for each of 2 warps. Rows it reads at a time:
+# Columns per program: 1 KiB of 16-bit values, four accesses of 128 bytes for each of 2 warps. Rows per iteration:
 # chunks have 1 to 32.
 _COLUMNS, _ROWS = 512, 8
 
@@ -21,7 +21,7 @@ def pool_chunks(hidden: torch.Tensor, chunk_offsets: torch.Tensor, mode: str) ->
         with launch.on(hidden.device):
             pool_chunks_fwd_kernel[(chunks, triton.cdiv(columns, _COLUMNS))](
                 hidden, chunk_offsets.contiguous(), out, hidden.shape[0], hidden.stride(0), D=columns,
-                COLUMNS=_COLUMNS, ROWS=_ROWS, MODE=mode,
+                BLOCK_D=_COLUMNS, BLOCK_M=_ROWS, MODE=mode,
             )  # fmt: skip
     return out
 
@@ -34,6 +34,6 @@ def pool_chunks_backward(grad: torch.Tensor, chunk_offsets: torch.Tensor, mode: 
         with launch.on(grad.device):
             pool_chunks_bwd_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))](
                 grad, chunk_offsets.contiguous(), out, rows, grad.shape[0], grad.stride(0), D=columns,
-                COLUMNS=_COLUMNS, ROWS=_ROWS, MODE=mode,
+                BLOCK_D=_COLUMNS, BLOCK_M=_ROWS, MODE=mode,
             )  # fmt: skip
     return out

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def chunk_of_row(p_offsets, o_row, chunks):
-    """Return the number of chunks that end at or before each row: its chunk, or ``chunks`` beyond the last."""
+    """Return the chunk of each row, or ``chunks`` for rows beyond the last one."""
     low = tl.zeros_like(o_row)
     high = low + chunks
     while tl.max(high - low) > 0:
@@ -26,20 +26,20 @@ def pool_chunks_fwd_kernel(
     rows,
     stride,
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     MODE: tl.constexpr,
 ):
     chunk = tl.program_id(0)
-    o_d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     start = tl.load(p_offsets + chunk)
     end = tl.load(p_offsets + chunk + 1)
-    # Offsets that leave the rows of hidden make a row of zeros.
+    # Chunks whose offsets are out of range give a row of zeros.
     good = (start >= 0) & (end <= rows) & (start < end)
     if MODE == "mean":
-        b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for row in range(start, tl.where(good, end, start), ROWS):
-            o_row = row + tl.arange(0, ROWS)
+        b_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for row in range(start, tl.where(good, end, start), BLOCK_M):
+            o_row = row + tl.arange(0, BLOCK_M)
             p_rows = p_hidden + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
             b_sum += tl.load(p_rows, mask=(o_row < end)[:, None] & (o_d < D)[None, :], other=0.0).to(tl.float32)
         b_out = tl.sum(b_sum, 0) / tl.maximum(end - start, 1).to(tl.float32)
@@ -58,12 +58,12 @@ def pool_chunks_bwd_kernel(
     chunks,
     stride,
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     MODE: tl.constexpr,
 ):
-    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    o_d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    o_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     chunk = chunk_of_row(p_offsets, o_row, chunks)
     m_chunk = chunk < chunks
     start = tl.load(p_offsets + chunk, mask=m_chunk, other=0)

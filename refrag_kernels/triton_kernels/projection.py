@@ -1,6 +1,6 @@
 """project_chunks and embed_mixed on GPUs by Triton.
 
-The hidden layer is kept in the dtype of the weights, as torch.nn.Linear keeps it; sums are in float32.
+The hidden layer has the dtype of the weights, as with torch.nn.Linear; products are accumulated in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from refrag_kernels.triton_kernels.projection_kernels import (
     sum_rows_kernel,
 )
 
-_COLUMNS = 1024  # of a program that moves rows: 2 KiB of 16-bit values, 16 bytes for each thread of 4 warps
+_COLUMNS = 1024  # per program that moves rows: 2 KiB of 16-bit values, 16 bytes for each thread of 4 warps
 
 
 def _linear(
@@ -31,9 +31,9 @@ def _linear(
     slope: bool = False,
     listed: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Write epilogue(a b) to ``out`` and return it; a [M, K], b [K, N] of any strides, out contiguous.
+    """Write epilogue(a b) to ``out`` and return it; a [M, K] and b [K, N] have any strides, out is contiguous.
 
-    ``listed``: rows, count and slots of ``linear_kernel``; M is then the length of rows.
+    ``listed``: the rows, count and slots of ``linear_kernel``; M is then the length of rows.
     """
     rows = a.shape[0] if listed is None else listed[0].shape[0]
     columns, inner = b.shape[1], b.shape[0]
@@ -46,14 +46,14 @@ def _linear(
         linear_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n),)](
             a, b, bias, before, out, p_rows, p_count, p_slots, rows, columns, inner, *a.stride(), *b.stride(),
             BIAS=bias is not None, ACTIVATION=activation, KEEP=before is not None and not slope, SLOPE=slope,
-            LISTED=listed is not None, BM=config.block_m, BN=config.block_n, BK=config.block_k,
+            LISTED=listed is not None, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
             PRECISION=launch.precision(a.dtype, target), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out
 
 
 def project_chunks(chunks, w1, b1, w2, b2, activation, packed) -> torch.Tensor:
-    """See ``refrag_kernels.project_chunks``. ``packed`` is the CPU's."""
+    """See ``refrag_kernels.project_chunks``; ``packed`` is for the CPU only."""
     hidden = _linear(chunks, w1.T, chunks.new_empty(chunks.shape[0], w1.shape[0]), bias=b1, activation=activation)
     return _linear(hidden, w2.T, chunks.new_empty(chunks.shape[0], w2.shape[0]), bias=b2)
 
@@ -82,9 +82,9 @@ def _column_sums(grad: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
 def embed_mixed(
     token_ids, token_table, chunks, slot_of_row, w1, b1, w2, b2, activation, token_scale, packed
 ) -> torch.Tensor:
-    """See ``refrag_kernels.embed_mixed``. The second layer reads the chunks of slots and writes the rows of slots.
+    """See ``refrag_kernels.embed_mixed``. The second layer gathers the chunks of slots and writes the rows of slots.
 
-    A row whose token or slot does not exist gives zeros; REFRAG_KERNELS_CHECK=1 raises instead.
+    A row whose token or slot is out of range becomes zeros; REFRAG_KERNELS_CHECK=1 raises instead.
     """
     rows, columns, count = token_ids.shape[0], token_table.shape[1], chunks.shape[0]
     out = torch.empty(rows, columns, dtype=token_table.dtype, device=token_table.device)
@@ -93,7 +93,7 @@ def embed_mixed(
     with launch.on(out.device):
         embed_text_kernel[(rows, triton.cdiv(columns, _COLUMNS))](
             token_ids, token_table, slot_of_row, out, token_scale, token_table.shape[0], count, token_table.stride(0),
-            D=columns, COLUMNS=_COLUMNS,
+            D=columns, BLOCK_D=_COLUMNS,
         )  # fmt: skip
         if not count:
             return out
@@ -101,18 +101,18 @@ def embed_mixed(
         number = torch.empty(1, dtype=torch.int32, device=out.device)
         list_slots_kernel[(1,)](slot_of_row, slots, number, rows, count, BLOCK=1024, num_warps=8)
     hidden = _linear(chunks, w1.T, chunks.new_empty(count, w1.shape[0]), bias=b1, activation=activation)
-    # How many slots there are is known to the device alone; about as many as chunks is what a mixed sequence has.
+    # Only the device knows the number of slots; a mixed sequence has about as many as chunks.
     return _linear(hidden, w2.T, out, expected_rows=count, bias=b2, listed=(slots, number, slot_of_row))
 
 
 def _sum_rows(grad: torch.Tensor, keys: torch.Tensor, out: torch.Tensor, scale: float) -> torch.Tensor:
-    """Add each row of ``grad``, times ``scale``, to the row of ``out`` (zeros) that its key names, if it names one."""
+    """Add each row of ``grad``, times ``scale``, to row ``keys[row]`` of ``out`` (zeros); skip keys out of range."""
     if not grad.numel() or not out.numel():
         return out
     ordered, order = torch.sort(keys, stable=True)
     with launch.on(grad.device):
         sum_rows_kernel[(grad.shape[0], triton.cdiv(grad.shape[1], _COLUMNS))](
-            grad, ordered, order, out, grad.shape[0], out.shape[0], scale, D=grad.shape[1], COLUMNS=_COLUMNS
+            grad, ordered, order, out, grad.shape[0], out.shape[0], scale, D=grad.shape[1], BLOCK_D=_COLUMNS
         )
     return out
 

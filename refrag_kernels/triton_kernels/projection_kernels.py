@@ -1,4 +1,4 @@
-"""The kernels of the projection: a product of matrices with gathered rows, an epilogue, and scattered rows."""
+"""The kernels of the projection: a matrix product that gathers rows, applies an epilogue and scatters rows."""
 
 import triton
 import triton.language as tl
@@ -54,11 +54,11 @@ def linear_kernel(
     p_a,  # [any, K]
     p_b,  # [K, N]
     p_bias,  # [N]
-    p_before,  # [M, N] float32: written before the activation, or what the slope is taken at
+    p_before,  # [M, N] float32: pre-activations, written (KEEP) or read (SLOPE)
     p_out,  # [any, N]
-    p_rows,  # [M] int32: the row of `out` that row m goes to
-    p_count,  # [1] int32: how many of those there are
-    p_slots,  # [any] int32: the row of `a` that row p_rows[m] of `out` is made from
+    p_rows,  # [M] int32: the row of `out` that row m is written to
+    p_count,  # [1] int32: the number of rows in p_rows
+    p_slots,  # [any] int32: for each row of `out`, the row of `a` that it is computed from
     rows,
     columns,
     inner,
@@ -68,26 +68,26 @@ def linear_kernel(
     stride_bn,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    KEEP: tl.constexpr,  # write `before`
-    SLOPE: tl.constexpr,  # multiply by the activation's slope at `before`, instead of bias and activation
-    LISTED: tl.constexpr,  # rows come from p_slots and go to p_rows
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    KEEP: tl.constexpr,  # write the pre-activations to `before`
+    SLOPE: tl.constexpr,  # multiply by the activation's derivative at `before` instead of bias and activation
+    LISTED: tl.constexpr,  # gather rows by p_slots and scatter them to p_rows
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[m] = epilogue(a[m] b), by tiles. Consecutive programs share columns of ``b`` for eight tiles of rows."""
+    """Compute out[m] = epilogue(a[m] b). Programs are grouped: eight tiles of rows share columns of ``b`` in L2."""
     EXACT: tl.constexpr = p_a.dtype.element_ty == tl.float32
     GROUPED: tl.constexpr = 8
-    row_tiles = tl.cdiv(rows, BM)
-    column_tiles = tl.cdiv(columns, BN)
-    strip = tl.program_id(0) // (GROUPED * column_tiles)
-    height = tl.minimum(row_tiles - strip * GROUPED, GROUPED)
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    column_tiles = tl.cdiv(columns, BLOCK_N)
+    group = tl.program_id(0) // (GROUPED * column_tiles)
+    height = tl.minimum(row_tiles - group * GROUPED, GROUPED)
     within = tl.program_id(0) % (GROUPED * column_tiles)
-    first_row = (strip * GROUPED + within % height) * BM
-    o_n = within // height * BN + tl.arange(0, BN)
-    o_m = first_row + tl.arange(0, BM)
-    o_k = tl.arange(0, BK)
+    first_row = (group * GROUPED + within % height) * BLOCK_M
+    o_n = within // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_m = first_row + tl.arange(0, BLOCK_M)
+    o_k = tl.arange(0, BLOCK_K)
     if LISTED:
         rows = tl.load(p_count)
         if first_row >= rows:
@@ -102,9 +102,9 @@ def linear_kernel(
 
     p_a_tile = p_a + row_a.to(tl.int64)[:, None] * stride_am + o_k.to(tl.int64)[None, :] * stride_ak
     p_b_tile = p_b + o_k.to(tl.int64)[:, None] * stride_bk + o_n.to(tl.int64)[None, :] * stride_bn
-    b_acc = tl.zeros([BM, BN], tl.float32)
-    step = tl.full([], BK, tl.int64)
-    for start in range(0, inner, BK):
+    b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    step = tl.full([], BLOCK_K, tl.int64)
+    for start in range(0, inner, BLOCK_K):
         m_k = start + o_k < inner
         b_a = tl.load(p_a_tile, mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_b = tl.load(p_b_tile, mask=m_k[:, None] & m_n[None, :], other=0.0)
@@ -135,7 +135,7 @@ def list_slots_kernel(
     chunks,
     BLOCK: tl.constexpr,
 ):
-    """List the rows that are slots, in order. One program: a pass over T numbers is not worth two launches."""
+    """List the rows that are slots, in order, in one program: a pass over T numbers does not justify two launches."""
     count = tl.zeros([], tl.int32)
     for start in range(0, rows, BLOCK):
         o_row = start + tl.arange(0, BLOCK)
@@ -157,16 +157,16 @@ def embed_text_kernel(
     chunks,
     stride,
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Write the text rows: a token's row of the table, 0 for an index that leaves the table or the chunks."""
+    """Write the text rows: the token's row of the table, or 0 if a token or slot is out of range."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(p_slots + row)
     if (slot >= 0) & (slot < chunks):
         return
     token = tl.load(p_ids + row)
     good = (slot < 0) & (token >= 0) & (token < vocabulary)
-    o_d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     b_row = tl.load(p_table + token * stride + o_d, mask=(o_d < D) & good, other=0.0).to(tl.float32) * scale
     tl.store(p_out + row * D + o_d, b_row.to(p_out.dtype.element_ty), mask=o_d < D)
 
@@ -174,23 +174,23 @@ def embed_text_kernel(
 @triton.jit
 def sum_rows_kernel(
     p_grad,  # [T, d]
-    p_keys,  # [T], ascending: the row of `out` that a row is added to
-    p_order,  # [T] int64: which row of `grad` that is
-    p_out,  # [any, d], 0 where no key leads
+    p_keys,  # [T], ascending: the row of `out` that each row is added to
+    p_order,  # [T] int64: the row of `grad` for each key
+    p_out,  # [any, d], zeros
     rows,
     out_rows,
     scale,
     D: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Add rows that have the same key, in the order of the rows: the program of a key's first row adds them all."""
+    """Add rows with equal keys, in row order. The program of a key's first row adds all of them."""
     first = tl.program_id(0).to(tl.int64)
     key = tl.load(p_keys + first).to(tl.int64)
     before = tl.load(p_keys + first - 1, mask=first > 0, other=-1).to(tl.int64)
     if (key < 0) | (key >= out_rows) | ((before == key) & (first > 0)):
         return
-    o_d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    b_sum = tl.zeros([COLUMNS], tl.float32)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    b_sum = tl.zeros([BLOCK_D], tl.float32)
     at = first
     same = key
     while same == key:

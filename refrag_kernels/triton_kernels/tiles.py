@@ -1,8 +1,8 @@
-"""What attention kernels share: rows of a tile, steps over a tile list, masks from its bits, scores.
+"""Device functions shared by the attention kernels: rows of a tile, iteration over a tile list, masks, scores.
 
 A tile holds BLOCKS consecutive blocks of 16 rows for HEADS query heads of one key/value head: row m belongs to block
-m // (16 * HEADS), to row m // HEADS % 16 of it, and to head m % HEADS, so that heads which lie side by side in memory
-do so in the tile. See ``refrag_kernels.tile_lists`` for the lists.
+m // (16 * HEADS), to row m // HEADS % 16 of it, and to head m % HEADS, so heads that are adjacent in memory are
+adjacent in the tile. See ``refrag_kernels.tile_lists`` for the lists.
 """
 
 import triton
@@ -14,10 +14,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def tile_and_column(section, ahead):
-    """Return the tile and the column of this program, of a grid of tiles by columns.
+    """Return this program's tile and column in a grid of tiles by columns.
 
-    The first ``ahead`` tiles of all columns start first, column by column; then one ``section`` of columns after the
-    other does likewise, see ``refrag_kernels.grid_order``. (1, 0) is the order of the grid itself.
+    The first ``ahead`` tiles of all columns start first, column by column. The remaining tiles follow, one ``section``
+    of columns at a time; see ``refrag_kernels.grid_order``. (1, 0) is the order of the grid itself.
     """
     columns = tl.num_programs(1)
     ahead = tl.minimum(ahead, tl.num_programs(0))
@@ -33,7 +33,7 @@ def tile_and_column(section, ahead):
 
 @triton.jit
 def block_rows(p_blocks, o_block, o_row, num_blocks):
-    """Return the packed rows of rows ``o_row`` of blocks ``o_block``, and which of them exist."""
+    """Return the packed rows of rows ``o_row`` in blocks ``o_block``, and which of them exist."""
     m_block = o_block < num_blocks
     first = tl.load(p_blocks + o_block * 4, mask=m_block, other=0)
     count = tl.load(p_blocks + o_block * 4 + 1, mask=m_block, other=0)
@@ -41,24 +41,24 @@ def block_rows(p_blocks, o_block, o_row, num_blocks):
 
 
 @triton.jit
-def unit_of(p_units, p_ranges, STEP: tl.constexpr):
-    """Return a unit's ranges [first, last), its steps of them, and where the first range starts and ends."""
-    first = tl.load(p_units)
-    last = tl.load(p_units + 5)
-    steps = (tl.load(p_units + 7) - tl.load(p_units + 2)) * (64 // STEP)
+def load_work_item(p_work_items, p_ranges, BLOCK_N: tl.constexpr):
+    """Return a work item's ranges [first, last), the steps in them, and the first range's start and end."""
+    first = tl.load(p_work_items)
+    last = tl.load(p_work_items + 5)
+    steps = (tl.load(p_work_items + 7) - tl.load(p_work_items + 2)) * (64 // BLOCK_N)
     row = tl.load(p_ranges + first * 2, mask=steps > 0, other=0)
     end = tl.load(p_ranges + first * 2 + 1, mask=steps > 0, other=0)
     return first, last, steps, row, end
 
 
 @triton.jit
-def next_step(p_ranges, first, last, index, row, end, STEP: tl.constexpr):
-    """Return range, row and end of that range for the step after the one at ``row``; the first follows the last.
+def next_step(p_ranges, first, last, index, row, end, BLOCK_N: tl.constexpr):
+    """Advance from the step at ``row``: return the next step's range, row and range end, wrapping around at the last.
 
-    One loop walks all ranges of a unit: a passage's have two or three steps each, and what a loop loads only overlaps
-    the products of the same loop.
+    One loop iterates over all ranges of a work item: the ranges of a passage have only two or three steps each, and
+    loads overlap matrix products only within one loop.
     """
-    row += STEP
+    row += BLOCK_N
     over = row >= end
     index += over.to(tl.int32)
     index = tl.where(index == last, first, index)
@@ -68,67 +68,69 @@ def next_step(p_ranges, first, last, index, row, end, STEP: tl.constexpr):
 
 
 @triton.jit
-def entry_rows(p_entries, entry, end, o_n, WIDTH: tl.constexpr):
-    """Return the rows of the other side that the entries from ``entry`` on list, 16 each, and which of them exist."""
-    o_entry = entry + o_n // 16
-    m_entry = o_entry < end
-    first = tl.load(p_entries + o_entry * WIDTH, mask=m_entry, other=0)
-    count = tl.load(p_entries + o_entry * WIDTH + 1, mask=m_entry, other=0)
+def partial_tile_rows(p_partial_tiles, partial_tile, end, o_n, TILE_WORDS: tl.constexpr):
+    """Return the rows of consecutive partial tiles from ``partial_tile`` on, 16 each, and which of them exist."""
+    o_partial_tile = partial_tile + o_n // 16
+    m_partial_tile = o_partial_tile < end
+    first = tl.load(p_partial_tiles + o_partial_tile * TILE_WORDS, mask=m_partial_tile, other=0)
+    count = tl.load(p_partial_tiles + o_partial_tile * TILE_WORDS + 1, mask=m_partial_tile, other=0)
     return first + o_n % 16, o_n % 16 < count
 
 
 @triton.jit
-def entry_bits(p_bits, p_entries, o_entry, end, o_block, o_row, WIDTH: tl.constexpr):
-    """Return 16 bits: which keys of an entry's tile query row ``o_row`` sees, by the code of block ``o_block``."""
-    code = tl.load(p_entries + o_entry * WIDTH + 2 + o_block, mask=o_entry < end, other=-1)
+def partial_tile_bits(p_bits, p_partial_tiles, o_partial_tile, end, o_block, o_row, TILE_WORDS: tl.constexpr):
+    """Return 16 bits: the keys of a partial tile that row ``o_row`` of block ``o_block`` attends to."""
+    code = tl.load(p_partial_tiles + o_partial_tile * TILE_WORDS + 2 + o_block, mask=o_partial_tile < end, other=-1)
     word = tl.load(p_bits + code * 8 + o_row // 2, mask=code >= 0, other=0)
     return tl.where(code == -2, 0xFFFF, (word >> (16 * (o_row % 2))) & 0xFFFF)
 
 
 @triton.jit
-def visible_keys(p_bits, p_entries, entry, end, o_block, o_row, o_n, WIDTH: tl.constexpr, STEP: tl.constexpr):
-    """Return which keys each row of a tile of query rows sees, [rows, STEP]."""
-    low = entry_bits(p_bits, p_entries, entry, end, o_block, o_row, WIDTH)
-    if STEP > 16:
-        low |= entry_bits(p_bits, p_entries, entry + 1, end, o_block, o_row, WIDTH) << 16
+def visible_keys(
+    p_bits, p_partial_tiles, partial_tile, end, o_block, o_row, o_n, TILE_WORDS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Return which keys each row of a tile of query rows attends to, [rows, BLOCK_N]."""
+    low = partial_tile_bits(p_bits, p_partial_tiles, partial_tile, end, o_block, o_row, TILE_WORDS)
+    if BLOCK_N > 16:
+        low |= partial_tile_bits(p_bits, p_partial_tiles, partial_tile + 1, end, o_block, o_row, TILE_WORDS) << 16
     word = low[:, None]
-    if STEP == 64:
-        high = entry_bits(p_bits, p_entries, entry + 2, end, o_block, o_row, WIDTH)
-        high |= entry_bits(p_bits, p_entries, entry + 3, end, o_block, o_row, WIDTH) << 16
+    if BLOCK_N == 64:
+        high = partial_tile_bits(p_bits, p_partial_tiles, partial_tile + 2, end, o_block, o_row, TILE_WORDS)
+        high |= partial_tile_bits(p_bits, p_partial_tiles, partial_tile + 3, end, o_block, o_row, TILE_WORDS) << 16
         word = tl.where(o_n[None, :] < 32, word, high[:, None])
     return ((word >> (o_n % 32)[None, :]) & 1) != 0
 
 
 @triton.jit
-def seeing_rows(p_bits, p_entries, entry, end, o_key, o_n, WIDTH: tl.constexpr):
-    """Return which query rows see each key of a tile of four blocks of keys, [64, rows]."""
-    o_entry = entry + o_n // 16
-    low = entry_bits(p_bits, p_entries, o_entry, end, 0, o_n % 16, WIDTH)
-    low |= entry_bits(p_bits, p_entries, o_entry, end, 1, o_n % 16, WIDTH) << 16
-    high = entry_bits(p_bits, p_entries, o_entry, end, 2, o_n % 16, WIDTH)
-    high |= entry_bits(p_bits, p_entries, o_entry, end, 3, o_n % 16, WIDTH) << 16
+def attending_rows(p_bits, p_partial_tiles, partial_tile, end, o_key, o_n, TILE_WORDS: tl.constexpr):
+    """Return which query rows attend to each key of a tile of four blocks of keys, [64, rows]."""
+    o_partial_tile = partial_tile + o_n // 16
+    low = partial_tile_bits(p_bits, p_partial_tiles, o_partial_tile, end, 0, o_n % 16, TILE_WORDS)
+    low |= partial_tile_bits(p_bits, p_partial_tiles, o_partial_tile, end, 1, o_n % 16, TILE_WORDS) << 16
+    high = partial_tile_bits(p_bits, p_partial_tiles, o_partial_tile, end, 2, o_n % 16, TILE_WORDS)
+    high |= partial_tile_bits(p_bits, p_partial_tiles, o_partial_tile, end, 3, o_n % 16, TILE_WORDS) << 16
     word = tl.where(o_key[:, None] < 32, low[None, :], high[None, :])
     return ((word >> (o_key % 32)[:, None]) & 1) != 0
 
 
 @triton.jit
 def load_rows(p, o_row, m_row, o_d, stride, D: tl.constexpr):
-    """Return rows ``o_row`` of a matrix, [rows, columns]; columns from D on, and rows out of ``m_row``, are 0."""
+    """Load rows ``o_row`` of a matrix, [rows, columns]; columns from D on and rows outside ``m_row`` are 0."""
     p_rows = p + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
     return tl.load(p_rows, mask=m_row[:, None] & (o_d[None, :] < D), other=0.0)
 
 
 @triton.jit
 def load_step(p, row, o_n, o_d, stride, D: tl.constexpr, WIDE: tl.constexpr):
-    """Return the rows from ``row`` on of a matrix, [rows, columns]; columns from D on are 0.
+    """Load the rows of a matrix from ``row`` on, [rows, columns]; columns from D on are 0.
 
-    Distances within a step take 32 bits, unless they are ``WIDE`` (``launch.wide``): 64 bits took a third more time.
+    Offsets within a step have 32 bits, unless ``WIDE`` (see ``launch.wide``): 64 bits took a third more time.
     """
     if WIDE:
         p_rows = p + (row + o_n).to(tl.int64)[:, None] * stride + o_d[None, :]
     else:
         p_rows = p + row.to(tl.int64) * stride + (o_n[:, None] * stride + o_d[None, :])
-    # Where D fills the tile there is no test at all.
+    # No mask where D fills the tile.
     if o_d.shape[0] != D:
         return tl.load(p_rows, mask=(o_d[None, :] < D), other=0.0)
     else:
@@ -137,7 +139,7 @@ def load_step(p, row, o_n, o_d, stride, D: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def tanh(x, EXACT: tl.constexpr):
-    """Return tanh(x); ``EXACT`` keeps its relative error at that of float32 near 0 too."""
+    """Return tanh(x); with ``EXACT`` the relative error is that of float32 near 0 too."""
     t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
     far = (1.0 - t) / (1.0 + t)
     far = tl.where(x < 0, -far, far)
@@ -152,7 +154,7 @@ def tanh(x, EXACT: tl.constexpr):
 
 @triton.jit
 def scores(products, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
-    """Return the scores in units of log2, and their slope by scale * product (1 without a softcap)."""
+    """Return the scores in units of log2, and their derivative by scale * product (1 without a softcap)."""
     if SOFTCAP:
         ratio = tanh(products * (scale / softcap), EXACT)
         return ratio * (softcap * LOG2E), 1.0 - ratio * ratio
@@ -164,7 +166,7 @@ def scores(products, scale, softcap, SOFTCAP: tl.constexpr, EXACT: tl.constexpr)
 def fill_rows(
     p_out, first, end, step, o_m, head, m_head, o_d, stride_t, stride_h, HEADS: tl.constexpr, D: tl.constexpr
 ):
-    """Write 0 to rows from ``first`` to ``end``, as many at a time as a tile has, every ``step`` rows."""
+    """Write 0 to rows before ``end``: as many as a tile has at ``first``, ``first + step`` and so on."""
     zeros = tl.zeros([o_m.shape[0], o_d.shape[0]], p_out.dtype.element_ty)
     for start in range(first, end, step):
         o_row = start + o_m // HEADS

@@ -96,7 +96,7 @@ def test_checks_are_for_their_configurations():
     for name, problem in cases.CHECKS.items():
         assert name in cases.CONFIGS[problem.group], name
         work = cases.attention_hopper.divide(problem.plan("cpu"), *problem.heads, programs=132, config=named[name])
-        assert bool(work.entries.shape[0]) == named[name].masks, name
+        assert bool(work.partial_tiles.shape[0]) == named[name].masks, name
         assert not cases.attention_hopper.unsupported_tensors(*problem.tensors("cpu")), name
     assert {problem.group for problem in cases.TIMED} == set(cases.CONFIGS)
 

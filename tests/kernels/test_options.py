@@ -80,7 +80,7 @@ def test_more_rows_than_positions_count():
     """Positions are int32 on every device; the product of pages and rows per page must not overflow."""
     page = torch.empty(1, 1 << 15, 1, 8, device="meta")
     tables = torch.empty(1, 1 << 16, dtype=torch.int32, device="meta"), torch.empty(1, dtype=torch.int32, device="meta")
-    with pytest.raises(ValueError, match="page_table: got 65536 pages of 32768 rows a sequence, needs at most"):
+    with pytest.raises(ValueError, match="page_table: got 65536 pages of 32768 rows per sequence, needs at most"):
         rk.paged_attention(torch.empty(1, 1, 8, device="meta"), page, page, *tables)
-    with pytest.raises(ValueError, match="page_table: got 65536 pages of 32768 rows a sequence, needs at most"):
+    with pytest.raises(ValueError, match="page_table: got 65536 pages of 32768 rows per sequence, needs at most"):
         rk.append_kv(*[torch.empty(1, 1, 8, device="meta")] * 2, page, page, *tables, tables[0][0, :2])

@@ -261,7 +261,7 @@ BAD = [
     ({"visible": (int32(0, 2, 2, 2), int32([0, 3], [4, 2]))}, ValueError, r"visible.ranges: got \[4, 2\] at 1, needs"),
     ({"visible": (int32(0, 2, 2, 2), int32([-1, 3], [4, 5]))}, ValueError, r"visible.ranges: got \[-1, 3\] at 0"),
     ({"visible": (int32(0, 1), int32([0, 3]))}, ValueError, r"visible.indptr: got shape \[2\], needs \[4\]"),
-    ({"q_offsets": None}, ValueError, "q: got 3 rows, needs 2, one a sequence, or q_offsets"),
+    ({"q_offsets": None}, ValueError, "q: got 3 rows, needs 2, one per sequence, or q_offsets"),
     ({"q_offsets": int32(0, 3)}, ValueError, r"q_offsets: got shape \[2\], needs \[3\]"),
     ({"q": torch.zeros(3, 3, 16)}, ValueError, "q: got 3 heads, needs a multiple of the 2 key/value heads"),
     ({"q": torch.zeros(3, 4, 12)}, ValueError, "q: got head_dim 12, needs a multiple of 8 up to 256"),

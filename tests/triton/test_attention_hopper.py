@@ -64,9 +64,9 @@ DEFAULT = Config()
 def problem(
     seed, config=DEFAULT, kv_heads=1, group=2, programs=3, lengths=None, seen=0.6, query_rows=None, strided=False
 ):
-    """Return a problem with chunks of multiples of 64 rows and a random chunk mask.
+    """Return a problem of chunks that are multiples of 64 rows long and attend to each other at random.
 
-    ``seen`` is the probability that a chunk attends to another, or the chunk matrix.
+    ``seen``: the probability of that, or a matrix.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     lengths = lengths or [[64 * rng.randint(1, 2) for _ in range(rng.randint(1, 3))] for _ in range(2)]
@@ -178,7 +178,7 @@ def test_masks_against_float64(seed):
 
 
 def masked_case():
-    """Return a problem with steps of partial tiles, then half a step, and an item without partial tiles."""
+    """Return a problem with items of partial tiles, of partial tiles and half a step, and without partial tiles."""
     layout = rk.ChunkLayout.from_lengths([[64, 41, 87, 64, 64]])
     seen = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 1]]).bool()
     mask = rk.ChunkMask.from_dense([seen])
@@ -234,7 +234,7 @@ FAULTS = {
     "scores are taken before they are there": [("warpgroup_mma_wait(1, deps", "warpgroup_mma_wait(2, deps")],
     "sums are taken before they are there": [("warpgroup_mma_wait(0, deps", "warpgroup_mma_wait(1, deps")],
     "barriers are not fenced": [("    fence_async_shared()", "    #")],
-    "half a step is not masked": [("STEP - pieces % 2 * PIECE, 0)", "STEP, 0)")],
+    "half a step is not masked": [("BLOCK_N - pieces % 2 * PIECE, 0)", "BLOCK_N, 0)")],
     "a range is read beyond its end": [("over = key >= end", "over = key > end")],
     "the rows of another block": [("slice(own * 16, 16, dim=0)", "slice(0, 16, dim=0)")],
     "the last values are not copied": [
@@ -253,21 +253,22 @@ TURN_FAULTS = {
 }
 
 
-# Faults with partially masked tiles.
+# The same, where items have partial tiles.
 MASK_FAULTS = {
-    "fully visible tiles are masked": [("code == -2, 0xFFFF", "code == -2, 0")],
-    "keys after the last entry are not masked": [
-        ("& (entry < end)", "& (entry <= end)"),
-        ("- 1) * WIDTH", ") * WIDTH"),
+    "a full tile is masked": [("code == -2, 0xFFFF", "code == -2, 0")],
+    "what follows the last partial tile is attended to": [
+        ("& (partial_tile < end)", "& (partial_tile <= end)"),
+        ("- 1) * TILE_WORDS", ") * TILE_WORDS"),
     ],
     "the bits of other rows": [("(word >> (16 * (o_row % 2)))", "word")],
-    "half a step after the entries is not masked": [("if step <= masked_steps:", "if step < masked_steps:")],
-    "a step after the entries takes half": [("(step == masked_steps) & (pieces % 2 == 0)", "False")],
-    "rows without a visible key so far": [("if MASKS:  #", "if False:  #")],
-    "values of entries as if they were of ranges": [
+    "half a step after the partial tiles is not masked": [("if step <= masked_steps:", "if step < masked_steps:")],
+    "a step after the partial tiles takes half": [("(step == masked_steps) & (pieces % 2 == 0)", "False")],
+    "rows that have not attended to a key yet": [("if MASKS:  #", "if False:  #")],
+    "values of partial tiles as if they were of ranges": [
         (
-            "fmt: skip\n                _copy_step(\n                    v_descs, p_entries, v_head, v_masked > 0 if",
-            "fmt: skip\n                _copy_step(\n                    v_descs, p_entries, v_head, False if",
+            "fmt: skip\n                _copy_step(\n                    "
+            "v_descs, p_partial_tiles, v_head, v_masked > 0 if",
+            "fmt: skip\n                _copy_step(\n                    v_descs, p_partial_tiles, v_head, False if",
         )
     ],
 }

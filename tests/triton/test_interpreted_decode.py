@@ -37,8 +37,8 @@ def attend(problem, way):
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_way_equals_dense_float64(case, monkeypatch):
-    """With a page table that fits the lengths, and a much wider one."""
-    monkeypatch.setattr(paged, "_PART_KEYS", 64)
+    """In a table of the lengths, and in one much wider."""
+    monkeypatch.setattr(paged, "_MIN_SPLIT_KEYS", 64)
     problem = make_problem(3, [1, 0, 37, 300, 64], dtype=torch.float32, heads=(4, 2), dim=32, **CASES[case])
     for table in (problem, widened(problem, 90)):
         results = {way: attend(table, way) for way in WAYS}
@@ -76,8 +76,8 @@ def test_a_row_for_every_sequence_is_divided_by_its_own_length(monkeypatch):
 
 
 def test_a_length_below_the_rows(monkeypatch):
-    """Lengths are only on the device: an invalid one causes no out-of-bounds reads."""
-    monkeypatch.setattr(paged, "_PART_KEYS", 32)
+    """Lengths are on the device alone: a bad one reads nothing that isn't there."""
+    monkeypatch.setattr(paged, "_MIN_SPLIT_KEYS", 32)
     problem = make_problem(1, [90, 40], [3, 2], dtype=torch.float32, heads=(2, 1), dim=16, page=16)
     q, k_pages, v_pages, table, lengths = problem.args
     for bad in (-(2**31) + 2**20, -5, 0, 1):

@@ -51,12 +51,12 @@ def test_nan_is_attended_to():
 
 @pytest.mark.parametrize("case", ("decode", "prefill", "visible, window, sinks, softcap"))
 def test_keys_in_parts(case, monkeypatch):
-    """Split a short table into as many parts as a long one."""
-    monkeypatch.setattr(paged, "_PART_KEYS", 1)
+    """As many parts as a long table is split into, on a short one."""
+    monkeypatch.setattr(paged, "_MIN_SPLIT_KEYS", 1)
     for max_keys in (1, 70, 5000):
-        parts, keys = paged.parts_of(1, max_keys, 32)
+        parts, keys = paged.splits_of(1, max_keys, 32)
         assert parts <= 32 and keys % 32 == 0 and (parts - 1) * keys < max_keys <= parts * keys
-    assert paged.parts_of(8, 70, 32) == (3, 32) and paged.parts_of(1000, 70, 32) == (1, 96)
+    assert paged.splits_of(8, 70, 32) == (3, 32) and paged.splits_of(1000, 70, 32) == (1, 96)
     test_paged.test_equals_dense_float64(case, "triton", torch.float32)
 
 
