@@ -230,7 +230,7 @@ def embed_mixed(
     activation: str = "gelu",
     token_scale: float = 1.0,
 ) -> torch.Tensor:
-    """Make the decoder's input: token embeddings in text rows, projected chunk embeddings in slots (REFRAG, section 2).
+    """Build the decoder's input: token embeddings in text rows, projected chunks in slots (REFRAG, section 2).
 
     Row t is ``token_table[token_ids[t]] * token_scale`` where ``slot_of_row[t]`` is -1, and else the projection of
     ``chunks[slot_of_row[t]]``, which is written there without an intermediate [N, d_dec] tensor.
@@ -248,7 +248,7 @@ def embed_mixed(
     w1, b1, w2, b2, activation
         The projection, as in ``project_chunks``.
     token_scale : float
-        Factor of the text rows (Gemma's decoders scale their token embeddings).
+        Factor of the text rows: Gemma's decoders scale their token embeddings.
 
     Returns
     -------
