@@ -7,7 +7,8 @@ namespace refrag {
 inline constexpr const char* kSchemas[] = {
     "mixed_attention_backward(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "Tensor[] plan, float scale, float softcap, Tensor? sinks) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
-    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor kv_lengths, Tensor? q_offsets, "
+    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, Tensor kv_lengths, Tensor? "
+    "q_offsets, "
     "Tensor? visible_indptr, Tensor? visible_ranges, float scale, float softcap, int window_left, int window_right, "
     "Tensor? sinks) -> (Tensor out, Tensor lse)",
     "append_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor page_table, Tensor kv_lengths, "

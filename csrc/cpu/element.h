@@ -3,8 +3,4 @@
 
 #include <cstdint>
 
-namespace refrag::cpu {
-
-enum class Element : int32_t { float32, bfloat16, float16 };
-
-}  // namespace refrag::cpu
+namespace refrag::cpu { enum class Element : int32_t { float32, bfloat16, float16 }; }  // namespace refrag::cpu

@@ -40,20 +40,20 @@ struct KernelTable {
 }  // namespace refrag::cpu
 
 #if defined(__x86_64__)
-#define REFRAG_DECLARE_KERNEL(result, name, ...)             \
-  namespace portable { result name(__VA_ARGS__); }           \
-  namespace avx2 { result name(__VA_ARGS__); }               \
-  namespace avx512 { result name(__VA_ARGS__); }             \
-  namespace avx512_bf16 { result name(__VA_ARGS__); }        \
+#define REFRAG_DECLARE_KERNEL(result, name, ...)      \
+  namespace portable { result name(__VA_ARGS__); }    \
+  namespace avx2 { result name(__VA_ARGS__); }        \
+  namespace avx512 { result name(__VA_ARGS__); }      \
+  namespace avx512_bf16 { result name(__VA_ARGS__); } \
   static_assert(true)
-#define REFRAG_KERNEL(name)                                                                                           \
-  (::refrag::cpu::KernelTable<decltype(::refrag::cpu::portable::name)>{                                               \
-      &::refrag::cpu::portable::name, &::refrag::cpu::avx2::name, &::refrag::cpu::avx512::name,                       \
-      &::refrag::cpu::avx512_bf16::name}                                                                              \
+#define REFRAG_KERNEL(name)                                                                     \
+  (::refrag::cpu::KernelTable<decltype(::refrag::cpu::portable::name)>{                         \
+      &::refrag::cpu::portable::name, &::refrag::cpu::avx2::name, &::refrag::cpu::avx512::name, \
+      &::refrag::cpu::avx512_bf16::name}                                                        \
        .active())
 #else
-#define REFRAG_DECLARE_KERNEL(result, name, ...)             \
-  namespace portable { result name(__VA_ARGS__); }           \
+#define REFRAG_DECLARE_KERNEL(result, name, ...)   \
+  namespace portable { result name(__VA_ARGS__); } \
   static_assert(true)
 #define REFRAG_KERNEL(name) (&::refrag::cpu::portable::name)
 #endif

@@ -19,8 +19,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_attention_backward(const Tensor
                                                                     const Tensor& q, const Tensor& k, const Tensor& v,
                                                                     const Tensor& out, const Tensor& lse,
                                                                     const std::vector<Tensor>& plan, double scale,
-                                                                    double softcap,
-                                                                    const std::optional<Tensor>& sinks);
+                                                                    double softcap, const std::optional<Tensor>& sinks);
 
 Tensor pool_chunks(const Tensor& hidden, const Tensor& chunk_offsets, std::string mode);
 

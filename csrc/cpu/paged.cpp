@@ -302,7 +302,7 @@ StatesRows states_of(const Tensor& out, const Tensor& lse, const Tensor& like) {
   for (int i = 0; i < 2; ++i) STD_TORCH_CHECK(lse.size(i) == like.size(i), "lse: needs the shape of lse_a");
   const int64_t bytes = bytes_of(element_of(like));
   return {static_cast<const char*>(out.const_data_ptr()), out.stride(0) * bytes, out.stride(1) * bytes,
-          static_cast<const char*>(lse.const_data_ptr()), lse.stride(0) * 4, lse.stride(1) * 4};
+          static_cast<const char*>(lse.const_data_ptr()), lse.stride(0) * 4,     lse.stride(1) * 4};
 }
 
 Tensor empty_out(const Tensor& like) {
@@ -432,7 +432,8 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a
   Tensor lse = empty_lse(out_a);
   p.out = static_cast<char*>(out.mutable_data_ptr());
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
-  run_rows(out_a, [&, merge = REFRAG_KERNEL(merge_states_rows)](int64_t first, int64_t last) { merge(p, first, last); });
+  run_rows(out_a,
+           [&, merge = REFRAG_KERNEL(merge_states_rows)](int64_t first, int64_t last) { merge(p, first, last); });
   return {out, lse};
 }
 

@@ -184,8 +184,10 @@ Tensor embed_mixed(const Tensor& token_ids, const Tensor& token_table, const Ten
   Tensor out = torch::stable::new_empty(token_table, {rows, p.d_dec});
   p.out = static_cast<char*>(out.mutable_data_ptr());
   p.out_row_bytes = p.d_dec * bytes_of(p.element);
-  const GatherParams text{p.element, ids, slots, matrix("token_table", token_table, p.element), p.d_dec,
-                          static_cast<float>(token_scale), p.out, p.out_row_bytes};
+  const GatherParams text{p.element, ids,
+                          slots,     matrix("token_table", token_table, p.element),
+                          p.d_dec,   static_cast<float>(token_scale),
+                          p.out,     p.out_row_bytes};
   const auto gather = REFRAG_KERNEL(gather_text);
   run_tasks((rows + kRowsPerTask - 1) / kRowsPerTask, 1, [&](int64_t piece) {
     gather(text, static_cast<int32_t>(piece * kRowsPerTask),

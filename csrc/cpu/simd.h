@@ -340,8 +340,8 @@ REFRAG_INLINE VecI bits_of_half(const Vec a) {
   // Adding 0.5 leaves the rounded bits of a subnormal half at the end of the sum's mantissa.
   const VecI subnormal = as_int(as_float(magnitude) + broadcast(0.5f)) - broadcast_int(126 << 23);
   VecI value = select_int(less_int(magnitude, broadcast_int(113 << 23)), subnormal, normal);
-  const VecI special = select_int(less_int(broadcast_int(0x7f800000), magnitude), broadcast_int(0x7e00),
-                                  broadcast_int(0x7c00));
+  const VecI special =
+      select_int(less_int(broadcast_int(0x7f800000), magnitude), broadcast_int(0x7e00), broadcast_int(0x7c00));
   value = select_int(less_int(magnitude, broadcast_int(143 << 23)), value, special);
   return value | shift_right<16>(bits & broadcast_int(static_cast<int32_t>(0x80000000)));
 }

@@ -55,11 +55,14 @@ template <int D, int kTiles>
 struct AttentionShared {
   static constexpr int kBits = 32;  // bytes of a partial tile's mask
   static constexpr int kStageBytes = kTiles * (2 * Tile<D>::kBytes + kMaxBlocksPerGroup * kBits);
-  static constexpr int kBytes = kAttentionStages * kStageBytes + kTileLists * static_cast<int>(sizeof(TileList<kTiles>));
+  static constexpr int kBytes =
+      kAttentionStages * kStageBytes + kTileLists * static_cast<int>(sizeof(TileList<kTiles>));
 
   unsigned char* memory;
 
-  __device__ unsigned char* keys(int stage, int tile) const { return memory + stage * kStageBytes + tile * Tile<D>::kBytes; }
+  __device__ unsigned char* keys(int stage, int tile) const {
+    return memory + stage * kStageBytes + tile * Tile<D>::kBytes;
+  }
   __device__ unsigned char* values(int stage, int tile) const { return keys(stage, kTiles + tile); }
   __device__ unsigned char* bits(int stage, int tile, int block) const {
     return keys(stage, 2 * kTiles) + (tile * kMaxBlocksPerGroup + block) * kBits;
@@ -74,7 +77,9 @@ struct AttentionShared {
 constexpr int kAttentionTiles = 4;
 constexpr int kAttentionResidentCtas = 2;  // per SM, with 128 threads each
 template <int D>
-constexpr int kFewerTiles = D <= 64 ? 4 : D <= 96 ? 3 : 2;
+constexpr int kFewerTiles = D <= 64   ? 4
+                            : D <= 96 ? 3
+                                      : 2;
 
 template <int D>
 constexpr int attention_tiles(SharedLimits limits) {

@@ -54,12 +54,9 @@ template <class Function>
 void for_queries(const torch::stable::Tensor& q, const Function& function) {
   const auto for_head_dim = [&]<class T>() {
     switch (q.size(2)) {
-      case 64:
-        return function.template operator()<T, 64>();
-      case 96:
-        return function.template operator()<T, 96>();
-      default:
-        return function.template operator()<T, 128>();
+      case 64: return function.template operator()<T, 64>();
+      case 96: return function.template operator()<T, 96>();
+      default: return function.template operator()<T, 128>();
     }
   };
   if (q.scalar_type() == torch::headeronly::ScalarType::Half) {

@@ -168,7 +168,9 @@ void append_kv(const Tensor& k, const Tensor& v, Tensor k_pages, Tensor v_pages,
   const bool wide = params.head_bytes % kAccessBytes == 0 && is_aligned(k, kAccessBytes) &&
                     is_aligned(v, kAccessBytes) && is_aligned(k_pages, kAccessBytes) &&
                     is_aligned(v_pages, kAccessBytes);
-  const auto kernel = wide ? append_kv_kernel<Words> : bytes == 4 ? append_kv_kernel<uint32_t> : append_kv_kernel<uint16_t>;
+  const auto kernel = wide         ? append_kv_kernel<Words>
+                      : bytes == 4 ? append_kv_kernel<uint32_t>
+                                   : append_kv_kernel<uint16_t>;
   launch("append_kv", "append_kv_kernel", kernel, dim3((params.rows + kRowWarps - 1) / kRowWarps),
          dim3(kRowWarps * kWarp), 0, current_stream(k), params);
 }
@@ -199,10 +201,14 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& out_a, const Tensor& lse_a
   Tensor out = torch::stable::new_empty(out_a, {out_a.size(0), out_a.size(1), out_a.size(2)});
   Tensor lse = torch::stable::new_empty(lse_a, {out_a.size(0), out_a.size(1)});
   if (num_states == 0) return {out, lse};
-  const MergeParams params = {out_a.const_data_ptr(), static_cast<const float*>(lse_a.const_data_ptr()),
-                              out_b.const_data_ptr(), static_cast<const float*>(lse_b.const_data_ptr()),
-                              out.mutable_data_ptr(), static_cast<float*>(lse.mutable_data_ptr()),
-                              num_states,             static_cast<int32_t>(out_a.size(2))};
+  const MergeParams params = {out_a.const_data_ptr(),
+                              static_cast<const float*>(lse_a.const_data_ptr()),
+                              out_b.const_data_ptr(),
+                              static_cast<const float*>(lse_b.const_data_ptr()),
+                              out.mutable_data_ptr(),
+                              static_cast<float*>(lse.mutable_data_ptr()),
+                              num_states,
+                              static_cast<int32_t>(out_a.size(2))};
   const bool wide = reinterpret_cast<uintptr_t>(params.out_a) % kAccessBytes == 0 &&
                     reinterpret_cast<uintptr_t>(params.out_b) % kAccessBytes == 0;
   const cudaStream_t stream = current_stream(out_a);

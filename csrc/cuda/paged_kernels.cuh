@@ -56,7 +56,9 @@ struct PagedShared {
 
   unsigned char* memory;
 
-  __device__ unsigned char* keys(int stage, int tile) const { return memory + stage * kStageBytes + tile * Tile<D>::kBytes; }
+  __device__ unsigned char* keys(int stage, int tile) const {
+    return memory + stage * kStageBytes + tile * Tile<D>::kBytes;
+  }
   __device__ unsigned char* values(int stage, int tile) const { return keys(stage, kWarps + tile); }
   __device__ KeyList<kWarps>& list(int index) const {
     return reinterpret_cast<KeyList<kWarps>*>(memory + kPagedStages * kStageBytes)[index];
@@ -103,7 +105,8 @@ __device__ inline QueryTile find_tile(const PagedParams& params, int index) {
       }
     }
     const int start = clamp_to(params.q_offsets[low], 0, params.q_rows);
-    const int end = low < params.num_sequences ? clamp_to(params.q_offsets[low + 1], start, params.q_rows) : params.q_rows;
+    const int end =
+        low < params.num_sequences ? clamp_to(params.q_offsets[low + 1], start, params.q_rows) : params.q_rows;
     tile.sequence = low;
     tile.first = start + (index - (start / params.rows_per_tile + low)) * params.rows_per_tile;
     tile.rows = min(params.rows_per_tile, end - tile.first);
@@ -136,8 +139,8 @@ __device__ inline bool in_ranges(const PagedParams& params, int row, int key) {
 
 // Lists the next keys, from `key` on, that any row attends to. Called by one warp. Returns the key to continue from.
 template <int kWarps>
-__device__ inline int list_keys(KeyList<kWarps>& list, const PagedParams& params, const QueryTile& tile, int key, int end,
-                                int lane) {
+__device__ inline int list_keys(KeyList<kWarps>& list, const PagedParams& params, const QueryTile& tile, int key,
+                                int end, int lane) {
   for (; key < end; key += list.kKeys) {
     uint32_t all = 0;
 #pragma unroll
@@ -343,7 +346,7 @@ __global__ __launch_bounds__(kWarps* kWarp, kPagedResidentCtas) void paged_atten
 constexpr int kMergeWarps = 4;
 
 template <class T, int D>
-__global__ __launch_bounds__(kMergeWarps * kWarp) void merge_splits_kernel(const PagedParams params) {
+__global__ __launch_bounds__(kMergeWarps* kWarp) void merge_splits_kernel(const PagedParams params) {
   const int lane = threadIdx.x % kWarp;
   const int64_t num_rows = static_cast<int64_t>(params.q_rows) * params.q_heads;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.x / kWarp;

@@ -28,8 +28,8 @@ void launch_pack(const PoolParams& params, cudaStream_t stream) {
   const int x = static_cast<int>(std::min<int64_t>((packs + kWarp - 1) / kWarp * kWarp, kPoolThreads));
   const int y = kPoolThreads / x;
   const int64_t blocks = (params.num_chunks + y - 1) / y;
-  launch("pool_chunks", "pool_chunks_kernel", pool_chunks_kernel<T, N>, dim3(static_cast<unsigned>(blocks)), dim3(x, y), 0,
-         stream, params);
+  launch("pool_chunks", "pool_chunks_kernel", pool_chunks_kernel<T, N>, dim3(static_cast<unsigned>(blocks)), dim3(x, y),
+         0, stream, params);
 }
 
 template <class T>

@@ -38,9 +38,7 @@ struct Problem {
 
   int32_t first_row(int32_t sequence) const { return chunk_offsets[sequence_chunks[sequence]]; }
   int32_t key_rows(int32_t sequence) const { return first_row(sequence + 1) - first_row(sequence); }
-  int32_t query_rows(int32_t sequence) const {
-    return query_lengths ? query_lengths[sequence] : key_rows(sequence);
-  }
+  int32_t query_rows(int32_t sequence) const { return query_lengths ? query_lengths[sequence] : key_rows(sequence); }
 };
 
 // Throws std::invalid_argument when a CSR mask is malformed or crosses sequences.

@@ -37,8 +37,8 @@ class BlockTiles {
     const Interval any{low(first), high(last)};  // keys that any row of the run attends to
     const Interval all{low(last), high(first)};  // keys that all rows of the run attend to
     const uint32_t rows = (1u << run.last) - (1u << run.first);
-    auto interval = std::partition_point(intervals.begin(), intervals.end(),
-                                         [&](const Interval& i) { return i.end <= any.start; });
+    auto interval =
+        std::partition_point(intervals.begin(), intervals.end(), [&](const Interval& i) { return i.end <= any.start; });
     for (; interval != intervals.end() && interval->start < any.end; ++interval) {
       const int32_t touched_first = tile_floor(std::max(interval->start, any.start));
       const int32_t touched_last = tile_ceil(std::min(interval->end, any.end));

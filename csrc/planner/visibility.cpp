@@ -121,8 +121,9 @@ Visible visible_ranges(const Problem& problem, const int32_t* rows, int64_t num_
   for (int64_t i = 0; i < num_rows; ++i) {
     const int32_t chunk =
         static_cast<int32_t>(std::upper_bound(problem.chunk_offsets, chunks_end, rows[i]) - problem.chunk_offsets) - 1;
-    const int32_t sequence =
-        static_cast<int32_t>(std::upper_bound(problem.sequence_chunks, sequences_end, chunk) - problem.sequence_chunks) - 1;
+    const int32_t sequence = static_cast<int32_t>(std::upper_bound(problem.sequence_chunks, sequences_end, chunk) -
+                                                  problem.sequence_chunks) -
+                             1;
     visibility.enter_sequence(sequence);
     const auto& intervals = visibility.intervals(visibility.group_of(chunk));
     visible.ranges.insert(visible.ranges.end(), intervals.begin(), intervals.end());

@@ -49,7 +49,8 @@ extern "C" const char* mixed_attention(Element element, int width, int tiles, co
   params.softcap = softcap;
   const AttentionGrid grid = divide_attention(params, counts[4], counts[5], counts[6]);
   const bool half = element == Element::float16;
-  if (width == 64 && tiles == 4) return half ? run<__half, 64, 4>(params, grid) : run<__nv_bfloat16, 64, 4>(params, grid);
+  if (width == 64 && tiles == 4)
+    return half ? run<__half, 64, 4>(params, grid) : run<__nv_bfloat16, 64, 4>(params, grid);
   if (width == 96 && tiles == 4) return half ? run<__half, 96, 4>(params, grid) : "not built";
   if (width == 96 && tiles == 3) return half ? "not built" : run<__nv_bfloat16, 96, 3>(params, grid);
   if (width == 128 && tiles == 4) return half ? "not built" : run<__nv_bfloat16, 128, 4>(params, grid);
@@ -83,5 +84,7 @@ extern "C" const char* places(const int* sizes, int* found) {
 // Returns the launcher's choice for a multiprocessor with that much shared memory.
 extern "C" int attention_tiles(int width, int multiprocessor, int reserved) {
   const SharedLimits limits = {multiprocessor, reserved};
-  return width == 64 ? attention_tiles<64>(limits) : width == 96 ? attention_tiles<96>(limits) : attention_tiles<128>(limits);
+  return width == 64   ? attention_tiles<64>(limits)
+         : width == 96 ? attention_tiles<96>(limits)
+                       : attention_tiles<128>(limits);
 }

@@ -191,8 +191,9 @@ inline std::string describe_deadlock() {
     if (threads[i].state == State::warp) instruction = threads[i].instruction;
   }
   char text[256];
-  snprintf(text, sizeof text, "divergent threads: %d wait at a barrier of the block, %d for their warp%s%s, %d have ended",
-           counts[2], counts[1], counts[1] ? " at " : "", instruction, counts[3]);
+  snprintf(text, sizeof text,
+           "divergent threads: %d wait at a barrier of the block, %d for their warp%s%s, %d have ended", counts[2],
+           counts[1], counts[1] ? " at " : "", instruction, counts[3]);
   return text;
 }
 

@@ -74,7 +74,8 @@ T shuffle(const char* instruction, unsigned mask, T value, int lane) {
     for (int i = 0; i < kLanes; ++i) {
       if (lanes[i] == nullptr) continue;
       const Operands* from = lanes[lanes[i]->lane];
-      if (from == nullptr) fail("lane %d reads lane %d in %s, which its mask leaves out", i, lanes[i]->lane, instruction);
+      if (from == nullptr)
+        fail("lane %d reads lane %d in %s, which its mask leaves out", i, lanes[i]->lane, instruction);
       lanes[i]->out = from->in;
     }
   });

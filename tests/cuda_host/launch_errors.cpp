@@ -17,8 +17,8 @@ void some_kernel(Params) {}
 // `call` names the runtime call that fails; `shared_bytes` is the shared memory to request.
 std::string launch_some_kernel(std::string call, int64_t shared_bytes) {
   fake_runtime::reset(call);
-  refrag::cuda::launch("some_op", "some_kernel", some_kernel, dim3(3, 2), dim3(64), static_cast<int>(shared_bytes), nullptr,
-                       Params{7});
+  refrag::cuda::launch("some_op", "some_kernel", some_kernel, dim3(3, 2), dim3(64), static_cast<int>(shared_bytes),
+                       nullptr, Params{7});
   return fake_runtime::calls;
 }
 

@@ -86,7 +86,8 @@ __global__ void product_kernel(Params params) {
       wait_copies<0>();
       return;
     }
-    if (kFault != Fault::no_barrier_after_copies && (kFault != Fault::divergent_barrier || thread != 5)) __syncthreads();
+    if (kFault != Fault::no_barrier_after_copies && (kFault != Fault::divergent_barrier || thread != 5))
+      __syncthreads();
     uint32_t a[4], b[4];
     const int corner = lane / 8, row = lane % 8;
     load_matrices(a, place(stage, corner % 2 * 8 + row, corner / 2));

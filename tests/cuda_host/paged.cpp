@@ -1,8 +1,8 @@
 // The paged family on the host.
 #include "entry.h"
 
-#include "cuda/paged_kernels.cuh"
 #include "cuda/paged_append_merge_kernels.cuh"
+#include "cuda/paged_kernels.cuh"
 
 namespace {
 
@@ -38,8 +38,9 @@ const int32_t* int32s(const void* pointer) { return static_cast<const int32_t*>(
 // pointers: q, k_pages, v_pages, page_table, kv_lengths, q_offsets, indptr, ranges, sinks, out, lse. strides: row and head
 // of q; page, row and head of k and v; row of the table. counts: rows, query heads, sequences, pages, page size, pages per
 // sequence, ranges, key/value heads. splits: 0 for the launcher's choice.
-extern "C" const char* paged_attention(Element element, int width, int warps, const void* const* pointers, const int64_t* strides,
-                                       const int* counts, float scale, float softcap, int window_left, int splits) {
+extern "C" const char* paged_attention(Element element, int width, int warps, const void* const* pointers,
+                                       const int64_t* strides, const int* counts, float scale, float softcap,
+                                       int window_left, int splits) {
   PagedParams params = {};
   params.q = pointers[0];
   params.k_pages = pointers[1];

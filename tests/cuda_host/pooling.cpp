@@ -19,8 +19,9 @@ const char* run(const PoolParams& params, int pack) {
 }  // namespace
 
 // pack: elements per 16-byte access, or 1.
-extern "C" const char* pool_chunks(Element element, int pack, const void* hidden, const int32_t* chunk_offsets, void* out,
-                                   int64_t rows, int64_t width, int64_t stride, int64_t num_chunks, int mode) {
+extern "C" const char* pool_chunks(Element element, int pack, const void* hidden, const int32_t* chunk_offsets,
+                                   void* out, int64_t rows, int64_t width, int64_t stride, int64_t num_chunks,
+                                   int mode) {
   const PoolParams params = {hidden, chunk_offsets, out, rows, width, stride, num_chunks, static_cast<PoolMode>(mode)};
   switch (element) {
     case Element::float32: return run<float>(params, pack);

@@ -124,17 +124,10 @@ void linear_rows(const LinearParams& p, int32_t begin, int32_t end) {
     int row = 0;
     for (; row + kMaxRows <= p.num_rows; row += kMaxRows) multiply_tile<T, Math, kMaxRows>(p, row, begin, end);
     switch (p.num_rows - row) {
-      case 3:
-        multiply_tile<T, Math, 3>(p, row, begin, end);
-        break;
-      case 2:
-        multiply_tile<T, Math, 2>(p, row, begin, end);
-        break;
-      case 1:
-        multiply_tile<T, Math, 1>(p, row, begin, end);
-        break;
-      default:
-        break;
+      case 3: multiply_tile<T, Math, 3>(p, row, begin, end); break;
+      case 2: multiply_tile<T, Math, 2>(p, row, begin, end); break;
+      case 1: multiply_tile<T, Math, 1>(p, row, begin, end); break;
+      default: break;
     }
   });
 }

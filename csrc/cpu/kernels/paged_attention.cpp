@@ -477,12 +477,9 @@ void paged_finish(const PagedParams& p, const PagedBlock& block, const float* me
   const RowShape shape(p, block);
   const StateOf<const float> state(memory, block, shape);
   switch (p.element) {
-    case Element::float32:
-      return write_output<float>(p, block, state, shape);
-    case Element::bfloat16:
-      return write_output<BFloat16>(p, block, state, shape);
-    case Element::float16:
-      return write_output<Half>(p, block, state, shape);
+    case Element::float32: return write_output<float>(p, block, state, shape);
+    case Element::bfloat16: return write_output<BFloat16>(p, block, state, shape);
+    case Element::float16: return write_output<Half>(p, block, state, shape);
   }
 }
 

@@ -125,12 +125,9 @@ void score_small_m(const float* q, int q_stride, int rows, const char* k, const 
   scores += r * kScoreStride;
   if constexpr (kDotRows > 1) {
     switch (rows - r) {
-      case 3:
-        return dot_rows<T, 3>(q, q_stride, k, at, head_dim, scores);
-      case 2:
-        return dot_rows<T, 2>(q, q_stride, k, at, head_dim, scores);
-      case 1:
-        return dot_rows<T, 1>(q, q_stride, k, at, head_dim, scores);
+      case 3: return dot_rows<T, 3>(q, q_stride, k, at, head_dim, scores);
+      case 2: return dot_rows<T, 2>(q, q_stride, k, at, head_dim, scores);
+      case 1: return dot_rows<T, 1>(q, q_stride, k, at, head_dim, scores);
     }
   }
 }
@@ -187,15 +184,9 @@ inline void score_large_m(const float* q, int q_stride, int rows, const float* p
        r += kMicroTileRows, q += kMicroTileRows * q_stride, scores += kMicroTileRows * kScoreStride) {
     if constexpr (kScoreVecs > 1) {
       switch (tiles) {
-        case 4:
-          score_packed<4>(q, q_stride, packed, q_stride, head_dim, scores);
-          continue;
-        case 3:
-          score_packed<3>(q, q_stride, packed, q_stride, head_dim, scores);
-          continue;
-        case 2:
-          score_packed<2>(q, q_stride, packed, q_stride, head_dim, scores);
-          continue;
+        case 4: score_packed<4>(q, q_stride, packed, q_stride, head_dim, scores); continue;
+        case 3: score_packed<3>(q, q_stride, packed, q_stride, head_dim, scores); continue;
+        case 2: score_packed<2>(q, q_stride, packed, q_stride, head_dim, scores); continue;
       }
     }
     score_packed<1>(q, q_stride, packed, q_stride, head_dim, scores);
@@ -264,16 +255,11 @@ void accumulate_values(const float* probs, int rows, const char* v, const int64_
     accumulate_rows<T, kMicroTileRows>(probs, v, at, keys, head_dim, acc, stride);
   }
   switch (rows) {
-    case 5:
-      return accumulate_rows<T, 5>(probs, v, at, keys, head_dim, acc, stride);
-    case 4:
-      return accumulate_rows<T, 4>(probs, v, at, keys, head_dim, acc, stride);
-    case 3:
-      return accumulate_rows<T, 3>(probs, v, at, keys, head_dim, acc, stride);
-    case 2:
-      return accumulate_rows<T, 2>(probs, v, at, keys, head_dim, acc, stride);
-    case 1:
-      return accumulate_rows<T, 1>(probs, v, at, keys, head_dim, acc, stride);
+    case 5: return accumulate_rows<T, 5>(probs, v, at, keys, head_dim, acc, stride);
+    case 4: return accumulate_rows<T, 4>(probs, v, at, keys, head_dim, acc, stride);
+    case 3: return accumulate_rows<T, 3>(probs, v, at, keys, head_dim, acc, stride);
+    case 2: return accumulate_rows<T, 2>(probs, v, at, keys, head_dim, acc, stride);
+    case 1: return accumulate_rows<T, 1>(probs, v, at, keys, head_dim, acc, stride);
   }
 }
 

@@ -176,19 +176,11 @@ void multiply(const Product& product, int rows, int vecs) {
   for (int group = 0, vec = 0; group < groups; ++group) {
     const int count = (vecs - vec) / (groups - group);
     switch (count) {
-      case 1:
-        multiply_vecs<Math, 1, kOrder, kEpilogue>(product, rows, vec);
-        break;
+      case 1: multiply_vecs<Math, 1, kOrder, kEpilogue>(product, rows, vec); break;
 #if defined(__AVX512F__)
-      case 2:
-        multiply_vecs<Math, 2, kOrder, kEpilogue>(product, rows, vec);
-        break;
-      case 3:
-        multiply_vecs<Math, 3, kOrder, kEpilogue>(product, rows, vec);
-        break;
-      default:
-        multiply_vecs<Math, 4, kOrder, kEpilogue>(product, rows, vec);
-        break;
+      case 2: multiply_vecs<Math, 2, kOrder, kEpilogue>(product, rows, vec); break;
+      case 3: multiply_vecs<Math, 3, kOrder, kEpilogue>(product, rows, vec); break;
+      default: multiply_vecs<Math, 4, kOrder, kEpilogue>(product, rows, vec); break;
 #else
       default: break;
 #endif

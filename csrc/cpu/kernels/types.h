@@ -11,21 +11,13 @@ namespace {
 template <class F>
 REFRAG_INLINE void with_types(Element element, F f) {
   switch (element) {
-    case Element::float32:
-      f(float{}, Float32Math{});
-      break;
+    case Element::float32: f(float{}, Float32Math{}); break;
 #if defined(__AVX512BF16__)
-    case Element::bfloat16:
-      f(BFloat16{}, Bf16PairMath{});
-      break;
+    case Element::bfloat16: f(BFloat16{}, Bf16PairMath{}); break;
 #else
-    case Element::bfloat16:
-      f(BFloat16{}, Float32Math{});
-      break;
+    case Element::bfloat16: f(BFloat16{}, Float32Math{}); break;
 #endif
-    case Element::float16:
-      f(Half{}, Float32Math{});
-      break;
+    case Element::float16: f(Half{}, Float32Math{}); break;
   }
 }
 

@@ -14,7 +14,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 namespace fake_runtime {
 
 inline std::string failing, calls;
-inline std::string last_launch;  // grid, block, bytes of shared memory
+inline std::string last_launch;         // grid, block, bytes of shared memory
 inline int multiprocessor = 100 << 10;  // bytes of shared memory
 inline cudaError_t last = cudaSuccess;
 
