@@ -23,7 +23,7 @@ from refrag.model.masked_attention import masked_attention
 from refrag_kernels import AttentionPlan, ChunkLayout, ChunkMask, PlanCapacity
 
 NAME = "refrag"
-_GIVEN = "refrag_given"
+_THREAD_PLANS = "refrag_given"
 # Arguments for other attention kernels, or passed to every layer. They don't change which keys a row attends to.
 _IGNORED = frozenset({
     "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "logits_to_keep", "max_length_k",
@@ -161,14 +161,14 @@ def packed_pass(part: nn.Module, plans: AttentionPlans, **inputs: Any) -> Any:
         If no layer used a plan, so that every row attended to every other.
     """
     plans.used = False
-    thread, given = threading.get_ident(), getattr(part, _GIVEN, None)
-    if given is not None:
-        given[thread] = plans
+    thread, plans_of_thread = threading.get_ident(), getattr(part, _THREAD_PLANS, None)
+    if plans_of_thread is not None:
+        plans_of_thread[thread] = plans
     try:
         output = part(attention_mask=no_mask(plans.device), refrag_plans=plans, return_dict=True, **inputs)
     finally:
-        if given is not None:
-            del given[thread]
+        if plans_of_thread is not None:
+            del plans_of_thread[thread]
     if not plans.used:
         raise ValueError(
             f"refrag_plans: no attention layer of {type(part).__name__} used a plan, so every row attended to every "
@@ -182,9 +182,9 @@ def give_plans(part: nn.Module, layers: Iterable[nn.Module]) -> None:
 
     Gradient checkpointing, which runs the layers again after the forward pass, is refused for such a model.
     """
-    given: dict[int, AttentionPlans] = {}  # by thread: several threads may run the model at once
+    plans_of_thread: dict[int, AttentionPlans] = {}  # by thread: several threads may run the model at once
     for module in (part, *part.children(), *layers):
-        setattr(module, _GIVEN, given)
+        setattr(module, _THREAD_PLANS, plans_of_thread)
 
 
 def require_refrag(name: str, part: PreTrainedModel) -> None:
@@ -235,8 +235,8 @@ def refrag_attention(
         If there is a plan and the batch size isn't 1 or a keyword isn't supported with plans, or if packed rows come
         without a plan.
     """
-    if refrag_plans is None and _GIVEN in module.__dict__:
-        refrag_plans = module.__dict__[_GIVEN].get(threading.get_ident())
+    if refrag_plans is None and _THREAD_PLANS in module.__dict__:
+        refrag_plans = module.__dict__[_THREAD_PLANS].get(threading.get_ident())
     if refrag_plans is None:
         if attention_mask is not None and attention_mask.shape[-2:] == (1, 1) and key.shape[2] > 1:
             raise ValueError(
