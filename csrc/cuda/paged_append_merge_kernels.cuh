@@ -24,7 +24,7 @@ struct AppendParams {
 
 // Writes each new row to its page, in pieces of type `Piece`. Skips rows without a place in the page table.
 template <class Piece>
-__global__ __launch_bounds__(kRowWarps* kWarp) void append_kv_kernel(const AppendParams params) {
+__global__ __launch_bounds__(kRowWarps * kWarp) void append_kv_kernel(const AppendParams params) {
   const int row = blockIdx.x * kRowWarps + threadIdx.x / kWarp;
   if (row >= params.rows) return;
   int low = 0, high = params.num_sequences;  // the first sequence that ends after `row`
@@ -71,7 +71,7 @@ struct MergeParams {
 // Merges pairs of attention states by their log-sum-exps. One warp per row and head, N elements per thread. The output
 // of an empty state is not read, because it may be NaN.
 template <class T, int N>
-__global__ __launch_bounds__(kRowWarps* kWarp) void merge_states_kernel(const MergeParams params) {
+__global__ __launch_bounds__(kRowWarps * kWarp) void merge_states_kernel(const MergeParams params) {
   const int64_t state = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / kWarp;
   if (state >= params.num_states) return;
   const float lse_a = params.lse_a[state], lse_b = params.lse_b[state];

@@ -346,7 +346,7 @@ __global__ __launch_bounds__(kWarps* kWarp, kPagedResidentCtas) void paged_atten
 constexpr int kMergeWarps = 4;
 
 template <class T, int D>
-__global__ __launch_bounds__(kMergeWarps* kWarp) void merge_splits_kernel(const PagedParams params) {
+__global__ __launch_bounds__(kMergeWarps * kWarp) void merge_splits_kernel(const PagedParams params) {
   const int lane = threadIdx.x % kWarp;
   const int64_t num_rows = static_cast<int64_t>(params.q_rows) * params.q_heads;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kMergeWarps + threadIdx.x / kWarp;

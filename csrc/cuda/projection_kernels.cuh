@@ -49,7 +49,7 @@ constexpr int small_m_shared_bytes() {
 // operands.
 // Grid: x groups of 16 output features.
 template <class T, int kTiles>
-__global__ __launch_bounds__(kSmallMWarps* kWarp) void small_m_projection_kernel(const SmallMParams params) {
+__global__ __launch_bounds__(kSmallMWarps * kWarp) void small_m_projection_kernel(const SmallMParams params) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int first = blockIdx.x * kSmallMOutTile;
   const T* weights = static_cast<const T*>(params.weights);
@@ -127,7 +127,7 @@ constexpr int kAssembleWarps = 4;
 // One warp per row of the mixed sequence, N elements per thread. A text row is a scaled row of the table, a slot's row
 // is a row of the projection. A row whose index is out of range becomes zeros.
 template <class T, int N>
-__global__ __launch_bounds__(kAssembleWarps* kWarp) void assemble_mixed_kernel(const AssembleParams params) {
+__global__ __launch_bounds__(kAssembleWarps * kWarp) void assemble_mixed_kernel(const AssembleParams params) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kAssembleWarps + threadIdx.x / kWarp;
   if (row >= params.rows) return;
   const int64_t slot = params.slot_of_row[row];
