@@ -32,7 +32,7 @@ def test_occupancy(architecture, registers, shared, warps, blocks):
     assert ARCHITECTURES[architecture].resident_ctas(registers, shared, warps) == blocks
 
 
-def test_a_result_is_kept_until_the_source_changes(tmp_path, monkeypatch):
+def test_a_result_is_kept_until_the_kernel_changes(tmp_path, monkeypatch):
     case = next(case for case in CASES if case.name == "pooling-bfloat16")
     recorded = ahead_of_time.record(case.call, "sm_90")[0]
     built = ahead_of_time.build(recorded, "sm_90", tmp_path)
@@ -50,7 +50,11 @@ def test_a_result_is_kept_until_the_source_changes(tmp_path, monkeypatch):
     ):
         with pytest.raises(AssertionError, match="compiled again"):
             ahead_of_time.build(changed, architecture, tmp_path)
+    # Another source that computes the same, then one that doesn't.
     monkeypatch.setattr(type(recorded.kernel), "cache_key", "another source")
+    assert ahead_of_time.build(recorded, "sm_90", tmp_path) == built
+    monkeypatch.setattr(type(recorded.kernel), "cache_key", "a third one")
+    monkeypatch.setattr(ahead_of_time, "ttir", lambda *launch: "something else")
     with pytest.raises(AssertionError, match="compiled again"):
         ahead_of_time.build(recorded, "sm_90", tmp_path)
 
