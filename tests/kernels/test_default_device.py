@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import refrag_kernels as rk
-from refrag_kernels import paged_values
+from refrag_kernels import values
 from refrag_kernels.reference.mask import pairs_of_plan
 from tests.support.factory import random_plan_problem
 
@@ -66,8 +66,8 @@ def test_checks_of_tables():
     table, lengths = torch.zeros(1, 1, dtype=torch.int32), torch.full((1,), 4, dtype=torch.int32)
     indptr, ranges = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([[0, 3], [2, 4]], dtype=torch.int32)
     with torch.device("meta"):
-        paged_values.check_attention(q, pages, table, lengths, None, indptr, ranges[:, :1].expand(-1, 2))
+        values.check_paged_attention(q, pages, pages, table, lengths, None, indptr, ranges[:, :1].expand(-1, 2))
         with pytest.raises(ValueError, match="page_table: got page 7"):
-            paged_values.check_attention(q, pages, table + 7, lengths, None, None, None)
+            values.check_paged_attention(q, pages, pages, table + 7, lengths, None, None, None)
         with pytest.raises(ValueError, match="visible.ranges: got"):
-            paged_values.check_attention(q, pages, table, lengths, None, indptr, ranges)
+            values.check_paged_attention(q, pages, pages, table, lengths, None, indptr, ranges)

@@ -1,6 +1,7 @@
 """mixed_attention with Triton's kernels in the interpreter, against float64."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from tests.triton.modes import ALL
 # The interpreter takes about a second for a few hundred rows.
 LIMITS = {"max_sequences": 2, "max_chunks": 5}
 SEEDS = range(60) if ALL else (1, 3, 6)
-NONFINITE = range(40) if ALL else (3, 4)
+NONFINITE = list(itertools.product(range(40), (torch.float32, torch.bfloat16, torch.float16)))
+if not ALL:
+    NONFINITE = [(3, torch.float32), (4, torch.float32), (4, torch.bfloat16), (4, torch.float16)]
 CASES = [
     *((seed, torch.float32) for seed in SEEDS),
     *((seed, torch.float16) for seed in (SEEDS if ALL else (6,))),
@@ -46,8 +49,7 @@ def test_against_float64(seed, dtype):
         assert error <= bound, f"{name}: error {error:.2e}, allowed {bound:.0e}; problem_of({seed}, {dtype})"
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("seed", NONFINITE)
+@pytest.mark.parametrize(("seed", "dtype"), NONFINITE, ids=str)
 def test_where_nan_goes(seed, dtype, monkeypatch):
     """The equivalent of tests/kernels/test_nonfinite.py for the other backends."""
     monkeypatch.setattr(nonfinite, "REPAIR_ROWS", tl.constexpr(16))  # 16 rows take the interpreter as long as one
