@@ -86,7 +86,7 @@ def test_the_cache(numbers, model, processor, tmp_path, monkeypatch):
     shutil.copytree(FIXTURES / "cache", tmp_path / "cache")
     monkeypatch.setenv("REFRAG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Retriever, "_write", lambda *_: pytest.fail("the entry was not found"))
-    monkeypatch.setattr(model.encoder.config, "name_or_path", "fixture")
+    monkeypatch.setattr(model.encoder, "name_or_path", "fixture")
     retriever = Retriever(model.encoder, processor.encoder_tokenizer, PASSAGES)
     cosines = [cosine for _, cosine in retriever.rank(QUESTION)]
     assert close(torch.tensor(cosines), numbers["cosines"])
