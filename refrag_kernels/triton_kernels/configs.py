@@ -58,11 +58,19 @@ _ATTENTION_32_BIT = {
 }
 # By architecture and element size: overrides of the tables above.
 _ATTENTION_OTHER: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
-    # A second stage spills, except with one query head per key/value head.
-    ("sm_80", 2): {"dkv": {64: Config(block_m=64, block_n=32, num_warps=4, num_stages=1)}},
-    # 99 KiB of shared memory hold 16 rows of head_dim 256 beside a tile of keys.
+    # A third stage of the forward kernel and a second one of the others spill.
+    ("sm_80", 2): {
+        "forward": {64: Config(block_m=128, block_n=64, num_warps=8, num_stages=2)},
+        "dq": {64: Config(block_m=128, block_n=32, num_warps=8, num_stages=1)},
+        "dkv": {64: Config(block_m=64, block_n=32, num_warps=4, num_stages=1)},
+    },
+    # 99 KiB of shared memory hold 16 rows of head_dim 256 beside a tile of keys. With 32 keys at a time of head_dim 128
+    # ptxas leaves itself 128 registers, and spills.
     ("sm_86", 2): {
-        "dq": {128: Config(block_m=64, block_n=32, num_warps=8, num_stages=2)},
+        "dq": {
+            64: Config(block_m=128, block_n=32, num_warps=8, num_stages=1),
+            128: Config(block_m=64, block_n=64, num_warps=8, num_stages=2),
+        },
         "dkv": {
             64: Config(block_m=64, block_n=32, num_warps=4, num_stages=1),
             256: Config(block_m=64, block_n=16, num_warps=8, num_stages=1),
@@ -89,7 +97,7 @@ _ATTENTION_OTHER: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
         "forward": {128: Config(block_m=128, block_n=64, num_warps=8, num_stages=2)},
         "dq": {
             64: Config(block_m=128, block_n=32, num_warps=8, num_stages=1),
-            128: Config(block_m=64, block_n=32, num_warps=4, num_stages=2),
+            128: Config(block_m=64, block_n=32, num_warps=8, num_stages=2),
         },
         # With 32 keys at a time ptxas leaves itself 80 or 96 registers, and spills.
         "dkv": {64: Config(block_m=64, block_n=64, num_warps=4, num_stages=2)},
@@ -178,7 +186,9 @@ def short_kv(heads: int, architecture: str, head_dim: int, element_size: int, so
         share = 2  # ptxas limits one warp to 128 registers, and spills
     if architecture == "sm_120" and row == 256:
         rows = min(rows, 32)  # with more rows four warps spill, as do eight, which ptxas limits to 128 registers
-    return Config(block_m=rows, block_n=16, num_warps=min(8, rows // 16 * share), num_stages=1)
+    # With one stage ptxas limits two warps to 128 registers, and spills.
+    stages = 2 if architecture == "sm_90" and row == 256 and rows * share == 32 else 1
+    return Config(block_m=rows, block_n=16, num_warps=min(8, rows // 16 * share), num_stages=stages)
 
 
 class LinearConfig(NamedTuple):
