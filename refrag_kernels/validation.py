@@ -164,7 +164,7 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None) ->
 
 
 def check_score_options(scale: float | None, softcap: float | None) -> None:
-    """Raise TypeError or ValueError unless scale is None or a number for float32, and softcap None or a positive one."""
+    """Raise TypeError or ValueError unless scale is None or a finite number, and softcap None or a positive one."""
     if scale is not None:
         check_number("scale", scale)
     if softcap is not None:

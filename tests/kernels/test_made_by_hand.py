@@ -206,6 +206,17 @@ def test_a_packed_projection_is_packed_again_with_other_weights():
         rk.PackedProjection(w1, None, w2, None, "mish")
 
 
+@pytest.mark.parametrize("bias", [None, torch.randn(24)])
+def test_functions_of_tensors_apply_to_a_packed_projection(bias):
+    chunks, w1, w2 = torch.randn(5, 16), torch.randn(32, 16), torch.randn(24, 32)
+    packed = rk.PackedProjection.from_weights(w1, None, w2, bias, "silu")
+    cloned = torch.utils._pytree.tree_map(torch.clone, packed)
+    assert cloned.activation == "silu" and cloned.w1 is not packed.w1 and cloned.packed is not packed.packed
+    assert torch.equal(rk.project_chunks(chunks, cloned), rk.project_chunks(chunks, packed))
+    call = torch.compile(rk.project_chunks, fullgraph=True, backend="eager")
+    assert torch.equal(call(chunks, packed), rk.project_chunks(chunks, packed))
+
+
 LAYOUT = rk.ChunkLayout.from_lengths([[4, 3]])
 
 
