@@ -234,9 +234,10 @@ class MixedPrompt:
         chunk_of_span = list(itertools.accumulate((passage >= 0 for passage in passages), initial=0))
         chunks = [chunk_of_span[span] for span in spans if passages[span] >= 0]
         rows = torch.tensor(
-            [row for span in spans for row in range(offsets[span], offsets[span + 1])], dtype=torch.int64
+            [row for span in spans for row in range(offsets[span], offsets[span + 1])],
+            dtype=torch.int64,
+            device=self.device,
         )
-        rows = rows.to(self.device)
         latents = self.latents
         slots = torch.full((len(self.chunks) * latents + 1,), -1, dtype=torch.int32, device=self.device)  # -1 stays -1
         taken = [chunk * latents + latent for chunk in chunks for latent in range(latents)]
