@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from refrag.cache import build_once
 from refrag.model.encoder import encode_packed, pack_texts
 from refrag.model.inputs import Passage
+from refrag.store.fingerprint import encoder_digest, tokenizer_digest
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]  # wraps a sequence to show progress while it is iterated
 
@@ -45,9 +46,10 @@ class Retriever:
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.passages = list(passages)
-        # The weights at a path may change, so the key contains the files' sizes and modification times.
+        # The weights at a path may change, and those in memory need not be a path's: the key is their digest.
         content = hashlib.blake2b(digest_size=12)
-        for text in (_identity(encoder), *(passage.text for passage in self.passages)):
+        of_encoder = f"{encoder_digest(encoder)} {tokenizer_digest(tokenizer)}"
+        for text in (of_encoder, *(passage.text for passage in self.passages)):
             content.update(f"{len(text)} {text}".encode())
         entry = build_once(f"passages-{content.hexdigest()}", lambda folder: self._write(folder, track))
         self.embeds = load_file(entry / "embeds.safetensors")["embeds"]
@@ -78,11 +80,3 @@ class Retriever:
             rows.append(self.embed([passage.text for passage in self.passages[start : start + _BATCH]]))
         embeds = torch.nn.functional.normalize(torch.cat(rows), dim=-1)
         save_file({"embeds": embeds.clone()}, folder / "embeds.safetensors")
-
-
-def _identity(encoder: PreTrainedModel) -> str:
-    """Return a string that identifies the encoder's weights."""
-    name = encoder.name_or_path or ""
-    folder = Path(name)
-    files = sorted(folder.glob("*.safetensors")) if name and folder.is_dir() else []
-    return f"{name} {[(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]}"
