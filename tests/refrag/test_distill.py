@@ -241,8 +241,8 @@ def test_an_adapter_is_read_by_everything(tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_run_that_is_broken_off_leaves_an_adapter_and_goes_on_as_if_it_had_not_been(place, monkeypatch):
-    whole = distill_files.options(place, output=place / "whole", steps=6)
-    distill(whole)
+    whole = distill_files.options(place, output=place / "whole", steps=6, log_every=5)
+    first = distill(whole)
     broken = dataclasses.replace(whole, output=place / "broken")
     compute, calls = Distillation.loss, []
 
@@ -268,6 +268,14 @@ def test_a_run_that_is_broken_off_leaves_an_adapter_and_goes_on_as_if_it_had_not
         distill(dataclasses.replace(broken, k=8, contexts=(16,)))
     log = distill(broken)
     assert log[-1]["step"] == 6 and log[0]["step"] == reached
+    # The first losses are over all steps since the last entry, also those before the checkpoint.
+    losses = [
+        {name: entry[name] for name in ("step", "kl", "cross_entropy", "reconstruction")}
+        for entries in (first, log)
+        for entry in entries
+        if entry["kind"] == "step"
+    ]
+    assert losses[0] == losses[2] and losses[1] == losses[3] and losses[0]["step"] == 5
     one, other = (read_adapter(place / name)[1] for name in ("whole", "broken"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
