@@ -404,6 +404,7 @@ def test_the_block_of_the_gpu_report(tmp_path, monkeypatch):
         ({"k": 0}, "k: got 0, needs 1 or more"),
         ({"contexts": (18,)}, "contexts: got 18, needs multiples of k = 4"),
         ({"expanded": 1.0}, "expanded: got 1.0, needs 0 up to 1"),
+        ({"betas": (0.9, 1.0)}, r"betas: got \(0.9, 1.0\), needs two numbers from 0 up to 1"),
         ({"pooling": "max"}, "pooling: got 'max', needs one of concat, mean"),
         ({"reconstruction_chunks": ()}, "reconstruction_chunks: got none"),
         ({"encoder_layers": 9}, "layers: got 9, needs 1 to 3"),
@@ -430,3 +431,13 @@ def test_refused_files(place):
     refused("document 0 of .*copied.tok is also a training document", heldout=(copied,))
     foreign = distill_files.write_tokens(place / "foreign.tok", [np.full(200, 99)])
     refused("tokens: got token 99, needs tokens of the decoder, below 40", tokens=(foreign,))
+
+
+def test_betas_are_an_option(place):
+    """With betas of 0 a step moves each weight by the rate, whatever the steps before it did."""
+    kept = []
+    for number, betas in enumerate([(0.0, 0.0), (0.9, 0.95)]):
+        own = distill_files.options(place, output=place / f"betas{number}", steps=3, betas=betas)
+        distill(own)
+        kept.append(read_adapter(own.output)[1])
+    assert any(not torch.equal(kept[0][name], kept[1][name]) for name in kept[0])

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from refrag.training.arguments import Options
+
+
+def are_betas(betas: Sequence[float]) -> bool:
+    """Return whether these are AdamW's two betas."""
+    return len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +72,7 @@ class LoopOptions(Options):
         self.require(rates, lambda value: value > 0, "more than 0")
         self.require("weight_decay", lambda value: value >= 0, "0 or more")
         self.require("warmup", lambda value: 0 <= value <= 1, "0 to 1")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: got {self.betas}, needs two numbers from 0 up to 1")
+        self.require("betas", are_betas, "two numbers from 0 up to 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,7 @@ class _Run:
         options = self.options
         state = self._resume()
         write_config(options, options.output)
-        self.optimizer = FlatAdamW(self.model.trained, options.max_grad_norm)
+        self.optimizer = FlatAdamW(self.model.trained, options.max_grad_norm, options.betas)
         if state is not None:
             self.optimizer.load(state["optimizer"])
         if self.device.type == "cuda":
