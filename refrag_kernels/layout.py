@@ -69,13 +69,19 @@ class ChunkLayout:
         ValueError
             If a length is below 1 or the batch has more than 2^31 - 1 rows; names the sequence and the chunk.
         TypeError
-            If a length is not an integer.
+            If a length is not an integer, or ``lengths`` not a sequence of sequences.
         """
         flat: list[int] = []
         starts = [0]
-        for sequence in lengths:
-            flat.extend(sequence)
-            starts.append(len(flat))
+        try:
+            for sequence in lengths:
+                flat.extend(sequence)
+                starts.append(len(flat))
+        except TypeError:
+            where = "" if lengths is None or not starts[1:] else f" for sequence {len(starts) - 1}"
+            raise TypeError(
+                f"lengths: got {lengths!r:.100}{where}, needs a list of lengths for each sequence"
+            ) from None
         if not all(type(length) is int for length in flat):
             # Integers of other types (NumPy's, 0-d tensors) are accepted; floats and strings are not.
             flat = [_as_int(length, *_position(starts, i)) for i, length in enumerate(flat)]
@@ -96,6 +102,10 @@ class ChunkLayout:
 
     def __post_init__(self) -> None:
         """Check the tensors, as the planner does not; the values of a moved layout were checked on the CPU."""
+        if not isinstance(self._host, (ChunkLayout, type(None))):
+            raise TypeError(
+                f"_host: got {type(self._host).__name__}, needs a ChunkLayout or None: move a layout with to"
+            )
         for name in ("chunk_offsets", "sequence_chunks", "sequence_offsets"):
             tensor = getattr(self, name)
             check_dtype(name, tensor, torch.int32)

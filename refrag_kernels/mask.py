@@ -113,6 +113,8 @@ class ChunkMask:
         TypeError, ValueError
             If a matrix is not bool or not square. A pair from two sequences is refused when the plan is made.
         """
+        if not isinstance(allowed, (torch.Tensor, Sequence)):
+            raise TypeError(f"allowed: got {type(allowed).__name__}, needs a bool tensor or one per sequence")
         matrices = [allowed] if isinstance(allowed, torch.Tensor) else list(allowed)
         counts, indices, first = [], [], 0
         for i, matrix in enumerate(matrices):
@@ -161,8 +163,11 @@ def _integers(name: str, values: torch.Tensor | Sequence[int]) -> torch.Tensor:
     if isinstance(values, torch.Tensor):
         tensor = values
     else:
-        # The device is explicit, as torch.set_default_device may have set another one.
-        tensor = torch.tensor(values, dtype=None if len(values) else torch.int32, device="cpu")
+        try:
+            # The device is explicit, as torch.set_default_device may have set another one.
+            tensor = torch.tensor(values, dtype=None if len(values) else torch.int32, device="cpu")
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{name}: got {type(values).__name__}, needs integers ({error})") from None
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name}: got dtype {str(tensor.dtype).removeprefix('torch.')}, needs integers")
     if tensor.dim() != 1:

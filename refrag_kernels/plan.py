@@ -277,8 +277,8 @@ def plan_attention(
 
     Raises
     ------
-    ValueError
-        If mask, layouts, window and capacity don't match; the message names the argument.
+    TypeError, ValueError
+        If mask, layouts, window and capacity have other types or don't match; the message names the argument.
 
     Examples
     --------
@@ -291,6 +291,13 @@ def plan_attention(
     """
     if not isinstance(layout, ChunkLayout):
         raise TypeError(f"layout: got {type(layout).__name__}, needs a ChunkLayout")
+    for name, value, wanted in (
+        ("kv_layout", kv_layout, ChunkLayout),
+        ("capacity", capacity, PlanCapacity),
+        ("out", out, AttentionPlan),
+    ):
+        if value is not None and not isinstance(value, wanted):
+            raise TypeError(f"{name}: got {type(value).__name__}, needs {wanted.__name__} or None")
     if out is not None and capacity is None:
         raise ValueError("out: needs the capacity that it was made with")
     if device is None:

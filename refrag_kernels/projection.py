@@ -86,7 +86,7 @@ class PackedProjection:
         return PackedProjection(w1, b1, w2, b2, activation)
 
 
-pytree.register(PackedProjection)
+pytree.register(PackedProjection, constants=("activation",))
 
 
 def _check_weights(

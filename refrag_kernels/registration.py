@@ -59,13 +59,16 @@ def register_op(
 
     def implementation(*args, backend=None):
         chosen = select(op, backend, args)
-        result = chosen.function(*args) if values is None else _run_with_values(chosen, values, args)
-        if written:
-            # As torch.library.custom_op does, so that a backward pass that needs the old values raises.
-            torch.autograd.graph.increment_version([args[i] for i in written if not args[i].is_inference()])
+        return chosen.function(*args) if values is None else _run_with_values(chosen, values, args)
+
+    def writing(*args, backend=None):
+        with torch.no_grad():  # a written tensor gets values without their history, whatever the backend writes with
+            result = implementation(*args, backend=backend)
+        # As torch.library.custom_op does, so that a backward pass that needs the old values raises.
+        torch.autograd.graph.increment_version([args[i] for i in written if not args[i].is_inference()])
         return result
 
-    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, writing if written else implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"refrag::{name}", fake, lib=_LIBRARY)
     if not overload._schema.is_mutable:
         torch.library.register_autograd(

@@ -164,31 +164,39 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None) ->
 
 
 def check_score_options(scale: float | None, softcap: float | None) -> None:
-    """Raise TypeError or ValueError unless scale is a finite number or None, and softcap a positive one or None."""
+    """Raise TypeError or ValueError unless scale is None or a finite number, and softcap None or a positive one."""
     if scale is not None:
         check_number("scale", scale)
     if softcap is not None:
         check_number("softcap", softcap)
         if not softcap > 0:
             raise ValueError(f"softcap: got {softcap}, needs a positive number or None")
+        if not softcap >= _SMALLEST:
+            raise ValueError(
+                f"softcap: got {softcap}, needs at least 2^-126, the smallest number that float32 divides by"
+            )
 
 
 _NUMBERS = (float, int, numbers.Real, torch.SymFloat, torch.SymInt)
+# Kernels compute in float32, some with the product of a number and log2(e): beyond these it is inf, or divides by 0.
+_LARGEST, _SMALLEST = 2.0**126, 2.0**-126
 
 
 def check_number(name: str, value: object) -> None:
-    """Raise TypeError or ValueError unless ``value`` is a finite number."""
+    """Raise TypeError or ValueError unless ``value`` is a finite number, with room in float32."""
     if not isinstance(value, _NUMBERS):
         raise TypeError(f"{name}: got {type(value).__name__}, needs a number")
     if not -math.inf < value < math.inf:  # type: ignore[operator]
         raise ValueError(f"{name}: got {value}, needs a finite number")
+    if not -_LARGEST <= value <= _LARGEST:  # type: ignore[operator]
+        raise ValueError(f"{name}: got {value}, needs a number from -2^126 to 2^126, which float32 holds")
 
 
 def window_bounds(window: int | tuple[int, int] | None, causal: bool = True) -> tuple[int, int]:
     """Return the bounds (left, right) of a window combined with causality; -1 means no bound."""
     if window is None:
         return -1, 0 if causal else -1
-    if not isinstance(window, int):
+    if not isinstance(window, int) or isinstance(window, bool):
         window = _window_of(window)
     if isinstance(window, int):
         if not causal:
@@ -206,7 +214,8 @@ def window_bounds(window: int | tuple[int, int] | None, causal: bool = True) -> 
 def _window_of(window: Any) -> int | tuple[int, int]:
     """Convert a window whose integers have other types, such as NumPy's, to ints."""
     try:
-        return operator.index(window)
+        if not isinstance(window, bool):
+            return operator.index(window)
     except TypeError:
         pass
     try:

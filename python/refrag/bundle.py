@@ -104,24 +104,24 @@ def start_projector(model: RefragForCausalLM) -> None:
     """
     up, down = model.projector.up, model.projector.down
     width = up.out_features
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     if model.config.pooling == "concat" and width >= model.config.pool_segments:
         segments, own = model.config.pool_segments, up.in_features // model.config.pool_segments
         share = width // segments
         up.weight.mul_(0.02)
         for segment in range(segments):
             rows, columns = slice(segment * share, (segment + 1) * share), slice(segment * own, (segment + 1) * own)
-            block = torch.randn(max(share, own), min(share, own), generator=generator)
+            block = torch.randn(max(share, own), min(share, own), generator=generator, device="cpu")
             block = torch.linalg.qr(block)[0].to(up.weight)
             up.weight[rows, columns] += block if share >= own else block.T * (own / share) ** 0.5
-        same = torch.eye(width, dtype=down.weight.dtype)
+        same = torch.eye(width, dtype=down.weight.dtype, device=down.weight.device)
         down.weight.mul_(0.02).add_(same.repeat(model.config.latents, 1))
     for layer in (up, down):
         if layer.bias is not None:
             layer.bias.zero_()
     table = model.get_input_embeddings().weight
     size = float(table[:: max(1, len(table) // 1000)].float().pow(2).mean().sqrt())
-    chunks = torch.randn(256, up.in_features, generator=generator).to(table)
+    chunks = torch.randn(256, up.in_features, generator=generator, device="cpu").to(table)
     slots = rk.project_chunks(
         model.projector.norm(chunks), *model.projector.weights(), activation=model.projector.activation
     )

@@ -152,7 +152,7 @@ def _tile_list(plan: AttentionPlan, group: int) -> list[torch.Tensor]:
     )
     shapes = list(zip(built.rows(), (5, 2, 2 + group)))
     sizes = [rows * width for rows, width in shapes]
-    buffer = torch.empty(sum(sizes), dtype=torch.int32)
+    buffer = torch.empty(sum(sizes), dtype=torch.int32, device="cpu")
     built.write(buffer.data_ptr(), [0, sizes[0], sizes[0] + sizes[1]], [rows for rows, _ in shapes])
     return [part.view(shape) for part, shape in zip(buffer.split(sizes), shapes)]
 
@@ -176,8 +176,10 @@ def _items(work_items: torch.Tensor, heads: int, programs: int) -> tuple[torch.T
         item = (tile, head, first_range[tile], pieces[tile], first_partial_tile[tile], partial_tiles[tile])
         of_program[program].append(item)
         heapq.heapreplace(busy, (work + cost[tile], program))
-    starts = torch.tensor([0, *(len(items) for items in of_program)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    items = torch.tensor([item for items in of_program for item in items], dtype=torch.int32).reshape(len(order), 6)
+    starts = torch.tensor([0, *(len(items) for items in of_program)], dtype=torch.int32, device="cpu")
+    starts = starts.cumsum(0, dtype=torch.int32)
+    items = torch.tensor([item for items in of_program for item in items], dtype=torch.int32, device="cpu")
+    items = items.reshape(len(order), 6)
     return starts, items
 
 

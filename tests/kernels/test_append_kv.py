@@ -199,3 +199,12 @@ def test_pages_that_require_grad_are_refused(which):
     with torch.no_grad():
         rk.append_kv(row, row, leaf, leaf, *tables)
     assert leaf[0, 0, 0, 0] == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pages_get_no_history(backend):
+    rows = torch.ones(1, 1, 8, requires_grad=True)
+    pages = torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 8)
+    for _ in range(2):  # pages with a history would be refused
+        rk.append_kv(rows, rows, *pages, int32(1)[None], int32(1), int32(0, 1), backend=backend)
+    assert not pages[0].requires_grad and not pages[1].requires_grad and pages[0][1, 0].eq(1).all()

@@ -206,6 +206,42 @@ def test_a_packed_projection_is_packed_again_with_other_weights():
         rk.PackedProjection(w1, None, w2, None, "mish")
 
 
+@pytest.mark.parametrize("bias", [None, torch.randn(24)])
+def test_functions_of_tensors_apply_to_a_packed_projection(bias):
+    chunks, w1, w2 = torch.randn(5, 16), torch.randn(32, 16), torch.randn(24, 32)
+    packed = rk.PackedProjection.from_weights(w1, None, w2, bias, "silu")
+    cloned = torch.utils._pytree.tree_map(torch.clone, packed)
+    assert cloned.activation == "silu" and cloned.w1 is not packed.w1 and cloned.packed is not packed.packed
+    assert torch.equal(rk.project_chunks(chunks, cloned), rk.project_chunks(chunks, packed))
+    call = torch.compile(rk.project_chunks, fullgraph=True, backend="eager")
+    assert torch.equal(call(chunks, packed), rk.project_chunks(chunks, packed))
+
+
+LAYOUT = rk.ChunkLayout.from_lengths([[4, 3]])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rk.plan_attention([[4]]), "layout: got list, needs a ChunkLayout"),
+        (lambda: rk.plan_attention(LAYOUT, "full"), "mask: got str, needs a ChunkMask"),
+        (lambda: rk.plan_attention(LAYOUT, kv_layout=[[9]]), "kv_layout: got list, needs ChunkLayout or None"),
+        (lambda: rk.plan_attention(LAYOUT, capacity=512), "capacity: got int, needs PlanCapacity or None"),
+        (lambda: rk.plan_attention(LAYOUT, out=LAYOUT), "out: got ChunkLayout, needs AttentionPlan or None"),
+        (lambda: dataclasses.replace(LAYOUT, _host="cpu"), "_host: got str, needs a ChunkLayout or None"),
+        (lambda: rk.ChunkLayout.from_lengths(None), "lengths: got None, needs a list of lengths for each sequence"),
+        (lambda: rk.ChunkLayout.from_lengths([[4], 3]), r"lengths: got \[\[4\], 3\] for sequence 1, needs a list of"),
+        (lambda: rk.ChunkMask.from_dense(None), "allowed: got NoneType, needs a bool tensor or one per sequence"),
+        (lambda: rk.ChunkMask.from_csr("ab", [0]), "indptr: got str, needs integers"),
+        (lambda: rk.ChunkMask.passages([0, "a"]), "passage_of_chunk: got list, needs integers"),
+        (lambda: rk.ChunkMask.passages(3), "passage_of_chunk: got int, needs integers"),
+    ],
+)
+def test_other_types_are_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
 def test_visible_ranges_are_checked_where_they_are_used():
     """A NamedTuple or a plain pair is not checked on construction, so every call checks it."""
     q, pages = torch.randn(1, 1, 8), torch.randn(1, 16, 1, 8)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import refrag_kernels as rk
+from tests.support.accuracy import relative_error
 
 layout = rk.ChunkLayout.from_lengths([[12]])
 plan = rk.plan_attention(layout)
@@ -32,6 +33,10 @@ def paged(**options):
         ({"scale": "a"}, TypeError, "scale: got str, needs a number"),
         ({"scale": (1.0,)}, TypeError, "scale: got tuple, needs a number"),
         ({"scale": float("inf")}, ValueError, "scale: got inf, needs a finite number"),
+        ({"scale": 1e39}, ValueError, r"scale: got 1e\+39, needs a number from -2\^126 to 2\^126"),
+        ({"scale": -(10**39)}, ValueError, "scale: got -10+, needs a number from"),
+        ({"softcap": 1e300}, ValueError, r"softcap: got 1e\+300, needs a number from"),
+        ({"softcap": 1e-46}, ValueError, r"softcap: got 1e-46, needs at least 2\^-126"),
     ],
     ids=str,
 )
@@ -47,11 +52,27 @@ def test_numbers_of_other_types(call):
         assert torch.equal(call(softcap=number), call(softcap=float(number)))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("softcap", [2.0**-126, 1e-20, 1e6, 1e20, 2.0**126])
+def test_extreme_softcaps(backend, softcap):
+    for call, leaf in ((mixed, q), (paged, q[:1])):
+        got = call(softcap=softcap, backend=backend)
+        wide = [tensor.double() for tensor in (q, pages)]
+        want = (
+            rk.mixed_attention(wide[0], wide[0], wide[0], plan, softcap=softcap, backend="reference")
+            if call is mixed
+            else rk.paged_attention(wide[0][:1], wide[1], wide[1], table, lengths, softcap=softcap, backend="reference")
+        )
+        assert got.shape == leaf.shape and relative_error(got, want) < 1e-6
+
+
 def test_a_scale_of_the_token_table():
     w1, w2, ids = torch.randn(16, 8), torch.randn(8, 16), torch.zeros(2, dtype=torch.int64)
     slots = torch.tensor([-1, 0], dtype=torch.int32)
     with pytest.raises(TypeError, match="token_scale: got str, needs a number"):
         rk.embed_mixed(ids, torch.randn(5, 8), torch.randn(1, 8), slots, w1, None, w2, token_scale="a")
+    with pytest.raises(ValueError, match=r"token_scale: got 1e\+39, needs a number from"):
+        rk.embed_mixed(ids, torch.randn(5, 8), torch.randn(1, 8), slots, w1, None, w2, token_scale=1e39)
 
 
 def planned(window):
@@ -63,7 +84,7 @@ def decoded(window):
 
 
 @pytest.mark.parametrize("call", [planned, decoded])
-@pytest.mark.parametrize("window", [(3,), (1, 2, 3), 2.5, "a", (1.5, 2), ("a", "b")], ids=str)
+@pytest.mark.parametrize("window", [(3,), (1, 2, 3), 2.5, "a", (1.5, 2), ("a", "b"), True], ids=str)
 def test_bad_windows(call, window):
     with pytest.raises(TypeError, match="window: got .*, needs an int, a pair of ints"):
         call(window)

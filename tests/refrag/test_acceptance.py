@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from refrag import RefragForCausalLM
-from refrag.model import attention
+from refrag.model import acceptance, attention
 from refrag.model.acceptance import FamilyError, Reading, accept_decoder, accept_encoder
 from refrag.model.encoder import encode_packed
 from refrag.model.inputs import PackedTexts
@@ -128,6 +128,14 @@ def test_a_refused_decoder_is_named_and_unchanged(name):
     assert not re.search("set_attn_implementation", str(refused.value))
     assert decoder.config._attn_implementation == own
     assert torch.equal(decoder(ids, use_cache=False).logits, before)
+
+
+@pytest.mark.parametrize("name", ["Lfm2", "Qwen3Next", "Jamba"])
+def test_state_is_found_in_the_cache_of_releases_without_a_class_for_it(name, monkeypatch):
+    monkeypatch.setattr(acceptance, "_STATEFUL", ())
+    decoder = made(name, **REFUSED[name][0])
+    with pytest.raises(FamilyError, match="decoder: got .*(keeps state other than|fails on packed rows|other logits)"):
+        RefragForCausalLM.from_parts(tiny.encoder("bert"), decoder)
 
 
 def test_a_decoder_from_a_config_is_refused():

@@ -1,9 +1,12 @@
 """The demo's corpus, and retrieval from it."""
 
 import pytest
+import torch
 from refrag import Passage
 from refrag.demo.corpus import python_reference
 from refrag.retrieval.retriever import Retriever
+
+from tests.refrag import tiny
 
 PASSAGES = [
     Passage("A lambda expression makes an anonymous function.", "lambda"),
@@ -41,6 +44,17 @@ def test_other_passages_are_embedded_anew(cache, demo_model, encoder_tokenizer):
     Retriever(demo_model.encoder, encoder_tokenizer, PASSAGES)
     Retriever(demo_model.encoder, encoder_tokenizer, PASSAGES[:2])
     assert len(list(cache.glob("passages-*"))) == 2
+
+
+def test_another_encoder_embeds_anew(cache, encoder_tokenizer):
+    """Neither encoder comes from a folder, so their names don't tell them apart; nor do the names of files."""
+    encoder = tiny.refrag(encoder_name="bert").encoder
+    encoder.resize_token_embeddings(len(encoder_tokenizer))
+    passages = [Passage("a b c")]
+    before = Retriever(encoder, encoder_tokenizer, passages).embeds
+    list(encoder.parameters())[-3].data += 0.5
+    after = Retriever(encoder, encoder_tokenizer, passages).embeds
+    assert not torch.equal(before, after)
 
 
 def test_refuses_an_empty_question(cache, demo_model, encoder_tokenizer):

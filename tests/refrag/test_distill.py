@@ -241,8 +241,8 @@ def test_an_adapter_is_read_by_everything(tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_run_that_is_broken_off_leaves_an_adapter_and_goes_on_as_if_it_had_not_been(place, monkeypatch):
-    whole = distill_files.options(place, output=place / "whole", steps=6)
-    distill(whole)
+    whole = distill_files.options(place, output=place / "whole", steps=6, log_every=5)
+    first = distill(whole)
     broken = dataclasses.replace(whole, output=place / "broken")
     compute, calls = Distillation.loss, []
 
@@ -268,6 +268,14 @@ def test_a_run_that_is_broken_off_leaves_an_adapter_and_goes_on_as_if_it_had_not
         distill(dataclasses.replace(broken, k=8, contexts=(16,)))
     log = distill(broken)
     assert log[-1]["step"] == 6 and log[0]["step"] == reached
+    # The first losses are over all steps since the last entry, also those before the checkpoint.
+    losses = [
+        {name: entry[name] for name in ("step", "kl", "cross_entropy", "reconstruction")}
+        for entries in (first, log)
+        for entry in entries
+        if entry["kind"] == "step"
+    ]
+    assert losses[0] == losses[2] and losses[1] == losses[3] and losses[0]["step"] == 5
     one, other = (read_adapter(place / name)[1] for name in ("whole", "broken"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -396,6 +404,7 @@ def test_the_block_of_the_gpu_report(tmp_path, monkeypatch):
         ({"k": 0}, "k: got 0, needs 1 or more"),
         ({"contexts": (18,)}, "contexts: got 18, needs multiples of k = 4"),
         ({"expanded": 1.0}, "expanded: got 1.0, needs 0 up to 1"),
+        ({"betas": (0.9, 1.0)}, r"betas: got \(0.9, 1.0\), needs two numbers from 0 up to 1"),
         ({"pooling": "max"}, "pooling: got 'max', needs one of concat, mean"),
         ({"reconstruction_chunks": ()}, "reconstruction_chunks: got none"),
         ({"encoder_layers": 9}, "layers: got 9, needs 1 to 3"),
@@ -422,3 +431,13 @@ def test_refused_files(place):
     refused("document 0 of .*copied.tok is also a training document", heldout=(copied,))
     foreign = distill_files.write_tokens(place / "foreign.tok", [np.full(200, 99)])
     refused("tokens: got token 99, needs tokens of the decoder, below 40", tokens=(foreign,))
+
+
+def test_betas_are_an_option(place):
+    """With betas of 0 a step moves each weight by the rate, whatever the steps before it did."""
+    kept = []
+    for number, betas in enumerate([(0.0, 0.0), (0.9, 0.95)]):
+        own = distill_files.options(place, output=place / f"betas{number}", steps=3, betas=betas)
+        distill(own)
+        kept.append(read_adapter(own.output)[1])
+    assert any(not torch.equal(kept[0][name], kept[1][name]) for name in kept[0])

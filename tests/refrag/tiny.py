@@ -110,9 +110,9 @@ def prompt(spans, *, seed=0):
             lengths[-1].append(rows)
             passages.append(passage)
     return MixedPrompt(
-        token_ids=torch.tensor(token_ids),
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
         slot_of_row=torch.tensor(slots, dtype=torch.int32),
-        position_ids=torch.tensor(positions),
+        position_ids=torch.tensor(positions, dtype=torch.int64),
         layout=ChunkLayout.from_lengths(lengths),
         passage_of_span=torch.tensor(passages, dtype=torch.int32),
         chunks=tuple(chunks),

@@ -304,6 +304,14 @@ def test_the_work_is_all_there_and_shared_out_evenly():
         assert max(of_program) <= max(4096 // 64, sum(of_program) / 132 + 7)
 
 
+def test_the_work_is_on_the_cpu_with_any_default_device():
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[256]]), causal=False)
+    wanted = hopper.divide(plan, 8, 2, programs=4, config=Config())
+    with torch.device("meta"):
+        made = hopper.divide(plan, 8, 2, programs=4, config=Config())
+    assert torch.equal(made.items, wanted.items) and torch.equal(made.ranges, wanted.ranges)
+
+
 @pytest.mark.parametrize(
     ("arguments", "config", "error"),
     [

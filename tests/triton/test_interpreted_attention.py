@@ -213,6 +213,15 @@ def test_empty_and_single_rows(lengths):
         assert torch.allclose(grad, torch.tensor(want), atol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [2.0**-126, 1e20, 2.0**126])
+def test_extreme_softcaps(softcap):
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[20]]))
+    q, k, v = (torch.randn(20, 1, 16) for _ in range(3))
+    got = rk.mixed_attention(q, k, v, plan, softcap=softcap, backend="triton")
+    want = rk.mixed_attention(q.double(), k.double(), v.double(), plan, softcap=softcap)
+    assert relative_error(got, want) < 2e-6
+
+
 def test_extreme_scores_stay_finite():
     plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[40]]))
     q, k, v = (torch.randn(40, 1, 16) for _ in range(3))

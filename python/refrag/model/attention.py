@@ -248,14 +248,14 @@ def refrag_attention(
                 module, query, key, value, attention_mask,
                 scaling=scaling, dropout=dropout, is_causal=is_causal, sliding_window=sliding_window, **kwargs,
             )  # fmt: skip
-        _refuse_unknown(module, kwargs)
+        refuse_unknown(module, kwargs)
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         out = masked_attention(
             query, key, value, attention_mask,
             scale=scaling, softcap=softcap, sinks=s_aux, causal=causal, dropout=dropout,
         )  # fmt: skip
         return out, None
-    _refuse_unknown(module, kwargs)
+    refuse_unknown(module, kwargs)
     if is_causal is not None and is_causal != refrag_plans.causal:
         raise ValueError(
             f"is_causal: {type(module).__name__} got {is_causal}, but the plans were built with {refrag_plans.causal}"
@@ -282,7 +282,14 @@ def refrag_attention(
     return out[None, ..., :value_dim], None
 
 
-def _refuse_unknown(module: nn.Module, keywords: dict[str, Any]) -> None:
+def refuse_unknown(module: nn.Module, keywords: dict[str, Any]) -> None:
+    """Refuse keywords of an attention layer that would change which keys its rows attend to, or how.
+
+    Raises
+    ------
+    ValueError
+        Names the keyword and the layer.
+    """
     for name, value in keywords.items():
         if value is not None and name not in _IGNORED:
             raise ValueError(

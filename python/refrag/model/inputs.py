@@ -82,11 +82,22 @@ class Chunk:
         The decoder's tokens of the text.
     passage : str or None
         Id of the chunk's passage.
+
+    Raises
+    ------
+    TypeError
+        If the text or the id has another type.
     """
 
     text: str
     token_ids: tuple[int, ...]
     passage: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise TypeError(f"chunk: text: got {type(self.text).__name__}, needs str")
+        if not isinstance(self.passage, (str, type(None))):
+            raise TypeError(f"chunk: passage: got {type(self.passage).__name__}, needs str or None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +112,28 @@ class PackedTexts:
     windows : Tensor, int32 [N], optional
         Window of each text. Texts of one window are adjacent and attend to each other. Without it, each text is encoded
         on its own.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a field has another type, dtype or shape, or, on the CPU, a window's texts aren't adjacent.
     """
 
     token_ids: torch.Tensor
     layout: ChunkLayout
     windows: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _require_layout(self.layout)
+        if self.layout.num_sequences != 1:
+            raise ValueError(f"layout: got {self.layout.num_sequences} sequences, needs one, with a chunk per text")
+        _require_tensor("token_ids", self.token_ids, torch.int64, self.layout.total_rows)
+        if self.windows is not None:
+            _require_tensor("windows", self.windows, torch.int32, self.layout.num_chunks)
+            if self.windows.device.type == "cpu":
+                runs = self.windows.unique_consecutive()
+                if len(runs) != len(runs.unique()):
+                    raise ValueError(f"windows: got {self.windows.tolist()}, needs adjacent texts in each window")
 
     def take(self, texts: Sequence[int]) -> PackedTexts:
         """Return some of the texts; those of one window still attend to each other, but not to omitted texts."""
@@ -149,6 +177,11 @@ class MixedPrompt:
         The chunks' embeddings if they are known, for example from a ``ChunkStore``.
     latents : int
         m, the number of slots of a compressed chunk.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a field has another type, dtype or shape than the others need; names it.
     """
 
     token_ids: torch.Tensor
@@ -161,6 +194,28 @@ class MixedPrompt:
     encoder_input: PackedTexts
     chunk_embeds: torch.Tensor | None = None
     latents: int = 1
+
+    def __post_init__(self) -> None:
+        _require_layout(self.layout)
+        rows, count = self.layout.total_rows, len(self.chunks)
+        _require_tensor("token_ids", self.token_ids, torch.int64, rows)
+        _require_tensor("slot_of_row", self.slot_of_row, torch.int32, rows)
+        _require_tensor("position_ids", self.position_ids, torch.int64, rows)
+        _require_tensor("passage_of_span", self.passage_of_span, torch.int32, self.layout.num_chunks)
+        if not isinstance(self.encoder_input, PackedTexts):
+            raise TypeError(f"encoder_input: got {type(self.encoder_input).__name__}, needs PackedTexts")
+        if not isinstance(self.latents, int) or self.latents < 1:
+            raise ValueError(f"latents: got {self.latents!r}, needs an integer of 1 or more")
+        unknown = [chunk for chunk in self.expanded if not 0 <= chunk < count]
+        if unknown:
+            raise ValueError(f"expanded: got chunk {unknown[0]}, needs 0 to {count - 1}")
+        texts, embeds = self.encoder_input.layout.num_chunks, self.chunk_embeds
+        if texts != count and (texts or embeds is None):
+            raise ValueError(
+                f"encoder_input: got {texts} texts, needs {count}, one per chunk, or none beside chunk_embeds"
+            )
+        if embeds is not None and (embeds.dim() != 2 or len(embeds) != count):
+            raise ValueError(f"chunk_embeds: got shape {list(embeds.shape)}, needs [{count}, d_enc], one row per chunk")
 
     @property
     def device(self) -> torch.device:
@@ -179,9 +234,10 @@ class MixedPrompt:
         chunk_of_span = list(itertools.accumulate((passage >= 0 for passage in passages), initial=0))
         chunks = [chunk_of_span[span] for span in spans if passages[span] >= 0]
         rows = torch.tensor(
-            [row for span in spans for row in range(offsets[span], offsets[span + 1])], dtype=torch.int64
+            [row for span in spans for row in range(offsets[span], offsets[span + 1])],
+            dtype=torch.int64,
+            device=self.device,
         )
-        rows = rows.to(self.device)
         latents = self.latents
         slots = torch.full((len(self.chunks) * latents + 1,), -1, dtype=torch.int32, device=self.device)  # -1 stays -1
         taken = [chunk * latents + latent for chunk in chunks for latent in range(latents)]
@@ -210,3 +266,17 @@ class MixedPrompt:
             if field.name not in ("chunks", "expanded", "latents") and getattr(self, field.name) is not None
         }
         return dataclasses.replace(self, **tensors)
+
+
+def _require_layout(layout: object) -> None:
+    if not isinstance(layout, ChunkLayout):
+        raise TypeError(f"layout: got {type(layout).__name__}, needs a ChunkLayout")
+
+
+def _require_tensor(name: str, tensor: object, dtype: torch.dtype, length: int) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, needs a Tensor")
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: got {tensor.dtype}, needs {dtype}")
+    if list(tensor.shape) != [length]:
+        raise ValueError(f"{name}: got shape {list(tensor.shape)}, needs [{length}], as the layout has it")

@@ -1,4 +1,4 @@
-"""Merges low-rank adapters into a copy of a model's weights, under the names of the plain model."""
+"""Merges adapters into a copy of a model's weights, under the names of the plain model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor] | None:
     Parameters
     ----------
     model : nn.Module
-        May contain peft's wrappers of linear layers.
+        May contain peft's wrappers of linear layers, and of modules that were trained whole (``modules_to_save``).
 
     Returns
     -------
@@ -24,14 +24,11 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor] | None:
     Raises
     ------
     ValueError
-        If a layer's adapter isn't LoRA and can't be merged into its weight.
+        If a layer's adapter isn't LoRA and can't be merged into its weight, or changes one of two tied weights.
     """
-    wrapped: dict[str, Any] = {
-        name: layer
-        for name, layer in model.named_modules()
-        if isinstance(getattr(layer, "base_layer", None), nn.Module)
-    }
-    if not wrapped:
+    wrapped = _wrappers(model, "base_layer")
+    copies = _wrappers(model, "original_module")
+    if not wrapped and not copies:
         return None
     state = model.state_dict()
     for name, layer in wrapped.items():
@@ -48,4 +45,33 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor] | None:
             update = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
             base["weight"] = (weight.float() + update).to(weight.dtype)
         state.update({f"{name}.{key}": value for key, value in base.items()})
+    for name, copied in copies.items():
+        adapters = [] if copied.disable_adapters else list(copied.active_adapters)
+        if not hasattr(copied, "modules_to_save") or len(adapters) > 1:
+            raise ValueError(f"{name}: is a {type(copied).__name__} with adapters {adapters}, needs one trained copy")
+        kept = f"{name}.modules_to_save.{adapters[0]}." if adapters else f"{name}.original_module."
+        own = {key: state.pop(key) for key in list(state) if key.startswith(f"{name}.")}
+        state.update({f"{name}.{key.removeprefix(kept)}": value for key, value in own.items() if key.startswith(kept)})
+    _require_tied(model, state)
     return state
+
+
+def _wrappers(model: nn.Module, attribute: str) -> dict[str, Any]:
+    """Return the modules, by name, that hold the module they wrap in this attribute."""
+    return {
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(vars(part)["_modules"].get(attribute), nn.Module)
+    }
+
+
+def _require_tied(model: Any, state: dict[str, torch.Tensor]) -> None:
+    """Refuse weights that differ but are tied by the config: loading would make them equal."""
+    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+        return
+    tied = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [f"{name}.weight" for name, part in model.named_modules() if any(part is one for one in tied)]
+    first, *others = [name for name in names if name in state]
+    for name in others:
+        if not torch.equal(state[first], state[name]):
+            raise ValueError(f"{name}: has an adapter, but the config ties it to {first}, which has another weight")

@@ -81,7 +81,7 @@ class PrefillGraph:
         # Token ids, slots, position ids and each sequence's last row share a buffer, so that one copy fills them all.
         words = 3 * rows + sequences
         self._fields = torch.zeros(words, dtype=torch.int64, device=device)
-        self._staging = torch.zeros(words, dtype=torch.int64, pin_memory=on_gpu)
+        self._staging = torch.zeros(words, dtype=torch.int64, device="cpu", pin_memory=on_gpu)
         self._copied = torch.cuda.Event() if on_gpu else None
         dtype = model.projector.up.weight.dtype
         self._embeds = torch.zeros(self.chunks, model.config.chunk_width, dtype=dtype, device=device)

@@ -56,7 +56,7 @@ class RefragProcessor:
     Raises
     ------
     ValueError
-        If k is below 1, or ``position_ids`` or ``chunker`` is unknown.
+        If a number is out of range, or ``position_ids`` or ``chunker`` is unknown.
 
     Examples
     --------
@@ -89,6 +89,10 @@ class RefragProcessor:
     ) -> None:
         if position_ids not in ("contiguous", "original", "parallel"):
             raise ValueError(f"position_ids: got {position_ids!r}, needs contiguous, original or parallel")
+        for name, value, least in (("k", k, 1), ("window", window, 1), ("latents", latents, 1),
+                                   ("encoder_window", encoder_window, 0)):  # fmt: skip
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}: got {value!r}, needs an integer of {least} or more")
         self.tokenizer = tokenizer
         self.encoder_tokenizer = encoder_tokenizer
         self.k = k

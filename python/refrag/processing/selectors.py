@@ -67,10 +67,10 @@ class RandomSelector:
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
 
     def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
-        return torch.randperm(len(chunks), generator=self.generator)[: _required(self, count)].tolist()
+        return torch.randperm(len(chunks), generator=self.generator, device="cpu")[: _required(self, count)].tolist()
 
 
 class CosineSelector:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from refrag.cache import build_once
 from refrag.model.encoder import encode_packed, pack_texts
 from refrag.model.inputs import Passage
+from refrag.store.fingerprint import encoder_digest, tokenizer_digest
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]  # wraps a sequence to show progress while it is iterated
 
@@ -45,12 +46,9 @@ class Retriever:
         self.encoder = encoder
         self.tokenizer = tokenizer
         self.passages = list(passages)
-        # The weights at a path may change, so the key contains the files' sizes and modification times.
-        content = hashlib.blake2b(digest_size=12)
-        for text in (_identity(encoder), *(passage.text for passage in self.passages)):
-            content.update(f"{len(text)} {text}".encode())
-        entry = build_once(f"passages-{content.hexdigest()}", lambda folder: self._write(folder, track))
-        self.embeds = load_file(entry / "embeds.safetensors")["embeds"]
+        self.embeds = self._read(_identity(encoder), track)
+        if self.passages and not self._is_first(self.embeds[0]):  # of another encoder of this name, or none
+            self.embeds = self._read(f"{encoder_digest(encoder)} {tokenizer_digest(tokenizer)}", track)
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
         """Return embeddings [N, d_enc], not normalized, of texts truncated to 256 tokens."""
@@ -72,6 +70,19 @@ class Retriever:
         order = scores.argsort(descending=True, stable=True).tolist()
         return [(self.passages[i], float(scores[i])) for i in order]
 
+    def _read(self, encoder: str, track: Progress) -> torch.Tensor:
+        """Return the embeddings that are cached for an encoder, or compute them."""
+        content = hashlib.blake2b(digest_size=12)
+        for text in (encoder, *(passage.text for passage in self.passages)):
+            content.update(f"{len(text)} {text}".encode())
+        entry = build_once(f"passages-{content.hexdigest()}", lambda folder: self._write(folder, track))
+        return load_file(entry / "embeds.safetensors")["embeds"]
+
+    def _is_first(self, row: torch.Tensor) -> bool:
+        """Return whether this is the first passage's embedding: a name doesn't tell what the weights are."""
+        own = torch.nn.functional.normalize(self.embed([self.passages[0].text])[0], dim=-1)
+        return torch.allclose(own.to(row), row, rtol=0, atol=1e-3)
+
     def _write(self, folder: Path, track: Progress) -> None:
         rows = []
         for start in track(range(0, len(self.passages), _BATCH)):
@@ -81,7 +92,7 @@ class Retriever:
 
 
 def _identity(encoder: PreTrainedModel) -> str:
-    """Return a string that identifies the encoder's weights."""
+    """Return the encoder's name, and the sizes and modification times of its files, which may change at a path."""
     name = encoder.name_or_path or ""
     folder = Path(name)
     files = sorted(folder.glob("*.safetensors")) if name and folder.is_dir() else []

@@ -163,8 +163,11 @@ def share_beginning(prompt: MixedPrompt, labels: torch.Tensor) -> tuple[MixedPro
     if shared * (len(lengths) - 1) <= 0.1 * prompt.layout.total_rows:
         return None
     rows = torch.cat(
-        [torch.arange(0 if not index else start + shared, end) for index, (start, end) in enumerate(pairwise(starts))]
-    ).to(prompt.device)
+        [
+            torch.arange(0 if not index else start + shared, end, device=prompt.device)
+            for index, (start, end) in enumerate(pairwise(starts))
+        ]
+    )
     spans = [*lengths[0][:common], *(rows for own in lengths for rows in own[common:])]
     passages = [-1] * common + [branch for branch, own in enumerate(lengths) for _ in own[common:]]
     joined = dataclasses.replace(
@@ -173,7 +176,7 @@ def share_beginning(prompt: MixedPrompt, labels: torch.Tensor) -> tuple[MixedPro
         slot_of_row=prompt.slot_of_row[rows],
         position_ids=prompt.position_ids[rows],
         layout=ChunkLayout.from_lengths([spans]).to(prompt.device),
-        passage_of_span=torch.tensor(passages, dtype=torch.int32),
+        passage_of_span=torch.tensor(passages, dtype=torch.int32, device=prompt.device),
     )
     return joined, labels[rows], ChunkMask.passages(passages)
 

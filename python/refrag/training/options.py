@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from refrag.training.arguments import Options
+
+
+def are_betas(betas: Sequence[float]) -> bool:
+    """Return whether these are AdamW's two betas."""
+    return len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,9 +68,11 @@ class LoopOptions(Options):
         super().__post_init__()
         counts = "steps batch_size max_rows checkpoint_every log_every evaluate_every"
         self.require(counts, lambda value: value >= 1, "1 or more")
+        rates = "learning_rate projector_rate encoder_rate max_grad_norm"
+        self.require(rates, lambda value: value > 0, "more than 0")
+        self.require("weight_decay", lambda value: value >= 0, "0 or more")
         self.require("warmup", lambda value: 0 <= value <= 1, "0 to 1")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: got {self.betas}, needs two numbers from 0 up to 1")
+        self.require("betas", are_betas, "two numbers from 0 up to 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +122,7 @@ class ModelOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("k latents rank", lambda value: value >= 1, "1 or more")
+        self.require("held_out", lambda value: 0 <= value < 1, "0 up to 1")
 
 
 # Dataclasses collect fields in reverse MRO: ModelOptions' come before LoopOptions'.
@@ -244,6 +253,8 @@ class RolloutOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require("steps contexts updates", lambda value: value >= 1, "1 or more")
+        self.require("epsilon learning_rate max_grad_norm", lambda value: value > 0, "more than 0")
         self.require("rollouts", lambda value: value >= 2, "2 or more: each is compared with its group")
         self.require("expand", lambda value: 0 < value < 1, "more than 0 and less than 1")
 
@@ -299,6 +310,12 @@ class PolicyOptions(RolloutOptions, AdapterOptions):
     held_out: float = 0.05
     precision: Literal["bf16", "no"] = "bf16"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = "chunks output_tokens width num_heads checkpoint_every"
+        self.require(counts, lambda value: value >= 1, "1 or more")
+        self.require("held_out", lambda value: 0 <= value < 1, "0 up to 1")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditions(Options):
@@ -322,6 +339,10 @@ class Conditions(Options):
     selectors: tuple[str, ...] = dataclasses.field(
         default=("random", "perplexity-desc", "perplexity-asc", "cosine"), metadata={"formerly": "choosers"}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("context output_tokens", lambda value: value >= 1, "1 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -351,3 +372,8 @@ class PerplexityOptions(Conditions, AdapterOptions):
     untrained: bool = True
     precision: Literal["bf16", "no"] = "no"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("samples", lambda value: value >= 1, "1 or more")
+        self.require("held_out", lambda value: 0 < value <= 1, "more than 0, up to 1")

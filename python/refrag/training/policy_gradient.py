@@ -145,7 +145,7 @@ def train_policy(
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
         drawn = [contexts(step * options.contexts + index) for index in range(options.contexts)]
         embeds = torch.nn.utils.rnn.pad_sequence([own for _, own in drawn], batch_first=True).float()
-        lengths = torch.tensor([len(own) for _, own in drawn])
+        lengths = torch.tensor([len(own) for _, own in drawn], device=embeds.device)
         counts = (options.expand * lengths).round().long().clamp(min=1)
         with torch.no_grad():
             scores = policy(embeds, lengths).repeat_interleave(options.rollouts, 0)

@@ -280,7 +280,7 @@ def collate(
     )
     counted = [index == sample.target for sample in samples for index in range(len(sample.spans))]
     lengths = prompt.layout.chunk_offsets.diff().long()
-    is_target = torch.tensor(counted).repeat_interleave(lengths)
+    is_target = torch.tensor(counted, device=lengths.device).repeat_interleave(lengths)
     return prompt, prompt.token_ids.masked_fill(~is_target, -100)
 
 

@@ -106,7 +106,9 @@ class RefragForVllm(nn.Module, SupportsMultiModal):
             texts = PackedTexts(
                 token_ids[start:token],
                 ChunkLayout.from_lengths([lengths[first:chunk]]).to(token_ids.device),
-                torch.tensor(windows[first:chunk], dtype=torch.int32) if self.config.encoder_window else None,
+                torch.tensor(windows[first:chunk], dtype=torch.int32, device=token_ids.device)
+                if self.config.encoder_window
+                else None,
             )
             results.append(encode_packed(self.encoder, texts, self.config.pooling, self.config.pool_segments))
         return torch.cat(results)

@@ -169,11 +169,11 @@ class DummyPassages(BaseDummyInputsBuilder[PassageInfo]):
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
         count = mm_counts.get(MODALITY, 0)
         slots = max(1, seq_len // max(count, 1))
-        lengths = torch.full((slots,), max(1, ENCODER_ROWS // (slots * max(count, 1))), dtype=torch.int64)
-        ids = torch.zeros(int(lengths.sum()), dtype=torch.int64)
-        windows, wanted = torch.arange(slots), torch.ones(slots, dtype=torch.uint8)
+        lengths = torch.full((slots,), max(1, ENCODER_ROWS // (slots * max(count, 1))), dtype=torch.int64, device="cpu")
+        ids = torch.zeros(int(lengths.sum()), dtype=torch.int64, device="cpu")
+        windows, wanted = torch.arange(slots, device="cpu"), torch.ones(slots, dtype=torch.uint8, device="cpu")
         passage = ReadPassage(
-            [0] * slots, [True] * slots, ids, lengths, windows, wanted, torch.zeros(0, self.info.width)
+            [0] * slots, [True] * slots, ids, lengths, windows, wanted, torch.zeros(0, self.info.width, device="cpu")
         )
         return {MODALITY: [passage] * count}
 
@@ -250,7 +250,9 @@ class PassageProcessor(BaseMultiModalProcessor[PassageInfo]):
 
         def rows(index: int) -> PromptUpdateDetails:
             passage = passages[index]
-            return PromptUpdateDetails(passage.token_ids, functools.partial(_slots, torch.tensor(passage.is_slot)))
+            return PromptUpdateDetails(
+                passage.token_ids, functools.partial(_slots, torch.tensor(passage.is_slot, device="cpu"))
+            )
 
         return [PromptReplacement(modality=MODALITY, target=[self._mark], replacement=rows)]
 

@@ -66,8 +66,8 @@ class ReadPassage:
     def content(self) -> dict[str, Any]:
         """Return everything that the passage's rows depend on, for hashing."""
         return {
-            "token_ids": torch.tensor(self.token_ids, dtype=torch.int64),
-            "is_slot": torch.tensor(self.is_slot, dtype=torch.uint8),
+            "token_ids": torch.tensor(self.token_ids, dtype=torch.int64, device="cpu"),
+            "is_slot": torch.tensor(self.is_slot, dtype=torch.uint8, device="cpu"),
             "encoder_ids": self.encoder_ids,
             "encoder_lengths": self.encoder_lengths,
             "encoder_windows": self.encoder_windows,
@@ -226,16 +226,18 @@ def _read(passage: _CutPassage, expanded: set[int], processor: RefragProcessor, 
         is_slot += [number not in expanded] * len(own)
     compressed = [number for number in range(len(passage.chunks)) if number not in expanded]
     if passage.embeds is not None or not compressed:
-        nothing = torch.zeros(0, dtype=torch.int64)
-        known = torch.zeros(0, width) if passage.embeds is None else passage.embeds[compressed]
+        nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
+        known = torch.zeros(0, width, device="cpu") if passage.embeds is None else passage.embeds[compressed]
         return ReadPassage(token_ids, is_slot, nothing, nothing, nothing, nothing.to(torch.uint8), known)
     # With windows, the encoder reads expanded neighbours too.
     numbers = range(len(passage.chunks)) if processor.encoder_window else compressed
     texts = _packed(processor, [passage.chunks[number].text for number in numbers], [0] * len(numbers))
     lengths = texts.layout.chunk_offsets.diff().long()
-    windows = torch.arange(len(numbers)) if texts.windows is None else texts.windows.long()
-    slots = torch.tensor([number not in expanded for number in numbers], dtype=torch.uint8)
-    return ReadPassage(token_ids, is_slot, texts.token_ids, lengths, windows, slots, torch.zeros(0, width))
+    windows = torch.arange(len(numbers), device="cpu") if texts.windows is None else texts.windows.long()
+    slots = torch.tensor([number not in expanded for number in numbers], dtype=torch.uint8, device="cpu")
+    return ReadPassage(
+        token_ids, is_slot, texts.token_ids, lengths, windows, slots, torch.zeros(0, width, device="cpu")
+    )
 
 
 def _packed(processor: RefragProcessor, texts: Sequence[str], passages: Sequence[int]) -> PackedTexts:

@@ -9,7 +9,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from refrag.model.attention import AttentionPlans
+from refrag.model.attention import AttentionPlans, refuse_unknown
 from refrag_kernels import ChunkLayout, ChunkMask
 
 GROUPED = "refrag_grouped"
@@ -65,13 +65,29 @@ def grouped_attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
     refrag_plans: GroupedPlans,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute attention with torch's scaled_dot_product_attention, one group of sequences at a time.
 
-    Follows transformers' calling convention: query [1, H_q, T, D] -> ([1, T, H_q, D], None).
+    Follows transformers' calling convention: query [1, H_q, T, D] -> ([1, T, H_q, D], None). ``dropout`` and
+    ``is_causal`` are ignored, as with plans.
+
+    Raises
+    ------
+    ValueError
+        If a window is shorter than a sequence, or a keyword isn't supported, such as a softcap or sinks.
     """
+    refuse_unknown(module, kwargs)
+    longest = max((rows for _, rows in refrag_plans.groups), default=0)
+    if sliding_window is not None and sliding_window < longest:
+        raise ValueError(
+            f"sliding_window: {type(module).__name__} got {sliding_window} with sequences of {longest} rows, which "
+            "torch's attention doesn't support in groups"
+        )
     parts, start = [], 0
     repeats = query.shape[1] // key.shape[1]
     for (count, rows), mask in zip(refrag_plans.groups, refrag_plans.masks):

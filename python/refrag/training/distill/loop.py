@@ -92,13 +92,14 @@ class _Run:
         )
         self.writer = Writer(self.model.model, options.output, options.pieces, options.piece_bytes)
         self.step, self.tokens = 0, 0
+        self.meter = _Meter(self)
         self.progress = Progress(options.steps, None)
 
     def run(self) -> list[dict[str, Any]]:
         options = self.options
         state = self._resume()
         write_config(options, options.output)
-        self.optimizer = FlatAdamW(self.model.trained, options.max_grad_norm)
+        self.optimizer = FlatAdamW(self.model.trained, options.max_grad_norm, options.betas)
         if state is not None:
             self.optimizer.load(state["optimizer"])
         if self.device.type == "cuda":
@@ -137,7 +138,8 @@ class _Run:
     def _train(self) -> None:
         options, progress = self.options, self.progress
         progress.begin()
-        meter = _Meter(self)
+        meter = self.meter
+        meter.begin()
         batches = Prefetcher(self._batch, self.step)
         saved = evaluated = time.monotonic()
         marks: collections.deque[Any] = collections.deque()
@@ -263,7 +265,7 @@ class _Run:
         state = None
         if self.options.keep_state:
             state = {"signature": self.options.signature(), "step": self.step, "tokens": self.tokens,
-                     "elapsed": self.progress.elapsed, "seconds": self.progress.seconds,
+                     "elapsed": self.progress.elapsed, "seconds": self.progress.seconds, "meter": self.meter.state(),
                      "scale": self.model.model.projector.down.weight.detach().cpu().clone(),
                      "optimizer": self.optimizer.state()}  # fmt: skip
         self.writer.write(tensors, notes, state)
@@ -285,6 +287,8 @@ class _Run:
                 )
         self.step, self.tokens = state["step"], state["tokens"]
         self.progress.before = state["elapsed"]
+        if "meter" in state:  # not in states of earlier versions
+            self.meter.load(state["meter"])
         with torch.no_grad():
             self.model.model.projector.down.weight.copy_(state["scale"])
         return state
@@ -322,9 +326,21 @@ class _Meter:
         # KL, cross-entropy of continuations, cross-entropy of reconstructions, gradient norm, bad steps in a row
         self._sums = torch.zeros(5, device=run.device)
         self._rows = [0, 0]  # with a teacher, without
-        self._since, self._tokens = time.monotonic(), run.tokens
         self._waiting: tuple[Any, torch.Tensor, dict[str, Any]] | None = None
-        self._seen = run.step
+        self.begin()
+
+    def begin(self) -> None:
+        """Measure speed from now on."""
+        self._since, self._tokens, self._seen = time.monotonic(), self._run.tokens, self._run.step
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums since the last entry, so that the first entry after a resume is over all of its steps."""
+        return {"sums": self._sums.cpu().clone(), "rows": list(self._rows)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore what ``state`` returned."""
+        self._sums.copy_(state["sums"])
+        self._rows = list(state["rows"])
 
     def count(self, batch: Batch, sums: torch.Tensor, rates: dict[str, float], progress: float) -> None:
         run = self._run

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from refrag.model.acceptance import FamilyError
 from refrag.model.attention import NAME, no_mask
 from refrag.model.modeling import RefragForCausalLM
 from refrag.model.token_encoder import first_layers
@@ -28,7 +29,8 @@ class Distillation:
     Parameters
     ----------
     decoder : PreTrainedModel
-        The pretrained decoder, in float32. It becomes the student's.
+        The pretrained decoder, in float32. It becomes the student's. Its logits must be the product of its output
+        layer and its last hidden states, without a scale, a softcap or a bias, and its token embeddings unscaled.
     options : DistillOptions
     device : torch.device
     dtype : torch.dtype
@@ -42,6 +44,11 @@ class Distillation:
         The base model of the pretrained decoder.
     trained : dict of str to list of (str, Parameter)
         The named parameters of the groups "linear" (the projector), "encoder" and "decoder".
+
+    Raises
+    ------
+    FamilyError
+        If the decoder computes its logits in another way; states the difference.
     """
 
     def __init__(
@@ -49,6 +56,7 @@ class Distillation:
     ) -> None:
         torch.manual_seed(options.seed)
         decoder.requires_grad_(False)
+        _require_plain_logits(decoder)
         encoder = first_layers(decoder, options.encoder_layers)
         self.options, self.device, self.dtype = options, device, dtype
         self.model = RefragForCausalLM.from_parts(
@@ -191,6 +199,26 @@ def hidden_of(base: Any, embeds: torch.Tensor, packed: Packed) -> torch.Tensor:
         use_cache=False,
     )
     return output.last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _require_plain_logits(decoder: Any) -> None:
+    """Refuse a decoder whose logits aren't the output layer's product with the hidden states of its embedded tokens."""
+    table = decoder.get_input_embeddings().weight
+    ids = torch.arange(len(table), device=table.device)[:: max(1, len(table) // 16)][None, :16]
+    training = decoder.training
+    decoder.eval()
+    wanted = decoder(input_ids=ids, use_cache=False, return_dict=True).logits.float()
+    embeds = nn.functional.embedding(ids, table)
+    hidden = decoder.base_model(inputs_embeds=embeds, use_cache=False, return_dict=True).last_hidden_state
+    got = (hidden @ decoder.get_output_embeddings().weight.t()).float()
+    decoder.train(training)
+    difference = float((got - wanted).norm() / wanted.norm())
+    if not difference < 1e-3:
+        raise FamilyError(
+            f"decoder: got {type(decoder).__name__}, which scales or caps its logits or its token embeddings, needs "
+            f"one that doesn't: relative difference of the logits {difference:.2g}"
+        )
 
 
 class _FusedNorm(nn.Module):

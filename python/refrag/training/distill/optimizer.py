@@ -26,6 +26,8 @@ class FlatAdamW:
         Parameters by group, in float32.
     max_grad_norm : float
         Limit for the norm of all gradients together.
+    betas : tuple of 2 floats
+        AdamW's.
 
     Attributes
     ----------
@@ -35,7 +37,12 @@ class FlatAdamW:
         Gradient norm of the last step, before clipping.
     """
 
-    def __init__(self, groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]], max_grad_norm: float) -> None:
+    def __init__(
+        self,
+        groups: Mapping[str, Sequence[tuple[str, nn.Parameter]]],
+        max_grad_norm: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ) -> None:
         self._flat: dict[str, torch.Tensor] = {}
         for group, named in groups.items():
             parameters = [parameter for _, parameter in named]
@@ -49,7 +56,7 @@ class FlatAdamW:
         device = next(iter(self._flat.values())).device
         self._adam = torch.optim.AdamW(
             [{"params": [flat], "name": group} for group, flat in self._flat.items()],
-            lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True,
+            lr=0.0, betas=betas, weight_decay=0.0, fused=True,
         )  # fmt: skip
         self._max_grad_norm = max_grad_norm
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from refrag.training.arguments import Options
+from refrag.training.options import are_betas
 
 # Domains that are held out of all training, by the names of their packages.
 HELD_OUT_DOMAINS = ("debian-handbook", "postgresql-doc", "perl-doc", "git-doc", "git-man")
@@ -58,6 +59,8 @@ class DistillOptions(Options):
     linear_alone, warmup, floor : float
         Share of the run in which only the linear layer is trained; share for warming a rate up; final rate as a share
         of the peak.
+    betas : tuple of 2 floats
+        AdamW's betas.
     max_grad_norm : float
         Norm to which all gradients together are clipped.
     log_every : int
@@ -114,6 +117,7 @@ class DistillOptions(Options):
     linear_alone: float = 0.02
     warmup: float = 0.03
     floor: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = 1.0
     log_every: int = 50
     save_seconds: float = 60.0
@@ -147,6 +151,7 @@ class DistillOptions(Options):
         self.require(rates, lambda value: value > 0, "more than 0")
         shares = "expanded reconstruction first_reconstruction linear_alone warmup floor"
         self.require(shares, lambda value: 0 <= value < 1, "0 up to 1")
+        self.require("betas", are_betas, "two numbers from 0 up to 1")
         for context in self.contexts:
             if context < self.k or context % self.k:
                 raise ValueError(f"contexts: got {context}, needs multiples of k = {self.k}")
