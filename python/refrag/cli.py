@@ -36,7 +36,7 @@ def demo(
         int, typer.Option("--k", help="Tokens per chunk, which becomes one input row. A trained adapter exists for 8.")
     ] = 8,
     expand: Annotated[
-        float, typer.Option(help="Share of the chunks, 0 to 1, to keep as text: those most similar to the question.")
+        float, typer.Option(help="Fraction of the chunks, 0 to 1, to keep as text: those most similar to the question.")
     ] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of each answer.")] = 48,
     plot_tokens: Annotated[

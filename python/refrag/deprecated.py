@@ -87,7 +87,7 @@ def renamed_keyword(old: str, new: str) -> Callable[[Callable[_Arguments, _Resul
         def call(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
             if old in options:
                 if new in options:
-                    raise TypeError(f"{old}: got it beside {new}, which replaces it; pass {new} alone")
+                    raise TypeError(f"{old}: got it together with {new}, which replaces it; pass {new} alone")
                 _warn(f"{function.__qualname__}({old}=)", f"{function.__qualname__}({new}=)")
                 options[new] = options.pop(old)
             return function(*args, **options)

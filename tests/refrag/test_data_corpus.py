@@ -112,8 +112,8 @@ def test_no_source_has_more_than_its_share(archive, tmp_path):
         (["--package", "postgresql-doc"], "postgresql-doc: is held out"),
         (["--package", "postgresql-doc-15"], "postgresql-doc-15: is held out"),
         (["--package", "../evil"], "../evil: is not the name of a package"),
-        (["--cap", "0"], "cap: got 0.0, needs a share above 0"),
-        (["--validation", "1"], "validation: got 1.0, needs a share from 0 up to 1"),
+        (["--cap", "0"], "cap: got 0.0, needs a fraction above 0"),
+        (["--validation", "1"], "validation: got 1.0, needs a fraction from 0 up to 1"),
         (
             [*names("red", "green"), "--cap", "0.25"],
             "cap: got 0.25 with 2 sources, needs more sources of similar size",

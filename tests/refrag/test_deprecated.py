@@ -119,7 +119,7 @@ def test_chooser_of_the_processor(parts):
         old = processor(prompt, chooser=AllChunks())
     assert caught[0].filename == __file__
     assert old.expanded == processor(prompt, selector=AllChunks()).expanded != frozenset()
-    with pytest.raises(TypeError, match="chooser: got it beside selector"):
+    with pytest.raises(TypeError, match="chooser: got it together with selector"):
         processor(prompt, chooser=AllChunks(), selector=AllChunks())
     assert {"selector", "chooser"} & set(inspect.signature(RefragProcessor.__call__).parameters) == {"selector"}
 
@@ -161,7 +161,7 @@ def test_chooser_of_a_request(parts):
         (old,) = read_passages(given, parts[1], width, {"chooser": "everything"})
     (new,) = read_passages(given, parts[1], width, {"selector": "everything"})
     assert old.token_ids == new.token_ids and not any(old.is_slot)
-    with pytest.raises(ValueError, match="chooser: got it beside selector"):
+    with pytest.raises(ValueError, match="chooser: got it together with selector"):
         read_passages(given, parts[1], width, {"chooser": "everything", "selector": "everything"})
 
 
@@ -191,5 +191,5 @@ def test_fields_of_a_trainable_spec():
     assert spec == TrainableSpec("lora", "all", 32)
     with pytest.warns(DeprecationWarning, match=r"TrainableSpec.decoder is TrainableSpec.train_decoder now"):
         assert spec.decoder == "all"
-    with pytest.raises(TypeError, match="encoder: got it beside train_encoder"):
+    with pytest.raises(TypeError, match="encoder: got it together with train_encoder"):
         TrainableSpec(encoder="lora", train_encoder="all")

@@ -257,10 +257,10 @@ def test_selectors_choose_as_for_the_processor(options, selector, processor):
         ({"expand": [99]}, "expand: got chunk 99, needs 0 to"),
         ({"expand": [-1]}, "expand: got chunk -1"),
         ({"expand": ["nobody"]}, "expand: got passage 'nobody'"),
-        ({"expand": [0], "expand_count": 1}, "expand_count: got 1 beside expand"),
-        ({"expand": [0], "selector": "random"}, "selector: got 'random' beside a list of chunks"),
+        ({"expand": [0], "expand_count": 1}, "expand_count: got 1 with expand"),
+        ({"expand": [0], "selector": "random"}, "selector: got 'random' with a list of chunks"),
         ({"expand": 0.5}, "selector: got None, needs a Selector"),
-        ({"expand": 2.0}, "expand: got 2.0, needs a share"),
+        ({"expand": 2.0}, "expand: got 2.0, needs a fraction"),
         ({"expand_count": 99, "selector": "random"}, "expand_count: got 99"),
         ({"selector": "policy"}, "selector: got 'policy', needs one of nothing, everything, random, cosine, threshold"),
         ({"selector": "cosine", "expand_count": 1}, "question: got None, the selector 'cosine' needs it"),
@@ -348,8 +348,8 @@ def test_passages_are_taken_out_of_messages():
     [
         (f"a {MARK}", "message 0: its text contains"),
         ([{"type": "text", "text": MARK}], "message 0: its text contains"),
-        ([{"type": "passage", "text": "a"}, {"type": "image_url", "image_url": {}}], "got a part 'image_url' beside"),
-        ([{"type": "passage", "text": "a"}, 3], "got a part 'int' beside passages"),
+        ([{"type": "passage", "text": "a"}, {"type": "image_url", "image_url": {}}], "got a part 'image_url' next to"),
+        ([{"type": "passage", "text": "a"}, 3], "got a part 'int' next to passages"),
     ],
 )
 def test_messages_are_refused(content, message):

@@ -38,12 +38,12 @@ def even_level(sizes: Sequence[int], total: int, *, what: str = "tokens: got {},
 
 
 def capped_level(sizes: Sequence[int], cap: float) -> int:
-    """Return the highest level for which no source exceeds a share ``cap`` of the sum of ``min(size, level)``.
+    """Return the highest level for which no source exceeds a fraction ``cap`` of the sum of ``min(size, level)``.
 
     Raises
     ------
     ValueError
-        If ``cap`` is not a share, or there are too few sources for it.
+        If ``cap`` is not a fraction, or there are too few sources for it.
 
     Examples
     --------
@@ -51,7 +51,7 @@ def capped_level(sizes: Sequence[int], cap: float) -> int:
     13
     """
     if not 0 < cap <= 1:
-        raise ValueError(f"cap: got {cap}, needs a share above 0 and up to 1")
+        raise ValueError(f"cap: got {cap}, needs a fraction above 0 and up to 1")
     ordered = sorted(sizes)
     for taken in range(len(ordered), 0, -1):
         # Sources before `taken` whole, the others up to the level: level = cap * (whole + others * level).

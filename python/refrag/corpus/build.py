@@ -59,9 +59,9 @@ class CorpusSettings:
     Attributes
     ----------
     cap : float
-        Maximum share of the characters from a single package.
+        Maximum fraction of the characters from a single package.
     validation : float
-        Share of the documents for validation.
+        Fraction of the documents for validation.
     min_characters : int
         Minimum length of a document.
     workers : int
@@ -78,7 +78,7 @@ class CorpusSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
-            raise ValueError(f"validation: got {self.validation}, needs a share from 0 up to 1")
+            raise ValueError(f"validation: got {self.validation}, needs a fraction from 0 up to 1")
         if self.min_characters < 1 or self.workers < 1:
             raise ValueError(f"min_characters, workers: got {self.min_characters}, {self.workers}, need 1 or more")
         capped_level([1] * 1000, self.cap)

@@ -148,7 +148,7 @@ def read_documents(
 
 
 def split_documents(documents: Documents, held_out: float) -> tuple[Documents, Documents]:
-    """Split documents into a training set and a test set with a share of ``held_out``.
+    """Split documents into a training set and a test set with a fraction of ``held_out``.
 
     The assignment of a document depends only on its own tokens, so it doesn't change if other documents are added or
     removed.
@@ -160,7 +160,7 @@ def split_documents(documents: Documents, held_out: float) -> tuple[Documents, D
     [80, 20]
     """
     if not 0 <= held_out < 1:
-        raise ValueError(f"held_out: got {held_out}, needs a share from 0 up to 1")
+        raise ValueError(f"held_out: got {held_out}, needs a fraction from 0 up to 1")
     sides: tuple[list[int], list[int]] = ([], [])
     spans = list(zip(documents.offsets[:-1], documents.offsets[1:]))
     for number, (start, end) in enumerate(spans):

@@ -74,7 +74,7 @@ def time_readings(
 
 
 class CpuPressure:
-    """The share of time in which some process waited for a CPU, from Linux's pressure stall information.
+    """The fraction of time in which some process waited for a CPU, from Linux's pressure stall information.
 
     Our own threads hardly wait for each other, so a high share means that other programs disturbed the measurement.
     """

@@ -41,11 +41,11 @@ class Answerer:
         the message is formatted with it.
     selector : str or Selector, optional
         Selects the chunks to expand to text: a name in ``refrag.processing.selectors.NAMES``, or an object. By default
-        cosine if ``expand`` is a share above 0 or ``expand_count`` is given, else none.
+        cosine if ``expand`` is a fraction above 0 or ``expand_count`` is given, else none.
     expand : float or collection of int and str, optional
-        Share of the chunks to expand, or which chunks, as for ``RefragProcessor``.
+        Fraction of the chunks to expand, or which chunks, as for ``RefragProcessor``.
     expand_count : int, optional
-        Maximum number of chunks to expand, instead of a share.
+        Maximum number of chunks to expand, instead of a fraction.
     policy : ExpansionPolicy, optional
         For the selector "policy".
     store : ChunkStore, optional
@@ -91,8 +91,8 @@ class Answerer:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: got {max_new_tokens}, needs 1 or more")
         if expand_count is not None and (expand is not None or expand_count < 0):
-            beside = "" if expand is None else f" beside expand = {expand}"
-            raise ValueError(f"expand_count: got {expand_count}{beside}, needs 0 or more, and no expand")
+            both = "" if expand is None else f" with expand = {expand}"
+            raise ValueError(f"expand_count: got {expand_count}{both}, needs 0 or more, and no expand")
         self.model = model
         self.processor = processor
         self.expand = expand

@@ -66,7 +66,7 @@ class RefragGenerator:
         answerer: Answerer | None = None,
     ) -> None:
         if answerer is not None and model is not None:
-            raise ValueError(f"model: got {model!r} beside an answerer, needs one of the two")
+            raise ValueError(f"model: got {model!r} with an answerer, needs one of the two")
         self.model = model
         self.options: dict[str, Any] = {
             "k": k, "chunker": chunker, "template": template, "selector": selector, "expand": expand,

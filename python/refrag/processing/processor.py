@@ -202,13 +202,13 @@ class RefragProcessor:
         prompts : list of str and Passage, or a list of such lists
             A single string or Passage is a prompt of one part.
         expand : float or collection of int and str, optional
-            The share of each prompt's chunks that ``selector`` picks for expansion, from 0 to 1. Or the chunks to
+            The fraction of each prompt's chunks that ``selector`` picks for expansion, from 0 to 1. Or the chunks to
             expand: indices of chunks, counted through the batch, and ids of passages, which are expanded as a whole.
         expand_count : int or sequence of int, optional
-            The number of chunks that ``selector`` picks, instead of a share: one for all prompts, or one for each.
+            The number of chunks that ``selector`` picks, instead of a fraction: one for all prompts, or one for each.
         selector : Selector, optional
-            Picks the chunks to expand. Needed unless nothing, everything or given chunks are expanded. Without a share
-            and a count, it decides how many chunks to pick.
+            Picks the chunks to expand. Needed unless nothing, everything or given chunks are expanded. Without a
+            fraction or a count, it decides how many chunks to pick.
         question : str or sequence of str, optional
             The question for the selector: one for all prompts, or one for each. Defaults to each prompt's last text.
         max_new_tokens : int

@@ -288,7 +288,7 @@ def by_name(
 
 def _required(selector: Selector, count: int | None) -> int:
     if count is None:
-        raise ValueError(f"expand: got None, {type(selector).__name__} needs a share or a number of chunks to pick")
+        raise ValueError(f"expand: got None, {type(selector).__name__} needs a fraction or a number of chunks to pick")
     return count
 
 

@@ -24,7 +24,7 @@ class LoopOptions(Options):
     projector_rate, encoder_rate : float, optional
         Peak learning rate of this part, if it differs from the learning rate.
     warmup : float
-        Share of the steps for linear warm-up; the rate then falls to 0 as a cosine.
+        Fraction of the steps for linear warm-up; the rate then falls to 0 as a cosine.
     betas : tuple of 2 floats
         AdamW's betas.
     weight_decay : float
@@ -92,7 +92,7 @@ class ModelOptions(Options):
     rank : int
         Rank of the low-rank adapters.
     held_out : float
-        Share of the documents that are held out for evaluation.
+        Fraction of the documents that are held out for evaluation.
     precision : {"bf16", "no", "fp16", "fp8"}
         Accelerate's mixed precision: bf16, no (the weights' own dtype), fp16 or fp8.
     """
@@ -166,7 +166,7 @@ class PretrainOptions(TextOptions):
     output_tokens : int
         o, the number of tokens to write after the context.
     expand : float
-        p, the share of chunks that stay text, drawn at random.
+        p, the fraction of chunks that stay text, drawn at random.
     """
 
     objective: ClassVar[str] = "next_paragraph"
@@ -190,9 +190,9 @@ class FinetuneOptions(StageOptions):
     data : Path
         .jsonl file with question, passages (a list) and answer on each line.
     expand : float
-        p, the share of chunks that stay text, drawn at random.
+        p, the fraction of chunks that stay text, drawn at random.
     held_out : float
-        Share of the questions that are held out for evaluation: the last ones.
+        Fraction of the questions that are held out for evaluation: the last ones.
     """
 
     objective: ClassVar[str] = "answers"
@@ -219,7 +219,7 @@ class RolloutOptions(Options):
     rollouts : int
         G, the number of expansions drawn for each context.
     expand : float
-        p, the share of chunks to expand.
+        p, the fraction of chunks to expand.
     epsilon : float
         How far a pick's probability ratio may differ from 1 before it is clipped.
     updates : int
@@ -285,7 +285,7 @@ class PolicyOptions(RolloutOptions, AdapterOptions):
     checkpoint_every : int
         Steps between checkpoints.
     held_out : float
-        Share of the documents to leave out: those that the earlier stages held out.
+        Fraction of the documents to leave out: those that the earlier stages held out.
     precision : {"bf16", "no"}
         Precision of the passes that score rollouts: bf16, or no (the weights' own dtype). The policy is float32.
     """
@@ -335,7 +335,7 @@ class PerplexityOptions(Conditions, AdapterOptions):
     samples : int
         Contexts per domain.
     held_out : float
-        Share of the documents to measure: training's held_out for a domain that was trained on, else 1.
+        Fraction of the documents to measure: training's held_out for a domain that was trained on, else 1.
     untrained : bool
         Also measure the decoder as it was before training.
     precision : {"bf16", "no"}

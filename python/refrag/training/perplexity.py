@@ -27,7 +27,7 @@ _SEED = 1_009_2025
 
 
 def share_for_rate(rate: float, k: int) -> float:
-    """Return p, the share of chunks to expand for an effective compression rate: k / (1 - p + k p) = rate (A.1).
+    """Return p, the fraction of chunks to expand for an effective compression rate: k / (1 - p + k p) = rate (A.1).
 
     Examples
     --------
@@ -40,7 +40,7 @@ def share_for_rate(rate: float, k: int) -> float:
 
 
 def value_kept(scores: Mapping[str, float], condition: str) -> float:
-    """Return the share of the context's value that a condition keeps (footnote 2): 0 without context, 1 in full."""
+    """Return the fraction of the context's value that a condition keeps (footnote 2): 0 without context, 1 in full."""
     return (scores[NONE] - scores[condition]) / (scores[NONE] - scores[FULL])
 
 
@@ -126,7 +126,7 @@ def measure(
 
 
 def summary(scores: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Return a row for each condition: mean log-perplexity, standard error, and share of the context's value kept.
+    """Return a row for each condition: mean log-perplexity, standard error, and fraction of the context's value kept.
 
     ``standard_error`` is that of the difference from the full context, paired by sample.
     """
@@ -184,7 +184,7 @@ def write_tables(
         axes.barh(places, [100 * row["value_kept"] for row in rows], height, label=domain)
     axes.set_yticks(range(len(rows)), [row["condition"] for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("share of the context's value kept, %")
+    axes.set_xlabel("fraction of the context's value kept, %")
     axes.legend()
     figure.tight_layout()
     figure.savefig(files[2], dpi=130)

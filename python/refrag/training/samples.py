@@ -130,7 +130,7 @@ def next_paragraph(
 
 
 def random_picks(chunks: int, expand: float, seed: int, index: int) -> frozenset[int]:
-    """Pick a share ``expand`` of the chunks at random, rounded; ``seed`` and ``index`` determine which."""
+    """Pick a fraction ``expand`` of the chunks at random, rounded; ``seed`` and ``index`` determine which."""
     return frozenset(random.Random(f"{seed}/{index}").sample(range(chunks), round(expand * chunks)))
 
 
@@ -186,7 +186,7 @@ def next_paragraph_sampler(
     output_tokens : int
         o, the number of tokens to write.
     expand : float
-        p, the share of chunks to expand to text, drawn at random (REFRAG, A.1: 0.1 before the policy is trained).
+        p, the fraction of chunks to expand to text, drawn at random (REFRAG, A.1: 0.1 before the policy is trained).
     """
 
     def sample(index: int) -> Sample:
@@ -212,7 +212,7 @@ def answer_sampler(
     seed : int
         Seed of the order, which is a new permutation in every epoch.
     expand : float
-        Share of chunks to expand to text, drawn at random.
+        Fraction of chunks to expand to text, drawn at random.
 
     Raises
     ------

@@ -101,10 +101,10 @@ def read_passages(
     width : int
         d_enc.
     options : dict, optional
-        The request's options, as for ``RefragProcessor.__call__``: "expand" (a share, or a list of passage ids and of
+        The request's options, as for ``RefragProcessor.__call__``: "expand" (a fraction, or a list of passage ids and
         chunk numbers, counted over the whole request), "expand_count", "selector" (nothing, everything, random, cosine,
-        threshold), "question" for cosine and threshold, "threshold", "seed" for random. Chunks without text, of which
-        only the embeddings are given, always stay slots and are not passed to selectors.
+        threshold), "question" for cosine and threshold, "threshold", "seed" for random. Chunks without text, for which
+        only embeddings are given, always stay slots and are not passed to selectors.
     store : ChunkStore, optional
         Provides passages without text by their id, and embeddings of passages with text.
     embedder : callable, optional
@@ -130,7 +130,7 @@ def read_passages(
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     if "chooser" in options:
         if "selector" in options:
-            raise ValueError("chooser: got it beside selector, which replaces it; pass selector alone")
+            raise ValueError("chooser: got it together with selector, which replaces it; pass selector alone")
         deprecated.warn_renamed_key("chooser", "selector")
         options = {"selector" if option == "chooser" else option: value for option, value in options.items()}
     for option, value in options.items():
@@ -189,7 +189,7 @@ def _expanded(
     expand, name = options.get("expand"), options.get("selector")
     if isinstance(expand, (list, tuple)):
         if name is not None:
-            raise ValueError(f"selector: got {name!r} beside a list of chunks to expand, needs one of the two")
+            raise ValueError(f"selector: got {name!r} with a list of chunks to expand, needs one of the two")
         expanded = expanded_chunks([chunks], [""], expand, options.get("expand_count"), None)
         bare = sorted(chunk for chunk in expanded if not chunks[chunk].token_ids)
         if bare:

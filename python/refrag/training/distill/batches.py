@@ -163,7 +163,7 @@ class Shape:
 
 
 def step_shape(options: DistillOptions, context: int, chunks: int, reconstruction: float) -> Shape:
-    """Return a step's shape, in which ``reconstruction`` is the share of context tokens that are reconstructed."""
+    """Return a step's shape, in which ``reconstruction`` is the fraction of context tokens that are reconstructed."""
     chunks = min(chunks, context // options.k)
     samples = options.step_tokens / (context + (1 - reconstruction) * options.output_tokens)
     continuations = max(1, round((1 - reconstruction) * samples))

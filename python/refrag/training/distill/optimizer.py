@@ -153,7 +153,7 @@ class Progress:
         return self.before + (0.0 if self._began is None else time.monotonic() - self._began)
 
     def at(self, step: int) -> float:
-        """Return the share of the run before step number ``step``."""
+        """Return the fraction of the run before step number ``step``."""
         if self.steps is not None:
             return min(1.0, step / self.steps)
         return min(1.0, self.elapsed / max(1e-9, self.seconds or 0.0))

@@ -43,9 +43,9 @@ class DistillOptions(Options):
     step_tokens : int
         Tokens of all contexts and continuations of a step.
     expanded : float
-        Share of the chunks that are left as text.
+        Fraction of the chunks that are left as text.
     reconstruction, first_reconstruction : float
-        Share of the context tokens that are reconstructed rather than continued: from the end of the first third of
+        Fraction of the context tokens that are reconstructed rather than continued: from the end of the first third of
         the run on, and at its beginning.
     reconstruction_chunks : tuple of int
         Chunks per reconstruction: each step draws one of these.
@@ -56,8 +56,8 @@ class DistillOptions(Options):
     linear_rate, encoder_rate, decoder_rate : float
         Peak learning rates.
     linear_alone, warmup, floor : float
-        Share of the run in which only the linear layer is trained; share for warming a rate up; final rate as a share
-        of the peak.
+        Fraction of the run in which only the linear layer is trained, fraction for warming up each learning rate, and
+        final learning rate as a fraction of the peak.
     max_grad_norm : float
         Norm to which all gradients together are clipped.
     log_every : int
