@@ -1,4 +1,4 @@
-"""The paper's table of perplexities of the text after a context: with the full context, without it, or compressed."""
+"""The paper's table of perplexities of the text after a context, which is given in full, compressed or not at all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from refrag import deprecated
 from refrag.bundle import ModelBundle
 from refrag.data.documents import Documents, prefix_ids
 from refrag.model.inputs import Chunk
@@ -69,8 +70,8 @@ def measure(
     policy : ExpansionPolicy, optional
         Required for the selector "policy".
     base : RefragForCausalLM, optional
-        The decoder before training. It is measured in the conditions without chunks too, marked "(untrained)": a
-        decoder that learnt to read slots also learnt from the text, which would flatter the comparison.
+        The decoder before training. It is also measured in the conditions without chunks, marked "(untrained)":
+        learning to read slots also teaches a decoder the kind of text, which would flatter the comparison.
     track : callable
         Wraps the sample indices to show progress.
 
@@ -84,7 +85,7 @@ def measure(
     if context % k:
         raise ValueError(f"context: got {context}, needs a multiple of k = {k}")
     if "policy" in conditions.selectors and policy is None:
-        raise ValueError("selectors: got policy, needs an adapter that holds one")
+        raise ValueError("selectors: got policy, needs an adapter that has one")
     windows = documents.windows(context + conditions.output_tokens)
     prefix = prefix_ids(parts.tokenizer)
     scores: dict[str, list[float]] = {}
@@ -161,8 +162,9 @@ def markdown(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@deprecated.renamed_keyword("output", "folder")
 def write_tables(
-    output: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
     settings: Mapping[str, Any],
 ) -> list[Path]:
@@ -172,7 +174,7 @@ def write_tables(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    root = Path(output)
+    root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     files = [root / "perplexity.md", root / "perplexity.json", root / "perplexity.png"]
     files[0].write_text(markdown(tables))
