@@ -1,4 +1,4 @@
-"""The options of `refrag train` and `refrag eval`: dataclasses that are passed from the command line to the loops."""
+"""The options of `refrag train` and `refrag eval`: dataclasses, passed from the command line to the training loops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from refrag.training.arguments import Options
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopOptions(Options):
-    """Options of the training loop; defaults are the paper's (B.3) where it states any.
+    """Options of the training loop. The defaults are the paper's (B.3) if it states them.
 
     Attributes
     ----------
@@ -208,7 +208,7 @@ class FinetuneOptions(StageOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutOptions(Options):
-    """Options of the policy's training; the paper states none of these numbers.
+    """Options of the policy's training. The paper doesn't state any of these numbers.
 
     Attributes
     ----------
@@ -255,7 +255,7 @@ class AdapterOptions(Options):
     Attributes
     ----------
     adapter : Path
-        Output folder of the stage that trained the model, or distilled.
+        Output folder of the stage that trained the model, or `distilled`.
     output : Path
         Folder for the result.
     encoder, decoder : str, optional
@@ -285,7 +285,7 @@ class PolicyOptions(RolloutOptions, AdapterOptions):
     checkpoint_every : int
         Steps between checkpoints.
     held_out : float
-        Fraction of the documents to leave out: those that the earlier stages held out.
+        Fraction of the documents to omit: those that the earlier stages held out.
     precision : {"bf16", "no"}
         Precision of the passes that score rollouts: bf16, or no (the weights' own dtype). The policy is float32.
     """

@@ -88,7 +88,7 @@ def chunks_of(
         end = end_of_chunk(places, first, k)
         pieces.append(tuple(token_ids[first:end]))
         first = end
-    # Decode each chunk after the previous one: on its own, some tokenizers would drop its leading space.
+    # Decode each chunk together with the previous one: some tokenizers drop the leading space of a text.
     befores = [(), *pieces[:-1]]
     runs = [list(run) for run in [*befores, *map(operator.add, befores, pieces)]]
     texts = tokenizer.batch_decode(runs, clean_up_tokenization_spaces=False)
@@ -119,8 +119,7 @@ def next_paragraph(
 ) -> Sample:
     """Return a continuation sample: write the tokens after ``context`` tokens, given as chunks (REFRAG, 3.1).
 
-    The context ends with a whole character, a few tokens earlier if necessary; the output has the same length either
-    way.
+    The context ends with a whole character, a few tokens earlier if necessary; the output always has the same length.
     """
     output = len(token_ids) - context
     # Cut a character that has more tokens than the window: the output needs at least one token.
@@ -217,7 +216,7 @@ def answer_sampler(
     Raises
     ------
     ValueError
-        If there are no questions, or one lacks a field.
+        If there are no questions, or a question lacks a field.
     """
     if not questions:
         raise ValueError("questions: got none, needs one or more")

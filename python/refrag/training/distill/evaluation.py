@@ -19,9 +19,9 @@ _SAMPLES_PER_PASS = 64
 class Evaluator:
     """Evaluates a run on held-out domains, always on the same samples.
 
-    Both ends of the scale, no context and full context, are measured with the original decoder and with the trained
-    one: a decoder that learns to read slots also learns from the text, and one that got worse at reading the full
-    context would seem to keep more of its value.
+    Both ends of the scale, no context and full context, are measured with the original decoder as well as the trained
+    one. With the trained one alone the scale would be misleading: the decoder also learns from the text, and if it got
+    worse at reading the full context, slots would seem to keep more of its value.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""AdamW over a few flat tensors, learning rates that follow a run's progress, and steps that skip NaN gradients."""
+"""AdamW on a few flat tensors that skips steps with NaN gradients, and learning rates that follow a run's progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FlatAdamW:
     """AdamW on one flat tensor per group, so that a step takes a handful of kernel launches.
 
     Parameters and their gradients become views of the flat tensors. A step whose gradient isn't finite leaves the
-    weights unchanged; it is counted on the device, so that the host needn't wait.
+    weights unchanged. Such steps are counted on the device, so that the host doesn't wait.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ HELD_OUT_DOMAINS = ("debian-handbook", "postgresql-doc", "perl-doc", "git-doc", 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillOptions(Options):
-    """Options of a distillation run; the defaults suit a seven-minute run on one H100.
+    """Options of a distillation run. The defaults suit a seven-minute run on one H100.
 
     Attributes
     ----------
@@ -73,7 +73,7 @@ class DistillOptions(Options):
     piece_bytes : int
         Maximum size of a piece in bytes.
     keep_state : bool
-        Whether to write the optimizer's state beside the adapter, so that a run can be resumed exactly.
+        Whether to write the optimizer's state next to the adapter, so that a run can be resumed exactly.
     block_rows : int
         Number of rows whose logits are computed at once.
     attention : {"auto", "refrag", "torch", "faster"}
@@ -154,7 +154,7 @@ class DistillOptions(Options):
             raise ValueError(f"reconstruction_chunks: got {self.reconstruction_chunks}, needs numbers of 1 or more")
         both = {path.resolve() for path in self.tokens} & {path.resolve() for path in self.heldout}
         if both:
-            raise ValueError(f"tokens: got {sorted(both)[0]}, which is among the held-out files too")
+            raise ValueError(f"tokens: got {sorted(both)[0]}, which is also among the held-out files")
 
     @property
     def segments(self) -> int:
