@@ -198,7 +198,7 @@ def test_bad_input_is_one_clear_line(saved, files, monkeypatch, arguments, messa
 
 def test_a_folder_without_a_model(files, tmp_path):
     result = run("generate", files / "bridge.txt", "--model", tmp_path)
-    assert result.exit_code == 2 and "holds no refrag_processor.json, needs a folder" in result.stderr
+    assert result.exit_code == 2 and "has no refrag_processor.json, needs a folder" in result.stderr
 
 
 def test_a_prompt_that_leaves_no_room_for_the_answer(saved, files):

@@ -126,10 +126,10 @@ def test_selectors_by_name_with_their_own_criterion():
     ("name", "message"),
     [
         ("best", "selector: got 'best', needs one of nothing, everything, random"),
-        ("cosine", "embed: got None, the selector 'cosine' needs it"),
-        ("threshold", "embed: got None, the selector 'threshold'"),
-        ("perplexity-asc", "model: got None, the selector 'perplexity-asc'"),
-        ("policy", "policy: got None, the selector 'policy'"),
+        ("cosine", "embed: got None, but the selector 'cosine' needs it"),
+        ("threshold", "embed: got None, but the selector 'threshold'"),
+        ("perplexity-asc", "model: got None, but the selector 'perplexity-asc'"),
+        ("policy", "policy: got None, but the selector 'policy'"),
     ],
 )
 def test_by_name_refuses(name, message):

@@ -1,4 +1,4 @@
-"""Resolves a fraction, a number, names or a selector to the indices of the chunks to expand."""
+"""Determines which chunks to expand, from a fraction, a number, a list of chunks and passages, or a selector."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def expanded_chunks(
     Raises
     ------
     TypeError, ValueError
-        If an argument is invalid; names it.
+        If an argument is invalid. The message names it.
     """
     if expand is not None and expand_count is not None:
         raise ValueError(f"expand_count: got {expand_count} with expand = {expand}, needs one of the two")

@@ -50,8 +50,8 @@ class RefragProcessor:
         Number of slots of a compressed chunk, as in RefragConfig.
     start_token : bool
         Whether to insert the tokenizer's ``bos_token``, if it has one, before a prompt that would begin with a slot.
-        Decoders use their first row as an attention sink and read next to nothing from it (arXiv 2309.17453), so a slot
-        there would be lost.
+        Decoders use their first row as an attention sink and take almost no information from it (arXiv 2309.17453), so
+        a slot there would be lost.
 
     Raises
     ------
@@ -136,10 +136,10 @@ class RefragProcessor:
         Raises
         ------
         ValueError
-            If the chunker is a custom one, which can't be written.
+            If the chunker is a custom one, which can't be saved.
         """
         if self.chunker_name is None:
-            raise ValueError(f"chunker: got {type(self.chunker).__name__}, needs fixed or sentence to be written")
+            raise ValueError(f"chunker: got {type(self.chunker).__name__}, needs fixed or sentence to be saved")
         root = Path(folder)
         self.tokenizer.save_pretrained(root / "decoder_tokenizer")
         self.encoder_tokenizer.save_pretrained(root / "encoder_tokenizer")
@@ -176,7 +176,7 @@ class RefragProcessor:
         Raises
         ------
         TypeError
-            If a message contains anything else; names it.
+            If a message contains anything else. The error message names it.
         ValueError
             If the template omits or repeats a passage.
         """
@@ -214,8 +214,8 @@ class RefragProcessor:
         max_new_tokens : int
             Number of positions to reserve in the decoder's window.
         store : ChunkStore, optional
-            A store that holds all passages; they are found by their text, or by their id if they have no text. Their
-            chunks and embeddings come from the store, so that the model encodes nothing, and a selector with a
+            A store that contains all passages. They are found by their text, or by their id if they have no text. Their
+            chunks and embeddings are read from the store, so the model encodes nothing, and a selector with a
             ``TextEmbedder`` encodes only the question.
         begin : bool
             Whether the prompts begin a sequence and get the tokenizer's prefix, such as a BOS token, and the
@@ -228,7 +228,7 @@ class RefragProcessor:
         Raises
         ------
         TypeError
-            If a prompt or a question contains anything but text and passages; names the part.
+            If a prompt or a question contains anything but text and passages. The message names the part.
         ValueError
             If a prompt is empty, a passage has no text, ``expand`` is outside 0 to 1 or names an unknown chunk or
             passage, ``expand_count`` exceeds a prompt's chunks, or the number of counts or questions differs from the
@@ -236,7 +236,7 @@ class RefragProcessor:
         StoreError
             If a passage isn't in the store, or the store was filled with another chunker.
         PromptTooLongError
-            If a prompt doesn't fit; states the excess, and which k or how many expanded chunks would fit.
+            If a prompt doesn't fit. The message states the excess, and which k or how many expanded chunks would fit.
         """
         batch = _batch(prompts)
         stored, chunk_embeds = None, None
@@ -397,7 +397,7 @@ class RefragProcessor:
             while text + slots * sum(-(-sum(lengths) // k) for lengths in compressed.values()) > room:
                 k += 1
             fits.append(f"k = {k}")
-        # As many as fit whichever of them stay expanded: assume the longest.
+        # Assume that the longest chunks stay expanded, so that the number fits whichever chunks are chosen.
         left = room - plain - slots * (len(expanded_lengths) + sum(map(len, compressed.values())))
         if expanded_lengths and left >= 0:
             longest = itertools.accumulate(length - slots for length in sorted(expanded_lengths, reverse=True))
@@ -406,11 +406,11 @@ class RefragProcessor:
             return " or ".join(fits) + " would fit"
         if self.chunker_name == "fixed":
             return f"no k fits: {text} tokens are text, shorten it or expand less"
-        return "shorten it, leave out passages or expand less"
+        return "shorten it, omit passages or expand less"
 
 
 def _batch(prompts: Part | Sequence[Part] | Sequence[Sequence[Part]]) -> Sequence[Sequence[Part]]:
-    """Normalize prompts to a list of lists of parts, which aren't checked."""
+    """Normalize prompts to a list of lists of parts. The parts aren't checked."""
     if isinstance(prompts, (str, Passage)):
         return [[prompts]]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
