@@ -229,7 +229,7 @@ def test_paragraphs_are_kept_once():
 
 def test_levels():
     assert even_level([10, 100, 1000], 130) == 60 and even_level([5, 5], 10) == 5 and even_level([], 0) == 0
-    with pytest.raises(ValueError, match="tokens: got 11, the sources have 10 together"):
+    with pytest.raises(ValueError, match="tokens: got 11, the sources have 10 in total"):
         even_level([5, 5], 11)
     sizes = [7, 20, 300, 40, 1000]
     level = capped_level(sizes, 0.3)

@@ -1,11 +1,11 @@
-"""How much to take from each source."""
+"""Computes how much to take from each source."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-def even_level(sizes: Sequence[int], total: int, *, what: str = "tokens: got {}, the sources have {} together") -> int:
+def even_level(sizes: Sequence[int], total: int, *, what: str = "tokens: got {}, the sources have {} in total") -> int:
     """Return the level for which the sum of ``min(size, level)`` over all sources is ``total``, up to rounding.
 
     Parameters
@@ -18,7 +18,7 @@ def even_level(sizes: Sequence[int], total: int, *, what: str = "tokens: got {},
     Raises
     ------
     ValueError
-        If the sources have less than ``total`` together.
+        If the sources have less than ``total`` in total.
 
     Examples
     --------
@@ -54,7 +54,7 @@ def capped_level(sizes: Sequence[int], cap: float) -> int:
         raise ValueError(f"cap: got {cap}, needs a fraction above 0 and up to 1")
     ordered = sorted(sizes)
     for taken in range(len(ordered), 0, -1):
-        # Sources before `taken` whole, the others up to the level: level = cap * (whole + others * level).
+        # The first `taken` sources are used whole, the others up to the level: level = cap * (whole + others * level).
         whole, others = sum(ordered[:taken]), len(ordered) - taken
         if not others:
             if ordered[-1] <= cap * whole:

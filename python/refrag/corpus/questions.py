@@ -1,4 +1,4 @@
-"""Questions with passages, one of which has the answer while the others are distractors."""
+"""Questions with passages, one of which contains the answer while the others are distractors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inspect a prompt: its counts, and a drawing of its text, slots and expanded chunks."""
+"""Inspects a prompt: counts its rows, and draws its text, slots and expanded chunks."""
 
 from __future__ import annotations
 
