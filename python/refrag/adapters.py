@@ -151,9 +151,9 @@ def save_adapter(
         "fields": {field: getattr(model.config, field) for field in _FIELDS},
         "encoder": signature(model.encoder),
         "decoder": signature(model.decoder),
-        # Empty for an encoder made of the decoder's embeddings.
+        # Empty for an encoder built from the decoder's embeddings.
         "sources": {"encoder": _source(model.encoder), "decoder": _source(model.decoder)},
-        # More than 0 for an encoder made of the decoder's first layers.
+        # More than 0 for an encoder built from the decoder's first layers.
         "decoder_layers": getattr(model.encoder.config, "decoder_layers", 0),
     }
     return _write(folder, trained_state(model) if trained is None else trained, about)

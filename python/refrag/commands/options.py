@@ -1,4 +1,4 @@
-"""Options common to `refrag generate` and `refrag inspect`, and the prompt made from them."""
+"""The options that `refrag generate` and `refrag inspect` share, and the prompt that they determine."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _SCALED_BY_SGLANG = ("gemma", "gemma2")
 
 @dataclasses.dataclass(frozen=True)
 class PromptEmbeds:
-    """The input embeddings of one prompt; made by ``build``.
+    """The input embeddings of one prompt, created by ``build``.
 
     Attributes
     ----------

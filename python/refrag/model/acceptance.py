@@ -78,7 +78,7 @@ def accept_decoder(decoder: PreTrainedModel) -> None:
     Raises
     ------
     FamilyError
-        States the difference.
+        If the results differ. The message states the difference.
     """
     if getattr(decoder, "refrag_accepted", False):
         return
@@ -133,7 +133,7 @@ def require_decoder(decoder: PreTrainedModel) -> None:
     Raises
     ------
     FamilyError, ValueError
-        Names the decoder.
+        If the decoder is refused. The message names it.
     """
     require_refrag("decoder", decoder)
     accept_decoder(decoder)

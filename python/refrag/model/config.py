@@ -91,7 +91,7 @@ class RefragConfig(PreTrainedConfig):
     Raises
     ------
     ValueError
-        If a field has an invalid value; names the field.
+        If a field has an invalid value. The message names the field.
 
     Examples
     --------

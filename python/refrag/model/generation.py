@@ -90,7 +90,7 @@ def refuse_options(config: Any, options: Mapping[str, Any], *, state: bool) -> N
     Raises
     ------
     ValueError
-        Names the option and what it needs.
+        If an option isn't supported. The message names the option and what it needs.
     """
 
     def given(name: str) -> Any:

@@ -100,7 +100,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         ------
         FamilyError
             If packed rows can't reproduce the results of the encoder or the decoder, or if one of them can't be
-            rebuilt from its config; names the model and the difference.
+            rebuilt from its config. The message names the model and the difference.
         """
         config = RefragConfig.from_preset(preset, decoder.config, encoder.config, chunk_size=k, **fields)
         try:

@@ -158,7 +158,7 @@ def append(model: Any, state: GenerationState, prompt: MixedPrompt | None, chunk
     ValueError
         If the prompt has several sequences or no rows.
     PromptTooLongError
-        If it doesn't fit into the decoder's window; states the excess rows and how many would fit.
+        If it doesn't fit into the decoder's window. The message states the excess rows and how many would fit.
     """
     if prompt is None:
         if not state.unread:

@@ -147,7 +147,7 @@ class ChunkStore:
         Raises
         ------
         StoreError
-            If there is no store, its fingerprint differs (states the differences), or a shard is damaged.
+            If there is no store, its fingerprint differs (the message says how), or a shard is damaged.
         """
         root = Path(folder)
         try:
@@ -169,7 +169,7 @@ class ChunkStore:
         Raises
         ------
         StoreError
-            If they differ; states the differences.
+            If they differ. The message states the differences.
         """
         _require(self.folder, self.fingerprint, fingerprint)
 

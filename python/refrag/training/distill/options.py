@@ -33,7 +33,7 @@ class DistillOptions(Options):
     k : int
         Tokens per chunk.
     encoder_layers, encoder_rank, decoder_rank : int
-        Number of the decoder's first layers that the encoder is made of, and ranks of the low-rank updates.
+        Number of the decoder's first layers that form the encoder, and ranks of the low-rank updates.
     pooling : {"concat", "mean"}
         How the last hidden states of a chunk's tokens are pooled.
     contexts : tuple of int
