@@ -1,4 +1,4 @@
-"""The options that `refrag generate` and `refrag inspect` share, and the prompt that they determine."""
+"""Options common to `refrag generate` and `refrag inspect`, and the prompt made from them."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class PromptOptions:
         else:
             for name in ("encoder", "decoder"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"--{name}: needs --model with the folder of a training stage, too")
+                    raise ValueError(f"--{name}: needs --model with the folder of a training stage beside it")
             processor = load_processor(self.model_folder, self.k, self.chunker)
         parts: Any = []
         if self.store is None:
@@ -178,7 +178,7 @@ class PromptOptions:
         if name not in selectors.NAMES:
             raise ValueError(f"--selector: got {name!r}, needs one of {', '.join(selectors.NAMES)}")
         if name in ("random", "cosine", "perplexity-asc", "perplexity-desc", "policy") and self.expand is None:
-            raise ValueError(f"--expand: not given, but --selector {name} needs a fraction or a number of chunks")
+            raise ValueError(f"--expand: got nothing, --selector {name} needs a share or a number of chunks")
         if name == "threshold" and self.threshold is None:
             raise ValueError("--threshold: not given, but --selector threshold needs a cosine from -1 to 1")
         policy = self._policy(processor.k) if name == "policy" else None

@@ -1,4 +1,4 @@
-"""Limitations of the bundled adapters, which the commands print together with their answers."""
+"""Limitations of the bundled adapters, which the commands print beside their answers."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ class EncodeJob:
             return ChunkStore.create(self.store, fingerprint, DTYPES[self.dtype or "float32"])
         store = ChunkStore.open(self.store, fingerprint)
         if self.dtype is not None and store.dtype != DTYPES[self.dtype]:
-            raise ValueError(f"--dtype: got {self.dtype}, but the store {self.store} contains {_name(store.dtype)}")
+            raise ValueError(f"--dtype: got {self.dtype}, but the store {self.store} holds {_name(store.dtype)}")
         return store
 
     def steps(self, encoder: PassageEncoder, store: ChunkStore, slices: Iterable[Slice]) -> Iterator[Step]:

@@ -38,7 +38,7 @@ def expanded_chunks(
         If an argument is invalid. The message names it.
     """
     if expand is not None and expand_count is not None:
-        raise ValueError(f"expand_count: got {expand_count} with expand = {expand}, needs one of the two")
+        raise ValueError(f"expand_count: got {expand_count} beside expand = {expand}, needs one of the two")
     if isinstance(expand, str):
         raise TypeError(f"expand: got the string {expand!r}, needs a fraction or a collection of chunks and ids")
     if isinstance(expand, Collection):

@@ -50,8 +50,8 @@ class RefragProcessor:
         Number of slots of a compressed chunk, as in RefragConfig.
     start_token : bool
         Whether to insert the tokenizer's ``bos_token``, if it has one, before a prompt that would begin with a slot.
-        Decoders use their first row as an attention sink and take almost no information from it (arXiv 2309.17453), so
-        a slot there would be lost.
+        Decoders use their first row as an attention sink and read next to nothing from it (arXiv 2309.17453), so a slot
+        there would be lost.
 
     Raises
     ------
@@ -214,8 +214,8 @@ class RefragProcessor:
         max_new_tokens : int
             Number of positions to reserve in the decoder's window.
         store : ChunkStore, optional
-            A store that contains all passages. They are found by their text, or by their id if they have no text. Their
-            chunks and embeddings are read from the store, so the model encodes nothing, and a selector with a
+            A store that holds all passages; they are found by their text, or by their id if they have no text. Their
+            chunks and embeddings come from the store, so that the model encodes nothing, and a selector with a
             ``TextEmbedder`` encodes only the question.
         begin : bool
             Whether the prompts begin a sequence and get the tokenizer's prefix, such as a BOS token, and the

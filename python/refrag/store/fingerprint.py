@@ -94,7 +94,7 @@ class Fingerprint:
 
     @functools.cached_property
     def digest(self) -> bytes:
-        """Digest of all fields, 32 bytes: equal for two fingerprints only if they give the same embeddings."""
+        """32 bytes, equal for two fingerprints only if they give the same embeddings."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "encoder"}
         return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=32).digest()
 

@@ -141,13 +141,13 @@ class ChunkStore:
         ----------
         folder : path
         fingerprint : Fingerprint, optional
-            The fingerprint that the store must have. Omit it, and nothing is compared, in a program without an encoder
-            that only has a projector trained for the store's encoder.
+            The fingerprint that the store must have. Without it, nothing is compared: for a program that has no
+            encoder, only a projector trained for the store's encoder.
 
         Raises
         ------
         StoreError
-            If there is no store, its fingerprint differs (the message says how), or a shard is damaged.
+            If there is no store, its fingerprint differs (states the differences), or a shard is damaged.
         """
         root = Path(folder)
         try:
@@ -169,7 +169,7 @@ class ChunkStore:
         Raises
         ------
         StoreError
-            If they differ. The message states the differences.
+            If they differ; states the differences.
         """
         _require(self.folder, self.fingerprint, fingerprint)
 
@@ -240,7 +240,7 @@ class ChunkStore:
         Raises
         ------
         UnknownPassageError
-            If a passage isn't in the store. The message names it.
+            If a passage isn't in the store; names it.
         """
         parts, offsets = [], [0]
         for shard, place in self._locate(passages):
@@ -265,7 +265,7 @@ class ChunkStore:
         return Passage("".join(chunk.text for chunk in self.chunks([Passage(id=id)])[0]), id)
 
     def holds(self, passages: Sequence[Passage]) -> list[bool]:
-        """Return for each passage whether it is in the store; passages are found as in ``get_many``."""
+        """Return for each passage whether it is in the store, where it is found as in ``get_many``."""
         return (self._places(self._state, passages) >= 0).tolist()
 
     def missing(self, passages: Sequence[Passage]) -> list[int]:
@@ -387,7 +387,7 @@ class ChunkStore:
         """Return the number of each passage, or -1 for an unknown one."""
         by_id = [passage.id for passage in passages if not passage.text and passage.id is not None]
         of_ids: dict[str | None, bytes | None] = dict(zip(by_id, state.keys_of_ids(by_id))) if by_id else {}
-        # All zeros marks an unknown id: a passage has this key with a probability of 2 ** -128.
+        # All zeros marks an unknown id: no passage has this key, but for a chance of 1 in 2 ** 128.
         nothing = bytes(KEY_BYTES)
         keys = [self._key(passage.text) if passage.text else of_ids.get(passage.id) or nothing for passage in passages]
         return state.find(keys)

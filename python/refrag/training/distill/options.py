@@ -56,8 +56,8 @@ class DistillOptions(Options):
     linear_rate, encoder_rate, decoder_rate : float
         Peak learning rates.
     linear_alone, warmup, floor : float
-        Fraction of the run in which only the linear layer is trained, fraction for warming up each learning rate, and
-        final learning rate as a fraction of the peak.
+        Share of the run in which only the linear layer is trained; share for warming a rate up; final rate as a share
+        of the peak.
     max_grad_norm : float
         Norm to which all gradients together are clipped.
     log_every : int
