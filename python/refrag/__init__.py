@@ -1,4 +1,4 @@
-"""REFRAG on transformers: a decoder that reads chunk embeddings of an encoder among its tokens."""
+"""REFRAG on transformers: a decoder whose input mixes tokens with an encoder's chunk embeddings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from refrag import deprecated
 
-if TYPE_CHECKING:  # for type checkers; a test holds it equal to the table
+if TYPE_CHECKING:  # for type checkers; a test checks that it matches the table below
     from refrag.data.chunking import Chunker as Chunker
     from refrag.data.chunking import FixedChunks as FixedChunks
     from refrag.data.chunking import SentenceChunks as SentenceChunks

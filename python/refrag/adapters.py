@@ -1,4 +1,4 @@
-"""Adapters: which parameters are trained, whole or through low-rank updates, and the file that stores them."""
+"""Adapters: selects the trained parameters, whole or as low-rank updates, and reads and writes their file."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ __getattr__ = deprecated.renamed(__name__)
 
 
 class AdapterError(ValueError):
-    """A file is not an adapter, or the adapter doesn't fit the model."""
+    """Raised if a file is not an adapter, or an adapter doesn't fit the model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainableSpec:
-    """Which parts of the model to train; the projector always is.
+    """Which parts of the model to train. The projector is always trained.
 
     Attributes
     ----------
@@ -109,14 +109,14 @@ def prepare(model: RefragForCausalLM, trained: Trainable) -> RefragForCausalLM:
     model.projector.requires_grad_(True)
     for name, parameter in model.named_parameters():
         if "pooler" in name.split("."):
-            parameter.requires_grad_(False)  # it is never used, and DDP would wait for its gradient
+            parameter.requires_grad_(False)  # it is never used, but DDP would wait for its gradient
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the trained tensors by name. With sharded parameters, gather them: all processes must call this."""
+    """Return the trained tensors by name. Sharded parameters are gathered, so all processes must call this."""
     own = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in own.items()}
 
@@ -151,9 +151,9 @@ def save_adapter(
         "fields": {field: getattr(model.config, field) for field in _FIELDS},
         "encoder": signature(model.encoder),
         "decoder": signature(model.decoder),
-        # Empty for an encoder made of the decoder's embeddings.
+        # Empty for an encoder built from the decoder's embeddings.
         "sources": {"encoder": _source(model.encoder), "decoder": _source(model.decoder)},
-        # More than 0 for an encoder made of the decoder's first layers.
+        # More than 0 for an encoder built from the decoder's first layers.
         "decoder_layers": getattr(model.encoder.config, "decoder_layers", 0),
     }
     return _write(folder, trained_state(model) if trained is None else trained, about)
@@ -224,7 +224,7 @@ def load_adapter(
     path : path
         The folder that a training stage wrote, the file in it, or the name of a bundled adapter, "distilled".
     decoder, encoder : PreTrainedModel
-        The models that it was trained on. Without an encoder, one is made of the decoder, as it was for training.
+        The models that it was trained on. Without an encoder, one is built from the decoder, as for training.
 
     Returns
     -------
@@ -256,11 +256,11 @@ def load_policy(path: str | os.PathLike[str]) -> ExpansionPolicy:
     Raises
     ------
     AdapterError
-        If the file is not an adapter, or holds no policy.
+        If the file is not an adapter, or contains no policy.
     """
     policy = _policy(*read_adapter(path))
     if policy is None:
-        raise AdapterError(f"adapter {path}: holds no policy")
+        raise AdapterError(f"adapter {path}: contains no policy")
     return policy
 
 
@@ -271,7 +271,7 @@ def merge_state(model: RefragForCausalLM, tensors: Mapping[str, torch.Tensor]) -
     Raises
     ------
     AdapterError
-        If the model lacks a weight, or has it in another shape.
+        If the model lacks a weight, or its weight has another shape.
     """
     weights = dict(model.named_parameters())
     for name, value in tensors.items():
@@ -284,7 +284,7 @@ def merge_state(model: RefragForCausalLM, tensors: Mapping[str, torch.Tensor]) -
         target = target.replace(".base_layer.", ".")
         if target not in weights or weights[target].shape != value.shape:
             got = "none" if target not in weights else list(weights[target].shape)
-            raise AdapterError(f"adapter: {target} has shape {list(value.shape)}, the model's has {got}")
+            raise AdapterError(f"adapter: {target} has shape {list(value.shape)}, but the model's weight has {got}")
         held = weights[target]
         held.copy_((held.float() + value if is_update else value).to(held.dtype))
 
@@ -325,7 +325,7 @@ def _inject_lora(part: PreTrainedModel, layers: tuple[str, ...], rank: int) -> N
 
 
 def signature(part: PreTrainedModel) -> str:
-    """Return a string that tells models apart: the model type and sizes."""
+    """Return a string that distinguishes models: the model type and sizes."""
     config: RefragConfig | object = part.config
     sizes = [getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
     return f"{getattr(config, 'model_type', '?')} " + " ".join(map(str, sizes))

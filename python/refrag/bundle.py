@@ -37,7 +37,7 @@ class ModelBundle:
     ) -> ModelBundle:
         """Load a pretrained encoder and decoder, and join them with a projector initialized by ``start_projector``.
 
-        With the preset "tokens" there is no encoder to load: ``token_encoder`` makes one of the decoder's embeddings.
+        With the preset "tokens", no encoder is loaded: ``token_encoder`` builds one from the decoder's embeddings.
         """
         language_model = AutoModelForCausalLM.from_pretrained(decoder)
         tokenizer = encoder_tokenizer = AutoTokenizer.from_pretrained(decoder)
@@ -98,9 +98,9 @@ class ModelBundle:
 def start_projector(model: RefragForCausalLM) -> None:
     """Initialize the projector so that the decoder can read its slots.
 
-    Slots get the root mean square of token embeddings: with torch's default initialization they would be negligible
-    beside the text, or drown it. With pooling "concat", a random projection gives each segment of a chunk dimensions of
-    its own, so that the order of segments is kept.
+    Slots are scaled to the root mean square of token embeddings; with torch's default initialization, they would be
+    negligible compared to the text or dominate it. With pooling "concat", a random projection maps each segment of a
+    chunk to its own dimensions, which preserves the order of segments.
     """
     up, down = model.projector.up, model.projector.down
     width = up.out_features

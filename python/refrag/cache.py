@@ -1,4 +1,4 @@
-"""The cache folder. Each entry is built once, and other processes see it only when it is complete."""
+"""The cache folder. Each entry is built once and visible to other processes only when it is complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from refrag.file_modes import usual_mode
 
 
 class CacheError(RuntimeError):
-    """The cache folder can't be used; the message names it."""
+    """Raised if the cache folder can't be used; the message names it."""
 
 
 def cache_folder() -> Path:
@@ -48,7 +48,7 @@ def build_once(name: str, build: Callable[[Path], None]) -> Path:
         entry.parent.mkdir(parents=True, exist_ok=True)
         lock = open(entry.parent / f".{name}.lock", "w")
     with lock:
-        # The operating system releases the lock when its holder dies, so a killed run blocks nobody.
+        # The operating system releases the lock when its process dies, so a killed run doesn't block others.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if entry.exists():
             return entry

@@ -27,22 +27,22 @@ def refrag() -> None:
 
 @app.command()
 def demo(
-    question: Annotated[str, typer.Option(help="What to ask the Python language reference.")] = QUESTION,
+    question: Annotated[str, typer.Option(help="Question to answer from the Python language reference.")] = QUESTION,
     context_tokens: Annotated[
         int, typer.Option(help="Maximum tokens of the prompt, question included; retrieved passages fill it.")
     ] = 4096,
     passages: Annotated[int | None, typer.Option(help="Maximum number of passages to retrieve.")] = None,
     k: Annotated[
-        int, typer.Option("--k", help="Tokens per chunk, which becomes one input row. A trained adapter exists for 8.")
+        int, typer.Option("--k", help="Tokens per chunk, which becomes one row. A trained adapter exists for 8.")
     ] = 8,
     expand: Annotated[
-        float, typer.Option(help="Share of the chunks, 0 to 1, to keep as text: those most similar to the question.")
+        float, typer.Option(help="Fraction of the chunks, 0 to 1, to keep as text: those most similar to the question.")
     ] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum tokens of each answer.")] = 48,
     plot_tokens: Annotated[
         str, typer.Option(help="Context lengths to plot, separated by commas; empty for no plot.")
     ] = "512,1024,2048,4096,8192",
-    rounds: Annotated[int, typer.Option(help="Timing runs per method; fewer from 4,096 tokens on.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Timing runs per method; fewer from 4,096 tokens of context.")] = 3,
     output_dir: Annotated[Path, typer.Option(help="Folder for the plot and the figures.")] = Path("demo-output"),
 ) -> None:
     """Answer a question from retrieved passages twice: from their full text and from compressed chunks.

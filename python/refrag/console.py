@@ -18,7 +18,7 @@ def say(console: Console, step: str) -> None:
 
 
 def track(console: Console, items: Sequence[Any], what: str) -> Iterable[Any]:
-    """Yield ``items`` under a progress bar, or without a terminal, after a line that says what the command is doing."""
+    """Yield ``items`` with a progress bar, or, without a terminal, after one line that describes the step."""
     if not items:
         return
     if not console.is_terminal:
@@ -32,7 +32,7 @@ def track(console: Console, items: Sequence[Any], what: str) -> Iterable[Any]:
 
 @contextlib.contextmanager
 def clear_errors(console: Console) -> Iterator[None]:
-    """Turn errors that the user can fix into one line and exit code 2; other errors keep their traceback."""
+    """Print errors that the user can fix as one line and exit with code 2; other errors keep their traceback."""
     from refrag.cache import CacheError
 
     try:

@@ -1,6 +1,6 @@
-"""Old names of modules and classes, which keep working for one release with a DeprecationWarning.
+"""Old names of modules, classes and keywords, which still work for one release with a DeprecationWarning.
 
-They also resolve in pickles and ``torch.save`` files, which refer to modules by name.
+Pickles and ``torch.save`` files, which refer to modules by name, load under the old names as well.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _NAMES = {
 
 
 def moved(package: str, module: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a package named like a former module, whose contents are in ``module`` now."""
+    """Return the ``__getattr__`` of a package that has the name of a former module, now called ``module``."""
 
     def find(name: str) -> Any:
         # Importing a submodule of the package looks it up here first.
@@ -87,7 +87,7 @@ def renamed_keyword(old: str, new: str) -> Callable[[Callable[_Arguments, _Resul
         def call(*args: _Arguments.args, **options: _Arguments.kwargs) -> _Result:
             if old in options:
                 if new in options:
-                    raise TypeError(f"{old}: got it beside {new}, which replaces it; pass {new} alone")
+                    raise TypeError(f"{old}: got it together with {new}, which replaces it; pass {new} alone")
                 _warn(f"{function.__qualname__}({old}=)", f"{function.__qualname__}({new}=)")
                 options[new] = options.pop(old)
             return function(*args, **options)
@@ -133,7 +133,7 @@ def _warn(old: str, new: str) -> None:
             break
         level += package == "refrag"
         frame = frame.f_back
-    text = f"{old} is {new} now; the old name goes with the next release"
+    text = f"{old} is deprecated and will be removed in the next release; use {new} instead"
     warnings.warn(text, DeprecationWarning, stacklevel=level)
 
 

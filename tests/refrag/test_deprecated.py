@@ -14,7 +14,11 @@ import refrag
 import torch
 from refrag import AllChunks, ChunkStore, NoChunks, PassageEncoder, RefragProcessor, deprecated
 from refrag.adapters import TrainableSpec
+from refrag.corpus import build
 from refrag.integrations.answering import Answerer
+from refrag.training.config_files import write_config
+from refrag.training.options import RolloutOptions
+from refrag.training.perplexity import write_tables
 
 from tests.refrag import small_answerer
 from tests.refrag.store_writer import FINGERPRINT
@@ -58,7 +62,7 @@ def test_names_of_moved_modules(module, name):
     ],
 )
 def test_renamed_classes(module, old, new):
-    with pytest.warns(DeprecationWarning, match=f"{old} is refrag[.].*{new or 'Progress'} now"):
+    with pytest.warns(DeprecationWarning, match=f"{old} is deprecated .*use refrag[.].*{new or 'Progress'} instead"):
         found = getattr(importlib.import_module(module), old)
     assert new is None or found.__name__ == new
 
@@ -66,7 +70,7 @@ def test_renamed_classes(module, old, new):
 def test_the_warning_names_the_line():
     code = "import warnings; warnings.simplefilter('error')\nfrom refrag.prompt import Passage"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path()})
-    assert "refrag.prompt is refrag.model.inputs now" in done.stderr, done.stderr
+    assert "use refrag.model.inputs instead" in done.stderr, done.stderr
     code = "from refrag import CosineChooser\nfrom refrag.prompt import Passage"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": path()})
     assert "<string>:2: DeprecationWarning" in done.stderr, done.stderr
@@ -115,25 +119,25 @@ def parts():
 def test_chooser_of_the_processor(parts):
     processor = parts[1]
     prompt = ["Read: ", refrag.Passage("The bridge of Orla was built in 1871.")]
-    with pytest.warns(DeprecationWarning, match=r"__call__\(chooser=\) is .*__call__\(selector=\) now") as caught:
+    with pytest.warns(DeprecationWarning, match=r"__call__\(chooser=\) is .*__call__\(selector=\) instead") as caught:
         old = processor(prompt, chooser=AllChunks())
     assert caught[0].filename == __file__
     assert old.expanded == processor(prompt, selector=AllChunks()).expanded != frozenset()
-    with pytest.raises(TypeError, match="chooser: got it beside selector"):
+    with pytest.raises(TypeError, match="chooser: got it together with selector"):
         processor(prompt, chooser=AllChunks(), selector=AllChunks())
     assert {"selector", "chooser"} & set(inspect.signature(RefragProcessor.__call__).parameters) == {"selector"}
 
 
 def test_chooser_of_an_answerer(parts, tmp_path):
-    with pytest.warns(DeprecationWarning, match=r"Answerer.__init__\(selector=\) now") as caught:
+    with pytest.warns(DeprecationWarning, match=r"Answerer.__init__\(selector=\) instead") as caught:
         answerer = Answerer(*parts, chooser="everything")
     assert caught[0].filename == __file__ and isinstance(answerer.selector, AllChunks)
-    with pytest.warns(DeprecationWarning, match="Answerer.chooser is Answerer.selector now") as caught:
+    with pytest.warns(DeprecationWarning, match="Answerer.chooser is .* use Answerer.selector instead") as caught:
         assert answerer.chooser is answerer.selector
     assert caught[0].filename == __file__
     for part in parts:
         part.save_pretrained(tmp_path)
-    with pytest.warns(DeprecationWarning, match=r"from_pretrained\(selector=\) now"):
+    with pytest.warns(DeprecationWarning, match=r"from_pretrained\(selector=\) instead"):
         answerer = Answerer.from_pretrained(tmp_path, chooser="nothing")
     assert isinstance(answerer.selector, NoChunks)
 
@@ -142,7 +146,7 @@ def test_chooser_of_the_haystack_component():
     pytest.importorskip("haystack")
     from refrag.integrations.haystack import RefragGenerator
 
-    with pytest.warns(DeprecationWarning, match=r"RefragGenerator.__init__\(selector=\) now"):
+    with pytest.warns(DeprecationWarning, match=r"RefragGenerator.__init__\(selector=\) instead"):
         component = RefragGenerator(chooser="random")
     written = component.to_dict()
     assert written["init_parameters"]["selector"] == "random"
@@ -157,26 +161,26 @@ def test_chooser_of_a_request(parts):
     from refrag.integrations.vllm.reading import read_passages
 
     given, width = [GivenPassage("The bridge of Orla was built in 1871.")], parts[0].config.chunk_width
-    with pytest.warns(DeprecationWarning, match="'chooser' is 'selector' now"):
+    with pytest.warns(DeprecationWarning, match="'chooser' is .* use 'selector' instead"):
         (old,) = read_passages(given, parts[1], width, {"chooser": "everything"})
     (new,) = read_passages(given, parts[1], width, {"selector": "everything"})
     assert old.token_ids == new.token_ids and not any(old.is_slot)
-    with pytest.raises(ValueError, match="chooser: got it beside selector"):
+    with pytest.raises(ValueError, match="chooser: got it together with selector"):
         read_passages(given, parts[1], width, {"chooser": "everything", "selector": "everything"})
 
 
 def test_recipe_of_a_store_and_an_encoder(parts, tmp_path):
-    with pytest.warns(DeprecationWarning, match=r"ChunkStore.create\(fingerprint=\) now"):
+    with pytest.warns(DeprecationWarning, match=r"ChunkStore.create\(fingerprint=\) instead"):
         store = ChunkStore.create(tmp_path, recipe=FINGERPRINT, dtype=torch.float16)
-    with pytest.warns(DeprecationWarning, match=r"ChunkStore.open\(fingerprint=\) now"):
+    with pytest.warns(DeprecationWarning, match=r"ChunkStore.open\(fingerprint=\) instead"):
         assert ChunkStore.open(tmp_path, recipe=FINGERPRINT).dtype == torch.float16
-    with pytest.warns(DeprecationWarning, match=r"ChunkStore.require\(fingerprint=\) now"):
+    with pytest.warns(DeprecationWarning, match=r"ChunkStore.require\(fingerprint=\) instead"):
         store.require(recipe=FINGERPRINT)
-    with pytest.warns(DeprecationWarning, match="ChunkStore.recipe is ChunkStore.fingerprint now") as caught:
+    with pytest.warns(DeprecationWarning, match="ChunkStore.recipe is .* use ChunkStore.fingerprint instead") as caught:
         assert store.recipe == store.fingerprint == FINGERPRINT
     assert caught[0].filename == __file__
     encoder = PassageEncoder.from_model(*parts)
-    with pytest.warns(DeprecationWarning, match="PassageEncoder.recipe is PassageEncoder.fingerprint now"):
+    with pytest.warns(DeprecationWarning, match="PassageEncoder.recipe is .* use PassageEncoder.fingerprint instead"):
         assert encoder.recipe == encoder.fingerprint
 
 
@@ -189,7 +193,20 @@ def test_fields_of_a_trainable_spec():
         spec = TrainableSpec(encoder="lora", train_decoder="all")
     assert [warning.filename for warning in caught] == [__file__]
     assert spec == TrainableSpec("lora", "all", 32)
-    with pytest.warns(DeprecationWarning, match=r"TrainableSpec.decoder is TrainableSpec.train_decoder now"):
+    with pytest.warns(DeprecationWarning, match=r"TrainableSpec.decoder is .* use TrainableSpec.train_decoder instead"):
         assert spec.decoder == "all"
-    with pytest.raises(TypeError, match="encoder: got it beside train_encoder"):
+    with pytest.raises(TypeError, match="encoder: got it together with train_encoder"):
         TrainableSpec(encoder="lora", train_encoder="all")
+
+
+def test_output_of_functions_that_write_a_folder(tmp_path):
+    with pytest.warns(DeprecationWarning, match=r"write_config\(output=\) is .*write_config\(folder=\) instead"):
+        write_config(RolloutOptions(), output=tmp_path)
+    assert (tmp_path / "options.toml").is_file()
+    with pytest.warns(DeprecationWarning, match=r"whole_folder\(folder=\) instead"):
+        with build.whole_folder(output=tmp_path / "new"):
+            pass
+    assert (tmp_path / "new").is_dir()
+    for function in (build.build_corpus, write_tables):
+        with pytest.raises(TypeError, match="output: got it together with folder"):
+            function(output=tmp_path, folder=tmp_path)

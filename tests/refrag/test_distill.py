@@ -264,7 +264,7 @@ def test_a_run_that_is_broken_off_leaves_an_adapter_and_goes_on_as_if_it_had_not
     assert about["step"] >= 1 and about["decoder_layers"] == 2
     load_adapter(place / "broken", decoder_of(place))
     reached = read_state(place / "broken")["step"]
-    with pytest.raises(DistillationError, match="holds a run with k = 4, this one has 8"):
+    with pytest.raises(DistillationError, match="contains a run with k = 4, this one has 8"):
         distill(dataclasses.replace(broken, k=8, contexts=(16,)))
     log = distill(broken)
     assert log[-1]["step"] == 6 and log[0]["step"] == reached
@@ -422,11 +422,11 @@ def test_refused_files(place):
             distill(distill_files.options(place, output=place / "refused", **changed))
 
     file = place / "train.tok"
-    refused("tokens: got .*train.tok, which is among the held-out files too", heldout=(file,))
+    refused("tokens: got .*train.tok, which is also among the held-out files", heldout=(file,))
     held = distill_files.write_tokens(place / "held.tok", distill_files.documents(2, 5), "heldout-git")
     refused("held.tok: is held out", tokens=(file, held))
     held = distill_files.write_tokens(place / "named.tok", distill_files.documents(2, 5), source="git-man")
-    refused("holds git-man, a domain that stays held out", tokens=(file, held))
+    refused("is from git-man, which must be held out", tokens=(file, held))
     copied = distill_files.write_tokens(place / "copied.tok", distill_files.documents(2, 0))
     refused("document 0 of .*copied.tok is also a training document", heldout=(copied,))
     foreign = distill_files.write_tokens(place / "foreign.tok", [np.full(200, 99)])

@@ -100,7 +100,7 @@ def test_from_a_store_it_answers_the_same(trained, tmp_path, monkeypatch):
     policy = run("inspect", "--question", QUESTION, MANUAL, "--model", NAME, "--selector", "policy", "--expand", "3")
     assert policy.exit_code == 2 and "--policy: got None, needs the folder" in policy.stderr
     wrong = run("inspect", "--question", QUESTION, MANUAL, "--model", "condensed")
-    assert wrong.exit_code == 2 and "--model: condensed holds no refrag_processor.json" in wrong.stderr
+    assert wrong.exit_code == 2 and "--model: condensed has no refrag_processor.json" in wrong.stderr
 
 
 def test_it_is_evaluated_by_its_name(tmp_path):

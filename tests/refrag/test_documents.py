@@ -43,7 +43,7 @@ def test_every_kind_of_source(home, tokenizer):
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("missing.txt", "not there"), ("empty", r"\.txt"), ("columns.jsonl", r"columns\.jsonl has: a")],
+    [("missing.txt", "does not exist"), ("empty", r"\.txt"), ("columns.jsonl", r"columns\.jsonl has: a")],
 )
 def test_bad_sources(home, tokenizer, source, message):
     (home / "empty").mkdir()

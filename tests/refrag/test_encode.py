@@ -110,7 +110,7 @@ def test_encoding_resumes_after_an_error(run, corpus, tmp_path, expected):
     check(tmp_path / "store", expected, PASSAGES[:12])
     result = run(corpus, "--shard-passages", "6", "--skip-bad")
     assert result.exit_code == 0 and "8 passages encoded, 12 skipped" in result.output
-    assert "1 records left out:" in result.output and "corpus.jsonl:14: text is empty" in result.output
+    assert "1 records skipped:" in result.output and "corpus.jsonl:14: text is empty" in result.output
     check(tmp_path / "store", expected)
 
 

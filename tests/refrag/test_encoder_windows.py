@@ -164,7 +164,7 @@ def test_content_keys_depend_on_neighbours(processor, tokenizer):
     [
         ({"encoder_window": -1}, "encoder_window: got -1, needs an integer of 0 or more"),
         ({"encoder_window": 2.5}, "encoder_window: got 2.5"),
-        ({"encoder_window": 8, "encoder_special_tokens": True}, "encoder_window: got 8 beside encoder_special_tokens"),
+        ({"encoder_window": 8, "encoder_special_tokens": True}, "encoder_window: got 8 with encoder_special_tokens"),
     ],
 )
 def test_refuses(fields, message):

@@ -189,7 +189,7 @@ def test_the_stage_keeps_its_policy_in_the_adapter(tmp_path, tokenizer, parts):
     # Resuming from the checkpoint at step 4 gives the same result.
     (tmp_path / "policy" / "adapter.safetensors").unlink()
     assert run(5, tmp_path / "policy") == log
-    with pytest.raises(ValueError, match="was made with"):
+    with pytest.raises(ValueError, match="was written with"):
         run(6, tmp_path / "policy")
 
 

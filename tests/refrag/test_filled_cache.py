@@ -12,7 +12,7 @@ def test_forward_and_generate_refuse_it(decoder):
     model, prompt = tiny.refrag(decoder), tiny.prompt([[("text", 5), ("slot", 0), ("text", 14)]])
     cache = DynamicCache(config=model.decoder.config)
     model(prompt=prompt, past_key_values=cache, use_cache=True)
-    message = "past_key_values: got a cache that holds 20 rows, needs an empty one"
+    message = "past_key_values: got a cache with 20 rows, needs an empty one"
     with pytest.raises(ValueError, match=message):
         model(prompt=prompt, past_key_values=cache)
     with pytest.raises(ValueError, match=message):

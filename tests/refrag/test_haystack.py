@@ -93,7 +93,7 @@ def test_ids_of_documents(answerer, monkeypatch):
 
 
 def test_refuses(answerer):
-    with pytest.raises(ValueError, match="model: got 'folder' beside an answerer"):
+    with pytest.raises(ValueError, match="model: got 'folder' with an answerer"):
         RefragGenerator("folder", answerer=answerer)
     with pytest.raises(ValueError, match="answerer: can't be written"):
         RefragGenerator(answerer=answerer).to_dict()

@@ -116,7 +116,7 @@ def test_the_command(tmp_path):
         (["--layout", "64,0"], "lengths: got 0 for chunk 1"),
         (["--passages", "-1"], "mask: got 1 entries"),
         (["--layout", "5000"], "got 5,000 rows"),
-        (["--figures", "pyproject.toml"], "--figures: pyproject.toml holds no curves"),
+        (["--figures", "pyproject.toml"], "--figures: pyproject.toml has no curves"),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message, tmp_path):

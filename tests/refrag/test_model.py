@@ -121,7 +121,7 @@ def test_refuses_embeddings_of_other_chunks_and_duplicate_input():
     prompt = tiny.prompt(tiny.MIXED)
     with pytest.raises(ValueError, match=r"chunk_embeds: got shape \[3, 32\], needs \[8, 32\]"):
         model(prompt=prompt, chunk_embeds=torch.zeros(3, 32))
-    with pytest.raises(ValueError, match="input_ids: got a value beside a prompt"):
+    with pytest.raises(ValueError, match="input_ids: got a value together with a prompt"):
         model(input_ids=torch.ones(1, 4, dtype=torch.int64), prompt=prompt)
 
 

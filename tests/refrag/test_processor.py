@@ -181,7 +181,7 @@ def test_selectors(processor, demo_model, encoder_tokenizer):
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.5, float("nan")])
 def test_refuses_a_share_outside_0_to_1(processor, fraction):
-    with pytest.raises(ValueError, match="expand: got .*, needs a share from 0 to 1"):
+    with pytest.raises(ValueError, match="expand: got .*, needs a fraction from 0 to 1"):
         processor(["a"], expand=fraction)
 
 

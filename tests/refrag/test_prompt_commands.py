@@ -167,11 +167,11 @@ def test_the_folder_of_a_training_stage(stage, files):
         (("bridge.txt", "--encoder", "x"), "--encoder: needs --model with the folder of a training stage"),
         ((), "passages: got none, needs files, or - for standard input"),
         (("bridge.txt", "--expand", "99"), "--expand: got 99 for prompt 0, needs 0 to "),
-        (("bridge.txt", "--expand", "1.5"), "--expand: got '1.5', needs a share such as 0.25"),
+        (("bridge.txt", "--expand", "1.5"), "--expand: got '1.5', needs a fraction such as 0.25"),
         (("bridge.txt", "--expand", "half"), "--expand: got 'half'"),
         (("bridge.txt", "--selector", "best"), "--selector: got 'best', needs one of nothing, everything"),
         (("bridge.txt", "--selector", "cosine"), "--expand: got nothing, --selector cosine needs a share"),
-        (("bridge.txt", "--selector", "threshold"), "--threshold: got nothing"),
+        (("bridge.txt", "--selector", "threshold"), "--threshold: not given"),
         (("bridge.txt", "--threshold", "0.5"), "--threshold: got 0.5, needs --selector threshold"),
         (("bridge.txt", "--selector", "policy", "--expand", "1"), "--policy: got None, needs the folder"),
         (("bridge.txt", "--k", "8"), "--k: got 8, needs 4, which the model was made for"),
@@ -198,7 +198,7 @@ def test_bad_input_is_one_clear_line(saved, files, monkeypatch, arguments, messa
 
 def test_a_folder_without_a_model(files, tmp_path):
     result = run("generate", files / "bridge.txt", "--model", tmp_path)
-    assert result.exit_code == 2 and "holds no refrag_processor.json, needs a folder" in result.stderr
+    assert result.exit_code == 2 and "has no refrag_processor.json, needs a folder" in result.stderr
 
 
 def test_a_prompt_that_leaves_no_room_for_the_answer(saved, files):

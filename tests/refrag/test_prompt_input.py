@@ -92,7 +92,7 @@ def test_bad_passages_are_named(fields, message):
 
 
 def test_half_a_surrogate_pair_is_named(processor):
-    needs = "holds half a surrogate pair at 1, which is no character"
+    needs = "contains half a surrogate pair at 1, which isn't a character"
     half = "a\ud800"
     cases = [
         (lambda: processor([Passage(half, "x"), "b"]), "passage 'x' of prompt 0: text: "),

@@ -112,7 +112,7 @@ def test_selectors_by_name_pick_count_chunks(name):
     for count in range(len(CHUNKS) + 1):
         picks = list(selector("q", CHUNKS, count))
         assert len(set(picks)) == len(picks) == count and set(picks) <= set(range(6))
-    with pytest.raises(ValueError, match="expand: got None, .*Selector needs a share or a number"):
+    with pytest.raises(ValueError, match="expand: got None, .*Selector needs a fraction or a number"):
         selector("q", CHUNKS, None)
 
 
@@ -126,10 +126,10 @@ def test_selectors_by_name_with_their_own_criterion():
     ("name", "message"),
     [
         ("best", "selector: got 'best', needs one of nothing, everything, random"),
-        ("cosine", "embed: got None, the selector 'cosine' needs it"),
-        ("threshold", "embed: got None, the selector 'threshold'"),
-        ("perplexity-asc", "model: got None, the selector 'perplexity-asc'"),
-        ("policy", "policy: got None, the selector 'policy'"),
+        ("cosine", "embed: got None, but the selector 'cosine' needs it"),
+        ("threshold", "embed: got None, but the selector 'threshold'"),
+        ("perplexity-asc", "model: got None, but the selector 'perplexity-asc'"),
+        ("policy", "policy: got None, but the selector 'policy'"),
     ],
 )
 def test_by_name_refuses(name, message):

@@ -136,7 +136,7 @@ def test_the_error_of_a_long_prompt_suggests_no_k(tokenizer, encoder_tokenizer):
 def test_the_choice_is_saved(tokenizer, encoder_tokenizer, tmp_path):
     RefragProcessor(tokenizer, encoder_tokenizer, chunker="sentence").save_pretrained(tmp_path)
     assert isinstance(RefragProcessor.from_pretrained(tmp_path).chunker, SentenceChunks)
-    with pytest.raises(ValueError, match="chunker: got SentenceChunks, needs fixed or sentence to be written"):
+    with pytest.raises(ValueError, match="chunker: got SentenceChunks, needs fixed or sentence to be saved"):
         RefragProcessor(tokenizer, encoder_tokenizer, chunker=SentenceChunks(tokenizer)).save_pretrained(tmp_path)
 
 

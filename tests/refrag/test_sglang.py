@@ -121,7 +121,7 @@ def test_an_engine_is_asked(classes, built):
 def test_refuses(classes, built):
     with pytest.raises(ValueError, match="prompts: is empty, needs a prompt"):
         generate_request([])
-    with pytest.raises(ValueError, match="input_ids: got a value, needs none: it is made from the prompts"):
+    with pytest.raises(ValueError, match="input_ids: got a value, needs none: the prompts determine it"):
         generate_request(built[0], input_ids=[1])
     for prompts in (built[0], built):
         with pytest.raises(ValueError, match="sampling_params: got a list of 1, needs a dict"):

@@ -60,7 +60,7 @@ def test_bad_lines_are_named(tmp_path):
         '{"text": 3}': "text is a number, needs a string",
         '{"text": null}': "text is null, needs a string",
         '{"text": " \\n"}': "text is empty",
-        '{"text": "\\ud800"}': "text holds half a surrogate pair, which is no character",
+        '{"text": "\\ud800"}': "text contains half a surrogate pair, which isn't a character",
         '{"text": "x", "id": 1.5}': "id is a number, needs a string or a whole number",
         '{"text": "x", "id": ""}': "id is empty, needs a string or a whole number",
         '{"text": "x", "id": true}': "id is true or false, needs a string or a whole number",
@@ -115,7 +115,7 @@ def test_unsupported_paths_are_refused(tmp_path):
     (tmp_path / "a.csv").touch()
     for name, kind, message in [
         ("a.csv", ValueError, r"a.csv: got .csv, needs .jsonl, .ndjson, .parquet or a folder"),
-        ("none.txt", FileNotFoundError, "none.txt: is not there"),
+        ("none.txt", FileNotFoundError, "none.txt: does not exist"),
         ("none.jsonl", FileNotFoundError, "none.jsonl"),
         ("", ValueError, r"has no files that match \*.txt"),
     ]:

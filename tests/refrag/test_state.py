@@ -184,11 +184,11 @@ def test_bad_arguments_are_refused():
     model = tiny.refrag()
     first, _ = turns()
     state = model.read(first)
-    with pytest.raises(ValueError, match="prompt: got 2 sequences of 40 rows in all, needs one that is not empty"):
+    with pytest.raises(ValueError, match="prompt: got 2 sequences of 40 rows in total, needs one that is not empty"):
         model.read(tiny.prompt([[("text", 20)], [("text", 20)]]))
     with pytest.raises(ValueError, match="prompt: got 1 sequences of 0 rows"):
         model.read(tiny.prompt([[]]), state)
-    with pytest.raises(ValueError, match="prompt: got a tensor beside a state, needs a MixedPrompt"):
+    with pytest.raises(ValueError, match="prompt: got a tensor together with a state, needs a MixedPrompt"):
         model.generate(torch.tensor([[1, 2]]), state=state)
     with pytest.raises(ValueError, match="state: is empty, needs a prompt"):
         model.generate(state=GenerationState(), max_new_tokens=1)

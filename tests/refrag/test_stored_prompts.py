@@ -142,7 +142,7 @@ def test_a_mismatching_store_is_refused_by_name(store, corpus, arguments, messag
 def test_bad_input_gives_a_one_line_error(store, corpus, tmp_path):
     (tmp_path / "other.txt").write_text("The sun shone.")
     for arguments, message in [
-        ((corpus, "--id", "rain"), "--id: got rain, needs --store beside it"),
+        ((corpus, "--id", "rain"), "--id: got rain, needs --store, too"),
         ((), "passages: got none, needs files, or - for standard input, or --id with --store"),
         ((corpus, "--store", tmp_path), "is not a store, it has no store.json"),
         ((tmp_path / "other.txt", "--store", store), "passage 'other.txt': its text is not in store"),
@@ -175,8 +175,8 @@ def test_a_stage_with_a_merged_encoder(corpus, tmp_path, tokenizer):
 def test_encode_refuses_options_that_a_stage_determines(corpus, tmp_path):
     (tmp_path / "adapter.safetensors").write_bytes(b"no")
     for arguments, message in [
-        (("--k", 4), "--k: got 4 beside --model, which decides it"),
-        (("--preset", "lclm"), "--preset: got lclm beside --model"),
+        (("--k", 4), "--k: got 4 with --model, which determines it"),
+        (("--preset", "lclm"), "--preset: got lclm with --model"),
         ((), "can't be read"),
     ]:
         result = run("encode", corpus, "--store", tmp_path / "store", "--model", tmp_path, *arguments)

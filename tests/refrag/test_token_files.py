@@ -78,10 +78,10 @@ def test_bad_files_are_named(tmp_path):
         ),
         ([*files, *other], {}, "other.tok: has tokens of tokenizer bbbbbbbbbbbb, needs aaaaaaaaaaaa"),
         (files, {"tokenizer": "c" * 64}, "train-1.tok: has tokens of tokenizer aaaaaaaaaaaa, needs cccccccccccc"),
-        ([tmp_path / "text.tok"], {}, "text.tok: is no token file"),
+        ([tmp_path / "text.tok"], {}, "text.tok: is not a token file"),
         ([tmp_path / "later.tok"], {}, "later.tok: has format 'refrag tokens 2', needs 'refrag tokens 1'"),
         ([tmp_path / "short.tok"], {}, "short.tok: is damaged"),
-        ([tmp_path / "foreign.tok"], {}, "foreign.tok: is damaged .its content has another hash"),
+        ([tmp_path / "foreign.tok"], {}, "foreign.tok: is damaged .the hash in its header"),
     ]
     for paths, options, message in cases:
         with pytest.raises(TokenFileError, match=message):
@@ -141,7 +141,7 @@ def test_the_command(corpus, tmp_path):
     assert result.exit_code == 0, result.output
     assert "train.tok" in result.output and "120 documents" in result.output
     for arguments, message in (
-        ([str(tmp_path)], "holds no train.jsonl, needs the output of `refrag data corpus`"),
+        ([str(tmp_path)], "has no train.jsonl, needs the output of `refrag data corpus`"),
         ([str(corpus), "--tokens", "99999"], "tokens: got 99,999, the sources have"),
     ):
         result = CliRunner().invoke(app, ["data", "tokens", *arguments, "--output", str(tmp_path / "bad")])

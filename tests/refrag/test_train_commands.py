@@ -120,7 +120,7 @@ def test_an_adapter_knows_its_encoder_and_decoder(workplace, encoder_tokenizer):
 @pytest.mark.parametrize(
     ("stage", "arguments", "message"),
     [
-        ("reconstruct", ["--data", "missing.txt"], "missing.txt, which is not there"),
+        ("reconstruct", ["--data", "missing.txt"], "missing.txt, which does not exist"),
         ("reconstruct", ["--data", "texts", "--max-chunks", 256], "needs 1024 for one sample"),
         ("reconstruct", ["--data", "texts", "--train-decoder", "half"], "train_decoder: got 'half'"),
         ("pretrain", ["--data", "texts", "--steps", 0], "steps: got 0"),

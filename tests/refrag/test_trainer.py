@@ -356,7 +356,7 @@ def test_a_checkpoint_from_before_a_setting_resumes(tmp_path, tokenizer, encoder
     del written["settings"]["betas"]
     signature.write_text(json.dumps(written))
     assert len(trainer_of(own(), tmp_path).train()) == 1
-    with pytest.raises(TrainingError, match="made with settings"):
+    with pytest.raises(TrainingError, match="written with settings"):
         trainer_of(own(), tmp_path, betas=(0.9, 0.99)).train()
 
 
@@ -380,9 +380,9 @@ def test_a_checkpoint_keeps_the_names_of_its_settings(tmp_path, parts):
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, tokenizer, encoder_tokenizer):
     train(tmp_path, steps=3)
     kept = sorted(tmp_path.rglob("*"))
-    with pytest.raises(TrainingError, match="made with k = 4, this run has 8"):
+    with pytest.raises(TrainingError, match="written with k = 4, this run has 8"):
         train(tmp_path, steps=3, model=training_parts.parts(tokenizer, encoder_tokenizer, k=8))
-    with pytest.raises(TrainingError, match="made with settings"):
+    with pytest.raises(TrainingError, match="written with settings"):
         train(tmp_path, steps=3, learning_rate=1.0)
     assert sorted(tmp_path.rglob("*")) == kept
 

@@ -73,9 +73,9 @@ class Evil:
         ({"text": 5}, "passage 2: text: got int, needs a string"),
         ({"text": "\n "}, "passage 2: text: has no text"),
         ({"id": ["a"]}, "passage 2: id: got list, needs a string"),
-        ({"embeds": "no base64!"}, "passage 2: embeds: is no base64"),
-        ({"embeds": base64.b64encode(b"abc").decode()}, "passage 2: embeds: is no tensor written by torch.save"),
-        ({"embeds": saved(Evil())}, "passage 2: embeds: is no tensor written by torch.save"),
+        ({"embeds": "no base64!"}, "passage 2: embeds: is not base64"),
+        ({"embeds": base64.b64encode(b"abc").decode()}, "passage 2: embeds: is not a tensor written by torch.save"),
+        ({"embeds": saved(Evil())}, "passage 2: embeds: is not a tensor written by torch.save"),
         ({"embeds": saved([1.0])}, "passage 2: embeds: got list, needs a tensor"),
         (
             {"embeds": saved(torch.zeros(1, WIDTH).expand(9, WIDTH))},
@@ -85,7 +85,7 @@ class Evil:
         ({"embeds": torch.zeros(3, WIDTH).to_sparse()}, "needs a dense floating-point tensor"),
         ({"embeds": torch.zeros(3, 5)}, r"embeds: got shape \[3, 5\], needs \[chunks, 32\]"),
         ({"embeds": torch.zeros(0, WIDTH)}, r"embeds: got shape \[0, 32\]"),
-        ({"embeds": torch.full((2, WIDTH), torch.inf)}, "embeds: holds values that aren't finite"),
+        ({"embeds": torch.full((2, WIDTH), torch.inf)}, "embeds: has values that aren't finite"),
     ],
 )
 def test_a_malformed_passage_is_refused(item, message, capsys):
@@ -252,18 +252,18 @@ def test_selectors_choose_as_for_the_processor(options, selector, processor):
         ({"expanding": 1}, "mm_processor_kwargs: got 'expanding', needs some of expand, expand_count"),
         ({"expand": "all"}, "expand: got str, needs int or float or list or tuple"),
         ({"expand": True}, "expand: got bool"),
-        ({"expand": [1.5]}, "expand: got a list of other things"),
-        ({"expand": [True]}, "expand: got a list of other things"),
+        ({"expand": [1.5]}, "expand: got a list with other items"),
+        ({"expand": [True]}, "expand: got a list with other items"),
         ({"expand": [99]}, "expand: got chunk 99, needs 0 to"),
         ({"expand": [-1]}, "expand: got chunk -1"),
         ({"expand": ["nobody"]}, "expand: got passage 'nobody'"),
         ({"expand": [0], "expand_count": 1}, "expand_count: got 1 beside expand"),
-        ({"expand": [0], "selector": "random"}, "selector: got 'random' beside a list of chunks"),
+        ({"expand": [0], "selector": "random"}, "selector: got 'random' with a list of chunks"),
         ({"expand": 0.5}, "selector: got None, needs a Selector"),
-        ({"expand": 2.0}, "expand: got 2.0, needs a share"),
+        ({"expand": 2.0}, "expand: got 2.0, needs a fraction"),
         ({"expand_count": 99, "selector": "random"}, "expand_count: got 99"),
         ({"selector": "policy"}, "selector: got 'policy', needs one of nothing, everything, random, cosine, threshold"),
-        ({"selector": "cosine", "expand_count": 1}, "question: got None, the selector 'cosine' needs it"),
+        ({"selector": "cosine", "expand_count": 1}, "question: got None, but the selector 'cosine' needs it"),
         ({"seed": "x"}, "seed: got str, needs int"),
     ],
     ids=str,
@@ -283,7 +283,7 @@ def test_embeddings_stay_slots_and_text_beside_them_can_be_expanded(processor):
     assert torch.equal(second.embeds, rows[[chunk for chunk in range(chunks) if chunk != 1]])
     first, second = read_passages([bare, both], processor, WIDTH, {"selector": "everything"})
     assert all(first.is_slot) and not any(second.is_slot)
-    with pytest.raises(ValueError, match="expand: got chunk 1, which is given by its embedding alone"):
+    with pytest.raises(ValueError, match="expand: got chunk 1, which has an embedding but no text"):
         read_passages([bare, both], processor, WIDTH, {"expand": [1]})
     with pytest.raises(ValueError, match=f"passage 0: embeds: got 2 rows, needs {chunks}, one for each chunk"):
         read_passages([GivenPassage(BRIDGE, embeds=rows[:2])], processor, WIDTH)
@@ -348,8 +348,8 @@ def test_passages_are_taken_out_of_messages():
     [
         (f"a {MARK}", "message 0: its text contains"),
         ([{"type": "text", "text": MARK}], "message 0: its text contains"),
-        ([{"type": "passage", "text": "a"}, {"type": "image_url", "image_url": {}}], "got a part 'image_url' beside"),
-        ([{"type": "passage", "text": "a"}, 3], "got a part 'int' beside passages"),
+        ([{"type": "passage", "text": "a"}, {"type": "image_url", "image_url": {}}], "got a part 'image_url' next to"),
+        ([{"type": "passage", "text": "a"}, 3], "got a part 'int' next to passages"),
     ],
 )
 def test_messages_are_refused(content, message):
@@ -364,7 +364,7 @@ def test_the_folder_s_encoder_is_the_model_s(tmp_path):
     loaded = FolderEncoder(tmp_path)
     assert torch.equal(loaded.encode_chunks(texts), model.encode_chunks(texts))
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="holds no encoder in safetensors files"):
+    with pytest.raises(ValueError, match="has no encoder in safetensors files"):
         FolderEncoder(tmp_path)
 
 

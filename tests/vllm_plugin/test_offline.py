@@ -239,7 +239,7 @@ def test_the_pairs_have_equal_token_ids(name, processor, model):
         (["It rained.", {"body": "x"}], {}, "passage 1: got 'body'"),
         ([{"id": "unknown"}], {}, "unknown"),
         ([torch.zeros(3, 5)], {}, r"passage 0: embeds: got shape \[3, 5\]"),
-        ([torch.full((3, 384), torch.nan)], {}, "passage 0: embeds: holds values that aren't finite"),
+        ([torch.full((3, 384), torch.nan)], {}, "passage 0: embeds: has values that aren't finite"),
         (["It rained."], {"expand": [7]}, "expand: got chunk 7, needs 0 to 0"),
         (["It rained."], {"store": "x"}, "store: got a value in a request"),
         (["It rained.", "It snowed."], {}, "got 1 marks .* for 2 passages"),

@@ -20,7 +20,7 @@ data = typer.Typer(no_args_is_help=True, help="Make text and questions for train
 
 Packages = Annotated[Path, typer.Option("--packages", help="Folder for downloaded packages, which are reused.")]
 Passages = Annotated[int, typer.Option(help="Passages per question.")]
-Unanswerable = Annotated[float, typer.Option(help="Share of the questions whose answer is not in the passages.")]
+Unanswerable = Annotated[float, typer.Option(help="Fraction of questions whose answer is not in the passages.")]
 Compressed = Annotated[bool, typer.Option("--xz", help="Compress the training questions with xz.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices.")]
 
@@ -31,14 +31,14 @@ def corpus(
     packages: Packages = Path("debian-packages"),
     package: Annotated[
         list[str] | None,
-        typer.Option(help="Debian package to use; may be repeated. By default, some forty packages of manuals."),
+        typer.Option(help="Debian package to use; may be repeated. By default, about forty packages of manuals."),
     ] = None,
     held_out: Annotated[
         bool,
         typer.Option(help="Read the held-out manuals too: Debian's handbook, PostgreSQL, Perl and Git."),
     ] = True,
-    cap: Annotated[float, typer.Option(help="Maximum share of the text from a single package.")] = 0.25,
-    validation: Annotated[float, typer.Option(help="Share of the documents for validation.")] = 0.02,
+    cap: Annotated[float, typer.Option(help="Maximum fraction of the text from a single package.")] = 0.25,
+    validation: Annotated[float, typer.Option(help="Fraction of the documents for validation.")] = 0.02,
     min_characters: Annotated[int, typer.Option(help="Minimum length of a document, in characters.")] = 1000,
     workers: Annotated[int, typer.Option(help="Processes that convert files.")] = 2,
     seed: Seed = 0,
@@ -120,10 +120,10 @@ def glossary(
     questions: Annotated[int, typer.Option(help="Number of questions, spread evenly over the fields.")] = 24_000,
     passages: Passages = 10,
     hard: Annotated[
-        float, typer.Option(help="Share of the questions with MiniLM's nearest entries as passages.")
+        float, typer.Option(help="Fraction of the questions with MiniLM's nearest entries as passages.")
     ] = 0.5,
     unanswerable: Unanswerable = 0.1,
-    test: Annotated[float, typer.Option(help="Share of the headwords for testing.")] = 0.03,
+    test: Annotated[float, typer.Option(help="Fraction of the headwords for testing.")] = 0.03,
     held_out_domain: Annotated[
         list[str] | None,
         typer.Option(help="Field for testing only, such as law, medicine or anatomy; may be repeated."),
@@ -156,7 +156,7 @@ def glossary(
                 entries += read_dictionary(folder / "usr" / "share" / "dictd", name)
         unknown = set(settings.held_out_domains) - {entry.domain for entry in entries}
         if unknown:
-            raise ValueError(f"--held-out-domain: got {', '.join(sorted(unknown))}, which marks no entry")
+            raise ValueError(f"--held-out-domain: got {', '.join(sorted(unknown))}, but no entry is marked with it")
         encoder = weights.encoder_folder()
         model = AutoModel.from_pretrained(encoder, attn_implementation=attention.NAME, local_files_only=True).eval()
         tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
@@ -176,14 +176,14 @@ def manpages(
     packages: Packages = Path("debian-packages"),
     package: Annotated[
         list[str] | None,
-        typer.Option(help="Debian package with manual pages; may be repeated. By default, some sixty packages."),
+        typer.Option(help="Debian package with manual pages; may be repeated. By default, about sixty packages."),
     ] = None,
     passages: Passages = 10,
     hard: Annotated[
-        float, typer.Option(help="Share of the questions with passages of the same page or option name.")
+        float, typer.Option(help="Fraction of the questions with passages of the same page or option name.")
     ] = 0.5,
     unanswerable: Unanswerable = 0.1,
-    test: Annotated[float, typer.Option(help="Share of the pages for testing.")] = 0.03,
+    test: Annotated[float, typer.Option(help="Fraction of the pages for testing.")] = 0.03,
     xz: Compressed = False,
     seed: Seed = 0,
 ) -> None:
@@ -215,7 +215,7 @@ def _write_sides(console: Console, output: Path, name: str, sides: Sequence[Sequ
 
     for side, questions in zip(("train", "test"), sides):
         if not questions:
-            raise ValueError(f"{name}: got no {side} question, needs more entries or another --test")
+            raise ValueError(f"{name}: got no {side} questions, needs more entries or another --test")
     for side, questions in zip(("train", "test"), sides):
         path = output / f"{name}-{side}.jsonl{'.xz' * (xz and side == 'train')}"
         write_questions(path, questions)

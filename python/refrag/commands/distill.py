@@ -11,10 +11,10 @@ from refrag.training.distill.options import DistillOptions
 
 @option_command(DistillOptions)
 def distill(options: DistillOptions, console: Console) -> None:
-    """Train by distillation instead: the decoder that reads the full text teaches the model that reads slots.
+    """Train by distillation instead: the model reads slots, and the decoder on the full text is its teacher.
 
-    The encoder is made of the decoder's first layers. Runs for a number of steps or minutes. An interrupted run
-    resumes when it is started again with the same options.
+    The encoder consists of the decoder's first layers. Training runs for a number of steps or minutes. An interrupted
+    run resumes when it is started again with the same options.
     """
     from refrag.training.distill.loop import distill as run
 

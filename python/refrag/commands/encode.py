@@ -26,7 +26,7 @@ def encode(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a saved model and processor, or of a training stage, or distilled. By default the demo's "
+            help="Folder of a saved model and processor or of a training stage, or `distilled`. By default the demo's "
             "model, as for `refrag generate`, unless --encoder, --decoder or --preset is given."
         ),
     ] = None,
@@ -51,11 +51,11 @@ def encode(
     ] = None,
     pattern: Annotated[str, typer.Option(help="Pattern of the files to read in a folder and below it.")] = "*.txt",
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Skip records that are not passages, instead of stopping.")
+        bool, typer.Option("--skip-bad", help="Skip invalid records instead of stopping at the first one.")
     ] = False,
     batch_tokens: Annotated[int, typer.Option(help="Encoder tokens per batch.")] = 8192,
     shard_passages: Annotated[
-        int, typer.Option(help="Passages per shard, and the most that an interruption can lose.")
+        int, typer.Option(help="Passages per shard; an interruption loses at most this many.")
     ] = 4096,
     device: Annotated[str, typer.Option(help="Device of the encoder: cpu, cuda, ...")] = "cpu",
     engine: Annotated[str, typer.Option(help="here (this process), or ray for Ray Data.")] = "here",
@@ -72,7 +72,7 @@ def encode(
         if engine not in ("here", "ray"):
             raise ValueError(f"--engine: got {engine!r}, needs here or ray")
         if workers is not None and engine != "ray":
-            raise ValueError(f"--workers: got {workers}, needs --engine ray beside it")
+            raise ValueError(f"--workers: got {workers}, needs --engine ray, too")
         with console.status("loading torch and transformers"):
             from refrag.data.sources import Fields, slices
             from refrag.encoding.encode_job import EncodeJob, run_here
@@ -93,12 +93,12 @@ def encode(
                 left_out += step.left_out
                 advance(step.new + step.known + len(step.left_out))
         seconds = time.perf_counter() - start
-        what = f"{new:,} passages encoded, {known:,} skipped as stored already, in {seconds:.1f} s: {store}"
+        what = f"{new:,} passages encoded, {known:,} skipped (already stored), in {seconds:.1f} s: {store}"
         console.print(what, highlight=False, soft_wrap=True)
         if moved:
             console.print(f"{moved:,} ids now refer to another text", highlight=False)
         if left_out:
-            console.print(f"{len(left_out):,} records left out:", highlight=False)
+            console.print(f"{len(left_out):,} records skipped:", highlight=False)
             for reason in left_out[:_SHOWN]:
                 console.print(f"  {reason}", markup=False, highlight=False, soft_wrap=True)
             if len(left_out) > _SHOWN:
@@ -107,7 +107,7 @@ def encode(
 
 @contextlib.contextmanager
 def _counting(console: Console, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how many passages are done: by a progress bar, or without a terminal, by a line for each tenth."""
+    """Show how many passages are done: with a progress bar, or, without a terminal, with a line for each tenth."""
     if console.is_terminal:
         columns = (TextColumn("[dim]encoding"), BarColumn(), MofNCompleteColumn())
         with Progress(

@@ -27,7 +27,7 @@ def _evaluate() -> None:
 @evaluate.command()
 @option_command(PerplexityOptions)
 def perplexity(options: PerplexityOptions, console: Console) -> None:
-    """Measure the paper's table: log-perplexity with the full context, none, its last s/k tokens, compressed, expanded.
+    """Measure log-perplexity as in the paper's table: full context, none, the last s/k tokens, compressed, expanded.
 
     Writes perplexity.md, perplexity.json and perplexity.png.
     """

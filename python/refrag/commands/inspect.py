@@ -31,7 +31,7 @@ def inspect(
 ) -> None:
     """Draw a prompt: its text, a slot such as [3] for each compressed chunk, expanded chunks as [4: text], and counts.
 
-    Output is without colours if NO_COLOR is set or standard output is not a terminal.
+    The output has no colours if NO_COLOR is set or standard output is not a terminal.
     """
     console = Console()
     with clear_errors(console):

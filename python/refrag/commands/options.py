@@ -28,7 +28,7 @@ Question = Annotated[str, typer.Option(help="Question to answer from the passage
 Model = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of a saved model and processor, or of a training stage, or distilled, a bundled adapter; by "
+        help="Folder of a saved model and processor or of a training stage, or `distilled` for a bundled adapter; by "
         "default the demo's model."
     ),
 ]
@@ -38,7 +38,7 @@ Encoder = Annotated[
 ]
 Decoder = Encoder
 K = Annotated[int | None, typer.Option("--k", help="Tokens per chunk; by default the model's, 8 for the demo's.")]
-Chunker = Annotated[str, typer.Option(help="How passages are cut: fixed or sentence.")]
+Chunker = Annotated[str, typer.Option(help="How passages are split into chunks: fixed or sentence.")]
 SelectorName = Annotated[
     str | None,
     typer.Option(
@@ -50,7 +50,7 @@ SelectorName = Annotated[
 ]
 Expand = Annotated[
     str | None,
-    typer.Option(help="Chunks to expand: a share such as 0.25 or 25%, or a whole number."),
+    typer.Option(help="Chunks to expand: a fraction such as 0.25 or 25%, or a whole number."),
 ]
 Threshold = Annotated[
     float | None, typer.Option(help="For the selector threshold: minimum cosine to the question, -1 to 1.")
@@ -61,7 +61,7 @@ Policy = Annotated[
 ]
 Store = Annotated[
     Path | None,
-    typer.Option(help="Store that `refrag encode` filled with the passages, whose embeddings are reused."),
+    typer.Option(help="Store with the passages' embeddings, written by `refrag encode`."),
 ]
 Ids = Annotated[list[str] | None, typer.Option("--id", help="Id of a passage in the store; may be repeated.")]
 Seed = Annotated[int, typer.Option(help="Seed of the selector random, and of sampling.")]
@@ -94,13 +94,13 @@ class PromptOptions:
         if not self.question.strip():
             raise ValueError("--question: is empty, needs text")
         if self.ids and self.store is None:
-            raise ValueError(f"--id: got {self.ids[0]}, needs --store beside it")
+            raise ValueError(f"--id: got {self.ids[0]}, needs --store, too")
         if not self.files and not self.ids:
             raise ValueError("passages: got none, needs files, or - for standard input, or --id with --store")
         if self.threshold is not None and self.selector != "threshold":
-            raise ValueError(f"--threshold: got {self.threshold}, needs --selector threshold beside it")
+            raise ValueError(f"--threshold: got {self.threshold}, needs --selector threshold, too")
         if self.policy is not None and self.selector != "policy":
-            raise ValueError(f"--policy: got {self.policy}, needs --selector policy beside it")
+            raise ValueError(f"--policy: got {self.policy}, needs --selector policy, too")
         if self.k is not None and self.k < 1:
             raise ValueError(f"--k: got {self.k}, needs 1 or more")
         self.amount = amount(self.expand)
@@ -114,7 +114,7 @@ class PromptOptions:
         return self._model
 
     def prompt(self, max_new_tokens: int = 0) -> tuple[RefragProcessor, MixedPrompt]:
-        """Make the prompt; return the processor and the prompt."""
+        """Build the prompt and return it together with its processor, processor first."""
         from refrag.data.passage_files import read_passages
         from refrag.loading import is_adapter, load_processor, load_trained
         from refrag.model.inputs import Passage
@@ -131,7 +131,7 @@ class PromptOptions:
             processor = load_processor(self.model_folder, self.k, self.chunker)
         parts: Any = []
         if self.store is None:
-            # Passages are separated by a blank line, which is compressed with the passage before it.
+            # A blank line separates passages. It is compressed with the passage before it.
             parts += [Passage(one.text.rstrip() + "\n\n", one.id) for one in passages]
         else:
             # The store identifies passages by their exact text, so the blank line is text of its own.
@@ -180,7 +180,7 @@ class PromptOptions:
         if name in ("random", "cosine", "perplexity-asc", "perplexity-desc", "policy") and self.expand is None:
             raise ValueError(f"--expand: got nothing, --selector {name} needs a share or a number of chunks")
         if name == "threshold" and self.threshold is None:
-            raise ValueError("--threshold: got nothing, --selector threshold needs a cosine from -1 to 1")
+            raise ValueError("--threshold: not given, but --selector threshold needs a cosine from -1 to 1")
         policy = self._policy(processor.k) if name == "policy" else None
         if name in ("cosine", "threshold", "policy"):
             self._embedder = TextEmbedder(self.model(), processor.encoder_tokenizer)
@@ -215,7 +215,7 @@ def amount(text: str | None) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If it is neither a share nor a whole number.
+        If it is neither a fraction nor a whole number.
 
     Examples
     --------
@@ -233,6 +233,6 @@ def amount(text: str | None) -> dict[str, Any]:
             raise ValueError
     except ValueError:
         raise ValueError(
-            f"--expand: got {text!r}, needs a share such as 0.25 or 25%, or a whole number of chunks"
+            f"--expand: got {text!r}, needs a fraction such as 0.25 or 25%, or a whole number of chunks"
         ) from None
     return {"expand": share}

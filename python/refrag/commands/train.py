@@ -89,7 +89,7 @@ def _train(options: StageOptions, console: Console) -> None:
 
 
 def say_written(console: Console, output: Path) -> None:
-    """Print which files a training run has written."""
+    """Print the paths of the files that a training run has written."""
     console.print(f"Wrote {output}/adapter.safetensors and log.jsonl", highlight=False, soft_wrap=True)
 
 

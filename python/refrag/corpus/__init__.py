@@ -1,4 +1,4 @@
-"""Training text and questions, made from Debian's documentation and dictionary packages."""
+"""Builds training text and questions from Debian's documentation and dictionary packages."""
 
 from refrag import deprecated
 

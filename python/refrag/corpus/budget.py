@@ -1,11 +1,11 @@
-"""How much to take from each source."""
+"""Computes how much to take from each source."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-def even_level(sizes: Sequence[int], total: int, *, what: str = "tokens: got {}, the sources have {} together") -> int:
+def even_level(sizes: Sequence[int], total: int, *, what: str = "tokens: got {}, the sources have {} in total") -> int:
     """Return the level for which the sum of ``min(size, level)`` over all sources is ``total``, up to rounding.
 
     Parameters
@@ -18,7 +18,7 @@ def even_level(sizes: Sequence[int], total: int, *, what: str = "tokens: got {},
     Raises
     ------
     ValueError
-        If the sources have less than ``total`` together.
+        If the sources have less than ``total`` in total.
 
     Examples
     --------
@@ -38,12 +38,12 @@ def even_level(sizes: Sequence[int], total: int, *, what: str = "tokens: got {},
 
 
 def capped_level(sizes: Sequence[int], cap: float) -> int:
-    """Return the highest level for which no source exceeds a share ``cap`` of the sum of ``min(size, level)``.
+    """Return the highest level for which no source exceeds a fraction ``cap`` of the sum of ``min(size, level)``.
 
     Raises
     ------
     ValueError
-        If ``cap`` is not a share, or there are too few sources for it.
+        If ``cap`` is not a fraction, or there are too few sources for it.
 
     Examples
     --------
@@ -51,10 +51,10 @@ def capped_level(sizes: Sequence[int], cap: float) -> int:
     13
     """
     if not 0 < cap <= 1:
-        raise ValueError(f"cap: got {cap}, needs a share above 0 and up to 1")
+        raise ValueError(f"cap: got {cap}, needs a fraction above 0 and up to 1")
     ordered = sorted(sizes)
     for taken in range(len(ordered), 0, -1):
-        # Sources before `taken` whole, the others up to the level: level = cap * (whole + others * level).
+        # The first `taken` sources are used whole, the others up to the level: level = cap * (whole + others * level).
         whole, others = sum(ordered[:taken]), len(ordered) - taken
         if not others:
             if ordered[-1] <= cap * whole:

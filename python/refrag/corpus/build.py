@@ -1,4 +1,4 @@
-"""Build a corpus: clean and split the documents of many packages, and write them with a manifest of their sources."""
+"""Builds a corpus: cleans and splits the documents of many packages, and writes them with a manifest of sources."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from refrag import deprecated
 from refrag.corpus.budget import capped_level
 from refrag.corpus.cleaning import Deduplicator, is_english_prose
 from refrag.corpus.debian import Package, licences
@@ -59,9 +60,9 @@ class CorpusSettings:
     Attributes
     ----------
     cap : float
-        Maximum share of the characters from a single package.
+        Maximum fraction of the characters from a single package.
     validation : float
-        Share of the documents for validation.
+        Fraction of the documents for validation.
     min_characters : int
         Minimum length of a document.
     workers : int
@@ -78,17 +79,18 @@ class CorpusSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
-            raise ValueError(f"validation: got {self.validation}, needs a share from 0 up to 1")
+            raise ValueError(f"validation: got {self.validation}, needs a fraction from 0 up to 1")
         if self.min_characters < 1 or self.workers < 1:
             raise ValueError(f"min_characters, workers: got {self.min_characters}, {self.workers}, need 1 or more")
         capped_level([1] * 1000, self.cap)
 
 
+@deprecated.renamed_keyword("output", "folder")
 def build_corpus(
     packages: Sequence[Package],
     held_out: Mapping[str, Sequence[Package]],
     settings: CorpusSettings,
-    output: Path,
+    folder: Path,
     progress: Callable[[Sequence[Package]], Iterable[Package]] = iter,
 ) -> dict[str, Any]:
     """Write a corpus: ``train.jsonl``, ``valid.jsonl``, ``heldout-NAME.jsonl`` for each domain, and ``manifest.json``.
@@ -102,8 +104,8 @@ def build_corpus(
     held_out : mapping
         Domain -> packages for evaluation.
     settings : CorpusSettings
-    output : Path
-        The folder, which must not exist. It appears once it is complete.
+    folder : Path
+        A new folder, which appears only when it is complete.
     progress : callable, optional
         Wraps the packages to show progress.
 
@@ -118,7 +120,7 @@ def build_corpus(
         If the folder exists, a package has no usable text, or there are too few packages for the cap.
     """
     once = Deduplicator()
-    with whole_folder(output) as part, concurrent.futures.ProcessPoolExecutor(settings.workers) as pool:
+    with whole_folder(folder) as part, concurrent.futures.ProcessPoolExecutor(settings.workers) as pool:
         domain_of = {package: domain for domain, group in held_out.items() for package in group}
         read: dict[str, Source] = {}
         for package in progress([*domain_of, *packages]):
@@ -149,23 +151,24 @@ def build_corpus(
     return manifest
 
 
+@deprecated.renamed_keyword("output", "folder")
 @contextlib.contextmanager
-def whole_folder(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to ``output`` on success, and removed otherwise.
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to ``folder`` on success, and removed otherwise.
 
     Raises
     ------
     ValueError
-        If ``output`` exists.
+        If ``folder`` exists.
     """
-    if output.exists():
-        raise ValueError(f"{output}: exists, needs a new folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(f".{output.name}.part-{uuid.uuid4().hex}")
+    if folder.exists():
+        raise ValueError(f"{folder}: exists, needs a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(f".{folder.name}.part-{uuid.uuid4().hex}")
     part.mkdir()
     try:
         yield part
-        part.rename(output)
+        part.rename(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

@@ -1,4 +1,4 @@
-"""Filters for training text: keep English prose, and each paragraph once."""
+"""Filters for training text, which keep only English prose and each paragraph only once."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import hashlib
 import re
 from collections import Counter
 
-# The stop words of Rae et al. (arXiv 2112.11446, appendix A), and others that are rare in other languages (unlike "a",
-# "in" and "for").
+# The stop words of Rae et al. (arXiv 2112.11446, appendix A), and others that, unlike "a", "in" and "for", are rare in
+# other languages.
 _STOP_WORDS = frozenset("the be to of and that have with is it as are this by from can if which or not".split())
 _WORD = re.compile(r"[^\W\d_]+")
 _SHORT = 40  # shorter paragraphs, such as headings, may be repeated,

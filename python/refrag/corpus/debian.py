@@ -1,4 +1,4 @@
-"""Debian packages as sources of text, downloaded by name and unpacked into a folder without root."""
+"""Downloads Debian packages by name and unpacks them into a folder, without root, as sources of text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _HELD_OUT_NAME = re.compile(r"(debian-handbook|postgresql-doc(-\d+)?|perl-doc|gi
 
 
 class PackageError(ValueError):
-    """A package is not available or not usable; the message names it."""
+    """Raised if a package is not available or not usable; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +111,10 @@ def fetch(name: str, folder: Path) -> Package:
 def licences(package: Package, folder: Path) -> list[str]:
     """Return the short names of the licences that a package states in its ``copyright`` file.
 
-    For a file in the machine-readable format (``License: GPL-2+``), these are its names in order, but the main licence
-    (``Files: *``) first; for a file in free form, "in free form" and the licences in ``/usr/share/common-licenses``
-    that it refers to. If the package's documentation folder is a link to that of another package, this downloads
-    the other package.
+    For a file in the machine-readable format (``License: GPL-2+``), these are its names in order, except that the main
+    licence (``Files: *``) comes first. For a file in free form, these are "in free form" and the licences in
+    ``/usr/share/common-licenses`` that it refers to. If the package's documentation folder is a link to that of another
+    package, this downloads the other package.
 
     Parameters
     ----------

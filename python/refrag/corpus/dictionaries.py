@@ -1,4 +1,4 @@
-"""Read entries of dictd dictionaries: GCIDE with its fields, WordNet and FOLDOC."""
+"""Reads the entries of dictd dictionaries: GCIDE with its fields, WordNet and FOLDOC."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DIGITS = {
     letter: value for value, letter in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
 }
 _FIELD = r"\(((?:[A-Z][a-z]+\.?)(?:(?: ?& ?|, )[A-Z][a-z]+\.?)*)\)"
-# No clause ends after an abbreviation or an initial.
+# A clause doesn't end after an abbreviation or an initial.
 _ABBREVIATIONS = ("esp", "specif", "usu", "cf", "Cf", "etc", "e\\.g", "i\\.e", "[A-Z]")
 _CLAUSE_END = re.compile(r"(?<=[;.])" + "".join(rf"(?<!\b{short}\.)" for short in _ABBREVIATIONS) + r" (?=\S)")
 # GCIDE's labels of fields.
@@ -40,7 +40,7 @@ class Entry:
     ----------
     headword : str
     definition : str
-        The first sense with a field label, or else the first sense.
+        The first sense with a field label, or the first sense if none has one.
     text : str
         The entry as running text, without etymology and pronunciation.
     kind : str
@@ -165,7 +165,7 @@ _PARSERS: dict[str, Callable[[str, str], Entry | None]] = {"gcide": _gcide, "wn"
 
 
 def first_clauses(text: str) -> str | None:
-    """Return the first clauses of a text, up to about 24 words, without a full stop; None unless 3 to 40 words.
+    """Return the first clauses of a text, up to about 24 words, without a full stop; None if not 3 to 40 words.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Questions about the meaning of words, from dictionaries: "What is an abatis?"."""
+"""Makes questions about the meaning of words, such as "What is an abatis?", from dictionaries."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def glossary_questions(
     Parameters
     ----------
     entries : sequence of Entry
-        There is one question about each entry, and it is a passage of other questions. Training passages are entries of
-        training headwords only.
+        Each entry gets one question, and is a passage of other questions. Training passages are entries of training
+        headwords only.
     embed : callable
         Texts -> unit vectors [N, d], to find similar entries.
     settings : QuestionSettings

@@ -1,4 +1,4 @@
-"""Questions about the options of programs, from manual pages: "In tar, what does --strip-components do?"."""
+"""Makes questions about program options, such as "In tar, what does --strip-components do?", from manual pages."""
 
 from __future__ import annotations
 

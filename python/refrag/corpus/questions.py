@@ -1,4 +1,4 @@
-"""Questions with passages, one of which has the answer while the others are distractors."""
+"""Questions with passages, one of which contains the answer while the others are distractors."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class QuestionSettings:
     passages : int
         Passages per question.
     hard : float
-        Share of the questions whose distractors are the most similar passages; other questions have random ones.
+        Fraction of the questions whose distractors are the most similar passages; other questions have random ones.
     unanswerable : float
-        Share of the questions whose answer is not in the passages.
+        Fraction of the questions whose answer is not in the passages.
     test : float
-        Share of the headwords or pages for testing.
+        Fraction of the headwords or pages for testing.
     held_out_domains : tuple of str
         Domains for testing only, which are in no training question or passage.
     seed : int
@@ -68,7 +68,7 @@ class QuestionSettings:
             raise ValueError(f"passages: got {self.passages}, needs 2 or more")
         for name in ("hard", "unanswerable", "test"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, needs a share from 0 up to 1")
+                raise ValueError(f"{name}: got {getattr(self, name)}, needs a fraction from 0 up to 1")
 
     def is_test(self, key: str, domain: str) -> bool:
         """Return whether a headword or page is for testing, which depends only on the seed, the key and the domain."""

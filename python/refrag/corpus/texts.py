@@ -1,4 +1,4 @@
-"""Extract plain text from a package's files: HTML, manual pages, Info files and text, optionally compressed."""
+"""Extracts plain text from a package's files: HTML, manual pages, Info files and text, optionally compressed."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class TextFile:
 def text_files(folder: Path) -> list[TextFile]:
     """Return the documentation files below a folder, ordered by name.
 
-    Omits plain text unless there is nothing else, since beside HTML it is usually the source of the same pages. Omits
-    folders of other languages next to an English one.
+    Omits plain text if there are other files, since it is usually the source of the same pages. Omits folders of other
+    languages next to an English one.
     """
     found = []
     for path in _english(folder):
@@ -79,7 +79,7 @@ def read_text(file: TextFile) -> str:
         return html_text(manual_html(content), main_content=False)
     text = content.decode("utf-8", errors="replace")
     if file.kind == "info":
-        # Nodes begin with a line that holds only the unit separator, followed by one of links.
+        # A node begins with a line that contains only the unit separator, followed by a line of links.
         text = re.sub(r"\x1f\n(File: .*\n|Tag Table:[\s\S]*)?", "\n", text)
         text = re.sub(r"^\* Menu:\n(?:\n|\*.*\n|\s+.*\n)*", "", text, flags=re.MULTILINE)
     return _tidy(text)

@@ -1,4 +1,4 @@
-"""Tokenize a corpus into token files, for training on a machine without a network."""
+"""Tokenizes a corpus into token files, for training on a machine without a network."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def tokenize_corpus(
     """
     if len(tokenizer) > 1 << 16:
         raise ValueError(f"tokenizer: has {len(tokenizer)} tokens, needs {1 << 16} or fewer, for 16-bit numbers")
-    # The training text comes first, so that an error about too little of it comes before anything is written.
+    # Tokenize the training text first, so that nothing has been written if there is too little of it.
     files = sorted(corpus.glob("*.jsonl"), key=lambda file: (file.name != "train.jsonl", file.name))
     if not files or files[0].name != "train.jsonl":
-        raise ValueError(f"{corpus}: holds no train.jsonl, needs the output of `refrag data corpus`")
+        raise ValueError(f"{corpus}: has no train.jsonl, needs the output of `refrag data corpus`")
     written, inside = [], tokens_inside_characters(tokenizer)
     for file in progress(files):
         documents, sources = _tokenize(file, tokenizer)

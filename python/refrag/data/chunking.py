@@ -14,7 +14,7 @@ from refrag.model.inputs import Chunk, require_text
 
 
 class Chunker(Protocol):
-    """Splits a text into chunks; each character of the text is in exactly one of them, in order.
+    """Splits a text into consecutive chunks, so that each character of the text is in exactly one chunk.
 
     A ``ChunkStore`` also needs a string attribute ``description`` that states the chunker's rule and settings.
     """
@@ -28,7 +28,7 @@ def describe_chunker(chunker: Chunker) -> str:
     Raises
     ------
     ValueError
-        If it has none.
+        If it has no description.
     """
     description = getattr(chunker, "description", None)
     if not isinstance(description, str) or not description:
@@ -44,8 +44,8 @@ class FixedChunks:
 
     Characters are never split between two chunks, even if they consist of several tokens (an emoji under a byte-level
     tokenizer); nor are a letter and its combining marks if the tokenizer normalizes them (to NFC, for example). The
-    chunk ends before such a character, or after it if it has more than k tokens by itself. A chunk's tokens and text
-    therefore always represent the same characters, and the encoder never reads a partial character.
+    chunk ends before such a character, or after it if the character alone has more than k tokens. A chunk's tokens and
+    text therefore always represent the same characters, and the encoder never reads a partial character.
 
     Parameters
     ----------
@@ -163,7 +163,7 @@ class SentenceChunks:
                 ends.append(last)
                 first = last
             while end - first > self.max_words:
-                # The last clause that fits, by bisection: there may be as many clauses as words.
+                # Find the last clause that fits by bisection: there may be as many clauses as words.
                 place = bisect.bisect_right(clauses, first + self.max_words) - 1
                 fits = place >= 0 and clauses[place] >= first + self.min_words
                 first = clauses[place] if fits else first + self.max_words
@@ -290,7 +290,7 @@ def end_of_chunk(cuttable: Sequence[bool], first: int, count: int) -> int:
 def _places_to_cut(text: str, offsets: Sequence[tuple[int, int]], moved: bool) -> tuple[list[int], list[bool]]:
     """Return, for each token i, where the text of tokens 0..i ends and whether a chunk may end there.
 
-    ``moved`` tells whether a normalizer changed the text. It may have composed a letter with its marks, reordered the
+    ``moved`` says whether a normalizer changed the text. It may have composed a letter with its marks, reordered the
     marks or dropped them; offsets may then point between a letter and its marks, or cover the marks with no token.
     """
     reached: list[int] = []

@@ -117,7 +117,7 @@ def read_documents(
     Raises
     ------
     ValueError
-        If there is no document, a source lacks the column, or a file isn't UTF-8 (names it), or if the tokenizer
+        If there is no document, a source lacks the column, a file isn't UTF-8 (the message names it), or the tokenizer
         doesn't provide offsets.
     """
     import datasets
@@ -129,7 +129,7 @@ def read_documents(
         except datasets.exceptions.DatasetGenerationError as error:
             raise ValueError(f"sources: {_broken(source)} can't be read: {error.__cause__ or error}") from None
     if not sum(map(len, parts)):
-        raise ValueError(f"sources: got {', '.join(map(str, sources)) or 'none'}, which hold no document")
+        raise ValueError(f"sources: got {', '.join(map(str, sources)) or 'none'}, which contain no documents")
     joined = datasets.concatenate_datasets(parts)
     seen: set[bytes] = set()
     fresh = [index for index, text in enumerate(joined["text"]) if text.strip() and _is_new(text, seen)]
@@ -148,7 +148,7 @@ def read_documents(
 
 
 def split_documents(documents: Documents, held_out: float) -> tuple[Documents, Documents]:
-    """Split documents into a training set and a test set with a share of ``held_out``.
+    """Split documents into a training set and a test set; the test set has a fraction ``held_out`` of them.
 
     The assignment of a document depends only on its own tokens, so it doesn't change if other documents are added or
     removed.
@@ -160,7 +160,7 @@ def split_documents(documents: Documents, held_out: float) -> tuple[Documents, D
     [80, 20]
     """
     if not 0 <= held_out < 1:
-        raise ValueError(f"held_out: got {held_out}, needs a share from 0 up to 1")
+        raise ValueError(f"held_out: got {held_out}, needs a fraction from 0 up to 1")
     sides: tuple[list[int], list[int]] = ([], [])
     spans = list(zip(documents.offsets[:-1], documents.offsets[1:]))
     for number, (start, end) in enumerate(spans):
@@ -183,8 +183,8 @@ def split_documents(documents: Documents, held_out: float) -> tuple[Documents, D
 def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens to begin every sequence with: the tokenizer's own prefix, or else its BOS or EOS token.
 
-    Decoders use their first row as an attention sink and read next to nothing from it (arXiv 2309.17453), so a slot
-    there would be lost.
+    Decoders use their first row as an attention sink and take almost no information from it (arXiv 2309.17453), so a
+    slot there would be lost.
     """
     own = tokenizer("", add_special_tokens=True)["input_ids"]
     if own:
@@ -198,14 +198,14 @@ def _load(datasets: Any, source: str, column: str) -> Any:
     if path.is_dir():
         files = sorted(str(file) for file in path.rglob("*") if file.suffix in _TEXT and file.is_file())
         if not files:
-            raise ValueError(f"sources: got {source}, needs a {', '.join(_TEXT)} file below it")
+            raise ValueError(f"sources: got {source}, needs a folder with a {', '.join(_TEXT)} file")
         loaded = datasets.load_dataset("text", data_files=files, sample_by="document", split="train")
     elif path.suffix in _TEXT and path.exists():
         loaded = datasets.load_dataset("text", data_files=[source], sample_by="document", split="train")
     elif path.suffix in _BUILDERS and path.exists():
         loaded = datasets.load_dataset(_BUILDERS[path.suffix], data_files=[source], split="train")
     elif path.suffix in _TEXT or path.suffix in _BUILDERS or path.is_absolute():
-        raise ValueError(f"sources: got {source}, which is not there")
+        raise ValueError(f"sources: got {source}, which does not exist")
     else:
         name, _, split = source.partition(":")
         loaded = datasets.load_dataset(name, split=split or "train")

@@ -28,7 +28,7 @@ def read_passages(files: Sequence[Path]) -> list[Passage]:
     Raises
     ------
     PassageError
-        If a record isn't a valid passage, or a file has no text or isn't UTF-8; names the file and the line.
+        If a record isn't a valid passage, or a file has no text or isn't UTF-8. The message names the file and line.
     ValueError
         As for ``sources.slices``.
     OSError

@@ -18,7 +18,7 @@ JSON_SUFFIXES = (".jsonl", ".ndjson")
 
 
 class PassageError(ValueError):
-    """A record isn't a valid passage; the message states its location and what it needs."""
+    """Raised if a record isn't a valid passage; the message states its location and what it needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ def slices(paths: Sequence[Path], count: int, *, pattern: str = "*.txt") -> Iter
     Raises
     ------
     ValueError
-        If a file has another type, a folder has no matching files, or pyarrow is missing; names it.
+        If a file has an unsupported type, a folder has no matching files, or pyarrow is missing. The message names it.
     OSError
         If a path doesn't exist or can't be read.
     """
@@ -177,7 +177,7 @@ def slices(paths: Sequence[Path], count: int, *, pattern: str = "*.txt") -> Iter
                 yield ParquetRows(path, group, row, rows)
                 row += rows
         elif not path.exists():
-            raise FileNotFoundError(f"{path}: is not there")
+            raise FileNotFoundError(f"{path}: does not exist")
         else:
             raise ValueError(f"{path}: got {path.suffix or 'no suffix'}, needs .jsonl, .ndjson, .parquet or a folder")
 
@@ -199,7 +199,7 @@ def _slices_of_lines(path: Path, count: int) -> Iterator[JsonLines]:
 def _slices_of_folder(folder: Path, count: int, pattern: str) -> Iterator[TextFiles]:
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob(pattern) if path.is_file())
     if not names:
-        raise ValueError(f"{folder}: has no files that match {pattern}; files of other kinds are named one by one")
+        raise ValueError(f"{folder}: has no files that match {pattern}; list files of other types one by one")
     for first in range(0, len(names), count):
         yield TextFiles(folder, tuple(names[first : first + count]))
 
@@ -238,7 +238,7 @@ def _from_record(record: dict[str, Any], fields: Fields, where: str, names: Sequ
     if not text.strip():
         return PassageError(f"{where}: {fields.text} is empty")
     if half_surrogate(text) is not None:
-        return PassageError(f"{where}: {fields.text} holds half a surrogate pair, which is no character")
+        return PassageError(f"{where}: {fields.text} contains half a surrogate pair, which isn't a character")
     if id is None and fields.id is None:
         return Passage(text)
     if not isinstance(id, (str, int)) or isinstance(id, bool) or id == "":

@@ -1,4 +1,4 @@
-"""``refrag demo``, the drawings of ``refrag report``, and what the commands print about prompts."""
+"""``refrag demo``, the drawings of ``refrag report``, and the information that the commands print about prompts."""
 
 from refrag import deprecated
 

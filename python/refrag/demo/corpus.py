@@ -15,8 +15,8 @@ PASSAGE_WORDS = 120  # about 200 tokens of this text: a dozen chunks at k = 16
 def python_reference() -> list[Passage]:
     """Return the reference as passages of whole paragraphs, with ids such as "with#3".
 
-    Topics quote each other at length. Each paragraph is kept only in the shortest topic that has it, which is usually
-    the one that is about it.
+    Many topics contain the same paragraphs. A paragraph is kept only in the shortest topic that contains it, which is
+    usually the one about its subject.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The demo: answer one question from the full text of retrieved passages and from compressed chunks."""
+"""The demo: answers one question from the full text of retrieved passages and from compressed chunks."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Demo:
         self.settings = settings
         self.models = models
         self.processor = models.processor
-        # No window: prompts() checks the full text's length itself, so that it can name the option.
+        # No window: prompts() itself checks the length of the full text, so that its message can name the option.
         self.unbounded = RefragProcessor(models.tokenizer, models.processor.encoder_tokenizer, settings.k)
         self.retriever = Retriever(models.retriever, models.retriever_tokenizer, python_reference(), track)
         self.ranked = [passage for passage, _ in self.retriever.rank(settings.question)]
@@ -170,7 +170,7 @@ class Demo:
         return Answered(ids, readings, continuations, compressed, pressure.share())
 
     def check_plot(self) -> None:
-        """Check that the plot's contexts fit, before minutes of work."""
+        """Check that the plot's contexts fit, before work that takes minutes."""
         for tokens in self.settings.plot_tokens:
             self.prompts(tokens, 0, "--plot-tokens")
 
@@ -184,7 +184,7 @@ class Demo:
         return readings
 
     def warm_up(self) -> None:
-        """Read a short prompt in every way, to keep one-time work of the first call out of the timings."""
+        """Read a short prompt in every way, so that the timings don't include one-time work of the first call."""
         _, full, compressed = self.prompts(self.frame_tokens + 64, 0, "--context-tokens")
         time_readings(self._readings(full, compressed), 1)
 
@@ -196,7 +196,7 @@ class Demo:
         Raises
         ------
         ValueError
-            If that leaves no room for passages, or exceeds the decoder's window. The message names ``option``.
+            If ``tokens`` leaves no room for passages or exceeds the decoder's window. The message names ``option``.
         """
         if tokens <= self.frame_tokens:
             raise ValueError(

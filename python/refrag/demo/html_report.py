@@ -60,7 +60,7 @@ def read_figures(path: Path) -> dict[str, Any]:
         if not figures["plot"] or not figures["table"]["full"]["kv_cache_bytes"]:
             raise KeyError("plot")
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(f"--figures: {path} holds no curves, needs the figures.json of `refrag demo`") from None
+        raise ValueError(f"--figures: {path} has no curves, needs the figures.json of `refrag demo`") from None
     return figures
 
 
@@ -85,10 +85,10 @@ def report(layout: ChunkLayout, masks: dict[str, ChunkMask], causal: bool, figur
         allowed, computed = stats["pairs_allowed"], stats["pairs_computed"]
         body.append(f"<h2>Mask and plan: {html.escape(title)}{', causal' if causal else ''}</h2>")
         rows = [("pairs of rows allowed", f"{allowed:,}"), ("pairs computed", f"{computed:,}")]
-        rows += [("computed per allowed pair", f"{computed / allowed:.2f}" if allowed else "none is allowed")]
+        rows += [("computed per allowed pair", f"{computed / allowed:.2f}" if allowed else "none allowed")]
         rows += [(f"tiles {kind}", f"{stats[f'tiles_{kind}']:,}") for kind in ("full", "partial", "skipped")]
         body.append(_table(["", ""], rows))
-        key = ((FULL, "full tile"), (ALLOWED, "allowed pair of a partial tile"), (WASTE, "computed for nothing"))
+        key = ((FULL, "full tile"), (ALLOWED, "allowed pair of a partial tile"), (WASTE, "computed but not allowed"))
         body += [_key(*key), plan_svg(plan)]
     if figures is not None:
         body += _measured(figures)

@@ -1,4 +1,4 @@
-"""Inspect a prompt: its counts, and a drawing of its text, slots and expanded chunks."""
+"""Inspects a prompt: counts its rows, and draws its text, slots and expanded chunks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class PromptCounts:
 
     @property
     def rate(self) -> float:
-        """Compression rate of the passages: k / (1 - p + kp) if a share p of chunks of k tokens is expanded (A.1)."""
+        """Compression rate of the passages: k / (1 - p + kp) if a fraction p of the chunks is expanded (A.1)."""
         return self.passage_tokens / self.passage_rows if self.passage_rows else 1.0
 
     def __str__(self) -> str:

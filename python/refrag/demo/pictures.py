@@ -1,10 +1,10 @@
-"""Draw layouts, masks and plans as SVG: which pairs of rows are allowed, which tiles are computed or wasted."""
+"""Draws layouts, masks and plans as SVG: which pairs of rows are allowed, and which are computed."""
 
 from __future__ import annotations
 
 from refrag_kernels import AttentionPlan, ChunkLayout
 
-MOST_ROWS = 4096  # browsers are slow with the number of shapes beyond it
+MOST_ROWS = 4096  # with more, browsers are slow because of the number of shapes
 _CELLS = 512  # maximum number of rows for drawing the pairs of a partial tile one by one
 _TILE = 16
 
@@ -36,7 +36,7 @@ def plan_svg(plan: AttentionPlan, size: int = 640) -> str:
     """Draw the matrix of a plan: query rows down, key rows across.
 
     Full tiles of 16 x 16 pairs, which are computed without a mask, are dark blue. In partial tiles, allowed pairs are
-    light blue, and pairs computed for nothing are orange. Skipped tiles are white.
+    light blue, and pairs that are computed but not allowed are orange. Skipped tiles are white.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def plan_svg(plan: AttentionPlan, size: int = 640) -> str:
             words = plan.partial_bits[entry].tolist()
             if not cells:
                 bits = sum((word & 0xFFFFFFFF).bit_count() for word in words)
-                height = rows * scale * bits / (rows * columns)  # the allowed share of the tile
+                height = rows * scale * bits / (rows * columns)  # the allowed fraction of the tile
                 shapes.append(_rect(key * scale, first * scale, columns * scale, height, ALLOWED))
                 continue
             for row in range(rows):

@@ -45,8 +45,8 @@ def plot_curves(
     Parameters
     ----------
     curves : dict
-        Name of a reading in the demo's ``READINGS`` -> (tokens, cost) in ascending order. Others are compared with
-        ``FULL``.
+        Name of a reading in the demo's ``READINGS`` -> (tokens, cost) in ascending order. All other readings are
+        compared with ``FULL``.
     title, y_label : str
     better : str
         The word for a lower cost, such as "faster".

@@ -1,4 +1,4 @@
-"""The demo's output: both answers side by side, and one table."""
+"""Prints the demo's results: both answers side by side, and one table."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def print_table(console: Console, settings: DemoSettings, answered: Answered) ->
     console.print(table)
     if (answered.cpu_pressure or 0) > 0.25:
         console.print(
-            f"[yellow]Other programs kept this machine's CPUs busy ({answered.cpu_pressure:.0%} of the time some "
-            "process waited for one): don't trust these times.[/yellow]",
+            f"[yellow]Other programs kept this machine's CPUs busy (some process waited for one during "
+            f"{answered.cpu_pressure:.0%} of the time): don't trust these times.[/yellow]",
             highlight=False,
         )

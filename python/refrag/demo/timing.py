@@ -1,4 +1,4 @@
-"""Measure time to first token, time per token and KV-cache bytes for several ways to read one prompt."""
+"""Measures time to first token, time per token and KV-cache bytes for several ways to read one prompt."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Reading:
 def time_readings(
     readings: dict[str, Reading], rounds: int, track: Progress = iter
 ) -> dict[str, CausalLMOutputWithPast]:
-    """Time every reading ``rounds`` times, interleaved, so that a busy machine affects all of them alike.
+    """Time every reading ``rounds`` times, interleaved, so that a busy machine affects all of them equally.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def time_readings(
         Readings by name; appends to their ``seconds``.
     rounds : int
     track : callable, optional
-        Wraps the single timings to show progress.
+        Wraps the individual timings to show progress.
 
     Returns
     -------
@@ -74,16 +74,16 @@ def time_readings(
 
 
 class CpuPressure:
-    """The share of time in which some process waited for a CPU, from Linux's pressure stall information.
+    """The fraction of time in which some process waited for a CPU, from Linux's pressure stall information.
 
-    Our own threads hardly wait for each other, so a high share means that other programs disturbed the measurement.
+    Our own threads rarely wait for a CPU, so a high value means that other programs disturbed the measurement.
     """
 
     def __init__(self) -> None:
         self._start = time.perf_counter(), _stalled()
 
     def share(self) -> float | None:
-        """Return the share since this object was created, 0 to 1, or None if the system doesn't report it."""
+        """Return the fraction since this object was created, 0 to 1, or None if the system doesn't report it."""
         began, stalled = self._start
         now = _stalled()
         return None if now is None or stalled is None else (now - stalled) / (time.perf_counter() - began)

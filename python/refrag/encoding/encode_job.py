@@ -25,7 +25,7 @@ from refrag.store.store import DTYPES, ChunkStore
 
 
 class Step(NamedTuple):
-    """A completed part of the job: its ``PutCounts``, and the errors of the records that were skipped."""
+    """A completed part of the job: its ``PutCounts``, and an error message for each record that was skipped."""
 
     new: int
     known: int
@@ -41,11 +41,12 @@ class EncodeJob:
     ----------
     store : Path
     model : Path or None
-        Folder of a training stage, or one that RefragForCausalLM.save_pretrained and RefragProcessor.save_pretrained
-        wrote. Defaults to the demo's model if ``encoder``, ``decoder`` and ``preset`` are None, too.
+        Folder that a training stage wrote, or one that RefragForCausalLM.save_pretrained and
+        RefragProcessor.save_pretrained wrote. Defaults to the demo's model if ``encoder``, ``decoder`` and ``preset``
+        are None, too.
     encoder, decoder : str or None
-        Without ``model``: arguments of from_pretrained. Only the decoder's tokenizer is loaded. With a training stage:
-        replacements for its base models, if their original paths no longer exist.
+        Without ``model``: arguments of from_pretrained; only the decoder's tokenizer is loaded. With a training stage:
+        replacements for its base models if their original paths no longer exist.
     k : int or None
     chunker : str or None
     preset : str or None
@@ -94,12 +95,12 @@ class EncodeJob:
             stage = is_adapter(self.model)
             for name in ("k", "preset") if stage else ("encoder", "decoder", "k", "chunker", "preset"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"--{name}: got {getattr(self, name)} beside --model, which decides it")
+                    raise ValueError(f"--{name}: got {getattr(self, name)} with --model, which determines it")
             for name in () if stage else ("config.json", "refrag_processor.json"):
                 if not (self.model / name).is_file():
                     raise ValueError(
                         f"--model: {self.model} has no {name}, needs a folder that RefragForCausalLM.save_pretrained "
-                        "and RefragProcessor.save_pretrained wrote, or that of a training stage, or distilled"
+                        "and RefragProcessor.save_pretrained wrote, a training stage's folder, or 'distilled'"
                     )
 
     def passage_encoder(self) -> PassageEncoder:

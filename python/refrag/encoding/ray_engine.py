@@ -13,17 +13,17 @@ from refrag.encoding.encode_job import EncodeJob, Step
 
 
 def run_on_ray(job: EncodeJob, slices: Sequence[Slice], *, workers: int | None = None) -> Iterator[Step]:
-    """Run the job with Ray Data: ``map_batches`` over the slices, with actors that hold an encoder each.
+    """Run the job with Ray Data: ``map_batches`` over the slices, with actors that have an encoder each.
 
-    Workers receive slices instead of passages: each worker reads its own part of the files and writes its own shards,
-    so all nodes need access to the files and the store. Workers take turns holding the store's lock.
+    Workers receive slices instead of passages. Each worker reads its own part of the files and writes its own shards,
+    so all nodes need access to the files and the store. One worker at a time holds the store's lock.
 
     Parameters
     ----------
     job : EncodeJob
     slices : sequence of Slice
     workers : int, optional
-        Defaults to one per GPU for a job on "cuda", otherwise to one per node.
+        Number of workers. Defaults to one per GPU for a job on "cuda", otherwise to one per node.
 
     Yields
     ------
@@ -41,7 +41,7 @@ def run_on_ray(job: EncodeJob, slices: Sequence[Slice], *, workers: int | None =
         import ray.data
     except ImportError:
         raise ValueError("--engine: ray is not installed: pip install 'refrag-kernels[ray]'") from None
-    # Report problems of the encoder or the store before workers start, and create the store in one process.
+    # Create or open the store here, once, so that problems with it or the encoder are reported before workers start.
     job.open_store(job.passage_encoder().fingerprint)
     if not slices:
         return

@@ -1,1 +1,1 @@
-"""Integrations with other frameworks, each of which is needed only by its own module."""
+"""Integrations with other frameworks. Each module requires only its own framework."""

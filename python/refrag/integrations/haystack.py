@@ -1,4 +1,4 @@
-"""A Haystack component: query and documents in, answers out."""
+"""A Haystack component that answers a query from documents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ except ImportError as error:
 
 @component
 class RefragGenerator:
-    """Answers a query from documents, each a passage. Replaces prompt builder, generator and answer builder.
+    """Answers a query from documents, each of which becomes a passage.
+
+    It replaces the prompt builder, the generator and the answer builder of a pipeline.
 
     Parameters
     ----------
@@ -66,7 +68,7 @@ class RefragGenerator:
         answerer: Answerer | None = None,
     ) -> None:
         if answerer is not None and model is not None:
-            raise ValueError(f"model: got {model!r} beside an answerer, needs one of the two")
+            raise ValueError(f"model: got {model!r} with an answerer, needs one of the two")
         self.model = model
         self.options: dict[str, Any] = {
             "k": k, "chunker": chunker, "template": template, "selector": selector, "expand": expand,
@@ -90,10 +92,10 @@ class RefragGenerator:
         Raises
         ------
         ValueError
-            If the component was made from an answerer.
+            If the component was created with an answerer.
         """
         if self._given is not None:
-            raise ValueError("answerer: can't be saved, needs a component made from a model's folder")
+            raise ValueError("answerer: can't be saved, needs a component created with a model's folder")
         callback = self.streaming_callback
         return default_to_dict(
             self,
@@ -105,7 +107,7 @@ class RefragGenerator:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RefragGenerator:
-        """Make a component from the result of ``to_dict``."""
+        """Create a component from the result of ``to_dict``."""
         parameters = dict(data.get("init_parameters", {}))
         if "chooser" in parameters:  # in files that were written before the parameter was renamed
             parameters["selector"] = parameters.pop("chooser")
@@ -151,7 +153,7 @@ class RefragGenerator:
     async def run_async(
         self, query: str, documents: list[Document], streaming_callback: StreamingCallbackT | None = None
     ) -> dict[str, list[GeneratedAnswer]]:
-        """Answer as ``run`` does, with the model in a thread; a callback must be async."""
+        """Like ``run``, but run the model in a thread; a callback must be async."""
         answerer = self._ready()
         callback = select_streaming_callback(self.streaming_callback, streaming_callback, requires_async=True)
         text = ""

@@ -1,4 +1,4 @@
-"""A LangChain Runnable: question and documents in, answer out."""
+"""A LangChain Runnable that answers a question from documents."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ except ImportError as error:
 
 
 class RefragChain(Runnable[dict[str, Any], str]):
-    """Answers the question in a dict from the documents in it, each a passage; ignores other keys.
+    """Takes a dict with a question and documents, each of which becomes a passage, and returns the answer.
 
-    Supports invoke, batch, stream and their async variants, as every Runnable. With question_key="input" and
-    documents_key="context" it replaces ``create_stuff_documents_chain``, for example in ``create_retrieval_chain``.
+    Other keys are ignored. Like every Runnable, it has invoke, batch, stream and their async variants. With
+    question_key="input" and documents_key="context", it replaces ``create_stuff_documents_chain``, for example in
+    ``create_retrieval_chain``.
 
     Parameters
     ----------
@@ -106,7 +107,7 @@ class RefragChain(Runnable[dict[str, Any], str]):
             raise TypeError(f"input: got {type(asked).__name__}, needs a dict")
         for key in (self.question_key, self.documents_key):
             if key not in asked:
-                raise ValueError(f"input: got the keys {sorted(asked)}, needs {key!r} too")
+                raise ValueError(f"input: got the keys {sorted(asked)}, needs {key!r}, too")
         documents = asked[self.documents_key]
         for index, document in enumerate(documents):
             if not isinstance(document, Document):

@@ -20,10 +20,10 @@ except ImportError as error:
 
 
 class RefragSynthesizer(BaseSynthesizer):
-    """Answers a query from nodes, each a passage.
+    """Answers a query from nodes, each of which becomes a passage.
 
-    The response object, source nodes, metadata, events, and the response without nodes come from LlamaIndex's base
-    class.
+    LlamaIndex's base class provides the response object, source nodes, metadata, events, and the response if there are
+    no nodes.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Convert mixed prompts to prompt embeddings for vLLM and SGLang, with a cache key of their content.
+"""Converts mixed prompts to prompt embeddings for vLLM and SGLang, with a cache key that identifies their content.
 
 The server runs only the decoder (``model.decoder.save_pretrained(folder)``); encoder and projector run here. Tested
 with vLLM 0.32 on CPUs (``make test-vllm``); the code for SGLang follows the source of 0.5.23.
@@ -25,7 +25,7 @@ _SCALED_BY_SGLANG = ("gemma", "gemma2")
 
 @dataclasses.dataclass(frozen=True)
 class PromptEmbeds:
-    """The input embeddings of one prompt; made by ``build``.
+    """The input embeddings of one prompt, created by ``build``.
 
     Attributes
     ----------
@@ -193,11 +193,11 @@ def require_plain_decoder(config: RefragConfig) -> None:
 
 
 def mixed_cache_key(prompt: MixedPrompt, *, name: str = "", chunk_embeds: torch.Tensor | None = None) -> list[str]:
-    """Return a key of each prompt's content: with equal keys, a model computes the same for two prompts.
+    """Return a key of each prompt's content. For prompts with equal keys, a model computes the same.
 
-    The key covers which rows are text and their tokens; for each slot the encoder's input, or its embedding if
-    ``chunk_embeds`` are given; and each row's position and passage. Computing it encodes nothing, and the key is the
-    same in all processes.
+    The key covers each row's position and passage, the tokens of text rows, and for each slot the encoder's input, or
+    its embedding if ``chunk_embeds`` are given. Computing the key doesn't run the encoder, and the key is the same in
+    all processes.
 
     Parameters
     ----------

@@ -59,7 +59,7 @@ def generate_request(
 
     for name in _OWN_FIELDS:
         if name in fields:
-            raise ValueError(f"{name}: got a value, needs none: it is made from the prompts")
+            raise ValueError(f"{name}: got a value, needs none: the prompts determine it")
     batch = [prompts] if isinstance(prompts, PromptEmbeds) else list(prompts)
     if not batch:
         raise ValueError("prompts: is empty, needs a prompt")

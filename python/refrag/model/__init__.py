@@ -1,4 +1,4 @@
-"""The model: a chunk encoder, a projector, and a decoder that reads chunk embeddings between its tokens."""
+"""The model: a chunk encoder, a projector, and a decoder whose input mixes tokens and chunk embeddings."""
 
 from refrag import deprecated
 

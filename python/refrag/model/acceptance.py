@@ -1,8 +1,8 @@
-"""Which encoders and decoders are accepted: each is probed on a few rows when a model is built.
+"""Checks whether an encoder or a decoder works with packed rows.
 
-Families differ in the arguments that their layers pass to attention, and so do releases of transformers; therefore a
-model is probed instead of looked up in a list, and an unsuitable one is refused by name. ``docs/families.md`` lists the
-tests' results.
+Model families and releases of transformers differ in the arguments that layers pass to attention. Instead of keeping a
+list of supported models, every model is probed on a few rows when it is built, and an unsuitable one is refused by
+name. ``docs/families.md`` lists the results for each family.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from refrag.model.state import key_values
 from refrag_kernels import ChunkLayout, ChunkMask
 
 _PROBE = "refrag-probe"
-_ROWS, _OTHER_ROWS = 13, 17  # the compared text is the shorter one, which a batch pads
+_ROWS, _OTHER_ROWS = 13, 17  # the first text is compared; it is the shorter one, so that a batch pads it
 _ADVICE = "docs/families.md lists the families that work"
 _STATE = "which keeps state other than keys and values, which packed texts would share"
 # The cache layer of recurrent layers, in releases of transformers that have one.
@@ -43,7 +43,7 @@ _lock = threading.RLock()
 
 
 class FamilyError(ValueError):
-    """A model whose results packed rows can't reproduce."""
+    """Raised if packed rows can't reproduce a model's results."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def accept_decoder(decoder: PreTrainedModel) -> None:
     Raises
     ------
     FamilyError
-        States the difference.
+        If the results differ. The message states the difference.
     """
     if getattr(decoder, "refrag_accepted", False):
         return
@@ -91,9 +91,9 @@ def accept_decoder(decoder: PreTrainedModel) -> None:
 
 
 def accept_encoder(encoder: PreTrainedModel) -> Reading | None:
-    """Set an encoder's attention to "refrag" if packed rows then equal those of each text alone.
+    """Set an encoder's attention to "refrag" if packed rows then give the same results as each text alone.
 
-    Otherwise, it keeps its own attention and reads padded batches, provided that padding doesn't change its rows.
+    Otherwise, it keeps its own attention and reads padded batches, provided that padding doesn't change the results.
 
     Parameters
     ----------
@@ -108,14 +108,14 @@ def accept_encoder(encoder: PreTrainedModel) -> Reading | None:
     Raises
     ------
     FamilyError
-        If neither reproduces its rows.
+        If neither packed rows nor padded batches reproduce its results.
     """
     known = getattr(encoder, "refrag_reading", None)
     if isinstance(known, Reading):
         return known
     _refuse_both_in_one("encoder", encoder)
     if getattr(encoder.config, "decoder_layers", 0):
-        # From ``first_layers``: a decoder's causal layers, which are meant to attend in both directions here.
+        # From ``first_layers``: the layers were causal in the decoder, but attend in both directions here on purpose.
         encoder.set_attn_implementation(NAME)
         encoder.refrag_reading = Reading(packed=True)  # type: ignore[assignment]
         return Reading(packed=True)
@@ -133,7 +133,7 @@ def require_decoder(decoder: PreTrainedModel) -> None:
     Raises
     ------
     FamilyError, ValueError
-        Names the decoder.
+        If the decoder is refused. The message names it.
     """
     require_refrag("decoder", decoder)
     accept_decoder(decoder)
@@ -189,7 +189,7 @@ class _Recorder:
         return refrag_attention(module, query, key, value, attention_mask, **options)
 
     def mask(self, **options: Any) -> torch.Tensor:
-        # A skipped mask couldn't be identified later.
+        # ``function_of`` identifies masks by their data, so transformers must not skip building one.
         options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         made = sdpa_mask(**options)
         assert made is not None
@@ -198,7 +198,7 @@ class _Recorder:
         return made
 
     def function_of(self, mask: torch.Tensor | None) -> tuple[Callable[..., torch.Tensor], int | None] | None:
-        """Return the function of rows and keys from which a mask was built, and its local size."""
+        """Return the mask function that a mask was built from, and the ``local_size`` passed with it."""
         for made, function, size in self.masks:
             if mask is not None and mask.data_ptr() == made.data_ptr():
                 return function, size
@@ -207,7 +207,7 @@ class _Recorder:
 
 @contextlib.contextmanager
 def _probing(name: str, part: PreTrainedModel) -> Iterator[tuple[_Recorder, str | None]]:
-    """Set a model to an attention that records its calls; afterwards to "refrag", or to its own if it is refused.
+    """Record a model's attention calls; afterwards set its attention to "refrag", or restore it if it is refused.
 
     Yields the recorder and the name of the model's own attention, which is None if the model has no weights to probe.
     """
@@ -239,7 +239,7 @@ def _probing(name: str, part: PreTrainedModel) -> Iterator[tuple[_Recorder, str 
             ) from error
         finally:
             part.train(training)
-            recorder.calls.clear()  # the recorder stays registered, and would keep the model alive
+            recorder.calls.clear()  # the recorder stays registered and would keep the model alive
             recorder.masks.clear()
 
 
@@ -252,7 +252,7 @@ def _set_attention(part: PreTrainedModel, name: str) -> None:
     finally:
         transformers.logging.set_verbosity(verbosity)
     if name not in (NAME, _PROBE) and attention_of(part) != name:
-        part.config._attn_implementation = name  # it decides which masks the model builds
+        part.config._attn_implementation = name  # determines which masks the model builds
 
 
 def _probe_decoder(decoder: PreTrainedModel, recorder: _Recorder, own: str) -> None:
@@ -363,7 +363,7 @@ def _probe_encoder(encoder: PreTrainedModel, recorder: _Recorder, own: str) -> R
     with contextlib.suppress(FamilyError):
         read(_PROBE)
     layers = [call.module for call in recorder.calls]
-    if any(call.special for call in recorder.calls):  # as in a decoder
+    if any(call.special for call in recorder.calls):  # as in _probe_decoder
         own, alone = "eager", read("eager")
         _set_attention(encoder, _PROBE)
     for causal in (False, True) if layers else ():
@@ -376,7 +376,7 @@ def _probe_encoder(encoder: PreTrainedModel, recorder: _Recorder, own: str) -> R
                 _compare(rows, alone, refuse, "")
                 return Reading(packed=True, causal=causal)
         except Exception:
-            pass  # try the next way to read
+            pass  # try a causal plan next, then a padded batch
         recorder.calls[:] = calls_of_text
     _set_attention(encoder, own)
     try:

@@ -193,7 +193,7 @@ def require_refrag(name: str, part: PreTrainedModel) -> None:
     Raises
     ------
     ValueError
-        Names the part, "encoder" or "decoder".
+        If its attention isn't "refrag". The message names the part, "encoder" or "decoder".
     """
     held = attention_of(part)
     if held != NAME:

@@ -91,7 +91,7 @@ class RefragConfig(PreTrainedConfig):
     Raises
     ------
     ValueError
-        If a field has an invalid value; names the field.
+        If a field has an invalid value. The message names the field.
 
     Examples
     --------
@@ -134,7 +134,7 @@ class RefragConfig(PreTrainedConfig):
             raise ValueError(f"encoder_window: got {self.encoder_window!r}, needs an integer of 0 or more")
         if self.encoder_window and self.encoder_special_tokens:
             raise ValueError(
-                f"encoder_window: got {self.encoder_window} beside encoder_special_tokens, needs 0: special tokens "
+                f"encoder_window: got {self.encoder_window} with encoder_special_tokens, needs 0: special tokens "
                 "would separate the chunks of a window"
             )
         if not isinstance(self.latents, int) or not 1 <= self.latents <= self.chunk_size:

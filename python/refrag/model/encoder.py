@@ -126,7 +126,7 @@ class TextEmbedder:
         self._keep(tuple(texts), embeds.to(device=encoder.device, dtype=encoder.dtype))
 
     def _keep(self, texts: tuple[str, ...], embeds: torch.Tensor) -> None:
-        # Enough for at least a question and a prompt.
+        # At least the question's and the prompt's texts must fit.
         self._kept = {**dict(list(self._kept.items())[-3:]), texts: embeds}
 
 
@@ -201,7 +201,7 @@ def _require_positions(encoder: PreTrainedModel, texts: PackedTexts) -> None:
 def _pool_segments(hidden: torch.Tensor, layout: ChunkLayout, segments: int) -> torch.Tensor:
     """Split each chunk's rows into ``segments`` runs of nearly equal length and return their means [N, segments * d].
 
-    The rows of a chunk that has fewer rows are repeated.
+    If a chunk has fewer rows than that, they are repeated.
     """
     starts, lengths = layout.chunk_offsets[:-1].long(), layout.chunk_offsets.diff().long()
     stretched = lengths.clamp(min=segments)

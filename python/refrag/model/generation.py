@@ -34,7 +34,7 @@ class PackedPrefill:
 
 
 def require_empty(cache: Any) -> None:
-    """Refuse a cache that holds rows: a prompt's plans cover only its own rows.
+    """Refuse a cache that already contains rows: a prompt's plans cover only its own rows.
 
     Raises
     ------
@@ -44,8 +44,8 @@ def require_empty(cache: Any) -> None:
     held = 0 if cache is None else int(cache.get_seq_length())
     if held:
         raise ValueError(
-            f"past_key_values: got a cache that holds {held} rows, needs an empty one: a packed prompt is appended to "
-            "a GenerationState, by read(prompt, state) or generate(prompt, state=state)"
+            f"past_key_values: got a cache with {held} rows, needs an empty one: use read(prompt, state) or "
+            "generate(prompt, state=state) to append a packed prompt to earlier rows"
         )
 
 
@@ -90,7 +90,7 @@ def refuse_options(config: Any, options: Mapping[str, Any], *, state: bool) -> N
     Raises
     ------
     ValueError
-        Names the option and what it needs.
+        If an option isn't supported. The message names the option and what it needs.
     """
 
     def given(name: str) -> Any:
@@ -103,7 +103,7 @@ def refuse_options(config: Any, options: Mapping[str, Any], *, state: bool) -> N
     scale = given("guidance_scale")
     if scale not in (None, 1) and options.get("negative_prompt_ids") is None:
         raise ValueError(
-            f"guidance_scale: got {scale}, needs negative_prompt_ids beside it: a packed prompt has no last token to "
+            f"guidance_scale: got {scale}, needs negative_prompt_ids, too: a packed prompt has no last token to "
             "start from"
         )
     if given("output_attentions"):

@@ -10,7 +10,7 @@ from torch import nn
 from refrag_kernels import extension
 from refrag_kernels.linear import cpu_linear_rows
 
-# Up to 8 rows, such as a decode step's, torch's product takes 1.3 times as long as linear_rows, in float32 3 times.
+# For up to 8 rows (a decode step), torch's product takes 1.3 times as long as linear_rows, and 3 times in float32.
 _FEW_ROWS = 8
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN = (torch.Tensor, nn.Parameter)  # rules out quantised, sharded and traced tensors
@@ -19,10 +19,10 @@ _PLAIN = (torch.Tensor, nn.Parameter)  # rules out quantised, sharded and traced
 def use_inference_linears(model: nn.Module) -> int:
     """Make a model's linear layers use faster matrix products for inference on the CPU.
 
-    ``refrag_kernels.linear_rows`` computes a few rows, such as those of a decode step, and reads the weights with all
-    threads. oneDNN computes more rows in float32, as under torch.compile: nn.Linear calls MKL, which runs at half the
-    rate or less on non-Intel CPUs. nn.Linear's own product handles everything else: strided rows or weights, quantised
-    or sharded weights, gradients, autocast, torch.compile.
+    A few rows, such as those of a decode step, are computed by ``refrag_kernels.linear_rows``, which reads the weights
+    with all threads. More rows in float32 are computed by oneDNN, as under torch.compile, because nn.Linear calls MKL,
+    which runs at half the rate or less on non-Intel CPUs. nn.Linear's own product handles everything else: strided rows
+    or weights, quantised or sharded weights, gradients, autocast, torch.compile.
 
     Layers remain nn.Linear, so that adapters and ``quantize_dynamic`` still find and replace them. Weights, names and
     the state dict don't change, nor do layers of other types.
@@ -35,7 +35,7 @@ def use_inference_linears(model: nn.Module) -> int:
     Returns
     -------
     int
-        Number of linear layers; 0 if the C++ kernels are missing, and nothing was changed.
+        Number of linear layers changed; 0 if the C++ kernels are missing.
 
     Examples
     --------

@@ -29,7 +29,7 @@ class Passage:
     Raises
     ------
     TypeError
-        If either has another type.
+        If ``text`` or ``id`` has another type.
     """
 
     text: str = ""
@@ -51,14 +51,14 @@ def require_text(text: object, name: str, needs: str = "str") -> None:
     Raises
     ------
     TypeError
-        If it isn't a string; names it.
+        If it isn't a string. The message contains ``name``.
     ValueError
         If it contains half a surrogate pair.
     """
     if not isinstance(text, str):
         raise TypeError(f"{name}: got {type(text).__name__}, needs {needs}")
     if (place := half_surrogate(text)) is not None:
-        raise ValueError(f"{name}: holds half a surrogate pair at {place}, which is no character")
+        raise ValueError(f"{name}: contains half a surrogate pair at {place}, which isn't a character")
 
 
 def half_surrogate(text: str) -> int | None:

@@ -28,7 +28,7 @@ class KeyRotation:
     ------
     ValueError
         If the decoder has no rotary embedding, its frequencies depend on the sequence length, or some layer doesn't
-        rotate its keys as Llama does; names the decoder.
+        rotate its keys as Llama does. The message names the decoder.
     """
 
     def __init__(self, decoder: PreTrainedModel) -> None:

@@ -1,4 +1,4 @@
-"""RefragForCausalLM: an encoder, a projector, and a decoder that reads chunk embeddings between its tokens."""
+"""RefragForCausalLM: an encoder, a projector, and a decoder whose input mixes tokens and chunk embeddings."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RefragConfig) -> None:
         super().__init__(config)
-        # An attention that the user chose is kept; packed rows are then refused.
+        # Keep an attention implementation that the user chose; packed rows are then refused.
         chosen = [part._attn_implementation for part in (config.encoder_config, config.text_config)]
         self.encoder = AutoModel.from_config(config.encoder_config)
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
@@ -100,7 +100,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         ------
         FamilyError
             If packed rows can't reproduce the results of the encoder or the decoder, or if one of them can't be
-            rebuilt from its config; names the model and the difference.
+            rebuilt from its config. The message names the model and the difference.
         """
         config = RefragConfig.from_preset(preset, decoder.config, encoder.config, chunk_size=k, **fields)
         try:
@@ -118,7 +118,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             if isinstance(part, PreTrainedModel) and not isinstance(part, made):
                 raise FamilyError(
                     f"{name}: got {type(part).__name__}, needs {made.__name__}, which its config builds: otherwise "
-                    "from_pretrained couldn't load what save_pretrained writes"
+                    "from_pretrained couldn't load what save_pretrained wrote"
                 )
         model.encoder, model.decoder = encoder, decoder
         accept_encoder(encoder)
@@ -318,7 +318,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
                  "inputs_embeds": inputs_embeds}  # fmt: skip
         for name, value in taken.items():
             if value is not None:
-                raise ValueError(f"{name}: got a value beside a prompt, needs None: the prompt provides it")
+                raise ValueError(f"{name}: got a value together with a prompt, needs None: the prompt provides it")
         require_decoder(self.decoder)
         require_empty(past_key_values)
         prompt = prompt.to(self.device)
@@ -374,14 +374,14 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
 
         Returns
         -------
-        Tensor, int64 [B, new tokens], or what ``return_dict_in_generate`` asks for
+        Tensor, int64 [B, new tokens], or transformers' output object with ``return_dict_in_generate=True``
             The new tokens only.
         """
         # mypy doesn't see that PreTrainedModel and GenerationMixin together satisfy this method's type of self.
         generate: Callable[..., Any] = super().generate  # type: ignore[misc]
         if state is not None:
             if isinstance(prompt, torch.Tensor):
-                raise ValueError("prompt: got a tensor beside a state, needs a MixedPrompt")
+                raise ValueError("prompt: got a tensor together with a state, needs a MixedPrompt")
             require_decoder(self.decoder)
             refuse_options(self.generation_config, kwargs, state=True)
             with torch.no_grad(), state.restored_on_error():

@@ -34,13 +34,14 @@ class _Entry:
 class PassageCache:
     """Caches keys and values of passages, keyed by a digest of everything that they depend on.
 
-    This is the content of the passage's rows (tokens, and the chunks of its slots), the shared text before the passages
-    and the passage's distance from it. Keys are stored with their original rotation; one more rotation in float32 moves
-    them to their position in a prompt.
+    They depend on the content of the passage's rows (tokens, and the chunks of its slots), the shared text before the
+    passages and the passage's distance from that text. Keys are stored with their original rotation; one more rotation
+    in float32 moves them to their position in a prompt.
 
-    A passage is found at any place among the passages if no text precedes them, or with ``position_ids="parallel"``,
-    where every passage starts right after that text. With other position ids and text before the passages, it is found
-    only at the same distance from that text, because attention, and so the values, depend on the distance.
+    If no text precedes the passages, or with ``position_ids="parallel"``, where every passage starts right after that
+    text, a cached passage is reused at any place among the passages. With other position ids and text before the
+    passages, it is reused only at the same distance from that text, because attention, and therefore the values, depend
+    on the distance.
 
     Call ``clear`` after the model's weights have changed.
 
@@ -142,7 +143,7 @@ class PassageCache:
     ) -> dict[bytes, _Entry]:
         """Return the entries of all parts, and compute the missing ones in one pass of the decoder.
 
-        ``shared`` tells whether the first part is text before the passages.
+        ``shared`` says whether the first part is the text before the passages.
         """
         entries = {key: self._entries[key] for key, _ in wanted if key in self._entries}
         missing = {key: spans for key, spans in wanted if key not in entries}

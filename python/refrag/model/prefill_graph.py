@@ -41,7 +41,7 @@ class PrefillGraph:
     sequences : int
         Maximum number of sequences in a prompt.
     ranges_per_block : int
-        See ``refrag_kernels.PlanCapacity.for_rows``; 4 is enough for causal prompts, interleaved passages need more.
+        See ``refrag_kernels.PlanCapacity.for_rows``. 4 is enough for causal prompts; interleaved passages need more.
     pool : optional
         A memory pool to share with other graphs that never run at the same time: the ``pool()`` of one of them, which
         must be kept alive.

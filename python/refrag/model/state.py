@@ -158,7 +158,7 @@ def append(model: Any, state: GenerationState, prompt: MixedPrompt | None, chunk
     ValueError
         If the prompt has several sequences or no rows.
     PromptTooLongError
-        If it doesn't fit into the decoder's window; states the excess rows and how many would fit.
+        If it doesn't fit into the decoder's window. The message states the excess rows and how many would fit.
     """
     if prompt is None:
         if not state.unread:
@@ -167,8 +167,8 @@ def append(model: Any, state: GenerationState, prompt: MixedPrompt | None, chunk
     else:
         if prompt.layout.num_sequences != 1 or not prompt.layout.total_rows:
             raise ValueError(
-                f"prompt: got {prompt.layout.num_sequences} sequences of {prompt.layout.total_rows} rows in all, needs "
-                "one that is not empty: a state holds one sequence"
+                f"prompt: got {prompt.layout.num_sequences} sequences of {prompt.layout.total_rows} rows in total, "
+                "needs one that is not empty: a state contains one sequence"
             )
         prompt = _after_text(state.unread, prompt) if state.unread else prompt
     require_room(model, state, prompt.layout.total_rows, int(prompt.position_ids.max()) + 1)
@@ -187,7 +187,7 @@ def append(model: Any, state: GenerationState, prompt: MixedPrompt | None, chunk
 
 
 def require_room(model: Any, state: GenerationState, rows: int, positions: int) -> None:
-    """Refuse more rows than the decoder's window holds.
+    """Refuse more rows than fit into the decoder's window.
 
     Raises
     ------
@@ -200,7 +200,7 @@ def require_room(model: Any, state: GenerationState, rows: int, positions: int) 
     over = max(state.rows + rows, state.next_position + positions) - window
     if over > 0:
         raise PromptTooLongError(
-            f"prompt: {rows} rows after the {state.rows} that the state holds are {over} over the decoder's window of "
+            f"prompt: {rows} rows after the {state.rows} rows of the state are {over} over the decoder's window of "
             f"{window}; {max(window - held, 0)} would fit"
         )
 
@@ -217,7 +217,7 @@ def _require_room_for_answer(model: Any, state: GenerationState, config: Any, op
     room = max(window - max(state.rows, state.next_position), 0)
     if new > room:
         raise PromptTooLongError(
-            f"max_new_tokens: {new} tokens after the {state.rows} rows that the state holds are {new - room} over the "
+            f"max_new_tokens: {new} tokens after the {state.rows} rows of the state are {new - room} over the "
             f"decoder's window of {window}; {room} would fit"
         )
 
@@ -236,10 +236,10 @@ def generate_from(model: Any, state: GenerationState, generate: Callable[..., An
     for name in ("num_beams", "num_return_sequences"):
         wanted = options.get(name) or getattr(config, name, None) or 1
         if wanted != 1:
-            raise ValueError(f"{name}: got {wanted}, needs 1 with a state, which holds one sequence")
+            raise ValueError(f"{name}: got {wanted}, needs 1 with a state, which contains one sequence")
     for name in ("past_key_values", "cache_implementation", "use_cache"):
         if options.get(name, config.use_cache if name == "use_cache" else None) not in (None, True):
-            raise ValueError(f"{name}: got {options.get(name)!r} beside a state, which has a cache of its own")
+            raise ValueError(f"{name}: got {options.get(name)!r} with a state, which has a cache of its own")
     rows, end = state.rows, state.next_position
     state.last_logits()  # raises if the state is empty
     _require_room_for_answer(model, state, config, options)
@@ -257,7 +257,7 @@ def generate_from(model: Any, state: GenerationState, generate: Callable[..., An
 
 
 def first_step(state: GenerationState) -> CausalLMOutputWithPast:
-    """Return the output of the first generation step from a state, whose logits are known already."""
+    """Return the output of the first generation step from a state, whose logits have already been computed."""
     return CausalLMOutputWithPast(logits=state.last_logits(), past_key_values=state.cache)
 
 

@@ -13,9 +13,10 @@ from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
 def token_encoder(decoder: PreTrainedModel, *, layers: int = 0, places: int = 512) -> PreTrainedModel:
     """Build an encoder from a decoder's token embeddings.
 
-    A pretrained encoder with its own tokenizer loses details that the decoder needs to write: MiniLM's tokenizer, for
-    example, drops case and line breaks. This encoder shares the decoder's tokenizer, loses nothing and costs almost
-    nothing. But it has no knowledge of language, so its chunks need the pooling "concat".
+    A pretrained encoder with its own tokenizer loses details that the decoder needs to reproduce a text: MiniLM's
+    tokenizer, for example, drops case and line breaks. This encoder shares the decoder's tokenizer, so it loses no
+    details, and it adds almost no computation. It has learned nothing about language, however, so its chunks need the
+    pooling "concat".
 
     Parameters
     ----------

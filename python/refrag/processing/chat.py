@@ -1,4 +1,4 @@
-"""Applies chat templates, which take strings, to messages with passages."""
+"""Applies chat templates to messages with passages."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _parts(message: Mapping[str, Any], number: int) -> Sequence[Part]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield all strings in a message, including those in fields other than its content."""
+    """Yield all strings in a message, including those outside its content."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

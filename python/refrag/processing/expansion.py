@@ -1,4 +1,4 @@
-"""Resolves a share, a number, names or a selector to the indices of the chunks to expand."""
+"""Determines which chunks to expand, from a fraction, a number, a list of chunks and passages, or a selector."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def expanded_chunks(
     Raises
     ------
     TypeError, ValueError
-        If an argument is invalid; names it.
+        If an argument is invalid. The message names it.
     """
     if expand is not None and expand_count is not None:
         raise ValueError(f"expand_count: got {expand_count} beside expand = {expand}, needs one of the two")
     if isinstance(expand, str):
-        raise TypeError(f"expand: got the string {expand!r}, needs a share, or a collection of chunks and passage ids")
+        raise TypeError(f"expand: got the string {expand!r}, needs a fraction or a collection of chunks and ids")
     if isinstance(expand, Collection):
         return _named(chunks, expand)
     if selector is None and expand not in (None, 0, 1) and 0 <= expand <= 1:
@@ -90,7 +90,7 @@ def _counts(
     """Return how many chunks to pick in each prompt; None lets the selector decide."""
     if expand is not None:
         if not 0 <= expand <= 1:
-            raise ValueError(f"expand: got {expand}, needs a share from 0 to 1")
+            raise ValueError(f"expand: got {expand}, needs a fraction from 0 to 1")
         return [round(expand * len(own)) for own in chunks]
     if expand_count is None:
         return [None] * len(chunks)

@@ -140,10 +140,10 @@ class RefragProcessor:
         Raises
         ------
         ValueError
-            If the chunker is a custom one, which can't be written.
+            If the chunker is a custom one, which can't be saved.
         """
         if self.chunker_name is None:
-            raise ValueError(f"chunker: got {type(self.chunker).__name__}, needs fixed or sentence to be written")
+            raise ValueError(f"chunker: got {type(self.chunker).__name__}, needs fixed or sentence to be saved")
         root = Path(folder)
         self.tokenizer.save_pretrained(root / "decoder_tokenizer")
         self.encoder_tokenizer.save_pretrained(root / "encoder_tokenizer")
@@ -180,7 +180,7 @@ class RefragProcessor:
         Raises
         ------
         TypeError
-            If a message contains anything else; names it.
+            If a message contains anything else. The error message names it.
         ValueError
             If the template omits or repeats a passage.
         """
@@ -206,13 +206,13 @@ class RefragProcessor:
         prompts : list of str and Passage, or a list of such lists
             A single string or Passage is a prompt of one part.
         expand : float or collection of int and str, optional
-            The share of each prompt's chunks that ``selector`` picks for expansion, from 0 to 1. Or the chunks to
+            The fraction of each prompt's chunks that ``selector`` picks for expansion, from 0 to 1. Or the chunks to
             expand: indices of chunks, counted through the batch, and ids of passages, which are expanded as a whole.
         expand_count : int or sequence of int, optional
-            The number of chunks that ``selector`` picks, instead of a share: one for all prompts, or one for each.
+            The number of chunks that ``selector`` picks, instead of a fraction: one for all prompts, or one for each.
         selector : Selector, optional
-            Picks the chunks to expand. Needed unless nothing, everything or given chunks are expanded. Without a share
-            and a count, it decides how many chunks to pick.
+            Picks the chunks to expand. Needed unless nothing, everything or given chunks are expanded. Without a
+            fraction or a count, it decides how many chunks to pick.
         question : str or sequence of str, optional
             The question for the selector: one for all prompts, or one for each. Defaults to each prompt's last text.
         max_new_tokens : int
@@ -232,7 +232,7 @@ class RefragProcessor:
         Raises
         ------
         TypeError
-            If a prompt or a question contains anything but text and passages; names the part.
+            If a prompt or a question contains anything but text and passages. The message names the part.
         ValueError
             If a prompt is empty, a passage has no text, ``expand`` is outside 0 to 1 or names an unknown chunk or
             passage, ``expand_count`` exceeds a prompt's chunks, or the number of counts or questions differs from the
@@ -240,7 +240,7 @@ class RefragProcessor:
         StoreError
             If a passage isn't in the store, or the store was filled with another chunker.
         PromptTooLongError
-            If a prompt doesn't fit; states the excess, and which k or how many expanded chunks would fit.
+            If a prompt doesn't fit. The message states the excess, and which k or how many expanded chunks would fit.
         """
         batch = _batch(prompts)
         stored, chunk_embeds = None, None
@@ -401,7 +401,7 @@ class RefragProcessor:
             while text + slots * sum(-(-sum(lengths) // k) for lengths in compressed.values()) > room:
                 k += 1
             fits.append(f"k = {k}")
-        # As many as fit whichever of them stay expanded: assume the longest.
+        # Assume that the longest chunks stay expanded, so that the number fits whichever chunks are chosen.
         left = room - plain - slots * (len(expanded_lengths) + sum(map(len, compressed.values())))
         if expanded_lengths and left >= 0:
             longest = itertools.accumulate(length - slots for length in sorted(expanded_lengths, reverse=True))
@@ -410,11 +410,11 @@ class RefragProcessor:
             return " or ".join(fits) + " would fit"
         if self.chunker_name == "fixed":
             return f"no k fits: {text} tokens are text, shorten it or expand less"
-        return "shorten it, leave out passages or expand less"
+        return "shorten it, omit passages or expand less"
 
 
 def _batch(prompts: Part | Sequence[Part] | Sequence[Sequence[Part]]) -> Sequence[Sequence[Part]]:
-    """Normalize prompts to a list of lists of parts, which aren't checked."""
+    """Normalize prompts to a list of lists of parts. The parts aren't checked."""
     if isinstance(prompts, (str, Passage)):
         return [[prompts]]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):

@@ -1,4 +1,4 @@
-"""Selectors, which pick the chunks to expand: a protocol, the paper's methods (REFRAG, A.1) and practical ones.
+"""Selectors pick the chunks to expand. This module has their protocol, the paper's methods (REFRAG, A.1) and others.
 
 A selector is called for one prompt, with its question, its chunks and the number of chunks to pick. The chunks that it
 picks are expanded: the decoder reads their text. The rest are compressed.
@@ -20,7 +20,7 @@ from refrag_kernels import ChunkLayout, ChunkMask
 
 Embed = Callable[[Sequence[str]], torch.Tensor]  # texts -> embeddings [N, d], such as refrag.model.encoder.TextEmbedder
 
-_ROWS = 1024  # rows whose logits are held at once: with a vocabulary of 128k words, half a gigabyte
+_ROWS = 1024  # rows whose logits are in memory at once: half a gigabyte with a vocabulary of 128k tokens
 
 
 class Selector(Protocol):
@@ -138,7 +138,7 @@ class PerplexitySelector:
     Raises
     ------
     ValueError
-        If ``order`` is neither, or there is no start token.
+        If ``order`` is neither "desc" nor "asc", or there is no start token.
     """
 
     def __init__(self, model: Any, order: str = "desc", start: int | None = None) -> None:
@@ -276,7 +276,7 @@ def by_name(
     needs = needs_of.get(name, {})
     for argument, value in needs.items():
         if value is None:
-            raise ValueError(f"{argument}: got None, the selector {name!r} needs it")
+            raise ValueError(f"{argument}: got None, but the selector {name!r} needs it")
     if name.startswith("perplexity"):
         return PerplexitySelector(model, name.removeprefix("perplexity-"))
     makers: dict[str, Callable[..., Selector]] = {
@@ -288,11 +288,11 @@ def by_name(
 
 def _required(selector: Selector, count: int | None) -> int:
     if count is None:
-        raise ValueError(f"expand: got None, {type(selector).__name__} needs a share or a number of chunks to pick")
+        raise ValueError(f"expand: got None, {type(selector).__name__} needs a fraction or a number of chunks to pick")
     return count
 
 
 def _cosines(embed: Embed, question: str, chunks: Sequence[Chunk]) -> torch.Tensor:
-    # Two calls, chunks last: a TextEmbedder that remembers its last texts then holds the chunks' for the model.
+    # Embed the chunks last: a TextEmbedder caches its latest texts, and the model reuses the chunks' embeddings.
     asked, texts = embed([question]).float(), embed([chunk.text for chunk in chunks]).float()
     return nn.functional.cosine_similarity(texts, asked)

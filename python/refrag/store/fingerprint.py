@@ -132,7 +132,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a digest of everything that determines a tokenizer's token ids, 24 hexadecimal digits."""
     if tokenizer.is_fast:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
-        for name in ("truncation", "padding"):  # left behind by the last call
+        for name in ("truncation", "padding"):  # set by the last call
             rules.pop(name, None)
     else:
         rules = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]

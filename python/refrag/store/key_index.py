@@ -30,7 +30,7 @@ class KeyIndex:
         return len(self._place)
 
     def extended(self, keys: Sequence[np.ndarray]) -> KeyIndex:
-        """Return an index that also contains ``keys``, uint8 [n, 16] each; their positions follow the present ones."""
+        """Return an index that also contains ``keys``, arrays uint8 [n, 16]; position numbers continue."""
         halves = np.concatenate([np.zeros((0, 2), np.uint64), *(_halves(part.tobytes()) for part in keys)])
         if not len(halves):
             return self

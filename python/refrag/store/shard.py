@@ -17,7 +17,7 @@ from refrag.store.key_index import KEY_BYTES
 
 
 class StoreError(ValueError):
-    """Raised if a chunk store can't be used, or not for this purpose; names the store or the passage."""
+    """Raised if a chunk store can't be used for this purpose or at all; the message names the store or the passage."""
 
 
 class Shard:

@@ -1,4 +1,4 @@
-"""Training: the stages of the paper's recipe, and its curriculum."""
+"""Training: the stages of the paper's recipe, its curriculum, and distillation."""
 
 from refrag.training.schedules import PAPER_TABLE, draw_samples, scaled_table
 

@@ -121,12 +121,12 @@ class Options:
             object.__setattr__(self, argument.name, argument.checked(getattr(self, argument.name)))
 
     def require(self, names: str, fits: Callable[[Any], bool], needs: str) -> None:
-        """Require that options fulfil a condition; None, an option that is not given, always does.
+        """Require that options fulfil a condition. None, for an option that isn't given, always does.
 
         Raises
         ------
         ValueError
-            If one doesn't. The message names the option, its value and what it needs.
+            If an option doesn't. The message has its name, its value and what it needs.
         """
         for name in names.split():
             value = getattr(self, name)
@@ -159,7 +159,7 @@ def arguments(options: type[Options]) -> tuple[Argument, ...]:
 
 
 def from_command_line(options: type[T], values: Mapping[str, Any]) -> T:
-    """Make options from the values of a command line, splitting values that contain commas."""
+    """Build options from the values of a command line, splitting values that contain commas."""
     values = dict(values)
     for argument in arguments(options):
         if argument.by_commas and isinstance(values.get(argument.name), str):

@@ -1,4 +1,4 @@
-"""Files of options in TOML, YAML or JSON, named as on the command line."""
+"""Reads options from TOML, YAML or JSON files, in which they have the same names as on the command line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from refrag import deprecated
 from refrag.file_modes import write_whole
 from refrag.training.arguments import Options, arguments
 
-CONFIG_HELP = "TOML, YAML or JSON file of options, such as an earlier run's options.toml; the command line wins."
+CONFIG_HELP = "TOML, YAML or JSON file of options, such as a run's options.toml; the command line overrides it."
 CONFIG_NAME = "options.toml"
 
 
@@ -26,7 +27,7 @@ def read_config(path: str | os.PathLike[str], options: type[Options]) -> dict[st
     ----------
     path : path
         A .toml, .yaml, .yml or .json file: ``learning_rate = 2e-4``, ``data = ["texts/"]``. It may also be the
-        ``stage.json`` that earlier versions wrote beside an adapter.
+        ``stage.json`` that earlier versions wrote next to an adapter.
     options : type
         The dataclass whose fields the file may set.
 
@@ -60,25 +61,26 @@ def read_config(path: str | os.PathLike[str], options: type[Options]) -> dict[st
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(sorted(known))}"
-            raise ValueError(f"{path}: got {name}, which is no option of this command; {hint}")
+            raise ValueError(f"{path}: got {name}, which isn't an option of this command; {hint}")
     try:
         return {name: known[name].checked(value) for name, value in values.items()}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def write_config(options: Options, output: str | os.PathLike[str]) -> None:
+@deprecated.renamed_keyword("output", "folder")
+def write_config(options: Options, folder: str | os.PathLike[str]) -> None:
     """Write all options that are not None to ``options.toml`` in a folder, so that ``--config`` can repeat the run."""
     values = {argument.name: getattr(options, argument.name) for argument in arguments(type(options))}
     lines = [f"{name} = {_toml(value)}\n" for name, value in values.items() if value is not None]
-    write_whole(Path(output) / CONFIG_NAME, "".join(lines).encode())
+    write_whole(Path(folder) / CONFIG_NAME, "".join(lines).encode())
 
 
 def _options_of_stage(values: dict[str, Any], path: Path, options: type[Options]) -> dict[str, Any]:
     """Return the options in a ``stage.json``, which nests some of them and has the same fields for every stage."""
     objective = getattr(options, "objective", None)
     if values["objective"] != objective:
-        raise ValueError(f"{path}: was written by the stage {values['objective']}, this one is {objective}")
+        raise ValueError(f"{path}: was written by stage {values['objective']}, needs one of stage {objective}")
     trained = {"train_encoder": "encoder", "train_decoder": "decoder", "rank": "rank"}
     flat = {**values, **values.get("settings", {})}
     flat |= {name: values["trained"][key] for name, key in trained.items() if key in values.get("trained", {})}

@@ -21,7 +21,7 @@ def generator_states(accelerator: Accelerator) -> list[dict[str, torch.Tensor]]:
 
 
 def restore_generators(accelerator: Accelerator, states: Sequence[dict[str, torch.Tensor]]) -> None:
-    """Restore this process's generators. A process for which no state was saved keeps its own."""
+    """Restore this process's generators. A process for which no state was saved keeps its current states."""
     if accelerator.process_index >= len(states):
         return
     own = states[accelerator.process_index]

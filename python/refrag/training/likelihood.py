@@ -1,4 +1,4 @@
-"""The log-likelihood of a target after its context, for several expansions of the context in one pass."""
+"""Computes the log-likelihood of a target after its context, for several expansions of the context in one pass."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def target_log_probs(
     prompt = prompt.to(model.device)
     rows = (labels.to(model.device) != -100).nonzero()[:, 0]
     if bool(torch.isin(rows, prompt.layout.sequence_offsets.long()).any()):
-        raise ValueError("labels: got one for a sequence's first row, which nothing predicts")
+        raise ValueError("labels: got one for a sequence's first row, which no row predicts")
     plans = model.plans(prompt) if mask is None else AttentionPlans(prompt.layout, mask, causal=True)
     targets = labels.to(model.device)[rows]
     hidden = hidden_rows(model, prompt, plans, chunk_embeds)[rows - 1]
@@ -113,7 +113,7 @@ def _inner(decoder: PreTrainedModel) -> str:
 
 @dataclasses.dataclass
 class _BaseOutput(MoeModelOutputWithPast):
-    """A base model's output, in which all other fields that a decoder may read (cross attentions, say) are None."""
+    """A base model's output; all other fields that a decoder may read, such as cross attentions, are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("_"):
@@ -182,7 +182,7 @@ def share_beginning(prompt: MixedPrompt, labels: torch.Tensor) -> tuple[MixedPro
 
 
 def _num_common_spans(prompt: MixedPrompt, labels: torch.Tensor, lengths: list[list[int]], starts: list[int]) -> int:
-    """Return the number of common spans; each sequence keeps at least one own row before its first label."""
+    """Return the number of common spans; each sequence keeps at least one row of its own before its first label."""
     if len(lengths) < 2:
         return 0
     chunks = len(prompt.chunks) // len(lengths)

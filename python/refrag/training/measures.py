@@ -26,8 +26,8 @@ def reconstruction_accuracy(
     Returns
     -------
     dict
-        ``held_out_loss`` per token; ``accuracy``, the share of tokens predicted correctly given the true tokens before
-        them; ``first_token_accuracy``, the same for each text's first token, which only the slots can predict.
+        ``held_out_loss`` per token; ``accuracy``, the fraction of tokens predicted correctly given the true tokens
+        before them; ``first_token_accuracy``, the same for each text's first token, which only the slots can predict.
     """
     windows = documents.windows(chunks * parts.k)
     prefix = prefix_ids(parts.tokenizer)

@@ -1,4 +1,4 @@
-"""The options of `refrag train` and `refrag eval`: dataclasses that are passed from the command line to the loops."""
+"""The options of `refrag train` and `refrag eval`: dataclasses, passed from the command line to the training loops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def are_betas(betas: Sequence[float]) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopOptions(Options):
-    """Options of the training loop; defaults are the paper's (B.3) where it states any.
+    """Options of the training loop. The defaults are the paper's (B.3) if it states them.
 
     Attributes
     ----------
@@ -30,7 +30,7 @@ class LoopOptions(Options):
     projector_rate, encoder_rate : float, optional
         Peak learning rate of this part, if it differs from the learning rate.
     warmup : float
-        Share of the steps for linear warm-up; the rate then falls to 0 as a cosine.
+        Fraction of the steps for linear warm-up; the rate then falls to 0 as a cosine.
     betas : tuple of 2 floats
         AdamW's betas.
     weight_decay : float
@@ -100,7 +100,7 @@ class ModelOptions(Options):
     rank : int
         Rank of the low-rank adapters.
     held_out : float
-        Share of the documents that are held out for evaluation.
+        Fraction of the documents that are held out for evaluation.
     precision : {"bf16", "no", "fp16", "fp8"}
         Accelerate's mixed precision: bf16, no (the weights' own dtype), fp16 or fp8.
     """
@@ -175,7 +175,7 @@ class PretrainOptions(TextOptions):
     output_tokens : int
         o, the number of tokens to write after the context.
     expand : float
-        p, the share of chunks that stay text, drawn at random.
+        p, the fraction of chunks that stay text, drawn at random.
     """
 
     objective: ClassVar[str] = "next_paragraph"
@@ -199,9 +199,9 @@ class FinetuneOptions(StageOptions):
     data : Path
         .jsonl file with question, passages (a list) and answer on each line.
     expand : float
-        p, the share of chunks that stay text, drawn at random.
+        p, the fraction of chunks that stay text, drawn at random.
     held_out : float
-        Share of the questions that are held out for evaluation: the last ones.
+        Fraction of the questions that are held out for evaluation: the last ones.
     """
 
     objective: ClassVar[str] = "answers"
@@ -217,7 +217,7 @@ class FinetuneOptions(StageOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutOptions(Options):
-    """Options of the policy's training; the paper states none of these numbers.
+    """Options of the policy's training. The paper doesn't state any of these numbers.
 
     Attributes
     ----------
@@ -228,7 +228,7 @@ class RolloutOptions(Options):
     rollouts : int
         G, the number of expansions drawn for each context.
     expand : float
-        p, the share of chunks to expand.
+        p, the fraction of chunks to expand.
     epsilon : float
         How far a pick's probability ratio may differ from 1 before it is clipped.
     updates : int
@@ -266,7 +266,7 @@ class AdapterOptions(Options):
     Attributes
     ----------
     adapter : Path
-        Output folder of the stage that trained the model, or distilled.
+        Output folder of the stage that trained the model, or `distilled`.
     output : Path
         Folder for the result.
     encoder, decoder : str, optional
@@ -296,7 +296,7 @@ class PolicyOptions(RolloutOptions, AdapterOptions):
     checkpoint_every : int
         Steps between checkpoints.
     held_out : float
-        Share of the documents to leave out: those that the earlier stages held out.
+        Fraction of the documents to omit: those that the earlier stages held out.
     precision : {"bf16", "no"}
         Precision of the passes that score rollouts: bf16, or no (the weights' own dtype). The policy is float32.
     """
@@ -356,7 +356,7 @@ class PerplexityOptions(Conditions, AdapterOptions):
     samples : int
         Contexts per domain.
     held_out : float
-        Share of the documents to measure: training's held_out for a domain that was trained on, else 1.
+        Fraction of the documents to measure: training's held_out for a domain that was trained on, else 1.
     untrained : bool
         Also measure the decoder as it was before training.
     precision : {"bf16", "no"}

@@ -1,4 +1,4 @@
-"""The paper's table of perplexities of the text after a context: with the full context, without it, or compressed."""
+"""The paper's table of perplexities of the text after a context, which is given in full, compressed or not at all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from refrag import deprecated
 from refrag.bundle import ModelBundle
 from refrag.data.documents import Documents, prefix_ids
 from refrag.model.inputs import Chunk
@@ -27,7 +28,7 @@ _SEED = 1_009_2025
 
 
 def share_for_rate(rate: float, k: int) -> float:
-    """Return p, the share of chunks to expand for an effective compression rate: k / (1 - p + k p) = rate (A.1).
+    """Return p, the fraction of chunks to expand for an effective compression rate: k / (1 - p + k p) = rate (A.1).
 
     Examples
     --------
@@ -40,7 +41,7 @@ def share_for_rate(rate: float, k: int) -> float:
 
 
 def value_kept(scores: Mapping[str, float], condition: str) -> float:
-    """Return the share of the context's value that a condition keeps (footnote 2): 0 without context, 1 in full."""
+    """Return the fraction of the context's value that a condition keeps (footnote 2): 0 without context, 1 in full."""
     return (scores[NONE] - scores[condition]) / (scores[NONE] - scores[FULL])
 
 
@@ -69,8 +70,8 @@ def measure(
     policy : ExpansionPolicy, optional
         Required for the selector "policy".
     base : RefragForCausalLM, optional
-        The decoder before training. It is measured in the conditions without chunks too, marked "(untrained)": a
-        decoder that learnt to read slots also learnt from the text, which would flatter the comparison.
+        The decoder before training. It is also measured in the conditions without chunks, marked "(untrained)":
+        learning to read slots also teaches a decoder the kind of text, which would flatter the comparison.
     track : callable
         Wraps the sample indices to show progress.
 
@@ -84,7 +85,7 @@ def measure(
     if context % k:
         raise ValueError(f"context: got {context}, needs a multiple of k = {k}")
     if "policy" in conditions.selectors and policy is None:
-        raise ValueError("selectors: got policy, needs an adapter that holds one")
+        raise ValueError("selectors: got policy, needs an adapter that has one")
     windows = documents.windows(context + conditions.output_tokens)
     prefix = prefix_ids(parts.tokenizer)
     scores: dict[str, list[float]] = {}
@@ -126,7 +127,7 @@ def measure(
 
 
 def summary(scores: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Return a row for each condition: mean log-perplexity, standard error, and share of the context's value kept.
+    """Return a row for each condition: mean log-perplexity, standard error, and fraction of the context's value kept.
 
     ``standard_error`` is that of the difference from the full context, paired by sample.
     """
@@ -161,8 +162,9 @@ def markdown(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@deprecated.renamed_keyword("output", "folder")
 def write_tables(
-    output: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
     tables: Mapping[str, Sequence[Mapping[str, Any]]],
     settings: Mapping[str, Any],
 ) -> list[Path]:
@@ -172,7 +174,7 @@ def write_tables(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    root = Path(output)
+    root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
     files = [root / "perplexity.md", root / "perplexity.json", root / "perplexity.png"]
     files[0].write_text(markdown(tables))
@@ -184,7 +186,7 @@ def write_tables(
         axes.barh(places, [100 * row["value_kept"] for row in rows], height, label=domain)
     axes.set_yticks(range(len(rows)), [row["condition"] for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("share of the context's value kept, %")
+    axes.set_xlabel("fraction of the context's value kept, %")
     axes.legend()
     figure.tight_layout()
     figure.savefig(files[2], dpi=130)

@@ -42,7 +42,7 @@ def run_policy_stage(parts: ModelBundle, options: PolicyOptions, documents: Docu
     Raises
     ------
     ValueError
-        If the folder holds a checkpoint made with other options.
+        If the folder contains a checkpoint of a run with other options.
     """
     model = parts.model.eval().requires_grad_(False)
     context = options.chunks * parts.k
@@ -58,7 +58,7 @@ def run_policy_stage(parts: ModelBundle, options: PolicyOptions, documents: Docu
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         if state["signature"] != signature:
-            raise ValueError(f"{checkpoint}: was made with {state['signature']}, this run has {signature}")
+            raise ValueError(f"{checkpoint}: was written with {state['signature']}, this run has {signature}")
         policy.load_state_dict(state["policy"])
         optimizer.load_state_dict(state["optimizer"])
         entries = state["log"]

@@ -88,7 +88,7 @@ def chunks_of(
         end = end_of_chunk(places, first, k)
         pieces.append(tuple(token_ids[first:end]))
         first = end
-    # Decode each chunk after the previous one: on its own, some tokenizers would drop its leading space.
+    # Decode each chunk together with the previous one: some tokenizers drop the leading space of a text.
     befores = [(), *pieces[:-1]]
     runs = [list(run) for run in [*befores, *map(operator.add, befores, pieces)]]
     texts = tokenizer.batch_decode(runs, clean_up_tokenization_spaces=False)
@@ -119,8 +119,7 @@ def next_paragraph(
 ) -> Sample:
     """Return a continuation sample: write the tokens after ``context`` tokens, given as chunks (REFRAG, 3.1).
 
-    The context ends with a whole character, a few tokens earlier if necessary; the output has the same length either
-    way.
+    The context ends with a whole character, a few tokens earlier if necessary; the output always has the same length.
     """
     output = len(token_ids) - context
     # Cut a character that has more tokens than the window: the output needs at least one token.
@@ -130,7 +129,7 @@ def next_paragraph(
 
 
 def random_picks(chunks: int, expand: float, seed: int, index: int) -> frozenset[int]:
-    """Pick a share ``expand`` of the chunks at random, rounded; ``seed`` and ``index`` determine which."""
+    """Pick a fraction ``expand`` of the chunks at random, rounded; ``seed`` and ``index`` determine which."""
     return frozenset(random.Random(f"{seed}/{index}").sample(range(chunks), round(expand * chunks)))
 
 
@@ -186,7 +185,7 @@ def next_paragraph_sampler(
     output_tokens : int
         o, the number of tokens to write.
     expand : float
-        p, the share of chunks to expand to text, drawn at random (REFRAG, A.1: 0.1 before the policy is trained).
+        p, the fraction of chunks to expand to text, drawn at random (REFRAG, A.1: 0.1 before the policy is trained).
     """
 
     def sample(index: int) -> Sample:
@@ -212,12 +211,12 @@ def answer_sampler(
     seed : int
         Seed of the order, which is a new permutation in every epoch.
     expand : float
-        Share of chunks to expand to text, drawn at random.
+        Fraction of chunks to expand to text, drawn at random.
 
     Raises
     ------
     ValueError
-        If there are no questions, or one lacks a field.
+        If there are no questions, or a question lacks a field.
     """
     if not questions:
         raise ValueError("questions: got none, needs one or more")

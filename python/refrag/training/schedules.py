@@ -42,7 +42,7 @@ _ROWS: dict[int, tuple[int, float]] = {
 
 
 def scaled_table(samples: int, *, max_chunks: int = 256) -> dict[int, tuple[int, ...]]:
-    """Scale the curriculum to a number of samples by the paper's rule: each row is a geometric sequence.
+    """Scale the curriculum to a number of samples with the paper's rule: each row is a geometric sequence.
 
     A row with nominal sum N and ratio r has ``N (r - 1) / (r^9 - 1) r^i`` samples in stage i = 0..8, rounded; N keeps
     its share of the total. As in the paper, rounding makes the sum differ from ``samples`` by a few.
@@ -52,7 +52,7 @@ def scaled_table(samples: int, *, max_chunks: int = 256) -> dict[int, tuple[int,
     samples : int
         Total number of samples, 1 or more. The paper has 42,000.
     max_chunks : int
-        Omit rows with more chunks than this; the other rows take their share.
+        Omit rows with more chunks than this; the other rows grow accordingly.
 
     Returns
     -------
@@ -62,7 +62,7 @@ def scaled_table(samples: int, *, max_chunks: int = 256) -> dict[int, tuple[int,
     Raises
     ------
     ValueError
-        If ``samples`` or ``max_chunks`` is below 1, or so few samples round to none at all.
+        If ``samples`` or ``max_chunks`` is below 1, or ``samples`` is so small that all rows round to 0.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The stages of the training recipe, each from its options to a trained adapter."""
+"""Runs a stage of the training recipe, from its options to a trained adapter."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def run_stage(
     # A checkpoint's signature has the parts' names as keys.
     trained = {"encoder": options.train_encoder, "decoder": options.train_decoder, "rank": options.rank}
 
-    def counted(index: int) -> Sample:  # batches are cut by the samples' number of rows, which depends on latents
+    def counted(index: int) -> Sample:  # the number of rows, which determines the batches, depends on latents
         return dataclasses.replace(sampler(index), latents=latents)
 
     trainer = Trainer(
@@ -136,7 +136,7 @@ def _schedule(options: TextOptions) -> Callable[[int], int]:
 
 @torch.no_grad()
 def load_trained(model: RefragForCausalLM, start: str | os.PathLike[str]) -> None:
-    """Load an earlier stage: into parameters that are trained here too, otherwise merged into the weights.
+    """Load an earlier stage: into the parameters that this stage trains as well, or else merged into the weights.
 
     Raises
     ------

@@ -21,7 +21,7 @@ import numpy as np
 from refrag.file_modes import write_whole
 
 _FORMAT = "refrag tokens 1"
-_LIMIT = 1 << 20  # maximum bytes of a header, most of which the list of sources takes
+_LIMIT = 1 << 20  # maximum bytes of a header; most of it is the list of sources
 # Tokens are pairs of bytes: literals and positions depend on the lowest bit of the position (lp, pb = 1).
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 1 << 26, "lc": 3, "lp": 1, "pb": 1}]
 # Byte-level tokenizers map the bytes 0x80 to 0xBF, which continue a character in UTF-8, to themselves if they are
@@ -30,7 +30,7 @@ _CONTINUING = frozenset({chr(byte) for byte in range(0xA1, 0xC0) if byte != 0xAD
 
 
 class TokenFileError(ValueError):
-    """A file is not a token file, is damaged, or must not be used in this way; the message names it."""
+    """Raised if a file is not a token file, is damaged, or must not be used in this way; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, TokenFileError):
             raise
-        raise TokenFileError(f"{path}: is no token file") from None
+        raise TokenFileError(f"{path}: is not a token file") from None
     return header
 
 
@@ -248,7 +248,7 @@ def _read_arrays(path: Path, header: dict[str, Any]) -> tuple[np.ndarray, np.nda
             raise TokenFileError(f"{path}: is damaged ({error})") from None
     count, documents = header["tokens"], header["documents"]
     if len(arrays) != 2 * count + 6 * documents or hashlib.sha256(arrays).hexdigest() != header["sha256"]:
-        raise TokenFileError(f"{path}: is damaged (its content has another hash than its header says)")
+        raise TokenFileError(f"{path}: is damaged (the hash in its header doesn't match its content)")
     tokens = np.frombuffer(arrays, "<u2", count)
     lengths = np.frombuffer(arrays, "<u4", documents, 2 * count)
     return tokens, lengths, np.frombuffer(arrays, "<u2", documents, 2 * count + 4 * documents)

@@ -1,4 +1,4 @@
-"""The training loop: devices and precision from Accelerate, checkpoints to resume interrupted runs, and a log."""
+"""The training loop, with Accelerate for devices and precision, checkpoints to resume runs, and a log."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from refrag.training.options import LoopOptions
 from refrag.training.passes import cut_passes, make_passes
 from refrag.training.samples import Sample, Sampler
 
-# Full trained parameters by the model's own names, however Accelerate wraps or shards the model.
+# Full (unsharded) trained parameters under the model's own names, regardless of how Accelerate wraps the model.
 _FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 Collate = Callable[[Sequence[Sample]], tuple[MixedPrompt, torch.Tensor]]
 
 
 class TrainingError(RuntimeError):
-    """Training can't continue; the message says why, and which checkpoint was kept."""
+    """Raised if training can't continue; the message states the reason and which checkpoint was kept."""
 
 
 class Trainer:
@@ -53,7 +53,7 @@ class Trainer:
         Samples -> a packed prompt and its labels.
     options : LoopOptions
     output : path
-        Folder of ``log.jsonl``, ``options.toml`` and ``checkpoints/``. If it holds an interrupted run, the trainer
+        Folder of ``log.jsonl``, ``options.toml`` and ``checkpoints/``. If it contains an interrupted run, the trainer
         resumes it.
     evaluate : callable, optional
         Model -> metrics by name, for the log.
@@ -113,8 +113,8 @@ class Trainer:
         Raises
         ------
         TrainingError
-            If the loss is not finite; the last checkpoint is kept, and the message names the step and its samples. Or
-            if the folder holds checkpoints of another run.
+            If the loss is not finite (the last checkpoint is kept, and the message names the step and its samples), or
+            if the folder contains checkpoints of another run.
         """
         set_seed(self.options.seed)
         self._resume()
@@ -161,7 +161,7 @@ class Trainer:
         self.model.train()
         for number, part in enumerate(passes):
             prompt, labels = self.collate(part or passes[0][:1])
-            if not part:  # an empty pass keeps processes in step: no token counts in its loss
+            if not part:  # an empty pass, whose loss counts no token, keeps processes in lockstep
                 labels = labels.fill_(-100)
             # Synchronize gradients once per step, in the last pass.
             last = number == len(passes) - 1
@@ -170,7 +170,7 @@ class Trainer:
                     prompt=prompt.to(accelerator.device), labels=labels.to(accelerator.device),
                     num_items_in_batch=targets, use_cache=False,
                 )  # fmt: skip
-                # Undo the average that DDP takes: each process's loss is a share of the sum.
+                # DDP averages gradients, but each process's loss is a part of the sum: undo the average.
                 accelerator.backward(output.loss * world)
             total += output.loss.detach().float()
             del output
@@ -180,8 +180,8 @@ class Trainer:
                 f"loss: got {loss} in step {self.step + 1}, samples {first} to {first + self.options.batch_size - 1}; "
                 f"the newest checkpoint is {self._newest_checkpoint() or 'none'}"
             )
-        # One call over all parameter groups, since Accelerate unscales float16 gradients in it; and the parameters of
-        # the wrapped model, since it compares them with those of sharded models.
+        # Call this once for all parameter groups, because Accelerate unscales float16 gradients here; and with the
+        # wrapped model's parameters, because Accelerate compares them with those of sharded models.
         accelerator.clip_grad_norm_(self.model.parameters(), self.options.max_grad_norm)
         self.optimizer.step()
         self.schedule.step()
@@ -211,7 +211,7 @@ class Trainer:
     # A checkpoint's folder is written under a temporary name and renamed once it is complete.
 
     def _save(self) -> None:
-        # All processes take part: sharded parameters are gathered to the main process.
+        # All processes must call this: sharded parameters are gathered to the main process.
         trained, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=_FULL_STATE)
         generators = generator_states(self.accelerator)
         if not self.accelerator.is_main_process:
@@ -245,13 +245,13 @@ class Trainer:
             log.unlink(missing_ok=True)
             return
         written = json.loads((checkpoint / "signature.json").read_text())
-        # Settings that are newer than the checkpoint had their defaults.
+        # Settings that were added after the checkpoint was written had their defaults.
         written["settings"] = json.loads(json.dumps(_settings(LoopOptions()))) | written["settings"]
         wanted = json.loads(json.dumps(self.signature))
         for name in sorted(written.keys() | wanted.keys()):
             if written.get(name) != wanted.get(name):
                 raise TrainingError(
-                    f"{checkpoint}: was made with {name} = {written.get(name)}, this run has {wanted.get(name)}; "
+                    f"{checkpoint}: was written with {name} = {written.get(name)}, this run has {wanted.get(name)}; "
                     "use another folder, or the same settings"
                 )
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)

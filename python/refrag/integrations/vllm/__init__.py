@@ -1,4 +1,4 @@
-"""The vLLM plugin, with which vLLM serves a RefragForCausalLM and accepts passages as a modality.
+"""The vLLM plugin, which lets vLLM serve a RefragForCausalLM and accept passages as a modality.
 
 vLLM finds ``register`` through the entry point ``vllm.general_plugins`` in every process that it starts.
 
@@ -16,7 +16,7 @@ MODE = "refrag"  # mode of the tokenizer and the renderer: `vllm serve ... --tok
 
 
 def register() -> None:
-    """Register the model, its tokenizer and its renderer with vLLM; repeated calls are harmless."""
+    """Register the model, its tokenizer and its renderer with vLLM. It may be called several times."""
     from vllm import ModelRegistry
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry

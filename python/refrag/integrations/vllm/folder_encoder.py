@@ -29,7 +29,7 @@ def empty_encoder(config: RefragConfig) -> PreTrainedModel:
 
 
 class FolderEncoder:
-    """Replaces a RefragForCausalLM in ``TextEmbedder``.
+    """The encoder of a saved model, used by ``TextEmbedder`` in place of the whole RefragForCausalLM.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class FolderEncoder:
     Raises
     ------
     ValueError
-        If the folder has no weights of an encoder.
+        If the folder has no encoder weights.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -50,7 +50,7 @@ class FolderEncoder:
                 own = [name for name in tensors.keys() if name.startswith(_PREFIX)]
                 weights |= {name.removeprefix(_PREFIX): tensors.get_tensor(name) for name in own}
         if not weights:
-            raise ValueError(f"model: {folder} holds no encoder in safetensors files, needs one to compare texts")
+            raise ValueError(f"model: {folder} has no encoder in safetensors files, needs one to compare texts")
         dtype = next(iter(weights.values())).dtype
         self.encoder = empty_encoder(self.config).to(dtype=dtype)  # type: ignore[call-arg]  # as in token_encoder
         self.encoder.load_state_dict(

@@ -62,5 +62,5 @@ def _text(part: Any, message: int) -> str:
     text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
     if not isinstance(text, str):
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        raise ValueError(f"message {message}: got a part {kind!r} beside passages, needs text")
+        raise ValueError(f"message {message}: got a part {kind!r} next to passages, needs text")
     return text

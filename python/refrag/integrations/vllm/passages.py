@@ -1,4 +1,4 @@
-"""Parse and validate the passages of a request. Works without vLLM."""
+"""Parses and validates the passages of a request. Works without vLLM."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def parse_passage(item: Any, index: int, width: int, *, takes_embeds: bool = Tru
     Raises
     ------
     ValueError
-        If it is anything else. The message names the passage.
+        If the item is anything else. The message names the passage.
 
     Examples
     --------
@@ -94,7 +94,7 @@ def _decoded(text: str, name: str) -> torch.Tensor:
     try:
         loaded = torch.load(io.BytesIO(base64.b64decode(text, validate=True)), map_location="cpu", weights_only=True)
     except binascii.Error as error:
-        raise ValueError(f"{name}: embeds: is no base64 ({error})") from None
+        raise ValueError(f"{name}: embeds: is not base64 ({error})") from None
     except (
         RuntimeError,
         pickle.UnpicklingError,
@@ -105,7 +105,7 @@ def _decoded(text: str, name: str) -> torch.Tensor:
         AttributeError,
     ) as error:
         # Damaged files raise many types of errors, and their messages may repeat the sender's bytes.
-        raise ValueError(f"{name}: embeds: is no tensor written by torch.save ({type(error).__name__})") from None
+        raise ValueError(f"{name}: embeds: is not a tensor written by torch.save ({type(error).__name__})") from None
     # With a stride of 0, a few bytes can describe a tensor of any size.
     if isinstance(loaded, torch.Tensor) and loaded.layout == torch.strided and not loaded.is_contiguous():
         raise ValueError(f"{name}: embeds: got strides {list(loaded.stride())}, needs a contiguous tensor")
@@ -121,5 +121,5 @@ def _checked(embeds: Any, name: str, width: int) -> torch.Tensor:
         raise ValueError(f"{name}: embeds: got shape {list(embeds.shape)}, needs [chunks, {width}]")
     # A NaN would stay in the prefix cache and reach other requests.
     if not embeds.isfinite().all():
-        raise ValueError(f"{name}: embeds: holds values that aren't finite")
+        raise ValueError(f"{name}: embeds: has values that aren't finite")
     return embeds.detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""Convert a request's passages to vLLM's multimodal inputs, one item per passage."""
+"""Converts a request's passages to vLLM's multimodal inputs, one item per passage."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class PassageItems(ProcessorBatchItems[Any]):
         super().__init__(passages, MODALITY)
 
     def get_item_for_hash(self, index: int) -> object:
-        # The prefix cache identifies blocks by this, so it must include everything that the passage's rows depend on.
+        # The prefix cache identifies blocks by this value, so it must include everything that the rows depend on.
         return self.data[index].content()
 
 
@@ -183,12 +183,12 @@ class PassageProcessor(BaseMultiModalProcessor[PassageInfo]):
 
     def __init__(self, info: PassageInfo, dummy_inputs: DummyPassages) -> None:
         super().__init__(info, dummy_inputs)
-        _ = info.store  # raise errors of the store now, not at a request
+        _ = info.store  # raise the store's errors now rather than at the first request
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
-        # Selecting chunks takes all passages into account, so it happens before vLLM caches passages one by one. From
-        # here on the selection is part of the items, so the options are dropped, and so are the caller's uuids, which
-        # don't identify the selection.
+        # Selecting chunks takes all passages into account, so it happens before vLLM caches passages one by one. The
+        # items contain the selection from here on. Drop the options, which aren't needed anymore, and the caller's
+        # uuids, which don't identify the selection.
         items = inputs.mm_data_items.get(MODALITY)
         if not items:
             return super().apply(inputs, timing_ctx)

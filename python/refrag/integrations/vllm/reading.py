@@ -1,4 +1,4 @@
-"""The passages of a request as the decoder reads them: which rows are text, and the encoder's input for the slots.
+"""Converts a request's passages to what the decoder reads: which rows are text, and the encoder's input for slots.
 
 Works without vLLM.
 """
@@ -46,7 +46,7 @@ class ReadPassage:
     encoder_ids : Tensor, int64 [R]
         The encoder's input tokens, chunk by chunk; empty if the embeddings are known.
     encoder_lengths : Tensor, int64 [N]
-        Number of encoder tokens of each chunk to encode: of the compressed chunks, or with windows of all.
+        Number of encoder tokens of each chunk to encode: the compressed chunks, or, with windows, all chunks.
     encoder_windows : Tensor, int64 [N]
         Window of each of these chunks; those of one window are encoded together.
     encoder_slots : Tensor, uint8 [N]
@@ -101,10 +101,10 @@ def read_passages(
     width : int
         d_enc.
     options : dict, optional
-        The request's options, as for ``RefragProcessor.__call__``: "expand" (a share, or a list of passage ids and of
+        The request's options, as for ``RefragProcessor.__call__``: "expand" (a fraction, or a list of passage ids and
         chunk numbers, counted over the whole request), "expand_count", "selector" (nothing, everything, random, cosine,
-        threshold), "question" for cosine and threshold, "threshold", "seed" for random. Chunks without text, of which
-        only the embeddings are given, always stay slots and are not passed to selectors.
+        threshold), "question" for cosine and threshold, "threshold", "seed" for random. Chunks without text, for which
+        only embeddings are given, always stay slots and are not passed to selectors.
     store : ChunkStore, optional
         Provides passages without text by their id, and embeddings of passages with text.
     embedder : callable, optional
@@ -130,7 +130,7 @@ def read_passages(
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     if "chooser" in options:
         if "selector" in options:
-            raise ValueError("chooser: got it beside selector, which replaces it; pass selector alone")
+            raise ValueError("chooser: got it together with selector, which replaces it; pass selector alone")
         deprecated.warn_renamed_key("chooser", "selector")
         options = {"selector" if option == "chooser" else option: value for option, value in options.items()}
     for option, value in options.items():
@@ -142,14 +142,14 @@ def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {option: value for option, value in options.items() if value is not None}
     names = chosen.get("expand")
     if isinstance(names, (list, tuple)) and not all(type(name) in (int, str) for name in names):
-        raise ValueError("expand: got a list of other things, needs chunk numbers and passage ids")
+        raise ValueError("expand: got a list with other items, needs chunk numbers and passage ids")
     if chosen.get("selector", "nothing") not in _SELECTORS:
         raise ValueError(
             f"selector: got {chosen['selector']!r}, needs one of {', '.join(_SELECTORS)}, "
             "or expand with a list of chunks"
         )
     if chosen.get("selector") in ("cosine", "threshold") and "question" not in chosen:
-        raise ValueError(f"question: got None, the selector {chosen['selector']!r} needs it")
+        raise ValueError(f"question: got None, but the selector {chosen['selector']!r} needs it")
     return chosen
 
 
@@ -170,7 +170,7 @@ def _cut(passage: GivenPassage, index: int, processor: RefragProcessor, store: C
 
 
 def _holds(store: ChunkStore, passage: Passage) -> bool:
-    # Look for passages that another process has added only if one is missing.
+    # Look for passages that other processes have added, but only if one is missing.
     return passage in store or (not passage.text and bool(store.refresh()) and passage in store)
 
 
@@ -189,11 +189,11 @@ def _expanded(
     expand, name = options.get("expand"), options.get("selector")
     if isinstance(expand, (list, tuple)):
         if name is not None:
-            raise ValueError(f"selector: got {name!r} beside a list of chunks to expand, needs one of the two")
+            raise ValueError(f"selector: got {name!r} with a list of chunks to expand, needs one of the two")
         expanded = expanded_chunks([chunks], [""], expand, options.get("expand_count"), None)
         bare = sorted(chunk for chunk in expanded if not chunks[chunk].token_ids)
         if bare:
-            raise ValueError(f"expand: got chunk {bare[0]}, which is given by its embedding alone, needs one with text")
+            raise ValueError(f"expand: got chunk {bare[0]}, which has an embedding but no text, needs one with text")
         return expanded
     with_text = [number for number, chunk in enumerate(chunks) if chunk.token_ids]
     selector = embed = embeds = None

@@ -13,7 +13,7 @@ from refrag.integrations.vllm.passages import MARK, MODALITY
 
 
 class RefragRenderer(HfRenderer):
-    """vLLM's renderer, which gets messages with marks instead of passages."""
+    """vLLM's renderer, which receives messages with marks in place of passages."""
 
     def render_messages(self, messages: list[Any], params: Any) -> tuple[list[Any], Any]:
         plain, passages = take_passages(messages)
@@ -27,7 +27,7 @@ class RefragRenderer(HfRenderer):
 
     def validate_token_ids(self, token_ids: Sequence[int], *, parameter: str | None = None) -> None:
         # vLLM calls this on the decoder's final input. The mark's id is beyond the decoder's vocabulary, so a mark that
-        # no passage has replaced would index past the end of its embedding table.
+        # hasn't been replaced by a passage would index past the end of the embedding table.
         if self.tokenizer is not None and self.tokenizer.convert_tokens_to_ids(MARK) in token_ids:
             # For other errors raised this late, the server responds with HTTP 500.
             raise VLLMValidationError(

@@ -29,7 +29,7 @@ class RefragTokenizer:
         own = Path(folder) / "decoder_tokenizer"
         if not own.is_dir():
             raise ValueError(
-                f"tokenizer: got {str(folder)!r}, needs a folder into which RefragProcessor.save_pretrained wrote"
+                f"tokenizer: got {str(folder)!r}, needs a folder that RefragProcessor.save_pretrained wrote"
             )
         tokenizer = AutoTokenizer.from_pretrained(own, *args, **kwargs)
         tokenizer.add_tokens([AddedToken(MARK, special=True, normalized=False)], special_tokens=True)

@@ -1,4 +1,4 @@
-"""Distillation: a decoder that reads the text teaches the model to predict the same from slots."""
+"""Distillation: the model learns to predict from slots what the decoder predicts from the full text."""
 
 from refrag.training.distill.options import DistillOptions
 

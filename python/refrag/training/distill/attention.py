@@ -45,7 +45,7 @@ class GroupedPlans(AttentionPlans):
         start = 0
         for count, each in groups:
             own = used[start : (start := start + count)]
-            whole = int((own == each).cumprod().sum())  # padded sequences come last: only they need a mask
+            whole = int((own == each).cumprod().sum())  # padded sequences come last, and only they need a mask
             if whole:
                 self.groups.append((whole, each))
                 self.masks.append(None)

@@ -1,4 +1,4 @@
-"""Distillation batches: fixed shapes, drawn from token files, and prefetched by a thread."""
+"""Distillation batches of fixed shapes, drawn from token files and prefetched by a thread."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class TokenWindows:
         whole = count - int(uneven.sum())
         if whole < count:
             ends[uneven] = self._ends(starts[uneven], chunks, k)
-            last = uneven.argsort(kind="stable")  # GroupedPlans wants padded runs last
+            last = uneven.argsort(kind="stable")  # GroupedPlans expects padded runs last
             starts, ends = starts[last], ends[last]
         places = np.arange(chunks * k + after)
         tokens = self.tokens[starts[:, None] + places].astype(np.int32)
@@ -124,7 +124,7 @@ class TokenWindows:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The number of samples in a batch and their lengths. Batches of one shape share plans and row numbers.
+    """The number of samples in a batch and their lengths. Batches of the same shape share plans and row numbers.
 
     Attributes
     ----------
@@ -163,7 +163,7 @@ class Shape:
 
 
 def step_shape(options: DistillOptions, context: int, chunks: int, reconstruction: float) -> Shape:
-    """Return a step's shape, in which ``reconstruction`` is the share of context tokens that are reconstructed."""
+    """Return a step's shape, in which ``reconstruction`` is the fraction of context tokens that are reconstructed."""
     chunks = min(chunks, context // options.k)
     samples = options.step_tokens / (context + (1 - reconstruction) * options.output_tokens)
     continuations = max(1, round((1 - reconstruction) * samples))
@@ -174,13 +174,13 @@ def step_shape(options: DistillOptions, context: int, chunks: int, reconstructio
 
 
 class Rows:
-    """The attention plans and positions that batches of one shape share, on a device.
+    """The attention plans and positions that batches of the same shape share, on a device.
 
     Attributes
     ----------
     encoder, teacher, student : Packed
-        Rows for runs whose chunks all have k tokens. With shorter chunks, the causal teacher and student can use them
-        as well, since no row attends to the padding after it; for the encoder, such a batch has its own.
+        Rows for runs whose chunks all have k tokens. For shorter chunks, the causal teacher and student can use them
+        as well, since no row attends to the padding after it; such a batch has plans of its own for the encoder.
     """
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
@@ -357,7 +357,7 @@ def batch_at(
 
 
 def reconstruction_share(options: DistillOptions, progress: float) -> float:
-    """Return the share of reconstruction, which falls in three steps over the first third of a run."""
+    """Return the fraction of reconstruction, which falls in three steps over the first third of a run."""
     level = min(3, int(progress * 9)) / 3
     return options.first_reconstruction + level * (options.reconstruction - options.first_reconstruction)
 
@@ -399,7 +399,7 @@ class Prefetcher:
         """Stop the thread."""
         self._stop.set()
         while self._thread.is_alive():
-            try:  # make room: the thread may be waiting for it
+            try:  # make room, because the thread may be waiting to add a batch
                 self._queue.get(timeout=0.05)
             except queue.Empty:
                 pass
@@ -411,7 +411,7 @@ class Prefetcher:
                 return
             try:
                 made: Any = make(index)
-            except BaseException as error:  # handed to the loop, which raises it
+            except BaseException as error:  # raised again in the loop's thread
                 made = error
             self._queue.put(made)
             if isinstance(made, BaseException):

@@ -1,4 +1,4 @@
-"""Files that a run writes: the adapter, replaced atomically, optionally also in pieces, and the optimizer's state."""
+"""The files that a run writes: the adapter, optionally also in pieces, and the optimizer's state, all atomically."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Writer:
     folder : Path
         Folder of ``adapter.safetensors`` and ``state.pt``.
     pieces : Path, optional
-        Folder of ``adapter-STEP`` folders with the adapter in pieces and a SHA256SUMS file; only the newest is kept.
+        Folder of ``adapter-STEP`` folders with the adapter in pieces and a SHA256SUMS file. Only the newest is kept.
     piece_bytes : int
         Maximum size of a piece.
     """
@@ -84,7 +84,7 @@ class Writer:
                 part = self._folder / f"{_STATE}.part"
                 torch.save(dict(state), part)
                 os.replace(part, self._folder / _STATE)
-        except BaseException as error:  # raised by wait(), in the loop's thread
+        except BaseException as error:  # raised again by wait(), in the loop's thread
             self._error = error
 
 

@@ -1,4 +1,4 @@
-"""Evaluation during a run: the share of the context's value that slots keep, and how much text they reproduce."""
+"""Evaluation during a run: the fraction of the context's value that slots keep, and how much text they reproduce."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _SAMPLES_PER_PASS = 64
 class Evaluator:
     """Evaluates a run on held-out domains, always on the same samples.
 
-    Both ends of the scale, no context and full context, are measured with the original decoder and with the trained
-    one: a decoder that learns to read slots also learns from the text, and one that got worse at reading the full
-    context would seem to keep more of its value.
+    Both ends of the scale, no context and full context, are measured with the original decoder as well as the trained
+    one. With the trained one alone the scale would be misleading: the decoder also learns from the text, and if it got
+    worse at reading the full context, slots would seem to keep more of its value.
 
     Parameters
     ----------
@@ -61,8 +61,8 @@ class Evaluator:
         dict
             For each domain the losses ``compressed``, ``none`` and ``full`` in nats per token, and with ``tuned_ends``
             ``tuned_none``, ``tuned_full`` and ``tuned_last`` (the last s / k tokens as text) of the trained decoder;
-            ``kept``, the share of the context's value that slots keep, and ``tuned_kept``; ``rebuilt`` and
-            ``rebuilt_first``, the share of tokens, and of chunks' first tokens, that the decoder ranks first when it
+            ``kept``, the fraction of the context's value that slots keep, and ``tuned_kept``; ``rebuilt`` and
+            ``rebuilt_first``, the fraction of tokens, and of chunks' first tokens, that the decoder ranks first when it
             reconstructs s tokens; ``single`` and ``single_first``, the same for single chunks.
         """
         figures = {name: self._domain(name, samples, tuned_ends) for name in self._domains}
@@ -120,7 +120,7 @@ class Evaluator:
         return total / (len(drawn.tokens) * o)
 
     def _rebuilt(self, drawn: Windows, chunks: int) -> tuple[float, float]:
-        """Return the share of tokens, and of chunks' first tokens, predicted correctly given the true ones before."""
+        """Return the fraction of tokens, and of chunks' first tokens, predicted correctly given the true prefix."""
         k = self._distillation.options.k
         nothing = Windows.whole(np.zeros((0, k + 1), np.int32), 1, k)
         hits, firsts = [], []

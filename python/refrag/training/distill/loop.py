@@ -1,4 +1,4 @@
-"""The distillation loop. No step waits for the device: logged values are copied asynchronously, steps earlier."""
+"""The distillation loop. No step waits for the device: values to log are copied asynchronously and read steps later."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _NAN_STEPS = 5  # consecutive steps without a finite gradient that end a run
 
 
 class DistillationError(ValueError):
-    """Distillation can't continue; the message says why, and which adapter was kept."""
+    """Raised if distillation can't continue; the message states the reason and which adapter was kept."""
 
 
 def distill(
     options: DistillOptions, listener: Callable[[dict[str, Any]], None] = lambda entry: None
 ) -> list[dict[str, Any]]:
-    """Train the encoder and the projector to turn chunks into slots that the decoder reads; write the adapter.
+    """Train the encoder and the projector to turn chunks into slots that the decoder reads, and write the adapter.
 
     An interrupted run resumes from its ``state.pt`` when it is started again with the same options.
 
@@ -50,12 +50,12 @@ def distill(
     Returns
     -------
     list of dict
-        The log entries since this start; those from before an interruption are only in the file.
+        The log entries of this call; those from before an interruption are only in the file.
 
     Raises
     ------
     DistillationError
-        If the gradient is not finite for several steps in a row, or the folder holds another run. The last adapter
+        If the gradient is not finite for several steps in a row, or the folder contains another run. The last adapter
         is kept.
     ValueError
         If the token files are unusable: documents too short, held-out domains in the training files, or tokens of
@@ -103,7 +103,7 @@ class _Run:
         if state is not None:
             self.optimizer.load(state["optimizer"])
         if self.device.type == "cuda":
-            # A kernel that never returns would use up all of the time: exit, so that a new process can run without it.
+            # A kernel that never returns would use up the time. Exit, so that a new process can run without the kernel.
             faulthandler.dump_traceback_later(_WARM_UP_SECONDS, exit=True)
         warm = self._warm_up()
         began = time.monotonic()
@@ -121,7 +121,7 @@ class _Run:
                     f"minutes: got {options.minutes:.3g}, needs more than {options.minutes - left / 60:.3g}: the time "
                     "that loading, compiling and measuring take here"
                 )
-            # A resumed run gets the time that its first part left, if that is less.
+            # A resumed run gets the time that remained when it was interrupted, if that is less.
             planned = state["seconds"] if state is not None else left
             self.progress.seconds = min(planned, self.progress.before + left)
         self.note("start", device=str(self.device), dtype=str(self.dtype), warm_up_seconds=round(warm, 2),
@@ -179,7 +179,7 @@ class _Run:
         """Run the largest step of each context length once and discard it, to compile kernels and reserve memory.
 
         If a step doesn't fit into memory, halve ``step_tokens`` and try again, so that the loop can't run out later.
-        Returns the seconds that this took.
+        Return the seconds that this took.
         """
         began = time.monotonic()
         wanted = self.options.attention
@@ -230,7 +230,7 @@ class _Run:
                 seconds[name] = (time.monotonic() - began) / 2
             except torch.cuda.OutOfMemoryError:
                 raise
-            except Exception as error:  # a kernel may fail in any way on untested hardware: use the other one then
+            except Exception as error:  # on untested hardware, a kernel may fail in any way: use the other one
                 errors[name] = f"{type(error).__name__}: {error}"[:300]
         if len(seconds) < 2:
             if not seconds:
@@ -282,7 +282,7 @@ class _Run:
         for name, value in state["signature"].items():
             if own[name] != value:
                 raise DistillationError(
-                    f"{options.output}: holds a run with {name} = {value}, this one has {own[name]}; "
+                    f"{options.output}: contains a run with {name} = {value}, this one has {own[name]}; "
                     "use another folder, or the same options"
                 )
         self.step, self.tokens = state["step"], state["tokens"]
@@ -405,15 +405,15 @@ def read_files(options: DistillOptions) -> tuple[TokenWindows, dict[str, TokenWi
     Raises
     ------
     ValueError
-        If a training file holds one of ``HELD_OUT_DOMAINS`` or a document of a held-out file, or if a file was made
-        with another tokenizer than the decoder's. The message names the file or document.
+        If a training file contains one of ``HELD_OUT_DOMAINS`` or a document of a held-out file, or if a file was made
+        with a tokenizer other than the decoder's. The message names the file or document.
     """
     tokenizer = _tokenizer(options.decoder or weights.decoder_folder())
     made_with, inside = tokenizer_hash(tokenizer), tokens_inside_characters(tokenizer)
     tokens, offsets, sources = load_tokens(options.tokens, training=True, tokenizer=made_with)
     for held in HELD_OUT_DOMAINS:
         if held in sources:
-            raise ValueError(f"tokens: document {sources.index(held)} holds {held}, a domain that stays held out")
+            raise ValueError(f"tokens: document {sources.index(held)} is from {held}, which must be held out")
     train = TokenWindows(tokens, offsets, "tokens", inside)
     own = {_digest(train, document) for document in range(len(train.offsets) - 1)}
     domains = {}

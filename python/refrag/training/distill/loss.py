@@ -18,9 +18,9 @@ def distillation_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean loss of n rows, the first m of which have a teacher.
 
-    The loss of a row with a teacher is ``KL(teacher || student) + cross_entropy * CE``, of a row without one ``CE``.
-    Logits are float32 and exist only for one block of rows at a time, once for the student and once for the teacher:
-    the forward pass computes the gradient too, so that no logits are kept.
+    The loss of a row with a teacher is ``KL(teacher || student) + cross_entropy * CE``; that of a row without one is
+    ``CE``. Logits are float32 and exist only for one block of rows at a time, once for the student and once for the
+    teacher: the forward pass also computes the gradient, so no logits are kept.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ class _BlockLoss(torch.autograd.Function):
         rows, taught = hidden.shape[0], teacher.shape[0]
         sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden)
-        # No block mixes rows with a teacher and rows without.
+        # A block has either only rows with a teacher or only rows without one.
         edges = sorted({*range(0, taught, block), *range(taught, rows, block), rows})
         for start, end in zip(edges, edges[1:]):
             wanted = targets[start:end, None].long()
@@ -72,7 +72,7 @@ class _BlockLoss(torch.autograd.Function):
                 theirs = _logits(teacher[start:end], head).log_softmax(1)
                 sums[0] += (theirs - own).mul_(theirs.exp_()).sum()
                 sums[1] += entropy.sum()
-                # theirs now holds the teacher's probabilities; own becomes the gradient.
+                # theirs now contains the teacher's probabilities; own becomes the gradient.
                 own.exp_().mul_(1 + weight).sub_(theirs)
                 own.scatter_add_(1, wanted, torch.full_like(entropy, -weight))
             else:

@@ -1,4 +1,4 @@
-"""Linear layers with a trained low-rank update in float32, beside the frozen weight in its own dtype."""
+"""Linear layers with a frozen weight in its own dtype and a trained low-rank update in float32."""
 
 from __future__ import annotations
 

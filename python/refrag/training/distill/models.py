@@ -66,7 +66,7 @@ class Distillation:
         self.model.requires_grad_(False).train()
         self.model.to(device)  # type: ignore[call-arg, arg-type]  # transformers' decorator keeps self for mypy
         for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(dtype)  # not the buffers: rotary frequencies need float32
+            parameter.data = parameter.data.to(dtype)  # but not the buffers: rotary frequencies need float32
         self.teacher: Any = copy.deepcopy(decoder.base_model)
         add_low_rank(self.model.encoder, options.encoder_rank, _LINEARS)
         add_low_rank(self.model.decoder, options.decoder_rank, _LINEARS)
@@ -145,7 +145,7 @@ class Distillation:
             return chunks.flatten(1) if concat else chunks.mean(1)
         starts, lengths = batch.chunk_starts[:, None], batch.chunk_lengths[:, None]
         places = torch.arange(self.options.k, device=states.device)
-        if concat:  # the states of a shorter chunk repeat, so that there are k
+        if concat:  # repeat the states of a shorter chunk, so that there are k
             return states[starts + places * lengths // self.options.k].flatten(1)
         kept = (places < lengths)[..., None]
         return states[starts + places.minimum(lengths - 1)].mul(kept).sum(1) / lengths.to(states.dtype)

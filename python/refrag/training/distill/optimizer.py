@@ -1,4 +1,4 @@
-"""AdamW over a few flat tensors, learning rates that follow a run's progress, and steps that skip NaN gradients."""
+"""AdamW on a few flat tensors that skips steps with NaN gradients, and learning rates that follow a run's progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FlatAdamW:
     """AdamW on one flat tensor per group, so that a step takes a handful of kernel launches.
 
     Parameters and their gradients become views of the flat tensors. A step whose gradient isn't finite leaves the
-    weights unchanged; it is counted on the device, so that the host needn't wait.
+    weights unchanged. Such steps are counted on the device, so that the host doesn't wait.
 
     Parameters
     ----------
@@ -160,7 +160,7 @@ class Progress:
         return self.before + (0.0 if self._began is None else time.monotonic() - self._began)
 
     def at(self, step: int) -> float:
-        """Return the share of the run before step number ``step``."""
+        """Return the fraction of the run before step number ``step``."""
         if self.steps is not None:
             return min(1.0, step / self.steps)
         return min(1.0, self.elapsed / max(1e-9, self.seconds or 0.0))

@@ -15,7 +15,7 @@ HELD_OUT_DOMAINS = ("debian-handbook", "postgresql-doc", "perl-doc", "git-doc", 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillOptions(Options):
-    """Options of a distillation run; the defaults suit a seven-minute run on one H100.
+    """Options of a distillation run. The defaults suit a seven-minute run on one H100.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class DistillOptions(Options):
     k : int
         Tokens per chunk.
     encoder_layers, encoder_rank, decoder_rank : int
-        Number of the decoder's first layers that the encoder is made of, and ranks of the low-rank updates.
+        Number of the decoder's first layers that form the encoder, and ranks of the low-rank updates.
     pooling : {"concat", "mean"}
         How the last hidden states of a chunk's tokens are pooled.
     contexts : tuple of int
@@ -44,9 +44,9 @@ class DistillOptions(Options):
     step_tokens : int
         Tokens of all contexts and continuations of a step.
     expanded : float
-        Share of the chunks that are left as text.
+        Fraction of the chunks that are left as text.
     reconstruction, first_reconstruction : float
-        Share of the context tokens that are reconstructed rather than continued: from the end of the first third of
+        Fraction of the context tokens that are reconstructed rather than continued: from the end of the first third of
         the run on, and at its beginning.
     reconstruction_chunks : tuple of int
         Chunks per reconstruction: each step draws one of these.
@@ -76,7 +76,7 @@ class DistillOptions(Options):
     piece_bytes : int
         Maximum size of a piece in bytes.
     keep_state : bool
-        Whether to write the optimizer's state beside the adapter, so that a run can be resumed exactly.
+        Whether to write the optimizer's state next to the adapter, so that a run can be resumed exactly.
     block_rows : int
         Number of rows whose logits are computed at once.
     attention : {"auto", "refrag", "torch", "faster"}
@@ -159,7 +159,7 @@ class DistillOptions(Options):
             raise ValueError(f"reconstruction_chunks: got {self.reconstruction_chunks}, needs numbers of 1 or more")
         both = {path.resolve() for path in self.tokens} & {path.resolve() for path in self.heldout}
         if both:
-            raise ValueError(f"tokens: got {sorted(both)[0]}, which is among the held-out files too")
+            raise ValueError(f"tokens: got {sorted(both)[0]}, which is also among the held-out files")
 
     @property
     def segments(self) -> int:
