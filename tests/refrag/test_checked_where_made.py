@@ -143,7 +143,7 @@ _MODEL = {"adapter": "stage", "output": "out", "data": ("texts",)}
         (EncodeJob, {"store": Path("store"), "k": 0}, "--k: got 0, needs 1 or more"),
         (EncodeJob, {"store": Path("store"), "batch_tokens": 0}, "--batch-tokens: got 0"),
         (EncodeJob, {"store": Path("store"), "encoder_dtype": "int8"}, "--encoder-dtype: got 'int8', needs one of"),
-        (EncodeJob, {"store": Path("store"), "model": Path("nowhere"), "k": 8}, "--k: got 8 beside --model"),
+        (EncodeJob, {"store": Path("store"), "model": Path("nowhere"), "k": 8}, "--k: got 8 with --model"),
         (EncodeJob, {"store": Path("store"), "model": Path("nowhere")}, "--model: nowhere has no config.json"),
     ],
 )
@@ -223,9 +223,9 @@ _PROMPT_OPTIONS = {
     [
         ({"question": " "}, "--question: is empty"),
         ({"k": 0}, "--k: got 0, needs 1 or more"),
-        ({"policy": Path("stage")}, "--policy: got stage, needs --selector policy beside it"),
-        ({"threshold": 0.5}, "--threshold: got 0.5, needs --selector threshold beside it"),
-        ({"ids": ["a"]}, "--id: got a, needs --store beside it"),
+        ({"policy": Path("stage")}, "--policy: got stage, needs --selector policy, too"),
+        ({"threshold": 0.5}, "--threshold: got 0.5, needs --selector threshold, too"),
+        ({"ids": ["a"]}, "--id: got a, needs --store, too"),
         ({"files": []}, "passages: got none, needs files"),
     ],
 )
