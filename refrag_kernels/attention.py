@@ -148,7 +148,7 @@ _attention_received = register_op(
     support=[
         Support("triton", missing="has no attention_received"),
         Support("cuda", missing="has no attention_received"),
-        Support("cpu", missing="has no attention_received"),
+        Support("cpu", binds=True),
         REFERENCE,
     ],
     fake=_fake_received,
