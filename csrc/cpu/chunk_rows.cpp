@@ -9,6 +9,7 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -24,37 +25,37 @@ using torch::stable::Tensor;
 
 constexpr int64_t kChunkGrain = 32;  // chunks per task
 
+constexpr uint32_t kLastRow = std::numeric_limits<uint32_t>::max();
+
 // A number that is larger for a better row: by score, NaN below all others, then by the first row.
 uint64_t rank_of(float score, uint32_t row) {
   const uint32_t bits = std::bit_cast<uint32_t>(score + 0.0f);  // -0 and 0 are equal
   const uint32_t ascending = score != score ? 0 : bits >> 31 ? ~bits : bits | 0x80000000u;
-  return uint64_t{ascending} << 32 | (std::numeric_limits<uint32_t>::max() - row);
+  return uint64_t{ascending} << 32 | (kLastRow - row);
 }
 
 struct Scratch {
-  std::vector<float> scores;
-  std::vector<uint64_t> ranks;
-  std::vector<int32_t> rows;  // of the chunk, in their order
+  std::vector<float> scores;    // of one chunk and head
+  std::vector<uint64_t> ranks;  // likewise
+  std::vector<int32_t> rows;    // the rows of a chunk that are kept, [heads][count]
 };
 
 thread_local Scratch scratch;
 
-// Sets scratch.rows to the `count` best of scratch.scores.
-void choose(int32_t length, int32_t count) {
-  scratch.rows.resize(count);
-  if (count == length) {
-    for (int32_t row = 0; row < count; ++row) scratch.rows[row] = row;
-    return;
-  }
+// Writes the `count` best of scratch.scores in their order, counted from `first`.
+void choose(int32_t first, int32_t length, int32_t count, int32_t* rows) {
   scratch.ranks.resize(length);
   for (int32_t row = 0; row < length; ++row) scratch.ranks[row] = rank_of(scratch.scores[row], row);
-  const auto end = scratch.ranks.begin() + count;
-  std::nth_element(scratch.ranks.begin(), end, scratch.ranks.end(), std::greater<>());
-  for (int32_t i = 0; i < count; ++i) {
-    scratch.rows[i] =
-        static_cast<int32_t>(std::numeric_limits<uint32_t>::max() - static_cast<uint32_t>(scratch.ranks[i]));
+  const auto begin = scratch.ranks.begin(), end = scratch.ranks.end();
+  if (count == 1) {
+    std::iter_swap(begin, std::max_element(begin, end));
+  } else {
+    std::nth_element(begin, begin + count, end, std::greater<>());
   }
-  std::sort(scratch.rows.begin(), scratch.rows.end());
+  for (int32_t i = 0; i < count; ++i) {
+    rows[i] = first + static_cast<int32_t>(kLastRow - static_cast<uint32_t>(scratch.ranks[i]));
+  }
+  std::sort(rows, rows + count);
 }
 
 struct Rows {
@@ -129,30 +130,36 @@ std::tuple<Tensor, Tensor, Tensor> select_chunk_rows(const Tensor& k, const Tens
   char *to_k = static_cast<char*>(k_kept.mutable_data_ptr()), *to_v = static_cast<char*>(v_kept.mutable_data_ptr());
   int32_t* to_rows = static_cast<int32_t*>(rows.mutable_data_ptr());
   const auto kernel = REFRAG_KERNEL(unlike_mean);
-  const auto copy_chunk = [&](int64_t c, int64_t head) {
+  const auto choose_rows = [&](int64_t c, int64_t head, int32_t* chosen) {
     const int32_t first = starts[c], length = starts[c + 1] - first, count = kept[c + 1] - kept[c];
-    if (count > 0 && count < length) {
-      scratch.scores.resize(length);
-      if (scores) {
-        const float* score = static_cast<const float*>(scores->const_data_ptr()) + head * scores->stride(1);
-        for (int32_t row = 0; row < length; ++row) scratch.scores[row] = score[(first + row) * scores->stride(0)];
-      } else {
-        kernel(keys, first, first + length, head, scratch.scores.data());
-      }
+    if (count == length) return std::iota(chosen, chosen + count, first);
+    scratch.scores.resize(length);
+    if (scores) {
+      const float* score = static_cast<const float*>(scores->const_data_ptr()) + head * scores->stride(1);
+      for (int32_t row = 0; row < length; ++row) scratch.scores[row] = score[(first + row) * scores->stride(0)];
+    } else {
+      kernel(keys, first, first + length, head, scratch.scores.data());
     }
-    choose(length, count);
-    for (int32_t i = 0; i < count; ++i) {
-      const int64_t row = first + scratch.rows[i], to = (int64_t{kept[c]} + i) * heads + head;
-      to_rows[to] = static_cast<int32_t>(row);
-      std::memcpy(to_k + to * row_bytes, from_k.data + row * from_k.row_bytes + head * from_k.head_bytes, row_bytes);
-      std::memcpy(to_v + to * row_bytes, from_v.data + row * from_v.row_bytes + head * from_v.head_bytes, row_bytes);
+    choose(first, length, count, chosen);
+  };
+  const auto copy_chunk = [&](int64_t c) {
+    const int64_t count = kept[c + 1] - kept[c];
+    if (count == 0) return;
+    scratch.rows.resize(heads * count);
+    for (int64_t head = 0; head < heads; ++head) choose_rows(c, head, scratch.rows.data() + head * count);
+    // A loop of its own, without branches that depend on scores, so that the cache misses of several rows overlap.
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t head = 0; head < heads; ++head) {
+        const int64_t row = scratch.rows[head * count + i], to = (kept[c] + i) * heads + head;
+        to_rows[to] = static_cast<int32_t>(row);
+        std::memcpy(to_k + to * row_bytes, from_k.data + row * from_k.row_bytes + head * from_k.head_bytes, row_bytes);
+        std::memcpy(to_v + to * row_bytes, from_v.data + row * from_v.row_bytes + head * from_v.head_bytes, row_bytes);
+      }
     }
   };
   run_tasks((chunks + kChunkGrain - 1) / kChunkGrain, 1, [&](int64_t task) {
     const int64_t end = std::min(chunks, (task + 1) * kChunkGrain);
-    for (int64_t c = task * kChunkGrain; c < end; ++c) {
-      for (int64_t head = 0; head < heads; ++head) copy_chunk(c, head);
-    }
+    for (int64_t c = task * kChunkGrain; c < end; ++c) copy_chunk(c);
   });
   const int64_t used = kept[chunks] * heads, unused = num_kept * heads - used;
   std::memset(to_k + used * row_bytes, 0, unused * row_bytes);

@@ -8,6 +8,7 @@ namespace refrag::cpu::REFRAG_ISA {
 namespace {
 
 inline constexpr int kMaxHeadDim = 256;
+inline constexpr int kBlock = kLanes;  // rows at a time; a chunk that has no more is loaded once
 
 // Turns the pairs d and d + half back.
 inline void unrotate(float* key, const float* cos, const float* sin, int half) {
@@ -24,43 +25,68 @@ inline void unrotate(float* key, const float* cos, const float* sin, int half) {
   }
 }
 
-// Copies a key as float32, zero-padded to a multiple of 16, as it was before its rotation.
+// Copies `count` keys as float32, zero-padded to a multiple of 16 elements, as they were before their rotation.
 template <class T>
-REFRAG_INLINE void load_key(const ChunkKeys& keys, int64_t row, int64_t head, float* key) {
-  copy_row<T>(keys.k + row * keys.row_bytes + head * keys.head_bytes, keys.head_dim, key);
-  if (keys.half) unrotate(key, keys.cos + row * keys.cos_stride, keys.sin + row * keys.sin_stride, keys.half);
+void load_keys(const ChunkKeys& keys, int64_t first, int count, int64_t head, float* block) {
+  const int stride = (keys.head_dim + kLanes - 1) / kLanes * kLanes;
+  for (int i = 0; i < count; ++i) {
+    const int64_t row = first + i;
+    copy_row<T>(keys.k + row * keys.row_bytes + head * keys.head_bytes, keys.head_dim, block + i * stride);
+    if (keys.half) {
+      unrotate(block + i * stride, keys.cos + row * keys.cos_stride, keys.sin + row * keys.sin_stride, keys.half);
+    }
+  }
 }
 
-REFRAG_INLINE float square_root(float x) { return lane_of(sqrt(broadcast(x)), 0); }
+// The sum of the lanes of each of 16 vectors.
+REFRAG_INLINE Vec reduce_each(Vec (&rows)[kBlock]) {
+  transpose_tile(rows);
+  for (int width = kBlock / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) rows[i] = rows[i] + rows[i + width];
+  }
+  return rows[0];
+}
 
 template <class T>
 void score_rows(const ChunkKeys& keys, int64_t begin, int64_t end, int64_t head, float* scores) {
-  const int vecs = (keys.head_dim + kLanes - 1) / kLanes;
-  alignas(64) float key[kMaxHeadDim + kLanes], mean[kMaxHeadDim];
-  for (int i = 0; i < vecs; ++i) store(mean + kLanes * i, zero_vec());
-  for (int64_t row = begin; row < end; ++row) {
-    load_key<T>(keys, row, head, key);
-    for (int i = 0; i < vecs; ++i) store(mean + kLanes * i, load(mean + kLanes * i) + load(key + kLanes * i));
+  const int vecs = (keys.head_dim + kLanes - 1) / kLanes, stride = vecs * kLanes;
+  alignas(64) float block[kBlock * kMaxHeadDim], mean[kMaxHeadDim];
+  for (int d = 0; d < stride; d += kLanes) store(mean + d, zero_vec());
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int count = end - first < kBlock ? static_cast<int>(end - first) : kBlock;
+    load_keys<T>(keys, first, count, head, block);
+    for (int d = 0; d < stride; d += kLanes) {
+      Vec sum = load(mean + d);
+      for (int i = 0; i < count; ++i) sum = sum + load(block + i * stride + d);
+      store(mean + d, sum);
+    }
   }
   const Vec share = broadcast(1.0f / static_cast<float>(end - begin));
-  Vec square = zero_vec();
-  for (int i = 0; i < vecs; ++i) {
-    const Vec part = load(mean + kLanes * i) * share;
-    store(mean + kLanes * i, part);
-    square = fma(part, part, square);
+  Vec mean_square = zero_vec();
+  for (int d = 0; d < stride; d += kLanes) {
+    const Vec part = load(mean + d) * share;
+    store(mean + d, part);
+    mean_square = fma(part, part, mean_square);
   }
-  const float mean_norm = square_root(reduce_add(square));
-  for (int64_t row = begin; row < end; ++row) {
-    load_key<T>(keys, row, head, key);
-    Vec dot = zero_vec();
-    square = zero_vec();
-    for (int i = 0; i < vecs; ++i) {
-      const Vec part = load(key + kLanes * i);
-      dot = fma(part, load(mean + kLanes * i), dot);
-      square = fma(part, part, square);
+  const Vec mean_norm = sqrt(broadcast(reduce_add(mean_square)));
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int count = end - first < kBlock ? static_cast<int>(end - first) : kBlock;
+    if (end - begin > kBlock) load_keys<T>(keys, first, count, head, block);
+    Vec dot[kBlock], square[kBlock];
+    for (int i = 0; i < kBlock; ++i) {
+      dot[i] = zero_vec();
+      square[i] = zero_vec();
     }
-    const float norms = square_root(reduce_add(square)) * mean_norm;
-    scores[row - begin] = norms == 0 ? 0 : -reduce_add(dot) / norms;
+    for (int i = 0; i < count; ++i) {
+      for (int d = 0; d < stride; d += kLanes) {
+        const Vec part = load(block + i * stride + d);
+        dot[i] = fma(part, load(mean + d), dot[i]);
+        square[i] = fma(part, part, square[i]);
+      }
+    }
+    const Vec norms = sqrt(reduce_each(square)) * mean_norm;
+    const Vec cosine = select(equal(norms, zero_vec()), zero_vec(), reduce_each(dot) / norms);
+    store_partial(scores + (first - begin), zero_vec() - cosine, count);
   }
 }
 
