@@ -127,12 +127,12 @@ def select_chunk_rows_fwd_kernel(
     end = tl.load(p_offsets + chunk + 1)
     to = tl.load(p_kept_offsets + chunk)
     to_end = tl.load(p_kept_offsets + chunk + 1)
-    good = (start >= 0) & (start < end) & (end <= rows) & (to >= 0) & (to_end <= num_kept) & (to_end - to <= end - start)
+    count = to_end - to
+    good = (start >= 0) & (start < end) & (end <= rows) & (to >= 0) & (to_end <= num_kept) & (count <= end - start)
     if not good:
         to = tl.maximum(to, 0)
         _fill(p_k_kept, p_v_kept, p_rows, to, tl.minimum(to_end, num_kept), head, heads, o_m, o_d, D)
         return
-    count = to_end - to
     end_of_ranking = tl.where(count < end - start, end, start)  # nothing to rank if all rows are kept
     p_scores += head.to(tl.int64) * stride_sh
     p_k += head.to(tl.int64) * stride_kh
