@@ -10,6 +10,7 @@ import refrag_kernels as rk
 from refrag_kernels import backends
 from tests.support.accuracy import DTYPES
 from tests.support.factory import random_lengths
+from tests.support.instruction_sets import LOWER, run_on
 
 BACKENDS = backends.available("select_chunk_rows", torch.device("cpu"))
 NAN, INF = float("nan"), float("inf")
@@ -181,6 +182,21 @@ def test_strided_offsets_and_tables(backend):
     want = select(k, v, offsets, kept, **{name: table[:, :4].contiguous() for name, table in tables.items()})
     got = select(k, v, offsets, kept, backend=backend, **{name: table[:, :4] for name, table in tables.items()})
     assert torch.equal(got[2], want[2])
+
+
+def check_all():
+    """Check the CPU's kernels. Run in a new process, since the instruction set is chosen once per process."""
+    for dtype in DTYPES:
+        for seed in range(8):
+            test_by_the_distance_from_the_mean("cpu", dtype, seed, False)
+            test_by_the_distance_from_the_mean("cpu", dtype, seed, True)
+    test_equal_keys_are_ties_and_a_zero_key_is_neutral("cpu")
+    check_long_chunk("cpu", 100)
+
+
+@pytest.mark.parametrize("isa", LOWER)
+def test_instruction_sets(isa):
+    run_on(isa, __name__, "check_all")
 
 
 def test_float64():

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import refrag_kernels as rk
+from refrag_kernels.triton_kernels import chunk_rows
 from tests.kernels import test_chunk_rows as kernels
 from tests.triton.modes import ALL
+from tests.triton.test_interpreted_bounds import guarded
 
 
 @pytest.mark.parametrize("seed", range(16) if ALL else (1, 2))
@@ -50,7 +52,8 @@ def test_strides_and_opcheck():
         ([0, 4, 6], [0, 2, 9], [0, 1]),
     ],
 )
-def test_offsets_that_leave_the_rows_make_zeros(offsets, kept, good, scored):
+def test_offsets_that_leave_the_rows_make_zeros(offsets, kept, good, scored, monkeypatch):
+    untouched = guarded(monkeypatch, chunk_rows)
     k = torch.randn(6, 2, 8)
     scores = torch.randn(6, 2) if scored else None
     tables = [torch.tensor(values, dtype=torch.int32) for values in (offsets, kept)]
@@ -60,3 +63,4 @@ def test_offsets_that_leave_the_rows_make_zeros(offsets, kept, good, scored):
             assert (rows[row] >= 0).all() and torch.equal(k_kept[row, 0], k[rows[row, 0]][0])
         else:
             assert (rows[row] == -1).all() and not k_kept[row].any() and not v_kept[row].any(), row
+    assert untouched()
