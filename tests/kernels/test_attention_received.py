@@ -116,10 +116,14 @@ def test_masked_rows_and_keys(backend):
     # A row whose lse is -inf contributes nothing, though the plan allows its keys.
     lse[1] = float("-inf")
     assert torch.allclose(rk.attention_received(q, k, lse, plan, backend=backend).sum(), torch.tensor(4.0))
-    full = rk.plan_attention(rk.ChunkLayout.from_lengths([[40]]), causal=False)
-    q, k = torch.randn(40, 2, 16), torch.randn(40, 1, 16)
-    lse = torch.full((40, 2), float("-inf"))
-    assert not rk.attention_received(q, k, lse, full, backend=backend).any()
+    # The same where every row attends to every key, with enough rows for whole steps of each backend.
+    full = rk.plan_attention(rk.ChunkLayout.from_lengths([[130]]), causal=False)
+    q, k = torch.randn(130, 2, 16), torch.randn(130, 1, 16)
+    _, lse = rk.mixed_attention(q, k, k, full, return_lse=True, backend="reference")
+    lse[:100] = float("-inf")
+    assert torch.allclose(rk.attention_received(q, k, lse, full, backend=backend).sum(), torch.tensor(60.0))
+    lse[20, 0] = float("nan")
+    assert rk.attention_received(q, k, lse, full, backend=backend).isnan().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
