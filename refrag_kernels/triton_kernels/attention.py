@@ -38,8 +38,7 @@ class Tiles(NamedTuple):
     heads: int  # per tile; they share a key/value head
     blocks: int  # per tile, of 16 rows each
     block_n: int  # keys per iteration
-    num_warps: int
-    num_stages: int
+    options: dict[str, int]  # of the launch
 
 
 def tiles_of(
@@ -57,13 +56,13 @@ def tiles_of(
         heads = group & -group  # the largest power of 2 that divides it
     if _short_kv(plan):
         config = configs.short_kv(heads, target, head_dim, element_size, softcap)
-        return Tiles(config.block_m // 16, 1, config.block_n, config.num_warps, config.num_stages)
+        return Tiles(config.block_m // 16, 1, config.block_n, config.options())
     config = configs.attention(kernel, target, head_dim, element_size, softcap)
     blocks = 4 if heads <= 2 and config.block_m >= 64 else 1
     heads = max(1, min(heads, config.block_m // (16 * blocks)))
     # A tile smaller than block_m needs fewer warps, but no fewer than four, which share the matrix units evenly.
     num_warps = min(config.num_warps, max(4, config.num_warps * heads * blocks * 16 // config.block_m))
-    return Tiles(heads, blocks, config.block_n, num_warps, config.num_stages)
+    return Tiles(heads, blocks, config.block_n, config._replace(num_warps=num_warps).options())
 
 
 def _short_kv(plan: Sequence[torch.Tensor]) -> bool:
@@ -98,10 +97,9 @@ def _query_tiles(kernel, q, k, v, plan: Sequence[torch.Tensor], softcap: float):
         WIDE=launch.wide(tiles.block_n, k.stride(0), v.stride(0)),
         PRECISION=launch.precision(q.dtype, target),
     )
-    options = dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
     fields = (plan[field] for field in (PlanField.SIZES, PlanField.Q_BLOCKS, PlanField.PARTIAL_BITS))
     walk = (*fields, work_items, ranges, partial_tiles)
-    return grid, walk, grid_order.order_of(k).columns(grid[1], k.shape[1]), constants, options
+    return grid, walk, grid_order.order_of(k).columns(grid[1], k.shape[1]), constants, tiles.options
 
 
 def mixed_attention(
@@ -198,7 +196,7 @@ def _key_gradients(inputs, dk, dv, plan, scale, softcap) -> None:
         BLOCK_N=config.block_n, D=columns, BD=block_d,
         WIDE=launch.wide(config.block_n, q.stride(0), grad_out.stride(0)), SOFTCAP=softcap > 0,
         PRECISION=launch.precision(q.dtype, target), TILES=int(heads_first),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        **config.options(),
     )  # fmt: skip
     if split:
         mixed_attention_bwd_sum_kernel[(num_partials, kv_heads, 64 // _SUM_ROWS)](
@@ -234,7 +232,7 @@ def attention_received(
             GROUP=q.shape[1] // kv_heads, BLOCK_M=config.block_m, BLOCK_N=config.block_n, D=columns, BD=block_d,
             WIDE=launch.wide(config.block_n, q.stride(0)), SOFTCAP=softcap > 0,
             PRECISION=launch.precision(q.dtype, target), TILES=int(heads_first),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.options(),
         )  # fmt: skip
         if split:
             attention_received_sum_kernel[(num_partials, kv_heads)](

@@ -17,6 +17,14 @@ class Config(NamedTuple):
     block_n: int  # rows of the other side per iteration
     num_warps: int
     num_stages: int
+    # Per thread; 0 leaves the choice to ptxas. If a kernel calls a function, here the repair of NaN, ptxas may limit it
+    # to fewer registers than the number of resident CTAs allows, and spill.
+    max_registers: int = 0
+
+    def options(self) -> dict[str, int]:
+        """Return the options of a kernel launch."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
 
 # By the largest head_dim of each entry. Larger block_m or block_n spill on sm_80 and sm_120, where the operands of
@@ -68,18 +76,17 @@ _ATTENTION_32_BIT = {
 }
 # By architecture and element size: overrides of the tables above.
 _ATTENTION_OTHER: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
-    # A third stage of the forward kernel and a second one of the others spill.
     ("sm_80", 2): {
-        "forward": {64: Config(block_m=128, block_n=64, num_warps=8, num_stages=2)},
-        "dq": {64: Config(block_m=128, block_n=32, num_warps=8, num_stages=1)},
+        "forward": {64: Config(block_m=128, block_n=64, num_warps=8, num_stages=2)},  # a third stage spills
+        "dq": {64: Config(block_m=128, block_n=32, num_warps=8, num_stages=2, max_registers=255)},
+        # A second stage spills, except with one query head per key/value head.
         "dkv": {64: Config(block_m=64, block_n=32, num_warps=4, num_stages=1)},
     },
-    # 99 KiB of shared memory hold 16 rows of head_dim 256 beside a tile of keys. With 32 keys at a time of head_dim 128
-    # ptxas leaves itself 128 registers, and spills.
+    # 99 KiB of shared memory hold 16 rows of head_dim 256 beside a tile of keys.
     ("sm_86", 2): {
         "dq": {
-            64: Config(block_m=128, block_n=32, num_warps=8, num_stages=1),
-            128: Config(block_m=64, block_n=64, num_warps=8, num_stages=2),
+            64: Config(block_m=128, block_n=32, num_warps=8, num_stages=2, max_registers=255),
+            128: Config(block_m=64, block_n=32, num_warps=8, num_stages=2, max_registers=255),
         },
         "dkv": {
             64: Config(block_m=64, block_n=32, num_warps=4, num_stages=1),
@@ -107,7 +114,7 @@ _ATTENTION_OTHER: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
         "forward": {128: Config(block_m=128, block_n=64, num_warps=8, num_stages=2)},
         "dq": {
             64: Config(block_m=128, block_n=32, num_warps=8, num_stages=1),
-            128: Config(block_m=64, block_n=32, num_warps=8, num_stages=2),
+            128: Config(block_m=64, block_n=32, num_warps=4, num_stages=2, max_registers=255),
         },
         # With 32 keys at a time ptxas leaves itself 80 or 96 registers, and spills.
         "dkv": {64: Config(block_m=64, block_n=64, num_warps=4, num_stages=2)},
@@ -158,7 +165,7 @@ _ATTENTION_OTHER: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
 # Overrides with a softcap, whose tanh and derivative take registers too.
 _ATTENTION_SOFTCAP: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
     ("sm_80", 2): {
-        "forward": {64: Config(block_m=128, block_n=32, num_warps=8, num_stages=3)},
+        "forward": {64: Config(block_m=128, block_n=32, num_warps=8, num_stages=3, max_registers=255)},
         "dq": {128: Config(block_m=64, block_n=32, num_warps=8, num_stages=2)},
     },
     ("sm_86", 2): {
@@ -166,7 +173,10 @@ _ATTENTION_SOFTCAP: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
         "dq": {128: Config(block_m=64, block_n=32, num_warps=8, num_stages=2)},
     },
     ("sm_90", 2): {"dq": {128: Config(block_m=64, block_n=32, num_warps=4, num_stages=3)}},
-    ("sm_100", 2): {"received": {256: Config(block_m=64, block_n=32, num_warps=4, num_stages=1)}},
+    ("sm_100", 2): {
+        "forward": {128: Config(block_m=128, block_n=64, num_warps=8, num_stages=2, max_registers=255)},
+        "received": {256: Config(block_m=64, block_n=32, num_warps=4, num_stages=1)},
+    },
 }
 
 
@@ -197,9 +207,9 @@ def short_kv(heads: int, architecture: str, head_dim: int, element_size: int, so
         share = 2  # ptxas limits one warp to 128 registers, and spills
     if architecture == "sm_120" and row == 256:
         rows = min(rows, 32)  # with more rows four warps spill, as do eight, which ptxas limits to 128 registers
-    # With one stage ptxas limits two warps to 128 registers, and spills.
-    stages = 2 if architecture == "sm_90" and row == 256 and rows * share == 32 else 1
-    return Config(block_m=rows, block_n=16, num_warps=min(8, rows // 16 * share), num_stages=stages)
+    warps = min(8, rows // 16 * share)
+    spills = architecture != "gfx942" and warps <= 4 and (row == 256 or (architecture == "sm_100" and row == 128))
+    return Config(rows, block_n=16, num_warps=warps, num_stages=1, max_registers=168 if spills else 0)
 
 
 class LinearConfig(NamedTuple):

@@ -77,7 +77,7 @@ def paged_attention(
             max_pages * page, 0 if decode.chosen.by_length else split_keys, *q.stride()[:2], *k_pages.stride()[:3],
             *v_pages.stride()[:3], page_table.stride(0), GROUP=group, HEADS=heads, ROWS=rows, BLOCK_N=config.block_n,
             PAGE=page, D=columns, BD=width, SOFTCAP=softcap > 0, PRECISION=launch.precision(q.dtype, target),
-            AHEAD=ahead, num_warps=config.num_warps, num_stages=config.num_stages,
+            AHEAD=ahead, **config.options(),
         )  # fmt: skip
         if splits > 1:
             paged_attention_merge_kernel[(q_rows * q_heads,)](
