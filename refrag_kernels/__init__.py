@@ -1,7 +1,8 @@
 """Kernels for compressed retrieval-augmented decoding: torch ops over mixed sequences of text and chunk embeddings."""
 
 from refrag_kernels import backends as backends
-from refrag_kernels.attention import mixed_attention
+from refrag_kernels.attention import attention_received, mixed_attention
+from refrag_kernels.chunk_rows import kept_offsets, select_chunk_rows
 from refrag_kernels.layout import ChunkLayout
 from refrag_kernels.linear import linear_rows
 from refrag_kernels.mask import ChunkMask
@@ -21,7 +22,9 @@ __all__ = [
     "PlanCapacity",
     "VisibleRanges",
     "append_kv",
+    "attention_received",
     "embed_mixed",
+    "kept_offsets",
     "linear_rows",
     "merge_states",
     "mixed_attention",
@@ -29,6 +32,7 @@ __all__ = [
     "plan_attention",
     "pool_chunks",
     "project_chunks",
+    "select_chunk_rows",
     "use_backend",
     "visible_ranges",
 ]

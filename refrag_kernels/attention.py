@@ -1,4 +1,4 @@
-"""mixed_attention: attention over the packed rows of a batch of mixed sequences."""
+"""mixed_attention over the packed rows of a batch of mixed sequences, and the attention that each key received."""
 
 from __future__ import annotations
 
@@ -39,18 +39,41 @@ def _check(
         check_dtype(name, tensor, *FLOAT_DTYPES)
     check_same_dtype(q=q, k=k, v=v)
     check_same_device(q=q, k=k, v=v, sinks=sinks)
-    if plan_device != q.device:
-        raise ValueError(f"plan: got device {plan_device}, needs {q.device}, the device of q")
     check_shape("q", q, "T_q", "H_q", "D")
     check_shape("k", k, "T_kv", "H_kv", q.shape[2])
     check_shape("v", v, *k.shape)
     check_heads(q, k, sinks)
     check_last_contiguous(q=q, k=k, v=v)
+    _check_plan(q, k, plan_device, q_rows, kv_rows)
+
+
+def _check_plan(q: torch.Tensor, k: torch.Tensor, plan_device: torch.device, q_rows: int, kv_rows: int) -> None:
+    if plan_device != q.device:
+        raise ValueError(f"plan: got device {plan_device}, needs {q.device}, the device of q")
     for name, tensor, rows in (("q", q, q_rows), ("k", k, kv_rows)):
         if tensor.shape[0] != rows:
             raise ValueError(
                 f"plan: got a plan for {rows} rows of {name}, needs one for the {tensor.shape[0]} rows passed"
             )
+
+
+@remembered
+def _check_received(
+    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, plan_device: torch.device, q_rows: int, kv_rows: int
+) -> None:
+    for name, tensor in (("q", q), ("k", k)):
+        check_dtype(name, tensor, *FLOAT_DTYPES)
+    check_same_dtype(q=q, k=k)
+    check_same_device(q=q, k=k, lse=lse)
+    check_shape("q", q, "T_q", "H_q", "D")
+    check_shape("k", k, "T_kv", "H_kv", q.shape[2])
+    check_heads(q, k, None)
+    check_last_contiguous(q=q, k=k)
+    check_dtype("lse", lse, torch.float64 if q.dtype == torch.float64 else torch.float32)
+    check_shape("lse", lse, *q.shape[:2])
+    if not lse.is_contiguous():
+        raise ValueError(f"lse: got strides {list(lse.stride())}, needs a contiguous tensor")
+    _check_plan(q, k, plan_device, q_rows, kv_rows)
 
 
 def _fake(q, k, v, plan, scale, softcap, sinks, *, backend=None):
@@ -64,6 +87,12 @@ def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, plan, scale, softcap, 
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     dsinks = q.new_empty(0, dtype=torch.float32) if sinks is None else torch.empty_like(sinks)
     return dq, dk, dv, dsinks
+
+
+def _fake_received(q, k, lse, plan, scale, softcap, *, backend=None):
+    q_rows, kv_rows = plan[PlanField.Q_ROW_BLOCK].shape[0], plan[PlanField.KV_ROW_BLOCK].shape[0]
+    _check_received(q, k, lse, plan[PlanField.SIZES].device, q_rows, kv_rows)
+    return lse.new_empty(k.shape[:2])
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
@@ -111,6 +140,19 @@ register_op(
         REFERENCE,
     ],
     fake=_fake_backward,
+)
+_attention_received = register_op(
+    "attention_received(Tensor q, Tensor k, Tensor lse, Tensor[] plan, float scale, float softcap, *, str? backend) "
+    "-> Tensor",
+    family="attention",
+    support=[
+        Support("triton", tile_lists=True),
+        Support("cuda", missing="has no attention_received"),
+        Support("cpu", binds=True),
+        REFERENCE,
+    ],
+    fake=_fake_received,
+    autocast=("q", "k"),
 )
 
 
@@ -237,3 +279,72 @@ def mixed_attention(
         scale = 1.0 / math.sqrt(q.shape[-1])
     out, lse = _mixed_attention(q, k, v, tensors, scale, softcap or 0.0, sinks, backend=backend)
     return (out, lse) if return_lse else out
+
+
+def attention_received(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Sum, for each key, the attention probabilities that it received: the column sums of the attention matrix.
+
+    ``received[j, h]`` is the sum of ``exp(s[i, j] - lse[i])`` over all query rows i that attend to key j and over the
+    query heads that read key/value head h, with the scores s of ``mixed_attention``. The probabilities are recomputed
+    tile by tile, so the attention matrix is never stored.
+
+    Parameters
+    ----------
+    q : Tensor [T_q, H_q, D]
+        As passed to ``mixed_attention``: float32, bfloat16 or float16 (the reference also float64).
+    k : Tensor [T_kv, H_kv, D]
+        As passed to ``mixed_attention``. H_q must be a multiple of H_kv.
+    lse : Tensor [T_q, H_q], float32
+        As returned by ``mixed_attention``, contiguous (float64 if q is). It includes the sinks, if there were any. A
+        row whose lse is -inf contributes nothing.
+    plan : AttentionPlan
+        As passed to ``mixed_attention``.
+    scale, softcap : float, optional
+        As passed to ``mixed_attention``.
+    backend : str, optional
+        Backends that may run this call, in order; default the fastest that supports it.
+
+    Returns
+    -------
+    Tensor [T_kv, H_kv], float32
+        float64 if q is. 0 for keys that no row attends to, and for rows beyond the batch under a capacity. Not
+        differentiable.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes, devices, shapes or strides don't match, or the plan was made for other row counts.
+
+    Notes
+    -----
+    The sums don't depend on the number of threads or on the run. The cost is 2 * H_q * D FLOPs for each pair that
+    ``plan.stats()`` counts as computed, half of that of ``mixed_attention``.
+
+    Examples
+    --------
+    >>> import torch, refrag_kernels as rk
+    >>> plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[3]]))
+    >>> q, k, v = torch.zeros(3, 2, 8), torch.ones(3, 1, 8), torch.ones(3, 1, 8)
+    >>> _, lse = rk.mixed_attention(q, k, v, plan, return_lse=True)
+    >>> rk.attention_received(q, k, lse, plan)  # of two heads, each 1 + 1/2 + 1/3, 1/2 + 1/3 and 1/3
+    tensor([[3.6667],
+            [1.6667],
+            [0.6667]])
+    """
+    if not isinstance(plan, AttentionPlan):
+        raise TypeError(f"plan: got {type(plan).__name__}, needs an AttentionPlan")
+    tensors = plan.tensors()
+    _check_received(q, k, lse, plan.sizes.device, plan.q_row_block.shape[0], plan.kv_row_block.shape[0])
+    check_score_options(scale, softcap)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1])
+    return _attention_received(q, k, lse, tensors, scale, softcap or 0.0, backend=backend)

@@ -46,15 +46,30 @@ def check_append_kv(
 
 def check_pool_chunks(hidden: torch.Tensor, chunk_offsets: torch.Tensor, *_: object) -> None:
     """Raise ValueError unless ``chunk_offsets`` start at 0, ascend and end within the rows of ``hidden``."""
-    if int(chunk_offsets[0]) != 0 or int(chunk_offsets[-1]) > hidden.shape[0]:
+    _check_chunks("hidden", hidden, chunk_offsets)
+
+
+def check_select_chunk_rows(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    chunk_offsets: torch.Tensor,
+    kept_offsets: torch.Tensor,
+    num_kept: int,
+    *_: object,
+) -> None:
+    """Raise ValueError unless chunks are in order and not empty, and there are as many rows as are to be kept."""
+    _check_chunks("k", k, chunk_offsets)
+    if int(kept_offsets[0]) != 0 or int(kept_offsets[-1]) > num_kept:
         raise ValueError(
-            f"chunk_offsets: got first {int(chunk_offsets[0])} and last {int(chunk_offsets[-1])}, "
-            f"needs 0 and at most the {hidden.shape[0]} rows of hidden"
+            f"kept_offsets: got first {int(kept_offsets[0])} and last {int(kept_offsets[-1])}, "
+            f"needs 0 and at most num_kept, {num_kept}"
         )
-    lengths = chunk_offsets.diff()
-    if bool((lengths < 1).any()):
-        chunk = int((lengths < 1).nonzero()[0])
-        raise ValueError(f"chunk_offsets: got a length of {int(lengths[chunk])} for chunk {chunk}, needs at least 1")
+    counts, lengths = kept_offsets.diff(), chunk_offsets.diff()
+    at = _first((counts < 0) | (counts > lengths))
+    if at is not None:
+        raise ValueError(
+            f"kept_offsets: got {int(counts[at])} rows for chunk {at[0]}, needs 0 to {int(lengths[at])}, its length"
+        )
 
 
 def check_embed_mixed(
@@ -72,6 +87,26 @@ def check_embed_mixed(
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise IndexError(f"token_ids: got {int(token_ids[row])} in row {row}, needs a token in [0, {vocabulary})")
+
+
+def check_chunk_offsets(chunk_offsets: torch.Tensor) -> None:
+    """Raise ValueError unless chunks start at row 0, follow each other and have at least one row."""
+    if int(chunk_offsets[0]) != 0:
+        raise ValueError(f"chunk_offsets: got first {int(chunk_offsets[0])}, needs 0")
+    lengths = chunk_offsets.diff()
+    at = _first(lengths < 1)
+    if at is not None:
+        raise ValueError(f"chunk_offsets: got a length of {int(lengths[at])} for chunk {at[0]}, needs at least 1")
+
+
+def _check_chunks(name: str, tensor: torch.Tensor, chunk_offsets: torch.Tensor) -> None:
+    """Raise ValueError unless the offsets are valid and end within the rows of ``tensor``."""
+    if int(chunk_offsets[0]) != 0 or int(chunk_offsets[-1]) > tensor.shape[0]:
+        raise ValueError(
+            f"chunk_offsets: got first {int(chunk_offsets[0])} and last {int(chunk_offsets[-1])}, "
+            f"needs 0 and at most the {tensor.shape[0]} rows of {name}"
+        )
+    check_chunk_offsets(chunk_offsets)
 
 
 def _first(bad: torch.Tensor) -> tuple[int, ...] | None:

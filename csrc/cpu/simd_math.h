@@ -30,11 +30,12 @@ REFRAG_INLINE Vec exp2_bounded(const Vec x) {
     p = fma(p, fraction, broadcast(0x1.62e0dcp-1f));
     p = fma(p, fraction, broadcast(0x1.ffffe8p-1f));
   }
-  const VecI result = as_int(p) + shift_left<23>(as_int(shifted));
 #if defined(__AVX512F__)
+  // Unlike a sum of bits, this preserves every NaN.
   const __mmask16 kept = _mm512_cmp_ps_mask(x.part[0], _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-  return {{_mm512_maskz_mov_ps(kept, reinterpret_cast<__m512>(result.part[0]))}};
+  return {{_mm512_maskz_scalef_ps(kept, p.part[0], (shifted - magic).part[0])}};
 #else
+  const VecI result = as_int(p) + shift_left<23>(as_int(shifted));
   Vec r;
   const Vec low = broadcast(-126.0f);
   for (int i = 0; i < kParts; ++i) {

@@ -1,4 +1,4 @@
-"""mixed_attention in plain torch: its specification, forward and backward.
+"""mixed_attention in plain torch: its specification, forward and backward; and attention_received.
 
 With s_ij = scale * q_i . k_j, or softcap * tanh(scale * q_i . k_j / softcap), over the pairs that the plan allows:
 
@@ -136,3 +136,25 @@ def mixed_attention_backward(
         return dq, dk, dv, torch.empty(0, dtype=torch.float32, device=q.device)
     weight = torch.exp(sinks.to(dtype) - lse.to(dtype))
     return dq, dk, dv, -(weight * delta).sum(0).to(sinks.dtype)
+
+
+def attention_received(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    plan: Sequence[torch.Tensor],
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """See ``refrag_kernels.attention_received``: received_j = sum_i p_ij over the rows and heads of a group."""
+    dtype = _compute_dtype(q)
+    allowed = pairs_of_plan(plan)
+    q = _in_batch(q, plan[PlanField.Q_ROW_BLOCK], dtype)
+    k = _in_batch(k, plan[PlanField.KV_ROW_BLOCK], dtype)
+    received = torch.empty(k.shape[:2], dtype=dtype, device=k.device)
+    for head, group in _groups(q, k):
+        scores, _ = _scores(q[:, group], k[:, head], allowed, scale, softcap)
+        group_lse = lse[:, group].to(dtype)
+        empty = group_lse.isneginf().T[:, :, None]
+        received[:, head] = _probabilities(scores, group_lse, allowed).masked_fill(empty, 0).sum((0, 1))
+    return received

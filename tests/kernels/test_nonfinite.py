@@ -64,3 +64,20 @@ def test_merge_states(backend):
     bad[0, 1], bad[1, 0], bad[2, 1, 3], bad[3, 0, 5] = True, True, True, True
     assert torch.equal(~out.isfinite(), bad) and torch.equal(lse.isnan(), bad.all(-1))
     assert torch.equal(out[0, 0], torch.full((8,), 2.0)) and torch.equal(out[1, 1], torch.ones(8))
+
+
+@pytest.mark.parametrize("bits", (0x7FC00001, 0x7FC001FF, 0x7F800001, -1))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_may_have_any_bits(backend, bits):
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[40]]))
+    q, k = torch.randn(40, 1, 16), torch.randn(40, 1, 16)
+    q[30, 0, 5] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)[0]
+    out, lse = rk.mixed_attention(q, k, k, plan, return_lse=True, backend=backend)
+    assert out[30].isnan().all() and lse[30].isnan().all() and lse[29].isfinite().all()
+    lse[30] = 0.0
+    received = rk.attention_received(q, k, lse, plan, backend=backend)
+    assert received[:31].isnan().all() and received[31:].isfinite().all()
+    tables = torch.arange(3, dtype=torch.int32)[None], torch.tensor([40], dtype=torch.int32)
+    pages = torch.cat([k, k[:8]]).view(3, 16, 1, 16)
+    out, lse = rk.paged_attention(q[30:31], pages, pages, *tables, return_lse=True, backend=backend)
+    assert out.isnan().all() and lse.isnan().all()
