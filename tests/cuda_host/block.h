@@ -11,6 +11,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -66,7 +67,7 @@ inline std::unique_ptr<Thread[]> threads;
 inline int num_threads = 0;
 inline int current = 0;
 inline char* shared = nullptr;
-inline int found[3];  // results of the CTA's votes
+inline std::atomic<int> found[3];  // results of the CTA's votes; all threads write the same value
 inline size_t shared_bytes = 0;
 inline std::function<void()> body;
 inline std::string error;
@@ -199,7 +200,7 @@ inline std::string describe_deadlock() {
 
 inline void run_block(std::mt19937& random) {
   std::memset(shared, kPoison, shared_bytes);
-  std::fill(std::begin(found), std::end(found), 0);
+  for (auto& vote : found) vote.store(0, std::memory_order_relaxed);
   for (int i = 0; i < num_threads; ++i) {
     threads[i].state = State::ready;
     threads[i].open.clear();
@@ -294,8 +295,8 @@ inline int __syncthreads_or(int predicate) {
   // Threads clear the slot of the previous vote once they reach the next one, when every thread has read it.
   auto& found = cuda_host::found;
   const int vote = cuda_host::threads[cuda_host::current].votes++ % 3;
-  if (predicate) found[vote] = 1;
+  if (predicate) found[vote].store(1, std::memory_order_relaxed);
   __syncthreads();
-  found[(vote + 2) % 3] = 0;
-  return found[vote];
+  found[(vote + 2) % 3].store(0, std::memory_order_relaxed);
+  return found[vote].load(std::memory_order_relaxed);
 }
