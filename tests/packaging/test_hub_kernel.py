@@ -220,4 +220,4 @@ def test_what_nvcc_makes_of_it_is_one_module(tmp_path):
         assert has(f"{name}::{op}", "CUDA"), op
     hub = load(tmp_path, name)
     hidden = torch.empty(20, 64, device="meta")
-    assert hub.pool_chunks(hidden, torch.empty(4, dtype=torch.int32, device="meta")).shape == (3, 64)
+    assert hub.pool_chunks(hidden, torch.empty(4, dtype=torch.int32, device="meta"), "mean").shape == (3, 64)

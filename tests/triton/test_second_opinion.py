@@ -34,7 +34,11 @@ def sanitize(*arguments):
 FILES = {
     "tests/triton/test_interpreted_attention.py": 6,
     "tests/triton/test_interpreted_bounds.py": 1,
+    "tests/triton/test_interpreted_chunk_rows.py": 1,
+    "tests/triton/test_interpreted_decode.py": 1,
+    "tests/triton/test_interpreted_order.py": 1,
     "tests/triton/test_interpreted_paged.py": 2,
+    "tests/triton/test_interpreted_received.py": 1,
     "tests/triton/test_interpreted_rows.py": 2,
     "tests/gpu/test_gpu_ops.py": 8,
 }
