@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from refrag.model.passage_rows import PassageEntry, SlotRule
 from refrag_kernels import ChunkLayout
 
 
@@ -149,6 +150,11 @@ class MixedPrompt:
         The chunks' embeddings if they are known, for example from a ``ChunkStore``.
     latents : int
         m, the number of slots of a compressed chunk.
+    kv_slots : SlotRule, optional
+        For slots of keys and values: which rows they keep. ``slot_of_row`` then only marks the slots, of which a chunk
+        of fewer than m tokens has fewer, and each row of a passage has the position of its own token.
+    passages : tuple of PassageEntry, optional
+        With ``kv_slots``: the keys and values of all passages of the batch, if they are known.
     """
 
     token_ids: torch.Tensor
@@ -161,6 +167,8 @@ class MixedPrompt:
     encoder_input: PackedTexts
     chunk_embeds: torch.Tensor | None = None
     latents: int = 1
+    kv_slots: SlotRule | None = None
+    passages: tuple[PassageEntry, ...] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -188,7 +196,7 @@ class MixedPrompt:
         slots[torch.tensor(taken, dtype=torch.int64, device=self.device)] = torch.arange(
             len(taken), dtype=torch.int32, device=self.device
         )
-        given = self.chunk_embeds is not None
+        given = self.chunk_embeds is not None or self.kv_slots is not None
         return MixedPrompt(
             token_ids=self.token_ids[rows],
             slot_of_row=slots[self.slot_of_row[rows].long()],
@@ -200,13 +208,15 @@ class MixedPrompt:
             encoder_input=self.encoder_input.take([] if given else chunks),
             chunk_embeds=None if self.chunk_embeds is None else self.chunk_embeds[chunks],
             latents=latents,
+            kv_slots=self.kv_slots,
         )
 
     def to(self, device: torch.device | str) -> MixedPrompt:
-        """Return the prompt on ``device``."""
+        """Return the prompt on ``device``; ``passages`` stay where they are."""
+        hosted = ("chunks", "expanded", "latents", "kv_slots", "passages")
         tensors = {
             field.name: getattr(self, field.name).to(device)
             for field in dataclasses.fields(self)
-            if field.name not in ("chunks", "expanded", "latents") and getattr(self, field.name) is not None
+            if field.name not in hosted and getattr(self, field.name) is not None
         }
         return dataclasses.replace(self, **tensors)

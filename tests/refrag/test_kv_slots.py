@@ -1,0 +1,267 @@
+"""Key/value slots: prompts whose chunks are rows of the decoder's own keys and values."""
+
+import copy
+
+import pytest
+import torch
+from refrag import PassageCache
+from refrag.model.inputs import Chunk
+from refrag.model.passage_reading import read_passages
+from refrag.model.passage_rows import SlotRule
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from tests.refrag import tiny
+from tests.refrag.kv_prompts import AFTER, BEFORE, A, B, C, K, model_of, packed, plain_of, tokens
+from tests.refrag.test_passage_cache import rows_read
+from tests.support.accuracy import relative_error
+
+BOUND = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def wide_windows(monkeypatch):
+    for name in ("mistral", "gemma3"):
+        config = copy.deepcopy(tiny.DECODERS[name])
+        config.sliding_window = 128
+        monkeypatch.setitem(tiny.DECODERS, name, config)
+
+
+@pytest.mark.parametrize("name", tiny.DECODERS)
+@pytest.mark.parametrize("position_ids", ["parallel", "original"])
+def test_everything_kept_equals_full_text(name, position_ids):
+    """With as many rows as tokens, the logits are those of the plain cache on the passages' text."""
+    model = model_of(name, SlotRule(rows=K), position_ids=position_ids)
+    plain = plain_of(model)
+    before = [BEFORE] if position_ids == "parallel" else []  # else passages after the first are at a distance from it
+    for order in ((A, B, C), (C, A), (B, C, A)):
+        prompt = packed(model, [*before, *order, AFTER])
+        text = packed(plain, [*before, *order, AFTER], all_text=True)
+        expected = PassageCache(plain).read(text).last_logits()
+        assert relative_error(model.read(prompt).last_logits(), expected) < BOUND
+
+
+def by_hand(model, parts, rule, expanded=()):
+    """Compute the last row's logits with Hugging Face's own code: each passage read apart, rows gathered, keys moved.
+
+    ``parts`` begin with text; ``expanded`` numbers the chunks that stay whole.
+    """
+    decoder = AutoModelForCausalLM.from_config(copy.deepcopy(tiny.DECODERS["llama"]), attn_implementation="eager")
+    decoder.load_state_dict(model.decoder.state_dict())
+    decoder.eval().double()
+    shared, chunk, position = parts[0], 0, 0
+    cache = DynamicCache()
+    layers = [([], []) for _ in range(3)]
+    texts = []  # tokens, first position, number of rows of passages before it
+    for part in parts:
+        if not isinstance(part[0], Chunk):
+            texts.append((part, position, sum(k.shape[1] for k in layers[0][0])))
+            position += len(part)
+            continue
+        own = [token for one in part for token in one.token_ids]
+        read = decoder(torch.tensor([shared + own]), use_cache=True, output_attentions=True)
+        first = 0
+        for index, one in enumerate(part):
+            n = len(one.token_ids)
+            whole = chunk in expanded or index >= len(part) - rule.whole
+            rows = slice(len(shared) + first, len(shared) + first + n)
+            for layer, (keys, values) in enumerate(layers):
+                k, v = (
+                    x[0] for x in (read.past_key_values.layers[layer].keys, read.past_key_values.layers[layer].values)
+                )
+                k = turned(k, torch.full((k.shape[1],), position - len(shared)))
+                k_rows, v_rows = k[:, rows], v[:, rows]
+                flat = turned(k, -torch.arange(position - len(shared), position - len(shared) + k.shape[1]))[:, rows]
+                if rule.rule == "received":
+                    score = read.attentions[layer][0].unflatten(0, (2, 2))[..., len(shared) :, rows].sum((1, 2))
+                else:
+                    score = -torch.cosine_similarity(flat, flat.mean(1, keepdim=True), dim=-1)
+                best = score.topk(n if whole else min(rule.rows, n)).indices.sort().values[..., None].expand(-1, -1, 16)
+                keys.append(k_rows.gather(1, best))
+                values.append(v_rows.gather(1, best))
+            first, chunk = first + n, chunk + 1
+        position += len(own)
+    for layer, (keys, values) in enumerate(layers):
+        cache.update(torch.cat(keys, 1)[None], torch.cat(values, 1)[None], layer)
+    held = cache.get_seq_length()
+    ids = [token for text, _, _ in texts for token in text]
+    mask = torch.zeros(1, 1, len(ids), held + len(ids), dtype=torch.float64)
+    mask[..., held:] = torch.triu(torch.full((len(ids), len(ids)), float("-inf")), 1)
+    row = 0
+    for text, _, seen in texts:
+        mask[..., row : row + len(text), seen:held] = float("-inf")
+        row += len(text)
+    positions = torch.tensor([[first + i for text, first, _ in texts for i in range(len(text))]])
+    return decoder(torch.tensor([ids]), past_key_values=cache, attention_mask=mask, position_ids=positions).logits[
+        :, -1:
+    ]
+
+
+def turned(keys, by):
+    """Rotate keys [H, n, D] by a number of positions each, with complex numbers."""
+    angles = by[:, None].double() * 1e4 ** (-torch.arange(8, dtype=torch.float64) / 8)
+    pairs = torch.complex(keys[..., :8].double(), keys[..., 8:].double())
+    pairs = pairs * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([pairs.real, pairs.imag], -1)
+
+
+@pytest.mark.parametrize("rule", ["received", "distinct"])
+@pytest.mark.parametrize(("rows", "whole"), [(1, 0), (3, 0), (1, 2)])
+def test_slots_equal_rows_chosen_by_hand(rule, rows, whole):
+    chosen = SlotRule(rows, rule, whole)
+    model = model_of(rule=chosen)
+    for parts, expanded in (([BEFORE, A, B, C, AFTER], ()), ([BEFORE, C, tokens(3, 9), A, AFTER], (1, 4))):
+        state = model.read(packed(model, parts, expanded=expanded))
+        assert relative_error(state.last_logits(), by_hand(model, parts, chosen, expanded)) < BOUND
+        other = by_hand(model, parts, SlotRule(rows, "distinct" if rule == "received" else "received", whole), expanded)
+        assert relative_error(state.last_logits(), other) > 1e-3, "the rules choose the same rows: nothing is tested"
+
+
+def test_passages_in_any_order_come_from_the_cache():
+    model = model_of(rule=SlotRule(2))
+    cache, counts = PassageCache(model), rows_read(model)
+    for order, misses in (((A, B), 2), ((B, A), 0), ((C, B, A), 1), ((A, C), 0)):
+        prompt = packed(model, [BEFORE, *order, AFTER])
+        expected = model.read(prompt).last_logits()
+        before = cache.misses
+        counts.clear()
+        assert relative_error(cache.read(prompt).last_logits(), expected) < BOUND
+        assert cache.misses - before == misses
+        if not misses:
+            assert sum(counts) == len(BEFORE) + len(AFTER), "only the text may be read"
+    assert (cache.hits, cache.misses, len(cache)) == (6, 3, 3)
+    rows = {id(part): sum(min(2, len(chunk.token_ids)) for chunk in part) for part in (A, B, C)}
+    assert cache.nbytes == sum(rows.values()) * 3 * 2 * (2 * 16 * 4 + 4)  # layers, heads, keys and values, row numbers
+    other = packed(model, [BEFORE[:-1], A, AFTER])
+    cache.read(other)
+    assert cache.misses == 4, "a passage behind another text was taken"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_an_expanded_chunk_is_gathered_or_read_again(full):
+    model = model_of()
+    cache, counts = PassageCache(model, full=full), rows_read(model)
+    cache.read(packed(model, [BEFORE, A, B, AFTER]))
+    counts.clear()
+    prompt = packed(model, [BEFORE, B, A, AFTER], expanded={0, 3})
+    state = cache.read(prompt)
+    text = len(BEFORE) + len(AFTER)
+    assert sum(counts) == (text if full else text + len(BEFORE) + 15)
+    assert relative_error(state.last_logits(), by_hand(model, [BEFORE, B, A, AFTER], SlotRule(), {0, 3})) < BOUND
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_expand_puts_rows_back(full):
+    model = model_of()
+    prompt = packed(model, [BEFORE, A, B, AFTER])
+    state = PassageCache(model, full=full).read(prompt)
+    model.expand(state, 1)
+    expected = model.read(packed(model, [BEFORE, A, B, AFTER], expanded={1}))
+    assert relative_error(state.last_logits(), expected.last_logits()) < BOUND
+    assert state.rows == expected.rows and state.next_position == expected.next_position
+    model.expand(state, "p2")
+    assert relative_error(state.last_logits(), by_hand(model, [BEFORE, A, B, AFTER], SlotRule(), {1, 3, 4})) < BOUND
+    model.expand(state, A[0])
+    # Text that is appended afterwards, generated or read, attends to all rows.
+    got = model.generate(state=state, max_new_tokens=5, do_sample=False)
+    whole = model.read(packed(model, [BEFORE, A, B, AFTER], expanded={0, 1, 3, 4}))
+    assert torch.equal(got, model.generate(state=whole, max_new_tokens=5, do_sample=False))
+    with pytest.raises(ValueError, match="chunk: got 5, needs 0 to 4"):
+        model.expand(state, 5)
+
+
+def test_expand_after_generating_reads_the_answer_again():
+    model = model_of()
+    state = model.read(packed(model, [BEFORE, A, B, AFTER]))
+    answer = model.generate(state=state, max_new_tokens=4, do_sample=False)[0].tolist()
+    model.expand(state, 0)
+    expected = model.read(packed(model, [BEFORE, A, B, [*AFTER, *answer]], expanded={0}))
+    assert relative_error(state.last_logits(), expected.last_logits()) < BOUND
+    assert (state.rows, state.next_position, state.unread) == (expected.rows, expected.next_position, [])
+
+
+def test_a_batch_of_sequences():
+    """Sequences of different lengths generate what each generates alone, with one row or beams."""
+    model = model_of()
+    sequences = [[BEFORE, A, B, AFTER], [tokens(2, 11), tokens(3, 12)], [BEFORE, C, tokens(2, 13), A, AFTER + AFTER]]
+    prompt = packed(model, *sequences, expanded={1, 6})
+    together = model.generate(PassageCache(model).attach(prompt), max_new_tokens=6, do_sample=False)
+    for index, (parts, expanded) in enumerate(zip(sequences, ({1}, (), {1}))):
+        alone = packed(model, parts, expanded=expanded)
+        expected = model.generate(state=model.read(alone), max_new_tokens=6, do_sample=False)
+        assert torch.equal(together[index : index + 1], expected)
+        assert torch.equal(model.generate(alone, max_new_tokens=6, do_sample=False), expected)
+        beams = dict(max_new_tokens=5, num_beams=3, do_sample=False)
+        assert torch.equal(model.generate(prompt, **beams)[index], model.generate(alone, **beams)[0])
+
+
+def test_a_conversation():
+    """Passages appended to a state are read behind its beginning, also after generated tokens."""
+    model = model_of(rule=SlotRule(2))
+    state = model.read(packed(model, [BEFORE, A, AFTER]))
+    answer = model.generate(state=state, max_new_tokens=3, do_sample=False)[0].tolist()
+    model.read(packed(model, [C, tokens(4, 14)]), state)
+    expected = model.read(packed(model, [BEFORE, A, [*AFTER, *answer], C, tokens(4, 14)]))
+    assert relative_error(state.last_logits(), expected.last_logits()) < BOUND
+    model.expand(state, 4)
+    model.expand(expected, 4)
+    assert relative_error(state.last_logits(), expected.last_logits()) < BOUND
+    state = model.read(packed(model, [BEFORE]))
+    model.read(packed(model, [A, AFTER]), state)
+    expected = model.read(packed(model, [BEFORE, A, AFTER]))
+    assert relative_error(state.last_logits(), expected.last_logits()) < BOUND
+
+
+def test_streaming():
+    model = model_of()
+    seen = []
+
+    class Streamer:
+        def put(self, value):
+            seen.extend(value.flatten().tolist())
+
+        def end(self):
+            seen.append("end")
+
+    prompt = packed(model, [BEFORE, A, AFTER])
+    answer = model.generate(prompt, max_new_tokens=4, do_sample=False, streamer=Streamer())
+    assert seen == [*answer[0].tolist(), "end"]
+
+
+def test_an_error_leaves_the_state_unchanged(monkeypatch):
+    model = model_of()
+    state = model.read(packed(model, [BEFORE, A, AFTER]))
+    before = (state.rows, state.next_position, state.sequence, state.last_logits())
+
+    def fail(*arguments, **options):
+        raise RuntimeError("interrupted")
+
+    monkeypatch.setattr(type(state), "note_prompt", fail)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        model.read(packed(model, [B, AFTER]), state)
+    monkeypatch.undo()
+    assert (state.rows, state.next_position, state.sequence, state.last_logits()) == before
+    assert state.cache.get_seq_length() == state.rows
+
+
+def test_batches_of_passages_equal_one():
+    model = model_of()
+    one = read_passages(model, model.key_rotation, [A, B, C], BEFORE, SlotRule(), full=True)
+    several = read_passages(model, model.key_rotation, [A, B, C], BEFORE, SlotRule(), full=True, batch_rows=15)
+    for got, expected in zip(several, one, strict=True):
+        for mine, theirs in ((got.slots, expected.slots), (got.full, expected.full)):
+            assert relative_error(mine.keys, theirs.keys) < BOUND and relative_error(mine.values, theirs.values) < BOUND
+            assert torch.equal(mine.rows, theirs.rows) and mine.keep == theirs.keep
+    assert read_passages(model, model.key_rotation, [], BEFORE, SlotRule()) == []
+    with pytest.raises(ValueError, match="passage 'p9': has no chunks or one without tokens"):
+        read_passages(model, model.key_rotation, [[Chunk("", (), "p9")]], BEFORE, SlotRule())
+
+
+def test_bfloat16():
+    model = model_of(rule=SlotRule(K))
+    low = copy.deepcopy(model).bfloat16()
+    prompt = packed(model, [BEFORE, A, B, AFTER])
+    exact = model.read(prompt).last_logits()
+    plain = plain_of(low)
+    text = packed(plain, [BEFORE, A, B, AFTER], all_text=True)
+    bound = 1.5 * relative_error(PassageCache(plain).read(text).last_logits(), exact) + 5e-3
+    assert relative_error(low.read(prompt).last_logits(), exact) < bound
