@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
+from typing import cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -148,3 +150,9 @@ def pack_chunks(
                 texts.append(span.text)
                 passages.append(numbers.setdefault((index, passage), len(numbers)))
     return pack_texts(encoder_tokenizer, texts, special_tokens=special_tokens, window=window, passages=passages)
+
+
+def shared_tokens(spans: Sequence[Span]) -> list[int]:
+    """Return the tokens before the first passage."""
+    texts = itertools.takewhile(lambda span: not isinstance(span, Chunk), (span for _, span in spans))
+    return [token for text in texts for token in cast(list[int], text)]

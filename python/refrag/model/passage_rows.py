@@ -100,27 +100,50 @@ class PassageRows:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> PassageRows:
-        """Return the rows on a device, with keys and values in this dtype and no scales."""
-
-        def converted(states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-            if scale is None:
-                return states.to(device, dtype)
-            return (states.to(device).float() * scale.to(device)[..., None]).to(dtype)
-
+        """Return the rows on a device, with keys and values in this dtype; float8 (e4m3) gets scales, others none."""
+        keys, key_scale = _converted(self.keys, self.key_scale, device, dtype)
+        values, value_scale = _converted(self.values, self.value_scale, device, dtype)
+        rows = self.rows.to(device)
         return dataclasses.replace(
-            self,
-            keys=converted(self.keys, self.key_scale),
-            values=converted(self.values, self.value_scale),
-            rows=self.rows.to(device),
-            key_scale=None,
-            value_scale=None,
+            self, keys=keys, values=values, rows=rows, key_scale=key_scale, value_scale=value_scale
         )
 
+    def finite_in(self, dtype: torch.dtype) -> bool:
+        """Return whether all keys and values are finite in a dtype."""
+        wide = torch.float32 if dtype == torch.float8_e4m3fn else dtype  # whose scales fit it
+        plain = self if self.key_scale is None else self.to(self.keys.device, wide)
+        return all(bool(states.to(wide).isfinite().all()) for states in (plain.keys, plain.values))
 
-def all_rows(keys: torch.Tensor, values: torch.Tensor, *, lengths: Sequence[int], start: int) -> PassageRows:
+
+def _converted(
+    states: torch.Tensor, scale: torch.Tensor | None, device: torch.device | str, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return keys or values on a device in a dtype, and their scales."""
+    if states.dtype == dtype:
+        return states.to(device), None if scale is None else scale.to(device)
+    states = states.to(device)
+    if scale is not None:
+        states = states.float() * scale.to(device)[..., None]
+    if dtype != torch.float8_e4m3fn:
+        return states.to(dtype), None
+    # The largest element of a row becomes the largest number of float8; a row of zeros stays one.
+    scale = states.abs().amax(-1).float() / torch.finfo(dtype).max
+    scale = torch.where(scale > 0, scale, 1)
+    return (states / scale[..., None]).to(dtype), scale
+
+
+def all_rows(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    lengths: Sequence[int],
+    start: int,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
+) -> PassageRows:
     """Return the PassageRows of keys and values [L, H, T, D] of all T tokens of a passage."""
     rows = torch.arange(keys.shape[2], dtype=torch.int32, device=keys.device).expand(*keys.shape[:2], -1)
-    return PassageRows(keys, values, rows, tuple(lengths), tuple(lengths), start)
+    return PassageRows(keys, values, rows, tuple(lengths), tuple(lengths), start, key_scale, value_scale)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 
 import torch
 
 from refrag.model.encoder import TextEmbedder
 from refrag.model.inputs import Chunk
+from refrag.model.packing import Span
 from refrag.processing.selectors import Selector
 
 
@@ -62,6 +64,18 @@ def expanded_chunks(
         expanded.update(first + pick for pick in picks)
         first += len(own)
     return frozenset(expanded)
+
+
+def whole_chunks(sequences: Sequence[Sequence[Span]], count: int) -> set[int]:
+    """Return the last ``count`` chunks of each passage, counted through the batch."""
+    found: set[int] = set()
+    chunk = 0
+    for spans in sequences:
+        for _, group in itertools.groupby(spans, key=lambda span: span[0]):
+            own = [chunk + index for index, (_, span) in enumerate(group) if isinstance(span, Chunk)]
+            chunk += len(own)
+            found.update(own[max(len(own) - count, 0) :])
+    return found
 
 
 def _named(chunks: Sequence[Sequence[Chunk]], names: Collection[int | str]) -> frozenset[int]:
