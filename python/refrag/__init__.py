@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # for type checkers; a test holds it equal to the table
     from refrag.model.state import GenerationState as GenerationState
     from refrag.processing.processor import RefragProcessor as RefragProcessor
     from refrag.processing.selectors import AllChunks as AllChunks
+    from refrag.processing.selectors import AttentionSelector as AttentionSelector
     from refrag.processing.selectors import CosineSelector as CosineSelector
     from refrag.processing.selectors import NoChunks as NoChunks
     from refrag.processing.selectors import PerplexitySelector as PerplexitySelector
@@ -55,8 +56,8 @@ _NAMES_OF = {
     "model.policy": "ExpansionPolicy",
     "model.state": "GenerationState",
     "processing.processor": "RefragProcessor",
-    "processing.selectors": "AllChunks CosineSelector NoChunks PerplexitySelector PolicySelector RandomSelector "
-    "Selector ThresholdSelector",
+    "processing.selectors": "AllChunks AttentionSelector CosineSelector NoChunks PerplexitySelector PolicySelector "
+    "RandomSelector Selector ThresholdSelector",
     "store.fingerprint": "Fingerprint KVFingerprint",
     "store.kv_store": "KVStore",
     "store.shard": "StoreError",

@@ -20,8 +20,8 @@ def test_refuses_prompts():
     read = PassageCache(model).attach(good).passages
     for prompt, message in (
         (packed(model, [BEFORE, A]), "sequence 0 ends with a passage or is empty, needs text after"),
-        (packed(plain, [BEFORE, A, AFTER]), r"got embedding slots, needs SlotRule\(rows=1, rule='received', whole=0\)"),
-        (replace(good, kv_slots=SlotRule(2)), r"got SlotRule\(rows=2, .* needs SlotRule\(rows=1"),
+        (packed(plain, [BEFORE, A, AFTER]), r"got embedding slots, needs 1 row of each chunk, the most received"),
+        (replace(good, kv_slots=SlotRule(2)), r"got 2 rows of each chunk, .* needs 1 row of"),
         (replace(good, passages=read + read), "passages: got 2 entries, needs 1"),
         (replace(packed(model, [BEFORE[:-1], A, AFTER]), passages=read), "entry 0 was read behind 5 tokens .* with 4"),
         (replace(packed(model, [BEFORE, C, AFTER]), passages=read), r"got \[4, 4, 4, 3\] tokens, needs \[4, 4, 2\]"),
@@ -31,7 +31,7 @@ def test_refuses_prompts():
             model.read(prompt)
         with pytest.raises(ValueError, match=message):
             model.generate(prompt, max_new_tokens=1)
-    with pytest.raises(ValueError, match="prompt: got SlotRule.*, needs embedding slots"):
+    with pytest.raises(ValueError, match="prompt: got 1 row of each chunk, .*, needs embedding slots"):
         plain.read(good)
     with pytest.raises(ValueError, match="chunk_embeds: got a tensor, needs None with key/value slots"):
         model.read(good, chunk_embeds=torch.zeros(3, 32))

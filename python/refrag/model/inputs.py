@@ -175,6 +175,11 @@ class MixedPrompt:
         """Device of the tensors."""
         return self.token_ids.device
 
+    def chunks_per_sequence(self) -> list[int]:
+        """Return the number of chunks in each sequence."""
+        passages = iter(self.passage_of_span.tolist())
+        return [sum(next(passages) >= 0 for _ in lengths) for lengths in self.layout.lengths()]
+
     def take(self, spans: Sequence[int]) -> MixedPrompt:
         """Return the given spans of a single-sequence prompt, in this order; rows keep their positions.
 

@@ -58,6 +58,10 @@ class SlotRule:
         if not isinstance(self.whole, int) or self.whole < 0:
             raise ValueError(f"whole: got {self.whole!r}, needs an integer of 0 or more")
 
+    def __str__(self) -> str:
+        whole = f", the last {self.whole} of a passage whole" if self.whole else ""
+        return f"{self.rows} {'row' if self.rows == 1 else 'rows'} of each chunk, the most {self.rule}{whole}"
+
     def keep(self, lengths: Sequence[int]) -> tuple[int, ...]:
         """Return the number of rows that each chunk of a passage keeps, given the chunks' numbers of tokens."""
         compressed = len(lengths) - self.whole

@@ -29,6 +29,8 @@ def entries_of(
     rule: SlotRule,
     entries: Sequence[PassageEntry] | None,
     shared: Sequence[int],
+    *,
+    full: bool = False,
 ) -> list[PassageEntry]:
     """Return the entries of a sequence's passages, and read those that are missing or lack rows to expand.
 
@@ -41,6 +43,8 @@ def entries_of(
         Those that are known, of all passages.
     shared : sequence of int
         Tokens of the text that the passages are read behind.
+    full : bool
+        Whether to keep all rows of passages that are read here.
 
     Raises
     ------
@@ -66,7 +70,7 @@ def entries_of(
     if missing:
         whole = [passages[index].keep != rule.keep(passages[index].lengths) for index in missing]
         chunks = [passages[index].chunks for index in missing]
-        read = read_passages(model, model.key_rotation, chunks, shared, rule, full=any(whole))
+        read = read_passages(model, model.key_rotation, chunks, shared, rule, full=full or any(whole))
         for index, entry in zip(missing, read):
             result[index] = entry
             entry.require(passages[index].lengths, passages[index].keep)
@@ -224,7 +228,9 @@ def padded_slots(prefill: PackedPrefill) -> dict[str, Any]:
     }
 
 
-def entries_of_prompt(model: Any, prompt: MixedPrompt, sequences: Sequence[SlotSequence]) -> list[list[PassageEntry]]:
+def entries_of_prompt(
+    model: Any, prompt: MixedPrompt, sequences: Sequence[SlotSequence], *, full: bool = False
+) -> list[list[PassageEntry]]:
     """Return the entries of the passages of each sequence of a prompt, as ``entries_of``."""
     assert prompt.kv_slots is not None
     result, first = [], 0
@@ -234,7 +240,7 @@ def entries_of_prompt(model: Any, prompt: MixedPrompt, sequences: Sequence[SlotS
     for sequence in sequences:
         count = len(sequence.passages)
         known = None if prompt.passages is None else prompt.passages[first : first + count]
-        result.append(entries_of(model, sequence, prompt.kv_slots, known, sequence.beginning))
+        result.append(entries_of(model, sequence, prompt.kv_slots, known, sequence.beginning, full=full))
         first += count
     return result
 

@@ -19,10 +19,10 @@ from refrag.model.config import RefragConfig
 from refrag.model.encoder import TextEmbedder
 from refrag.model.inputs import Chunk, MixedPrompt, Part, Passage, PromptTooLongError, require_text
 from refrag.model.packing import Span, pack_chunks, pack_spans, shared_tokens
-from refrag.model.passage_rows import SlotRule
+from refrag.model.passage_rows import PassageEntry, SlotRule
 from refrag.processing.chat import render_chat
-from refrag.processing.expansion import expanded_chunks, whole_chunks
-from refrag.processing.selectors import Selector
+from refrag.processing.expansion import attention_picks, expanded_chunks, whole_chunks
+from refrag.processing.selectors import AttentionSelector, Selector
 from refrag.store.kv_store import KVStore
 from refrag.store.store import ChunkStore, StoreError
 
@@ -96,7 +96,7 @@ class RefragProcessor:
         if kv_slots is not None and position_ids == "contiguous":
             raise ValueError("position_ids: got 'contiguous' beside kv_slots, needs original or parallel")
         if kv_slots is not None and kv_slots.rows > k:
-            raise ValueError(f"kv_slots: got {kv_slots.rows} rows, needs 1 to k = {k}")
+            raise ValueError(f"rows: got {kv_slots.rows}, needs 1 to the chunk_size of {k}")
         if position_ids not in ("contiguous", "original", "parallel"):
             raise ValueError(f"position_ids: got {position_ids!r}, needs contiguous, original or parallel")
         self.tokenizer = tokenizer
@@ -256,7 +256,8 @@ class RefragProcessor:
             If a prompt doesn't fit; states the excess, and which k or how many expanded chunks would fit.
         """
         batch = _batch(prompts)
-        stored, chunk_embeds, entries = None, None, None
+        stored, chunk_embeds = None, None
+        entries: Sequence[PassageEntry] | None = None
         if store is not None:
             self._check_store(store)
             passages = [part for prompt in batch for part in prompt if isinstance(part, Passage)]
@@ -270,7 +271,10 @@ class RefragProcessor:
         if chunk_embeds is None and self.encoder_window:
             chunk_embeds = self._embedded(sequences, selector)
         questions = self._questions(batch, question)
-        expanded = expanded_chunks(chunks, questions, expand, expand_count, selector, chunk_embeds)
+        by_attention = isinstance(selector, AttentionSelector)
+        others = None if by_attention else selector
+        shares = (None, None) if by_attention else (expand, expand_count)
+        expanded = expanded_chunks(chunks, questions, *shares, others, chunk_embeds)
         if self.kv_slots is not None:
             expanded |= whole_chunks(sequences, self.kv_slots.whole)
         if begin:
@@ -278,18 +282,26 @@ class RefragProcessor:
             sequences = [self._started(spans, first in expanded) for spans, first in zip(sequences, firsts)]
         if isinstance(store, KVStore) and begin:
             self._check_shared_text(store, sequences)
-        packed = pack_spans(
-            sequences,
-            expanded,
-            self.encoder_tokenizer,
-            position_ids=self.position_ids,
-            encoder_special_tokens=self.encoder_special_tokens,
-            chunk_embeds=None if self.kv_slots else chunk_embeds,
-            latents=self.latents,
-            encoder_window=self.encoder_window,
-            kv_slots=self.kv_slots,
-            passages=entries,
-        )
+
+        def pack() -> MixedPrompt:
+            return pack_spans(
+                sequences,
+                expanded,
+                self.encoder_tokenizer,
+                position_ids=self.position_ids,
+                encoder_special_tokens=self.encoder_special_tokens,
+                chunk_embeds=None if self.kv_slots else chunk_embeds,
+                latents=self.latents,
+                encoder_window=self.encoder_window,
+                kv_slots=self.kv_slots,
+                passages=entries,
+            )
+
+        packed = pack()
+        if isinstance(selector, AttentionSelector):
+            picked, entries = attention_picks(selector, packed, chunks, expand, expand_count, begin)
+            expanded |= picked
+            packed = pack()
         self._check_window(sequences, expanded, packed, max_new_tokens)
         return packed
 
