@@ -146,9 +146,9 @@ _attention_received = register_op(
     "-> Tensor",
     family="attention",
     support=[
-        Support("triton", missing="has no attention_received"),
+        Support("triton", tile_lists=True),
         Support("cuda", missing="has no attention_received"),
-        Support("cpu", missing="has no attention_received"),
+        Support("cpu", binds=True),
         REFERENCE,
     ],
     fake=_fake_received,

@@ -86,7 +86,7 @@ _select_chunk_rows = register_op(
     support=[
         Support("cuda", missing="has no select_chunk_rows"),
         Support("triton", missing="has no select_chunk_rows"),
-        Support("cpu", missing="has no select_chunk_rows"),
+        Support("cpu"),
         REFERENCE,
     ],
     fake=_fake,

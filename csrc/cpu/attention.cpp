@@ -1,7 +1,8 @@
-// mixed_attention on the CPU: checks arguments, allocates memory and runs the kernels of
+// mixed_attention and attention_received on the CPU: checks arguments, allocates memory and runs the kernels of
 // csrc/cpu/kernels/attention_*.cpp on torch's threads.
 #include "cpu/attention_kernels.h"
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -413,4 +414,54 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mixed_attention_backward(const Tensor
   return {dq, dk, dv, dsinks};
 }
 
+namespace {
+
+Tensor attention_received(const Tensor& q, const Tensor& k, const Tensor& lse, const std::vector<Tensor>& plan,
+                          double scale, double softcap) {
+  Sizes sizes{};
+  AttentionReceivedParams r{};
+  AttentionParams& p = r.forward;
+  p = params_of(q, k, k, plan, scale, softcap, std::nullopt, sizes);
+  r.lse = lse_data("lse", lse, q);
+  Tensor received = torch::stable::new_empty(k, {k.size(0), p.kv_heads}, ScalarType::Float);
+  r.received = static_cast<float*>(received.mutable_data_ptr());
+  clear_rows(received, sizes.kv_rows);
+
+  const std::vector<int64_t> keys = keys_per_block(p.plan);
+  const int64_t all_keys = std::accumulate(keys.begin(), keys.end(), int64_t{0});
+  OperandCopies copies(p, all_keys * p.row_tile_groups() / kTile);
+  copies.add(p.k_rows, p.k, REFRAG_KERNEL(attention_layouts)(p.element, p.head_dim).rows);
+  copies.make(copies_workspace);
+  const BlockRanges ranges(p.plan, keys, p.kv_heads);
+  r.num_accum_tiles = ranges.num_accum_tiles;
+  r.accum_offsets = ranges.accum_offsets.data();
+  r.accum_lists = ranges.accum_lists.data();
+  const int64_t accum_floats = p.kv_heads * r.num_accum_tiles * kTile * kTile;
+  r.accum = reinterpret_cast<float*>(accum_workspace.at_least(accum_floats * static_cast<int64_t>(sizeof(float))));
+
+  const std::vector<int32_t> order = order_by_cost(ranges.cost, p.kv_heads);
+  const int64_t scratch = REFRAG_KERNEL(attention_received_scratch)(r);
+  const auto kernel = REFRAG_KERNEL(attention_received);
+  const int64_t macs = (all_keys + kTile * p.plan.num_blocks) * kTile * p.heads * p.head_dim;
+  const int64_t tasks = static_cast<int64_t>(order.size()) * p.kv_heads, tiles = p.plan.num_tiles;
+  run_tasks(tasks, grain_of(tasks, macs), [&](int64_t task) {
+    kernel(r, ranges.items[order[task / p.kv_heads]], static_cast<int32_t>(task % p.kv_heads),
+           scratch_workspace.at_least(scratch));
+  });
+  const auto sum = REFRAG_KERNEL(attention_received_reduce);
+  run_tasks(tiles, grain_of(tiles, accum_floats), [&](int64_t tile) { sum(r, static_cast<int32_t>(tile)); });
+  copies_workspace.trim(kMaxRetainedBytes);
+  accum_workspace.trim(kMaxRetainedBytes);
+  return received;
+}
+
+}  // namespace
 }  // namespace refrag::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(refrag_cpu, m) {
+  m.def("attention_received(Tensor q, Tensor k, Tensor lse, Tensor[] plan, float scale, float softcap) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(refrag_cpu, CPU, m) {
+  m.impl("attention_received", TORCH_BOX(&refrag::cpu::attention_received));
+}

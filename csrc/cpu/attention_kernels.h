@@ -122,4 +122,23 @@ REFRAG_DECLARE_KERNEL(void, attention_backward, const AttentionBackwardParams& p
 REFRAG_DECLARE_KERNEL(void, attention_backward_reduce, const AttentionBackwardParams& params, int32_t begin,
                       int32_t end);
 
+// attention_received walks the plan as the backward pass does.
+struct AttentionReceivedParams {
+  AttentionParams forward;  // v, sinks, `out` and `lse` are unused
+  const float* lse;         // [T_q, H_q]
+  float* received;          // [T_kv, H_kv]
+  float* accum;             // [kv_heads, num_accum_tiles, 16 keys, 16 packed rows of a row tile]
+  int64_t num_accum_tiles;
+  const int32_t *accum_offsets, *accum_lists;  // CSR: the accumulator tiles of each key tile
+};
+
+REFRAG_DECLARE_KERNEL(int64_t, attention_received_scratch, const AttentionReceivedParams& params);
+
+// Accumulates the probabilities of the range's rows.
+REFRAG_DECLARE_KERNEL(void, attention_received, const AttentionReceivedParams& params, const BlockRange& range,
+                      int32_t kv_head, char* scratch);
+
+// Sums the accumulators of a tile's keys, for all heads.
+REFRAG_DECLARE_KERNEL(void, attention_received_reduce, const AttentionReceivedParams& params, int32_t tile);
+
 }  // namespace refrag::cpu

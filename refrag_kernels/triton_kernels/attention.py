@@ -1,4 +1,4 @@
-"""mixed_attention on GPUs by Triton: forward and backward."""
+"""mixed_attention on GPUs by Triton, forward and backward, and attention_received."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from refrag_kernels.triton_kernels.attention_backward_kernels import (
     mixed_attention_delta_kernel,
 )
 from refrag_kernels.triton_kernels.attention_forward_kernels import mixed_attention_fwd_kernel
+from refrag_kernels.triton_kernels.attention_received_kernels import (
+    attention_received_fwd_kernel,
+    attention_received_sum_kernel,
+)
 
 _DELTA_ROWS = 32  # the threads of a warp, for the sum over rows of dsinks
 _SUM_ROWS = 16  # of a tile's 64 rows, per program that adds up partials
@@ -201,3 +205,39 @@ def _key_gradients(inputs, dk, dv, plan, scale, softcap) -> None:
             sums, partials, kv_blocks, dk, dv, num_partials, kv_blocks.shape[0], *dk.stride()[:2], BLOCK_M=_SUM_ROWS,
             D=columns, BD=block_d,
         )  # fmt: skip
+
+
+def attention_received(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    plan: Sequence[torch.Tensor],
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """See ``refrag_kernels.attention_received``."""
+    (kv_rows, kv_heads, columns), kv_blocks = k.shape, plan[PlanField.KV_BLOCKS]
+    received = torch.empty(kv_rows, kv_heads, dtype=torch.float32, device=k.device)
+    if not q.numel() or not kv_rows:
+        return received.zero_()
+    target, block_d = launch.architecture(q.device), launch.width(columns)
+    config = configs.attention("received", target, block_d, q.element_size(), softcap > 0)
+    work_items, ranges, partial_tiles, partials = _list(plan, TileList(True, 4))
+    programs, num_partials = (work_items.shape[0] - 1) * (64 // config.block_m), partials.shape[0]
+    heads_first = grid_order.heads_first() and programs < 2**16  # as for the gradients of keys
+    split = num_partials > 2  # a list without partials has two rows
+    sums = torch.empty(num_partials, kv_heads, 64, dtype=torch.float32, device=q.device) if split else received
+    with launch.on(q.device):
+        attention_received_fwd_kernel[(kv_heads, programs) if heads_first else (programs, kv_heads)](
+            q, k, lse, received, sums, plan[PlanField.SIZES], kv_blocks, plan[PlanField.PARTIAL_BITS], work_items,
+            ranges, partial_tiles, scale, softcap, kv_rows, kv_blocks.shape[0], *_strides(q, k),
+            GROUP=q.shape[1] // kv_heads, BLOCK_M=config.block_m, BLOCK_N=config.block_n, D=columns, BD=block_d,
+            WIDE=launch.wide(config.block_n, q.stride(0)), SOFTCAP=softcap > 0,
+            PRECISION=launch.precision(q.dtype, target), TILES=int(heads_first),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        if split:
+            attention_received_sum_kernel[(num_partials, kv_heads)](
+                sums, partials, kv_blocks, received, num_partials, kv_blocks.shape[0], num_warps=2
+            )
+    return received

@@ -37,6 +37,11 @@ _ATTENTION_16_BIT = {
         128: Config(block_m=64, block_n=32, num_warps=8, num_stages=2),
         256: Config(block_m=64, block_n=32, num_warps=8, num_stages=1),
     },
+    "received": {
+        64: Config(block_m=64, block_n=64, num_warps=4, num_stages=3),
+        128: Config(block_m=64, block_n=64, num_warps=4, num_stages=2),
+        256: Config(block_m=64, block_n=32, num_warps=4, num_stages=2),
+    },
 }
 # float32 is split in two for its three TF32 passes: a larger head_dim leaves room for fewer rows.
 _ATTENTION_32_BIT = {
@@ -54,6 +59,11 @@ _ATTENTION_32_BIT = {
         64: Config(block_m=64, block_n=32, num_warps=4, num_stages=1),
         128: Config(block_m=32, block_n=32, num_warps=8, num_stages=1),
         256: Config(block_m=16, block_n=16, num_warps=8, num_stages=1),
+    },
+    "received": {
+        64: Config(block_m=64, block_n=32, num_warps=4, num_stages=1),
+        128: Config(block_m=32, block_n=32, num_warps=4, num_stages=1),
+        256: Config(block_m=16, block_n=32, num_warps=4, num_stages=1),
     },
 }
 # By architecture and element size: overrides of the tables above.

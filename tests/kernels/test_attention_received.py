@@ -30,10 +30,8 @@ def received(problem, backend, **plan_options):
     return rk.attention_received(problem.q, problem.k, lse_of(problem, plan), plan, backend=backend, **options)
 
 
-@functools.cache
-def expected(seed, dtype):
+def column_sums(problem):
     """Return the column sums of a dense softmax in float64."""
-    problem = random_attention_problem(seed, dtype)
     q, k, sinks = problem.q.double(), problem.k.double(), problem.options["sinks"]
     group = q.shape[1] // k.shape[1]
     scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(group, 1))
@@ -45,6 +43,11 @@ def expected(seed, dtype):
         scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, q.shape[0], 1)], 2)
     probabilities = scores.softmax(2).nan_to_num(0)[:, :, : k.shape[0]]
     return probabilities.sum(1).unflatten(0, (-1, group)).sum(1).T
+
+
+@functools.cache
+def expected(seed, dtype):
+    return column_sums(random_attention_problem(seed, dtype))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -129,20 +132,24 @@ def test_empty_and_single_rows(backend, lengths):
     torch.testing.assert_close(rk.attention_received(q, k, lse, plan, backend=backend), torch.ones(rows, 2))
 
 
+def check_nonfinite(problem, backend):
+    """A NaN or inf in q or k spoils its rows' probabilities, and so the sums of the keys that those attend to."""
+    got, want = received(problem.spoilt, backend), received(problem.spoilt, "reference")
+    assert torch.equal(got.isfinite(), want.isfinite())
+    reached = (problem.clean.plan_problem.allowed().T[:, :, None] & problem.rows).any(1)
+    reached = reached.unflatten(1, (got.shape[1], -1)).any(2)
+    assert torch.equal(got[~reached], received(problem.clean, backend)[~reached])
+
+
 @pytest.mark.parametrize("first_seed", range(0, 40, 10))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nonfinite_elements_reach_only_their_rows_keys(backend, dtype, first_seed):
-    """A NaN or inf in q or k spoils its rows' probabilities, and so the sums of the keys that those attend to."""
     for seed in range(first_seed, first_seed + 10):
-        problem = spoilt_problem(seed, dtype)
-        got, want, clean = (received(*args) for args in (
-            (problem.spoilt, backend), (problem.spoilt, "reference"), (problem.clean, backend)
-        ))  # fmt: skip
-        reached = (problem.clean.plan_problem.allowed().T[:, :, None] & problem.rows).any(1)
-        reached = reached.unflatten(1, (got.shape[1], -1)).any(2)
-        assert torch.equal(got.isfinite(), want.isfinite()), f"spoilt_problem({seed}, {dtype})"
-        assert torch.equal(got[~reached], clean[~reached]), f"spoilt_problem({seed}, {dtype})"
+        try:
+            check_nonfinite(spoilt_problem(seed, dtype), backend)
+        except AssertionError as error:
+            raise AssertionError(f"spoilt_problem({seed}, {dtype}): {error}") from error
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])
