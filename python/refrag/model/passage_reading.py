@@ -107,7 +107,8 @@ def _read(
     device, before = model.device, len(shared)
     sizes = [sum(own) for own in lengths]
     token_ids = shared + [token for chunks in passages for chunk in chunks for token in chunk.token_ids]
-    token_positions = torch.cat([torch.arange(before), *(before + torch.arange(size) for size in sizes)]).to(device)
+    places = [*range(before), *(before + row for size in sizes for row in range(size))]
+    token_positions = torch.tensor(places, device=device)
     spans = [before] * bool(before) + sizes
     mask = ChunkMask.passages([-1] * bool(before) + list(range(len(sizes))))
     plans = AttentionPlans(ChunkLayout.from_lengths([spans]).to(device), mask, causal=True)
@@ -148,7 +149,8 @@ def _kept(
     received: list[torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the keys and values [L, H, n, D] that the rule keeps of all passages, and their rows, int32 [L, H, n]."""
-    offsets = torch.tensor([0, *(length for own in lengths for length in own)], dtype=torch.int32).cumsum(0).int()
+    offsets = torch.tensor([0, *(length for own in lengths for length in own)], dtype=torch.int32, device="cpu")
+    offsets = offsets.cumsum(0).int()
     kept_offsets = rk.kept_offsets(offsets, [count for own in lengths for count in rule.keep(own)])
     count, device = int(kept_offsets[-1]), positions.device
     offsets, kept_offsets = offsets.to(device), kept_offsets.to(device)

@@ -129,8 +129,9 @@ def slot_prefill(
             places += range(text_row, text_row + own)
             passage_row, text_row = passage_row + total - own, text_row + own
         order = torch.tensor(places, device=device)
-    ends = torch.tensor(totals).cumsum(0)
-    padded = ends[:, None] + torch.arange(-max(totals), 0)
+    sizes = torch.tensor(totals, device="cpu")
+    ends = sizes.cumsum(0)
+    padded = ends[:, None] + torch.arange(-max(totals), 0, device="cpu")
     return PackedPrefill(
         embeds=_text_embeds(model, token_ids),
         position_ids=torch.tensor([position for text in texts for position in text.positions], device=device),
@@ -140,7 +141,7 @@ def slot_prefill(
             causal=True,
             kv_layout=ChunkLayout.from_lengths(key_lengths).to(device),
         ),
-        rows=torch.maximum(padded, (ends - torch.tensor(totals))[:, None]).to(device),
+        rows=torch.maximum(padded, (ends - sizes)[:, None]).to(device),
         held=placed_rows(
             model.key_rotation,
             [passage for sequence in sequences for passage in sequence.passages],
@@ -149,7 +150,7 @@ def slot_prefill(
             model.dtype,
         ),
         order=order,
-        last=(torch.tensor(text_rows).cumsum(0) - 1).to(device),
+        last=torch.tensor(text_rows, device=device).cumsum(0) - 1,
     )
 
 
@@ -167,7 +168,7 @@ def _mask(sequences: Sequence[SlotSequence], held: bool) -> ChunkMask:
     for sequence in sequences:
         passages = held + len(sequence.passages)
         size = passages + len(sequence.texts)
-        allowed = torch.ones(size, size, dtype=torch.bool)
+        allowed = torch.ones(size, size, dtype=torch.bool, device="cpu")
         for row, text in enumerate(sequence.texts, passages):
             allowed[row, held + text.passages : passages] = False
         matrices.append(allowed)

@@ -192,7 +192,7 @@ class KVStore(PassageStore[KVFingerprint]):
             slots = [stored[index].slots for index in new]
             payload = {"shape": shape, **_flat("slot", slots, self.dtype)}
             payload["slot_rows"] = torch.cat(
-                [torch.empty(0, dtype=torch.int32), *(one.rows.flatten() for one in slots)]
+                [torch.empty(0, dtype=torch.int32, device="cpu"), *(one.rows.flatten() for one in slots)]
             )
             if self.full:
                 payload |= _flat("full", [full for index in new if (full := stored[index].full)], self.dtype)
