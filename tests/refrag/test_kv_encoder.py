@@ -1,5 +1,6 @@
 """KVEncoder and the processor: prompts from text and from a KVStore, with a real tokenizer."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -7,16 +8,22 @@ import torch
 from refrag import (
     ChunkStore,
     CosineSelector,
+    ExpansionPolicy,
     Fingerprint,
     KVEncoder,
     KVStore,
     Passage,
+    PassageCache,
+    PolicySelector,
     PromptTooLongError,
+    RefragForCausalLM,
     RefragProcessor,
     SlotRule,
     StoreError,
     TextEmbedder,
 )
+from refrag.integrations.answering import Answerer
+from refrag.integrations.prompt_embeds import mixed_cache_key
 
 from tests.support.accuracy import relative_error
 
@@ -152,3 +159,40 @@ def test_refusals(tmp_path, kv_model, kv_processor, store, tokenizer, encoder_to
         kv_processor([Passage("word " * 300), QUESTION])
     with pytest.raises(StoreError, match="decoder: holds keys and values of"):
         store.require(dataclasses.replace(store.fingerprint, revision="other"))
+
+
+def test_a_policy_picks_chunks(kv_model, kv_processor, encoder_tokenizer):
+    torch.manual_seed(0)
+    policy = ExpansionPolicy(kv_model.config.chunk_width).eval()
+    selector = PolicySelector(policy, TextEmbedder(kv_model, encoder_tokenizer))
+    prompt = kv_processor(asked(kv_processor, BRIDGE, BREAD), expand=0.25, selector=selector)
+    whole = {3, 5}  # by the rule
+    assert len(prompt.expanded | whole) == len(prompt.expanded) and kv_model.read(prompt).rows > 0
+
+
+def test_answers_of_the_integrations(kv_model, kv_processor, store):
+    answerer = Answerer(kv_model, kv_processor, selector="cosine", expand_count=1, max_new_tokens=4)
+    read = answerer.answer(QUESTION, [BRIDGE, BREAD])
+    assert isinstance(read, str) and "".join(answerer.stream(QUESTION, [BRIDGE, BREAD])) == read
+    stored = Answerer(kv_model, kv_processor, selector="attention", expand=0.5, max_new_tokens=4, store=store,
+                      template="{passages}{question}")  # fmt: skip
+    assert isinstance(stored.answer(QUESTION, [Passage(id="bridge"), RAIN]), str)
+    with pytest.raises(ValueError, match="prompt: got key/value slots, needs embedding slots"):
+        mixed_cache_key(kv_processor(asked(kv_processor, BRIDGE)))
+
+
+def test_the_real_decoder_with_every_row_kept(smollm2, minilm, tokenizer, encoder_tokenizer):
+    """SmolLM2 with all rows gives the logits of the plain cache on full text, in any order of the passages."""
+    parts = copy.deepcopy(minilm), copy.deepcopy(smollm2)
+    fields = dict(slot_rows=8, position_ids="parallel")
+    model = RefragForCausalLM.from_parts(*parts, 8, preset="kv", **fields).eval()
+    processor = RefragProcessor.from_config(model.config, tokenizer, encoder_tokenizer)
+    prompts = [processor(asked(processor, *order)) for order in ((BRIDGE, BREAD, RAIN), (RAIN, BRIDGE, BREAD))]
+    cache = PassageCache(model)
+    got = [cache.read(prompt).last_logits() for prompt in prompts]
+    assert (cache.hits, cache.misses) == (3, 3)
+    model.config.slots = "embedding"
+    processor = RefragProcessor.from_config(model.config, tokenizer, encoder_tokenizer)
+    for order, logits in zip(((BRIDGE, BREAD, RAIN), (RAIN, BRIDGE, BREAD)), got):
+        text = processor(asked(processor, *order), expand=1.0)
+        assert relative_error(logits, PassageCache(model).read(text).last_logits()) < BOUND
