@@ -85,7 +85,7 @@ _select_chunk_rows = register_op(
     family="chunk_rows",
     support=[
         Support("cuda", missing="has no select_chunk_rows"),
-        Support("triton", missing="has no select_chunk_rows"),
+        Support("triton"),
         Support("cpu"),
         REFERENCE,
     ],

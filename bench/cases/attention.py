@@ -1,4 +1,4 @@
-"""Cases of mixed_attention: prompts, passages, the chunk encoder, the backward pass, and other benchmarks' masks."""
+"""Cases of attention_received, and of mixed_attention: prompts, passages, the encoder, the backward pass and more."""
 
 from __future__ import annotations
 
@@ -185,8 +185,35 @@ def _backward(preset: str, context: int, k: int, density: float, dtype: torch.dt
     )
 
 
+def _received(preset: str, context: int, dtype: torch.dtype, device: str) -> Case:
+    """The attention that each row of a causal text received, after its forward pass."""
+    shape = PRESETS[preset]
+    q, key, v = tensors(shape.heads, shape.kv_heads, shape.head_dim, context, dtype, device)
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[context]]), device=device)
+    _, lse = rk.mixed_attention(q, key, v, plan, return_lse=True)
+    group = shape.heads // shape.kv_heads
+
+    def column_sums(q: torch.Tensor, key: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+        causal = torch.ones(context, context, dtype=torch.bool, device=device).tril()
+        received = torch.zeros(context, shape.kv_heads, dtype=lse.dtype, device=device)
+        for head in range(shape.heads):  # the scores of all heads may not fit
+            scores = (q[:, head] @ key[:, head // group].T).to(lse.dtype) * shape.head_dim**-0.5
+            received[:, head // group] += (scores - lse[:, head, None]).exp().masked_fill(~causal, 0).sum(0)
+        return received
+
+    return Case(
+        ours=lambda: rk.attention_received(q, key, lse, plan),
+        peers={"eager, head by head": lambda: column_sums(q, key, lse)},
+        expected=lambda: column_sums(q.double(), key.double(), lse.double()),
+        bound=bound_of(dtype) if dtype != torch.float32 else 5e-6,
+        flops=2.0 * shape.heads * shape.head_dim * plan.stats()["pairs_allowed"],
+        limit="matmul",
+        notes="excludes the plan and the forward pass",
+    )
+
+
 def entries(sweep: Sweep, flex: bool) -> Iterator[Entry]:
-    """Yield the rows of mixed_attention."""
+    """Yield the rows of mixed_attention and attention_received."""
     common = itertools.product(sweep.presets, sweep.context, sweep.k, sweep.dtypes)
     for preset, context, k, dtype in common:
         at, to = {"context": context, "k": k}, (dtype, sweep.device)
@@ -207,3 +234,5 @@ def entries(sweep: Sweep, flex: bool) -> Iterator[Entry]:
         for case, mask in MASKS.items():
             make = functools.partial(_masked, mask, preset, context, dtype, sweep.device, flex)
             yield Entry("mixed_attention", case, preset, dtype, {"context": context}, make, on_request=True)
+        make = functools.partial(_received, preset, context, dtype, sweep.device)
+        yield Entry("attention_received", "text", preset, dtype, {"context": context}, make)

@@ -1,4 +1,4 @@
-"""Cases of the row ops: pool_chunks, project_chunks, embed_mixed and linear_rows."""
+"""Cases of the row ops: pool_chunks, select_chunk_rows, project_chunks, embed_mixed and linear_rows."""
 
 from __future__ import annotations
 
@@ -139,6 +139,40 @@ def _pool(preset: str, context: int, k: int, dtype: torch.dtype, device: str) ->
     )
 
 
+def _select(scored: bool, preset: str, context: int, k: int, dtype: torch.dtype, device: str) -> Case:
+    """The best row of each chunk's keys and values by scores, or by how unlike its chunk's mean a key is."""
+    shape, count = PRESETS[preset], _count(context, k)
+    heads, head_dim = shape.kv_heads, shape.head_dim
+    # [H, T, D] in memory, as in a cache of transformers.
+    key, v = (
+        _random(heads, count * k, head_dim, dtype=dtype, device=device, seed=seed).transpose(0, 1) for seed in (0, 1)
+    )
+    scores = _random(count * k, heads, dtype=torch.float32, device=device, seed=2) if scored else None
+    offsets = torch.arange(count + 1, dtype=torch.int32) * k
+    kept = rk.kept_offsets(offsets, 1).to(device)
+    offsets = offsets.to(device)
+    first = (torch.arange(count) * k).to(device)[:, None]
+
+    def gathered(wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        of_row = scores
+        if of_row is None:
+            keys = key.to(wide).unflatten(0, (count, k))
+            of_row = -F.cosine_similarity(keys, keys.mean(1, keepdim=True), dim=-1).flatten(0, 1)
+        rows = of_row.view(count, k, heads).argmax(1) + first
+        index = rows[..., None].expand(-1, -1, head_dim)
+        return key.gather(0, index), v.gather(0, index), rows.int()
+
+    elements = count * heads * head_dim * (4 if scored else k + 3)  # all keys, or the chosen ones; v; both written
+    return Case(
+        ours=lambda: rk.select_chunk_rows(key, v, offsets, kept, count, scores),
+        peers={"argmax, gather" if scored else "cosine_similarity, argmax, gather": lambda: gathered(torch.float32)},
+        expected=lambda: gathered(torch.float64),
+        bound=bound_of(dtype),
+        bytes=float(elements * dtype.itemsize + (4 * count * k * heads if scored else 0)),
+        limit="read",
+    )
+
+
 def _linear(preset: str, dtype: torch.dtype, device: str) -> Case:
     """One row through a decoder's largest layer, from hidden_size to the vocabulary."""
     shape = PRESETS[preset]
@@ -155,11 +189,17 @@ def _linear(preset: str, dtype: torch.dtype, device: str) -> Case:
 
 
 def entries(sweep: Sweep) -> Iterator[Entry]:
-    """Yield the rows of pooling, projection, assembly and the linear layer."""
-    makers = {"pool_chunks": ("mean", _pool), "project_chunks": ("chunks", _project), "embed_mixed": ("mixed", _embed)}
+    """Yield the rows of pooling, selection, projection, assembly and the linear layer."""
+    makers: list[tuple[str, str, Callable[..., Case]]] = [
+        ("pool_chunks", "mean", _pool),
+        ("select_chunk_rows", "scores", functools.partial(_select, True)),
+        ("select_chunk_rows", "unlike", functools.partial(_select, False)),
+        ("project_chunks", "chunks", _project),
+        ("embed_mixed", "mixed", _embed),
+    ]
     common = itertools.product(sweep.presets, sweep.context, sweep.k, sweep.dtypes)
     for preset, context, k, dtype in common:
-        for op, (case, make) in makers.items():
+        for op, case, make in makers:
             build = functools.partial(make, preset, context, k, dtype, sweep.device)
             yield Entry(op, case, preset, dtype, {"context": context, "k": k}, build)
     for preset, dtype in itertools.product(sweep.presets, sweep.dtypes):

@@ -39,6 +39,8 @@ _PUBLISHED: list[tuple[Sweep, set[str]]] = [
     (dataclasses.replace(_SMALL, context=(4096, 65536)), {"embed_mixed/mixed", "project_chunks/chunks"}),
     (_SMALL, {"pool_chunks/mean", "linear_rows/head", "plan_attention/prompt", "visible_ranges/decode"}),
     (dataclasses.replace(_SMALL, density=(0.06,)), {"plan_attention/passages"}),
+    (dataclasses.replace(_SMALL, context=(1024,)), {"attention_received/text"}),
+    (dataclasses.replace(_SMALL, k=(8,)), {"select_chunk_rows/scores", "select_chunk_rows/unlike"}),
     (_SMALL, {"ttft/prompt"}),
     (dataclasses.replace(_SMALL, context=(512, 4096)), {"decode/prompt"}),
     (_SMALL, {"passage_cache/read"}),

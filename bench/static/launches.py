@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 import refrag_kernels as rk
-from refrag_kernels.triton_kernels import attention, paged, pooling, projection
+from refrag_kernels.triton_kernels import attention, chunk_rows, paged, pooling, projection
 
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -47,6 +47,17 @@ def _attention(head_dim: int, group: int, dtype: torch.dtype, short_kv: bool = F
     return Case(name, dtype, call, spills_reported=head_dim == 256 or dtype == _FP32, head_dim=head_dim, **options)
 
 
+def _received(head_dim: int, group: int, dtype: torch.dtype, softcap: float = 0.0, **options) -> Case:
+    def call():
+        mask = rk.ChunkMask.passages(torch.tensor([-1, *range(15)]))  # the keys of the prefix are split
+        plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[64] * 16]), mask)
+        q, k = torch.empty(1024, 2 * group, head_dim, dtype=dtype), torch.empty(1024, 2, head_dim, dtype=dtype)
+        attention.attention_received(q, k, torch.empty(1024, 2 * group), plan.tensors(), 0.1, softcap)
+
+    name = f"received-{str(dtype)[6:]}-D{head_dim}-group{group}{'-softcap' * bool(softcap)}"
+    return Case(name, dtype, call, spills_reported=dtype == _FP32, head_dim=head_dim, **options)
+
+
 def _projection(rows: int, dtype: torch.dtype, backward: bool = False, **options) -> Case:
     def call():
         chunks, table = torch.empty(rows, 768, dtype=dtype), torch.empty(32000, 4096, dtype=dtype)
@@ -67,6 +78,16 @@ def _pooling(dtype: torch.dtype, **options) -> Case:
         pooling.pool_chunks_backward(pooling.pool_chunks(hidden, offsets, "mean"), offsets, "mean", 64)
 
     return Case(f"pooling-{str(dtype)[6:]}", dtype, call, **options)
+
+
+def _chunk_rows(head_dim: int, dtype: torch.dtype, rotated: bool = False, **options) -> Case:
+    def call():
+        k, offsets = torch.empty(64, 2, head_dim, dtype=dtype), torch.arange(0, 65, 16, dtype=torch.int32)
+        table = torch.empty(64, head_dim // 2) if rotated else None
+        chunk_rows.select_chunk_rows(k, k, offsets, torch.arange(5, dtype=torch.int32), 4, None, table, table)
+
+    name = f"chunk_rows-{str(dtype)[6:]}-D{head_dim}{'-rotated' * rotated}"
+    return Case(name, dtype, call, head_dim=head_dim, **options)
 
 
 def _paged(head_dim: int, group: int, dtype: torch.dtype, rows: int, visible: bool = False, **options) -> Case:
@@ -109,6 +130,12 @@ CASES = [
     ),
     _attention(64, 1, _BF16, short_kv=True, softcap=True),
     *(
+        _received(head_dim, 4, dtype, always=dtype == _BF16 and head_dim == 128)
+        for head_dim in (64, 96, 128, 256)
+        for dtype in (_BF16, _FP16, _FP32)
+    ),
+    *(_received(head_dim, 4, _BF16, softcap=30.0) for head_dim in (64, 128, 256)),
+    *(
         _projection(rows, dtype, always=rows == 512 and dtype == _BF16)
         for rows in (8, 48, 200, 512)
         for dtype in (_BF16, _FP16, _FP32)
@@ -122,5 +149,11 @@ CASES = [
     ),
     _paged(128, 1, _BF16, 1, visible=True),
     _paged(128, 4, _BF16, 32, visible=True),
+    *(
+        _chunk_rows(head_dim, dtype, rotated, always=dtype == _BF16 and head_dim == 128 and rotated)
+        for head_dim in (64, 96, 128, 256)
+        for dtype in (_BF16, _FP32)
+        for rotated in (False, True)
+    ),
     *(_pooling(dtype, always=dtype == _BF16) for dtype in (_BF16, _FP32)),
 ]

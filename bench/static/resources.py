@@ -72,6 +72,7 @@ def _shape(case: launches.Case, recorded: ahead_of_time.Launch) -> tuple[str, st
     """Return a kernel's specialization for a call, and the tile chosen for it."""
     a = recorded.arguments
     parts = [f"D {case.head_dim}"] if case.head_dim else []
+    parts += ["rotated"] if a.get("HALF") else []
     tile = ""
     if "GROUP" in a and "BLOCK_N" in a:
         tile = f"{tile_rows(recorded)} x {a['BLOCK_N']}"

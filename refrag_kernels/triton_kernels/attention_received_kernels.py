@@ -107,11 +107,10 @@ def attention_received_fwd_kernel(
         tl.store(p_partial_sums + (partial.to(tl.int64) * kv_heads + kv_head) * 64 + o_m, b_sum)
     else:
         tl.store(p_received + rows.to(tl.int64) * kv_heads + kv_head, b_sum, mask=m_rows)
+    zeros = tl.zeros([BLOCK_M], tl.float32)
     for first in range(tl.load(p_sizes + 1) + work_item * 64, kv_rows, tl.num_programs(TILES) // PARTS * 64):
         o_row = first + o_m
-        tl.store(
-            p_received + o_row.to(tl.int64) * kv_heads + kv_head, tl.zeros([BLOCK_M], tl.float32), mask=o_row < kv_rows
-        )
+        tl.store(p_received + o_row.to(tl.int64) * kv_heads + kv_head, zeros, mask=o_row < kv_rows)
 
 
 @triton.jit

@@ -166,6 +166,7 @@ _ATTENTION_SOFTCAP: dict[tuple[str, int], dict[str, dict[int, Config]]] = {
         "dq": {128: Config(block_m=64, block_n=32, num_warps=8, num_stages=2)},
     },
     ("sm_90", 2): {"dq": {128: Config(block_m=64, block_n=32, num_warps=4, num_stages=3)}},
+    ("sm_100", 2): {"received": {256: Config(block_m=64, block_n=32, num_warps=4, num_stages=1)}},
 }
 
 

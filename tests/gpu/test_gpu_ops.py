@@ -9,9 +9,19 @@ import pytest
 import torch
 
 import refrag_kernels as rk
-from tests.kernels import test_append_kv, test_attention, test_merge_states, test_paged, test_pooling, test_projection
+from tests.kernels import (
+    test_append_kv,
+    test_attention,
+    test_attention_received,
+    test_chunk_rows,
+    test_merge_states,
+    test_paged,
+    test_pooling,
+    test_projection,
+)
 from tests.support.accuracy import DTYPES, LSE, OUTPUT, relative_error
 from tests.support.factory import random_attention_problem
+from tests.support.nonfinite import spoilt_problem
 
 
 def _cuda_attention(backend, dtype, seed):
@@ -48,6 +58,16 @@ def _pooling(backend, dtype, mode_and_seed):
     test_pooling.test_against_float64(backend, dtype, *mode_and_seed)
 
 
+def _received(backend, dtype, seed):
+    test_attention_received.test_against_float64(backend, dtype, seed)
+
+
+def _chunk_rows(backend, dtype, seed):
+    test_chunk_rows.test_by_scores(backend, dtype, seed)
+    for rotated in (False, True):
+        test_chunk_rows.test_by_the_distance_from_the_mean(backend, dtype, seed, rotated)
+
+
 def _projection(call):
     return lambda backend, dtype, seed: test_projection.test_against_float64(backend, dtype, seed, call)
 
@@ -62,6 +82,8 @@ OPS = {
     "merge_states": (_merge, test_merge_states.SHAPES),
     "merge_states_backward": (_merge_gradients, test_merge_states.SHAPES[:3]),
     "pool_chunks": (_pooling, [(mode, seed) for seed in range(6) for mode in test_pooling.MODES]),
+    "attention_received": (_received, range(24)),
+    "select_chunk_rows": (_chunk_rows, range(8)),
     "project_chunks": (_projection("project"), range(12)),
     "embed_mixed": (_projection("embed"), range(12)),
 }
@@ -69,7 +91,8 @@ PROBLEMS = [
     pytest.param(op, backend, dtype, case, id=f"{op}-{backend}-{str(dtype)[6:]}-{number}")
     for number in range(max(len(cases) for _, cases in OPS.values()))
     for (op, (_, cases)), backend, dtype in itertools.product(OPS.items(), BACKENDS, DTYPES)
-    if (op, backend) != ("merge_states_backward", "cuda")  # Triton computes the gradients
+    # Triton alone has these.
+    if backend != "cuda" or op not in ("merge_states_backward", "attention_received", "select_chunk_rows")
     for case in list(cases)[number : number + 1]
 ]
 
@@ -106,6 +129,21 @@ def test_empty_huge_and_nan_states(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_beyond_the_batch_under_a_capacity(dtype):
     test_attention.test_rows_beyond_the_batch_under_a_capacity_are_zero("triton", dtype)
+
+
+def test_edges_of_attention_received():
+    test_attention_received.test_masked_rows_and_keys("triton")
+    test_attention_received.test_a_long_sequence("triton")
+    test_attention_received.test_rows_beyond_the_batch_under_a_capacity_are_zero("triton", torch.bfloat16)
+    for seed in range(10):
+        test_attention_received.check_nonfinite(spoilt_problem(seed, torch.bfloat16), "triton")
+
+
+def test_edges_of_select_chunk_rows():
+    test_chunk_rows.test_equal_keys_are_ties_and_a_zero_key_is_neutral("triton")
+    test_chunk_rows.test_nonfinite_keys_stay_in_their_chunk_and_head("triton")
+    test_chunk_rows.test_a_long_chunk("triton")
+    test_chunk_rows.test_rows_beyond_those_kept_are_zero("triton")
 
 
 @pytest.mark.parametrize(("op", "backend", "dtype", "case"), PROBLEMS)

@@ -10,6 +10,7 @@ import refrag_kernels as rk
 from refrag_kernels import backends
 from tests.support.accuracy import DTYPES, LSE, relative_error
 from tests.support.factory import random_attention_problem
+from tests.support.instruction_sets import LOWER, run_on
 from tests.support.nonfinite import spoilt_problem
 
 BACKENDS = backends.available("attention_received", torch.device("cpu"))
@@ -132,6 +133,17 @@ def test_empty_and_single_rows(backend, lengths):
     torch.testing.assert_close(rk.attention_received(q, k, lse, plan, backend=backend), torch.ones(rows, 2))
 
 
+def test_rows_far_apart(monkeypatch):
+    """Row 39 starts 39 * 2^26 elements into the queries and keys, of whose memory little is touched."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[40]]), causal=False)
+    near = torch.randn(40, 2, 16), torch.randn(40, 1, 16)
+    far = [torch.empty(39 * 2**26 + 32).as_strided(tensor.shape, (2**26, 16, 1)).copy_(tensor) for tensor in near]
+    _, lse = rk.mixed_attention(*near, near[1], plan, return_lse=True)
+    want = rk.attention_received(*near, lse, plan, backend="cpu")
+    assert torch.equal(rk.attention_received(*far, lse, plan, backend="cpu"), want)
+
+
 def check_nonfinite(problem, backend):
     """A NaN or inf in q or k spoils its rows' probabilities, and so the sums of the keys that those attend to."""
     got, want = received(problem.spoilt, backend), received(problem.spoilt, "reference")
@@ -150,6 +162,21 @@ def test_nonfinite_elements_reach_only_their_rows_keys(backend, dtype, first_see
             check_nonfinite(spoilt_problem(seed, dtype), backend)
         except AssertionError as error:
             raise AssertionError(f"spoilt_problem({seed}, {dtype}): {error}") from error
+
+
+def check_all():
+    """Check the CPU's kernels. Run in a new process, since the instruction set is chosen once per process."""
+    for dtype in DTYPES:
+        for seed in range(12):
+            test_against_float64("cpu", dtype, seed)
+            check_nonfinite(spoilt_problem(seed, dtype), "cpu")
+    test_masked_rows_and_keys("cpu")
+    test_a_long_sequence("cpu")
+
+
+@pytest.mark.parametrize("isa", LOWER)
+def test_instruction_sets(isa):
+    run_on(isa, __name__, "check_all")
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])

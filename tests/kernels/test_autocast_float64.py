@@ -16,6 +16,8 @@ vocabulary = torch.randn(5, 8)
 
 CALLS = {
     "mixed_attention": (rk.mixed_attention, {"q": rows, "k": rows, "v": rows}, (plan,)),
+    "attention_received": (rk.attention_received, {"q": rows, "k": rows}, (rows[..., 0].contiguous(), plan)),
+    "select_chunk_rows": (rk.select_chunk_rows, {"k": rows, "v": rows}, (offsets * 4, offsets, 1)),
     "paged_attention": (rk.paged_attention, {"q": rows[:1], "k_pages": pages, "v_pages": pages}, (table, lengths)),
     "append_kv": (
         rk.append_kv,

@@ -10,6 +10,7 @@ import refrag_kernels as rk
 from refrag_kernels import backends
 from tests.support.accuracy import DTYPES
 from tests.support.factory import random_lengths
+from tests.support.instruction_sets import LOWER, run_on
 
 BACKENDS = backends.available("select_chunk_rows", torch.device("cpu"))
 NAN, INF = float("nan"), float("inf")
@@ -127,17 +128,24 @@ def test_nonfinite_keys_stay_in_their_chunk_and_head(backend):
     assert select(k, v, offsets, kept, backend=backend)[2][2:4, 1].tolist() == [8, 9]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_long_chunk(backend):
-    """A text span of many rows, of which some, all or none are kept."""
-    torch.manual_seed(0)
-    k, v, scores = torch.randn(700, 2, 16), torch.randn(700, 2, 16), torch.randn(700, 2).round(decimals=1)
-    offsets = torch.tensor([0, 3, 603, 700], dtype=torch.int32)
-    for keep in (1, [1, 77, 0], [0, 599, 97], 1000):
+def check_long_chunk(backend, length):
+    """Select from a chunk of many rows between two others, of which some, all or none are kept."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 3 + length + 17
+    k, v = torch.randn(2, rows, 2, 16, generator=generator)
+    scores = torch.randn(rows, 2, generator=generator).round(decimals=1)
+    offsets = torch.tensor([0, 3, 3 + length, rows], dtype=torch.int32)
+    for keep in (1, [1, length // 3, 0], [0, length - 1, 17], rows):
         kept = rk.kept_offsets(offsets, keep)
         result = select(k, v, offsets, kept, scores, backend=backend)
         assert_gathered(result, k, v, chosen(scores, offsets, kept))
-        assert len(select(k, v, offsets, kept, backend=backend)[2]) == int(kept[-1])
+        _, _, want = select(k.double(), v.double(), offsets, kept)
+        assert torch.equal(select(k, v, offsets, kept, backend=backend)[2], want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_long_chunk(backend):
+    check_long_chunk(backend, 600)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -174,6 +182,21 @@ def test_strided_offsets_and_tables(backend):
     want = select(k, v, offsets, kept, **{name: table[:, :4].contiguous() for name, table in tables.items()})
     got = select(k, v, offsets, kept, backend=backend, **{name: table[:, :4] for name, table in tables.items()})
     assert torch.equal(got[2], want[2])
+
+
+def check_all():
+    """Check the CPU's kernels. Run in a new process, since the instruction set is chosen once per process."""
+    for dtype in DTYPES:
+        for seed in range(8):
+            test_by_the_distance_from_the_mean("cpu", dtype, seed, False)
+            test_by_the_distance_from_the_mean("cpu", dtype, seed, True)
+    test_equal_keys_are_ties_and_a_zero_key_is_neutral("cpu")
+    check_long_chunk("cpu", 100)
+
+
+@pytest.mark.parametrize("isa", LOWER)
+def test_instruction_sets(isa):
+    run_on(isa, __name__, "check_all")
 
 
 def test_float64():

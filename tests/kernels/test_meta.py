@@ -17,6 +17,8 @@ def int32(*shape):
 
 CALLS = {
     "mixed_attention": (lambda: rk.mixed_attention(rows, rows, rows, plan), (7, 4, 8)),
+    "attention_received": (lambda: rk.attention_received(rows, rows, torch.empty(7, 4, device="meta"), plan), (7, 4)),
+    "select_chunk_rows": (lambda: rk.select_chunk_rows(rows, rows, int32(3), int32(3), 5)[0], (5, 4, 8)),
     "paged_attention": (lambda: rk.paged_attention(rows, pages, pages, int32(7, 2), int32(7)), (7, 4, 8)),
     "merge_states": (lambda: rk.merge_states(rows, rows[..., 0], rows, rows[..., 0])[0], (7, 4, 8)),
     "pool_chunks": (lambda: rk.pool_chunks(chunks, int32(3), "mean"), (2, 8)),

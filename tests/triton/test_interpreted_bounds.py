@@ -56,6 +56,31 @@ def test_states_with_heads_far_apart():
         assert torch.equal(got, want)
 
 
+def test_attention_received_of_rows_far_apart():
+    """Row 39 starts 39 * 2^26 elements into the queries, and 39 * 2^27 into the keys."""
+    plan = rk.plan_attention(rk.ChunkLayout.from_lengths([[40]]), causal=False)
+    q, k = torch.randn(40, 2, 16).bfloat16(), torch.randn(40, 1, 16).bfloat16()
+    _, lse = rk.mixed_attention(q, k, k, plan, return_lse=True, backend="reference")
+    far = spread(q, (2**26, 16, 1)), spread(k, (2**27, 16, 1))
+    want = rk.attention_received(q, k, lse, plan, backend="triton")
+    assert torch.equal(rk.attention_received(*far, lse, plan, backend="triton"), want)
+
+
+def test_rows_far_apart_are_selected():
+    """Row 39 starts 39 * 2^26 elements into the keys, values and scores, and into the tables of their rotation."""
+    k, v, scores, angles = torch.randn(40, 2, 16), torch.randn(40, 2, 16), torch.randn(40, 2), torch.rand(40, 8)
+    offsets = torch.tensor([0, 8, 40], dtype=torch.int32)
+    kept = rk.kept_offsets(offsets, [1, 5])
+    far_k, far_v = spread(k, (2**26, 32, 1)), spread(v, (2**26, 32, 1))
+    tables = {"cos": angles.cos(), "sin": angles.sin()}
+    far_tables = {name: spread(table, (2**26, 1)) for name, table in tables.items()}
+    for backend in ("triton", "cpu"):
+        for near, far in (((scores, {}), (spread(scores, (2**26, 1)), {})), ((None, tables), (None, far_tables))):
+            want = rk.select_chunk_rows(k, v, offsets, kept, 6, near[0], **near[1], backend=backend)
+            got = rk.select_chunk_rows(far_k, far_v, offsets, kept, 6, far[0], **far[1], backend=backend)
+            assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
 def test_a_product_over_rows_far_apart():
     """The gradient of a weight sums over rows of chunks, 128 at a time: 128 * 2^24 elements."""
     chunks, weight, grad = torch.randn(150, 16).half(), torch.randn(16, 16).half(), torch.randn(150, 16).half()
