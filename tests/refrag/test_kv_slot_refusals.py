@@ -6,7 +6,7 @@ import pytest
 import torch
 from refrag import PassageCache, PromptTooLongError, RefragConfig, RefragForCausalLM
 from refrag.model.passage_reading import read_passages
-from refrag.model.passage_rows import SlotRule
+from refrag.model.passage_rows import PassageEntry, SlotRule
 from refrag.model.prefill_graph import PrefillGraph
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -50,6 +50,24 @@ def test_refuses_prompts():
     mixed = plain.read(packed(plain, [BEFORE, A, AFTER]))
     with pytest.raises(ValueError, match="state: has read embedding slots"):
         model.read(good, mixed)
+
+
+def test_refuses_rows_of_another_shape():
+    model, other = model_of(), model_of()
+    prompt = packed(model, [BEFORE, A, AFTER])
+    (entry,) = PassageCache(model).attach(prompt).passages
+    fewer = replace(entry.slots, keys=entry.slots.keys[1:], values=entry.slots.values[1:], rows=entry.slots.rows[1:])
+    with pytest.raises(ValueError, match=r"entry 0 has \(2, 2, 16\) layers, .* needs the decoder's, \(3, 2, 16\)"):
+        other.read(replace(prompt, passages=(PassageEntry(fewer),)))
+    for fields, message in (
+        ({"keys": entry.slots.keys[:, :, 1:]}, r"keys: got shape \[3, 2, 2, 16\], needs \[L, H, 3, D\]"),
+        ({"keep": (1, 2)}, "keys: got shape .* the rows of 3 chunks"),
+        ({"values": entry.slots.values[..., :8]}, r"values: got shape \[3, 2, 3, 8\], needs \[3, 2, 3, 16\]"),
+        ({"rows": entry.slots.rows[:1]}, r"rows: got shape \[1, 2, 3\], needs \[3, 2, 3\]"),
+        ({"key_scale": torch.ones(3, 2)}, r"key_scale: got shape \[3, 2\], needs \[3, 2, 3\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(entry.slots, **fields)
 
 
 def test_refuses_decoders():

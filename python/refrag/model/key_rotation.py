@@ -24,6 +24,11 @@ class KeyRotation:
     ----------
     decoder : PreTrainedModel
 
+    Attributes
+    ----------
+    shape : tuple of int, or None
+        Numbers of layers and key/value heads, and head_dim; None if they differ between layers.
+
     Raises
     ------
     ValueError
@@ -109,6 +114,8 @@ class KeyRotation:
         bound = 1e-3 if decoder.dtype in (torch.float32, torch.float64) else 5e-2
         with torch.no_grad():
             here, there = _keys(decoder, at), _keys(decoder, moved)
+            shapes = {(len(here), *layer.shape[::2]) for layer in here}
+            self.shape = shapes.pop() if len(shapes) == 1 else None
             try:
                 got = self.move(here, at, moved)
                 wrong = [float((a - b).norm() / b.norm().clamp(min=1e-6)) > bound for a, b in zip(got, there)]

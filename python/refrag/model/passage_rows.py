@@ -86,6 +86,11 @@ class PassageRows:
         Position of the passage's first token, which is the number of rows of shared text before it.
     key_scale, value_scale : Tensor [L, H, n], float32, optional
         Factors of the rows of float8 keys and values.
+
+    Raises
+    ------
+    ValueError
+        If the shapes don't match each other or the numbers of rows.
     """
 
     keys: torch.Tensor
@@ -96,6 +101,18 @@ class PassageRows:
     start: int
     key_scale: torch.Tensor | None = None
     value_scale: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        needed = [*self.keys.shape[:2], sum(self.keep)]
+        if self.keys.dim() != 4 or list(self.keys.shape[:3]) != needed or len(self.keep) != len(self.lengths):
+            raise ValueError(
+                f"keys: got shape {list(self.keys.shape)}, needs [L, H, {sum(self.keep)}, D], the rows of "
+                f"{len(self.lengths)} chunks"
+            )
+        for name in ("values", "rows", "key_scale", "value_scale"):
+            tensor, shape = getattr(self, name), list(self.keys.shape) if name == "values" else needed
+            if tensor is not None and list(tensor.shape) != shape:
+                raise ValueError(f"{name}: got shape {list(tensor.shape)}, needs {shape}, as the keys have")
 
     @property
     def nbytes(self) -> int:

@@ -61,6 +61,12 @@ def entries_of(
                 f"passages: entry {index} was read behind {entry.slots.start} tokens of shared text, got a prompt with "
                 f"{len(shared)} before its passages"
             )
+        shape = tuple(entry.slots.keys.shape[axis] for axis in (0, 1, 3))
+        if shape != model.key_rotation.shape:
+            raise ValueError(
+                f"passages: entry {index} has {shape} layers, key/value heads and head_dim, needs the decoder's, "
+                f"{model.key_rotation.shape}"
+            )
         try:
             entry.require(passage.lengths, passage.keep)
             result[index] = entry
