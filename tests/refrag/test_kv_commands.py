@@ -2,11 +2,14 @@
 
 import functools
 import json
+import pickle
 
 import pytest
 import torch
 from refrag import KVFingerprint, KVStore, Passage, RefragConfig, RefragForCausalLM, RefragProcessor, SlotRule, loading
 from refrag.cli import app
+from refrag.data.sources import slices
+from refrag.encoding import ray_engine
 from refrag.encoding.encode_job import EncodeJob
 from transformers import BertConfig, LlamaConfig
 from typer.testing import CliRunner
@@ -72,6 +75,17 @@ def test_answers_from_a_store(saved, corpus, tmp_path, full):
     # From the files, without a store, the answer is the same.
     files = run("generate", *QUESTION, *slots, "--expand", "3", corpus, "--store", store, "--max-new-tokens", "4")
     assert files.exit_code == 0 and files.stdout == generated.stdout
+
+
+def test_a_worker_of_ray_fills_the_store(saved, corpus, tmp_path):
+    """What each worker does, in this process: the job and the slices arrive pickled."""
+    job = pickle.loads(pickle.dumps(EncodeJob(tmp_path / "store", saved, kv_slots=SlotRule(2), full_rows=True)))
+    parts = [{"slice": [pickle.dumps(part)]} for part in slices([corpus], 1)]
+    worker = ray_engine._Worker(job)
+    steps = [pickle.loads(result) for part in parts for result in worker(part)["result"]]
+    assert [(step.new, step.known) for step in steps] == [(1, 0), (1, 0)]
+    held = KVStore.open(tmp_path / "store")
+    assert sorted(held.ids()) == sorted(TEXTS) and held.full and held.fingerprint.rows == 2
 
 
 def test_a_model_saved_with_kv_slots(saved, corpus, tmp_path, tokenizer, encoder_tokenizer):
