@@ -8,6 +8,7 @@ from refrag import PassageCache
 from refrag.model.inputs import Chunk
 from refrag.model.passage_reading import read_passages
 from refrag.model.passage_rows import SlotRule
+from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig
 
 from tests.refrag import tiny
 from tests.refrag.kv_prompts import AFTER, BEFORE, A, B, C, K, by_hand, model_of, packed, plain_of, tokens
@@ -25,10 +26,27 @@ def wide_windows(monkeypatch):
         monkeypatch.setitem(tiny.DECODERS, name, config)
 
 
-@pytest.mark.parametrize("name", tiny.DECODERS)
+OTHERS = {  # softcaps; sinks and YaRN
+    "gemma2": Gemma2Config(**tiny._DECODER, query_pre_attn_scalar=16, sliding_window=128),
+    "gpt_oss": GptOssConfig(
+        **tiny._DECODER, num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * 3
+    ),
+}
+
+
+def other_decoder(name):
+    torch.manual_seed(1)
+    decoder = AutoModelForCausalLM.from_config(copy.deepcopy(OTHERS[name]), attn_implementation="eager").eval()
+    tiny._spread(decoder)
+    return decoder
+
+
+@pytest.mark.parametrize("name", [*tiny.DECODERS, *OTHERS])
 @pytest.mark.parametrize("position_ids", ["parallel", "original"])
-def test_everything_kept_equals_full_text(name, position_ids):
+def test_everything_kept_equals_full_text(name, position_ids, monkeypatch):
     """With as many rows as tokens, the logits are those of the plain cache on the passages' text."""
+    if name in OTHERS:
+        monkeypatch.setattr(tiny, "decoder", other_decoder)
     model = model_of(name, SlotRule(rows=K), position_ids=position_ids)
     plain = plain_of(model)
     before = [BEFORE] if position_ids == "parallel" else []  # else passages after the first are at a distance from it

@@ -126,6 +126,11 @@ def _read(
         )
         layers = [(keys[0, :, before:], values[0, :, before:]) for keys, values in key_values(cache)]
         _check_layers(layers)
+        if plans.received is not None and len(plans.received) != len(layers):
+            raise ValueError(
+                f"decoder: got {len(plans.received)} attention layers over {len(layers)} layers of keys and values, "
+                "needs as many for the rule 'received'"
+            )
         received = None if plans.received is None else [scores[before:] for scores in plans.received]
         kept = _kept(rotation, layers, token_positions[before:], lengths, rule, received)
         return list(_split(layers, kept, lengths, rule, before, full))
