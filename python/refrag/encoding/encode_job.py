@@ -177,7 +177,7 @@ class EncodeJob:
                 decoder, encoder = (
                     kind.from_pretrained(source) for kind, source in zip((AutoModelForCausalLM, AutoModel), sources)
                 )
-                model = RefragForCausalLM.from_parts(encoder, decoder, self.k or DEFAULT_K, preset="kv").eval()
+                model = RefragForCausalLM.from_parts(encoder, decoder, self.k or 16, preset="kv").eval()
                 model.config.use_kv_slots(rule)
                 tokenizers = (_tokenizer(source) for source in sources)
                 processor = RefragProcessor.from_config(model.config, *tokenizers, chunker=self.chunker or "fixed")

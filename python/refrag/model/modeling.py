@@ -62,6 +62,8 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_attention_backend = True
 
+    _key_rotation: tuple[PreTrainedModel, KeyRotation] | None = None  # of the decoder that it was made for
+
     def __init__(self, config: RefragConfig) -> None:
         super().__init__(config)
         # An attention that the user chose is kept; packed rows are then refused.
@@ -76,7 +78,6 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         use_inference_linears(self.encoder)
         use_inference_linears(self.decoder)
         self.projector = ChunkProjector(config)
-        self._key_rotation: tuple[PreTrainedModel, KeyRotation] | None = None
         self.post_init()
 
     @classmethod
