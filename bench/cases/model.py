@@ -212,6 +212,50 @@ def _passage_cache(preset: str, context: int, k: int, expand: float, dtype: torc
     )
 
 
+def _kv_slots(preset: str, context: int, k: int, expand: float, dtype: torch.dtype, device: str) -> Case:
+    embedding, _ = _models(PRESETS[preset], dtype, device)
+    from refrag import PassageCache, SlotRule
+    from refrag.model.packing import pack_spans
+
+    compressed, _ = _mixed_prompts(Prompt(context, k, expand), PRESETS[preset].vocabulary)
+    model = copy.copy(embedding)  # the same weights, other slots
+    model.config = copy.deepcopy(model.config)
+    model.config.use_kv_slots(SlotRule())
+    before, after = (compressed.token_ids[rows].tolist() for rows in (slice(SHARED), slice(-SHARED, None)))
+    passages = [(number // max(1, 256 // k), chunk) for number, chunk in enumerate(compressed.chunks)]
+    prompt = pack_spans(
+        [[(-1, before), *passages, (-1, after)]], compressed.expanded, None,
+        position_ids="original", kv_slots=model.config.kv_slots,
+    )  # fmt: skip
+    with torch.inference_mode():
+        embeds = embedding.encode_chunks(compressed.encoder_input.to(device))
+        stored = PassageCache(model, full=True).attach(prompt)
+
+    def slots_of_embeddings() -> torch.Tensor:
+        return embedding(prompt=compressed, chunk_embeds=embeds, use_cache=True, logits_to_keep=1).logits
+
+    def expected() -> torch.Tensor:
+        with rk.use_backend("reference"), torch.inference_mode():
+            # From the same rows: among almost equal scores, float64 may choose others.
+            return copy.deepcopy(model).double().read(stored).last_logits()
+
+    def peer_expected() -> torch.Tensor:
+        with rk.use_backend("reference"), torch.inference_mode():
+            return slots_of_embeddings()
+
+    return Case(
+        ours=_inference(lambda: model.read(stored).last_logits()),
+        variants={"passages read first": _inference(lambda: model.read(prompt).last_logits())},
+        peers={"embedding slots": _inference(slots_of_embeddings)},
+        expected=expected,
+        peer_expected=peer_expected,
+        bound=_BOUND[dtype],
+        max_rounds=5,
+        max_copies=1,
+        notes="time to first token; passages of 256 tokens, one row of each chunk, rows or chunk embeddings at hand",
+    )
+
+
 def _passages(prompt, k: int):
     """Return a prompt without its prefix in passages of 256 tokens, and a function that reverses the passages."""
     size, chunks = max(1, 256 // k), len(prompt.chunks)
@@ -243,6 +287,7 @@ def entries(sweep: Sweep) -> Iterator[Entry]:
         sweep.presets, sweep.context, sweep.k, sweep.expand, sweep.dtypes
     ):
         at = {"context": context, "k": k, "expand": expand}
-        for op, case, make in zip(MODEL_OPS, ("prompt", "prompt", "read"), (_first_token, _decode, _passage_cache)):
+        makers = (_first_token, _decode, _passage_cache, _kv_slots)
+        for op, case, make in zip(MODEL_OPS, ("prompt", "prompt", "read", "read"), makers):
             build = functools.partial(make, preset, context, k, expand, dtype, sweep.device)
             yield Entry(op, case, preset, dtype, at, build)

@@ -45,6 +45,7 @@ _PUBLISHED: list[tuple[Sweep, set[str]]] = [
     (dataclasses.replace(_SMALL, context=(512, 4096)), {"decode/prompt"}),
     (_SMALL, {"passage_cache/read"}),
     (dataclasses.replace(_SMALL, context=(2048,), expand=(1.0,)), {"passage_cache/read"}),
+    (dataclasses.replace(_SMALL, k=(8,)), {"kv_slots/read"}),
 ]
 
 

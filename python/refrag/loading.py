@@ -11,6 +11,7 @@ from refrag import weights
 from refrag.adapters import adapter_path, load_adapter, read_adapter
 from refrag.model.config import RefragConfig
 from refrag.model.modeling import RefragForCausalLM
+from refrag.model.passage_rows import SlotRule
 from refrag.model.policy import ExpansionPolicy
 from refrag.processing.processor import RefragProcessor
 
@@ -73,6 +74,7 @@ def load_processor(folder: Path | None, k: int | None = None, chunker: str = "fi
             processor.tokenizer, processor.encoder_tokenizer, processor.k, window=processor.window, chunker=chunker,
             position_ids=processor.position_ids, encoder_special_tokens=processor.encoder_special_tokens,
             latents=processor.latents, encoder_window=processor.encoder_window, start_token=processor.start_token,
+            kv_slots=processor.kv_slots,
         )  # fmt: skip
     own = DEFAULT_K if k is None else k
     trained = weights.adapter_file(own)
@@ -84,6 +86,71 @@ def load_processor(folder: Path | None, k: int | None = None, chunker: str = "fi
     config = RefragConfig.from_preset("lclm" if trained is None else "tokens", *parts, **fields)
     tokenizers = [AutoTokenizer.from_pretrained(path, local_files_only=True) for path in (decoder, encoder)]
     return RefragProcessor.from_config(config, *tokenizers, chunker=chunker)
+
+
+def load_kv_model(folder: Path | None, k: int | None, rule: SlotRule) -> RefragForCausalLM:
+    """Load a model for key/value slots: that of ``load_model``, or without a folder SmolLM2-135M as it comes.
+
+    Parameters
+    ----------
+    folder : Path, optional
+    k : int, optional
+        Tokens per chunk; by default those of the folder's model, or 8.
+    rule : SlotRule
+
+    Raises
+    ------
+    ValueError
+        As ``load_model``; or if the rule keeps more rows than a chunk has.
+    """
+    if folder is not None:
+        model = load_model(folder, k)
+    else:
+        with weights.quiet_transformers(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the projector's weights, which key/value slots don't use
+            encoder = AutoModel.from_pretrained(weights.encoder_folder(), local_files_only=True)
+            decoder = AutoModelForCausalLM.from_pretrained(weights.decoder_folder(), local_files_only=True)
+            model = RefragForCausalLM.from_parts(encoder, decoder, k or DEFAULT_K, preset="kv").eval()
+    model.config.use_kv_slots(rule)
+    return model
+
+
+def load_kv_processor(folder: Path | None, k: int | None, rule: SlotRule, chunker: str = "fixed") -> RefragProcessor:
+    """Load the processor of the model that ``load_kv_model`` returns, without the model's weights.
+
+    Raises
+    ------
+    ValueError
+        As ``load_processor``; or if the rule keeps more rows than a chunk has.
+    """
+    if folder is not None:
+        return with_kv_slots(load_processor(folder, k, chunker), rule)
+    parts = [AutoConfig.from_pretrained(path, local_files_only=True) for path in _demo_folders()]
+    config = RefragConfig.from_preset("kv", *parts, chunk_size=k or DEFAULT_K)
+    config.use_kv_slots(rule)
+    tokenizers = [AutoTokenizer.from_pretrained(path, local_files_only=True) for path in _demo_folders()]
+    return RefragProcessor.from_config(config, *tokenizers, chunker=chunker)
+
+
+def with_kv_slots(processor: RefragProcessor, rule: SlotRule) -> RefragProcessor:
+    """Return the processor of a model for the same model with key/value slots.
+
+    Raises
+    ------
+    ValueError
+        If the rule keeps more rows than a chunk has.
+    """
+    return RefragProcessor(
+        processor.tokenizer, processor.encoder_tokenizer, processor.k, window=processor.window,
+        chunker=processor.chunker_name or processor.chunker,
+        position_ids="original" if processor.position_ids == "contiguous" else processor.position_ids,
+        encoder_special_tokens=processor.encoder_special_tokens, latents=processor.latents,
+        encoder_window=processor.encoder_window, start_token=processor.start_token, kv_slots=rule,
+    )  # fmt: skip
+
+
+def _demo_folders() -> tuple[Path, Path]:
+    return weights.decoder_folder(), weights.encoder_folder()
 
 
 def is_adapter(folder: Path | None) -> bool:

@@ -5,10 +5,14 @@ import signal
 
 import torch
 from refrag.model.inputs import Chunk, Passage
+from refrag.model.passage_rows import PassageEntry, PassageRows, all_rows
 from refrag.store import shard
-from refrag.store.fingerprint import Fingerprint
+from refrag.store.fingerprint import Fingerprint, KVFingerprint
+from refrag.store.kv_store import KVStore
 from refrag.store.store import ChunkStore
 
+LAYERS, HEADS, HEAD_DIM = 3, 2, 8
+KV_FINGERPRINT = KVFingerprint("tiny", "r1", "t2", "fixed, k = 4", "1 17", "received", rows=2, whole=1)
 WIDTH, CHUNKS, BATCH = 64, 12, 50
 FINGERPRINT = Fingerprint("tiny", "r1", "t1", "t2", "fixed, k = 4", "first", True, WIDTH)
 
@@ -36,6 +40,32 @@ def put(store, numbers, **options):
     return store.put([passage(number) for number in numbers], [chunks(number) for number in numbers], embeds, **options)
 
 
+def kv_entry(number, full=True):
+    """Return the keys and values of a passage, with numbers of its own that are exact in every dtype but float8."""
+    lengths = tuple(len(chunk.token_ids) for chunk in kv_chunks(number))
+    keep = KV_FINGERPRINT.slot_rule.keep(lengths)
+
+    def rows(count, first):
+        numbers = torch.arange(LAYERS * HEADS * count).view(LAYERS, HEADS, count, 1) % 97 + first
+        return (numbers + torch.arange(HEAD_DIM) / 128 + number).bfloat16().float()
+
+    tokens = torch.arange(sum(keep), dtype=torch.int32).expand(LAYERS, HEADS, -1)
+    slots = PassageRows(rows(sum(keep), 0), rows(sum(keep), 1), tokens, lengths, keep, 2)
+    whole = all_rows(rows(sum(lengths), 2), rows(sum(lengths), 3), lengths=lengths, start=2)
+    return PassageEntry(slots, whole if full else None)
+
+
+def kv_chunks(number):
+    """Return a passage's chunks, with one or more tokens."""
+    return [Chunk(chunk.text, (7, *chunk.token_ids)) for chunk in chunks(number)]
+
+
+def put_kv(store, numbers, **options):
+    numbers = list(numbers)
+    entries = [kv_entry(number, store.full) for number in numbers]
+    return store.put([passage(number) for number in numbers], [kv_chunks(n) for n in numbers], entries, **options)
+
+
 def write_forever(folder, connection):
     """Put one shard after another, and send the number of each finished shard."""
     store = ChunkStore.open(folder, FINGERPRINT)
@@ -44,13 +74,13 @@ def write_forever(folder, connection):
         connection.send(number)
 
 
-def write_and_die(folder, moment):
+def write_and_die(folder, moment, kv=False):
     """Put a shard and die at a given moment during it."""
 
     def die(*arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    store = ChunkStore.open(folder, FINGERPRINT)
+    store = KVStore.open(folder, KV_FINGERPRINT) if kv else ChunkStore.open(folder, FINGERPRINT)
     real = shard.save_file
 
     def die_half_written(tensors, path, **options):
@@ -64,7 +94,7 @@ def write_and_die(folder, moment):
         setattr(
             os, {"before the sync": "fsync", "before the rename": "replace", "after the rename": "open"}[moment], die
         )
-    put(store, range(BATCH, 2 * BATCH))
+    (put_kv if kv else put)(store, range(BATCH, 2 * BATCH))
 
 
 def write_range(folder, start, end, step):

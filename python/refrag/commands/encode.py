@@ -1,4 +1,4 @@
-"""`refrag encode`: encode a corpus into a store of chunk embeddings."""
+"""`refrag encode`: encode a corpus into a store of chunk embeddings, or of the decoder's keys and values."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from refrag.commands import options
 from refrag.console import clear_errors, say
 
 _SHOWN = 5  # maximum number of skipped records to list
@@ -43,7 +44,11 @@ def encode(
         str, typer.Option(help="Dtype that the encoder runs in: auto (as saved), float32, bfloat16 or float16.")
     ] = "auto",
     dtype: Annotated[
-        str | None, typer.Option(help="Dtype of a new store's embeddings: float32 (the default), bfloat16 or float16.")
+        str | None,
+        typer.Option(
+            help="Dtype of a new store: float32 (the default), bfloat16 or float16; with --slots kv also float8, and "
+            "bfloat16 by default."
+        ),
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field or column of the text.")] = "text",
     id_field: Annotated[
@@ -62,8 +67,15 @@ def encode(
     workers: Annotated[
         int | None, typer.Option(help="With --engine ray, number of encoders; by default one per node or GPU.")
     ] = None,
+    slots: options.Slots = None,
+    slot_rows: options.SlotRows = 1,
+    slot_rule: options.SlotRuleName = "received",
+    slot_whole: options.SlotWhole = 0,
+    full_rows: Annotated[
+        bool, typer.Option("--full-rows", help="With --slots kv, store all rows too, to expand chunks from the store.")
+    ] = False,
 ) -> None:
-    """Encode a corpus into a store of chunk embeddings.
+    """Encode a corpus into a store of chunk embeddings, or with --slots kv, of the decoder's keys and values.
 
     Skips passages whose text the store already has, so an interrupted command can simply be repeated.
     """
@@ -80,6 +92,7 @@ def encode(
         job = EncodeJob(
             store, model, encoder, decoder, k, chunker, preset, encoder_dtype, dtype, Fields(text_field, id_field),
             batch_tokens, shard_passages, device, skip_bad,
+            options.slot_rule(slots, slot_rows, slot_rule, slot_whole), full_rows,
         )  # fmt: skip
         parts = list(slices(sources, shard_passages, pattern=pattern))
         total = sum(part.count for part in parts)

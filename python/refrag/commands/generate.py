@@ -35,8 +35,14 @@ def generate(
     decoder: options.Decoder = None,
     store: options.Store = None,
     ids: options.Ids = None,
+    slots: options.Slots = None,
+    slot_rows: options.SlotRows = 1,
+    slot_rule: options.SlotRuleName = "received",
+    slot_whole: options.SlotWhole = 0,
 ) -> None:
     """Answer a question from passages; the decoder reads one embedding for each chunk that is not expanded.
+
+    With --slots kv it reads rows of its own keys and values in their place.
 
     Streams the answer to standard output, and writes prompt sizes and times to standard error.
     """
@@ -48,13 +54,13 @@ def generate(
             raise ValueError(f"--temperature: got {temperature}, needs 0 or more")
         chosen = options.PromptOptions(
             passages or [], question, model, k, chunker, selector, expand, threshold, policy, seed, encoder, decoder,
-            store, ids,
+            store, ids, slots, slot_rows, slot_rule, slot_whole,
         )  # fmt: skip
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         with notes.status("loading"):
             import torch
 
-            from refrag.demo.caution import UNTRAINED, caution
+            from refrag.demo.caution import KV_SLOTS, UNTRAINED, caution
             from refrag.demo.streaming import TimedStreamer
 
             processor, prompt = chosen.prompt(max_new_tokens)
@@ -70,7 +76,7 @@ def generate(
             **sampling,
         )  # fmt: skip
         notes.print(_summary(prompt, tokens, streamer.times, start), style="dim", highlight=False, soft_wrap=True)
-        warning = caution(model, processor.k)
+        warning = caution(model, processor.k) if processor.kv_slots is None else KV_SLOTS
         if warning is not None and len(prompt.expanded) < len(prompt.chunks):
             advice = " Use --k 8, a trained --model, or --selector everything." if warning == UNTRAINED else ""
             notes.print(warning + advice, style="yellow", highlight=False, soft_wrap=True)

@@ -28,6 +28,10 @@ def inspect(
     decoder: options.Decoder = None,
     store: options.Store = None,
     ids: options.Ids = None,
+    slots: options.Slots = None,
+    slot_rows: options.SlotRows = 1,
+    slot_rule: options.SlotRuleName = "received",
+    slot_whole: options.SlotWhole = 0,
 ) -> None:
     """Draw a prompt: its text, a slot such as [3] for each compressed chunk, expanded chunks as [4: text], and counts.
 
@@ -37,7 +41,7 @@ def inspect(
     with clear_errors(console):
         chosen = options.PromptOptions(
             passages or [], question, model, k, chunker, selector, expand, threshold, policy, seed, encoder, decoder,
-            store, ids,
+            store, ids, slots, slot_rows, slot_rule, slot_whole,
         )  # fmt: skip
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         with Console(stderr=True).status("loading"):
@@ -47,3 +51,5 @@ def inspect(
         console.print(draw(prompt, processor.tokenizer, hidden=hidden), soft_wrap=True)
         console.print()
         console.print(str(PromptCounts.of(prompt)), highlight=False, soft_wrap=True)
+        if prompt.kv_slots is not None:
+            console.print(f"slots of keys and values: {prompt.kv_slots}", highlight=False, soft_wrap=True)

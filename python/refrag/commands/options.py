@@ -1,4 +1,4 @@
-"""Options common to `refrag generate` and `refrag inspect`, and the prompt made from them."""
+"""Options that several commands have, and the prompt of `refrag generate` and `refrag inspect` made from them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from refrag.model.encoder import TextEmbedder
     from refrag.model.inputs import MixedPrompt
     from refrag.model.modeling import RefragForCausalLM
+    from refrag.model.passage_rows import SlotRule
     from refrag.model.policy import ExpansionPolicy
     from refrag.processing.processor import RefragProcessor
     from refrag.processing.selectors import Selector
+    from refrag.store.kv_store import KVStore
     from refrag.store.store import ChunkStore
 
 Files = Annotated[
@@ -45,7 +47,7 @@ SelectorName = Annotated[
         "--selector",
         "--chooser",
         help="Selector of the chunks to expand: nothing, everything, random, cosine, threshold, perplexity-asc, "
-        "perplexity-desc or policy; cosine if only --expand is given.",
+        "perplexity-desc or policy, with --slots kv also attention; cosine if only --expand is given.",
     ),
 ]
 Expand = Annotated[
@@ -62,6 +64,20 @@ Policy = Annotated[
 Store = Annotated[
     Path | None,
     typer.Option(help="Store with the passages' embeddings, written by `refrag encode`."),
+]
+Slots = Annotated[
+    str | None,
+    typer.Option(
+        help="Slots of compressed chunks: embedding, as in the paper, or kv, rows of the decoder's own keys and "
+        "values, which need no training; by default those of the model."
+    ),
+]
+SlotRows = Annotated[int, typer.Option(help="With --slots kv, rows that each layer and head keeps of a chunk.")]
+SlotRuleName = Annotated[
+    str, typer.Option(help="With --slots kv, which rows: received (most attention in their passage) or distinct.")
+]
+SlotWhole = Annotated[
+    int, typer.Option(help="With --slots kv, chunks at the end of each passage that keep all their rows.")
 ]
 Ids = Annotated[list[str] | None, typer.Option("--id", help="Id of a passage in the store; may be repeated.")]
 Seed = Annotated[int, typer.Option(help="Seed of the selector random, and of sampling.")]
@@ -85,6 +101,10 @@ class PromptOptions:
     decoder: str | None = None
     store: Path | None = None
     ids: list[str] | None = None
+    slots: str | None = None
+    slot_rows: int = 1
+    slot_rule: str = "received"
+    slot_whole: int = 0
 
     _model: RefragForCausalLM | None = None
     _embedder: TextEmbedder | None = None
@@ -104,31 +124,26 @@ class PromptOptions:
         if self.k is not None and self.k < 1:
             raise ValueError(f"--k: got {self.k}, needs 1 or more")
         self.amount = amount(self.expand)
+        self.kv_slots = slot_rule(self.slots, self.slot_rows, self.slot_rule, self.slot_whole)
 
     def model(self) -> RefragForCausalLM:
         """Return the model, loaded once."""
         if self._model is None:
-            from refrag.loading import load_model
+            from refrag.loading import load_kv_model, load_model
 
-            self._model = load_model(self.model_folder, self.k)
+            if self.kv_slots is not None:
+                self._model = load_kv_model(self.model_folder, self.k, self.kv_slots)
+            else:
+                self._model = load_model(self.model_folder, self.k)
         return self._model
 
     def prompt(self, max_new_tokens: int = 0) -> tuple[RefragProcessor, MixedPrompt]:
         """Build the prompt and return it together with its processor, processor first."""
         from refrag.data.passage_files import read_passages
-        from refrag.loading import is_adapter, load_processor, load_trained
         from refrag.model.inputs import Passage
 
         passages = read_passages(self.files)
-        if self.model_folder is not None and is_adapter(self.model_folder):
-            self._model, processor, self._stage_policy = load_trained(
-                self.model_folder, self.k, self.chunker, encoder=self.encoder, decoder=self.decoder
-            )
-        else:
-            for name in ("encoder", "decoder"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"--{name}: needs --model with the folder of a training stage beside it")
-            processor = load_processor(self.model_folder, self.k, self.chunker)
+        processor = self._processor()
         parts: Any = []
         if self.store is None:
             # A blank line separates passages. It is compressed with the passage before it.
@@ -150,19 +165,45 @@ class PromptOptions:
             raise ValueError(str(error).replace("expand_count:", "--expand:")) from None
         return processor, prompt
 
-    def _open_store(self, processor: RefragProcessor) -> ChunkStore | None:
-        """Open the store; refuse one that was filled with another encoder or another chunker."""
+    def _processor(self) -> RefragProcessor:
+        """Load the processor, and the model and policy of a training stage."""
+        from refrag.loading import is_adapter, load_kv_processor, load_processor, load_trained, with_kv_slots
+
+        if self.model_folder is not None and is_adapter(self.model_folder):
+            self._model, processor, self._stage_policy = load_trained(
+                self.model_folder, self.k, self.chunker, encoder=self.encoder, decoder=self.decoder
+            )
+            if self.kv_slots is None:
+                return processor
+            self._model.config.use_kv_slots(self.kv_slots)
+            return with_kv_slots(processor, self.kv_slots)
+        for name in ("encoder", "decoder"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"--{name}: needs --model with the folder of a training stage beside it")
+        if self.kv_slots is not None:
+            return load_kv_processor(self.model_folder, self.k, self.kv_slots, self.chunker)
+        processor = load_processor(self.model_folder, self.k, self.chunker)
+        if self.slots == "embedding" and processor.kv_slots is not None:
+            raise ValueError(f"--slots: got embedding, but {self.model_folder} was saved with key/value slots")
+        return processor
+
+    def _open_store(self, processor: RefragProcessor) -> ChunkStore | KVStore | None:
+        """Open the store; refuse one that was filled with another model, another chunker or other slots."""
         if self.store is None:
             return None
-        from refrag.store.fingerprint import Fingerprint
+        from refrag.store.fingerprint import Fingerprint, KVFingerprint
+        from refrag.store.kv_store import KVStore
         from refrag.store.store import ChunkStore
 
         model = self.model()
+        if (rule := processor.kv_slots) is not None:
+            shared = processor.shared_text()
+            return KVStore.open(self.store, KVFingerprint.of(model.decoder, processor, rule, shared))
         return ChunkStore.open(self.store, Fingerprint.of(model.encoder, processor, model.config))
 
     def chunk_embeds(self, prompt: MixedPrompt) -> Any:
         """Return the embeddings that the selector computed for the prompt's chunks, or None."""
-        if self._embedder is None or prompt.chunk_embeds is not None:
+        if self._embedder is None or prompt.chunk_embeds is not None or prompt.kv_slots is not None:
             return None
         return self._embedder([chunk.text for chunk in prompt.chunks])
 
@@ -177,7 +218,8 @@ class PromptOptions:
             return None
         if name not in selectors.NAMES:
             raise ValueError(f"--selector: got {name!r}, needs one of {', '.join(selectors.NAMES)}")
-        if name in ("random", "cosine", "perplexity-asc", "perplexity-desc", "policy") and self.expand is None:
+        counted = ("random", "cosine", "perplexity-asc", "perplexity-desc", "policy", "attention")
+        if name in counted and self.expand is None:
             raise ValueError(f"--expand: got nothing, --selector {name} needs a share or a number of chunks")
         if name == "threshold" and self.threshold is None:
             raise ValueError("--threshold: not given, but --selector threshold needs a cosine from -1 to 1")
@@ -186,7 +228,7 @@ class PromptOptions:
             self._embedder = TextEmbedder(self.model(), processor.encoder_tokenizer)
         return selectors.by_name(
             name,
-            model=self.model() if name.startswith("perplexity") else None,
+            model=self.model() if name == "attention" or name.startswith("perplexity") else None,
             embed=self._embedder,
             threshold=self.threshold,
             policy=policy,
@@ -207,6 +249,29 @@ class PromptOptions:
         if self.policy is None or not (self.policy / "config.json").is_file():
             raise ValueError(f"--policy: got {self.policy}, needs the folder of a saved ExpansionPolicy")
         return ExpansionPolicy.from_pretrained(self.policy).eval()
+
+
+def slot_rule(slots: str | None, rows: int, rule: str, whole: int) -> SlotRule | None:
+    """Convert ``--slots`` and its options to a rule; None for embedding slots, or those of the model.
+
+    Raises
+    ------
+    ValueError
+        If one of them is invalid, or given without ``--slots kv``.
+    """
+    if slots not in (None, "embedding", "kv"):
+        raise ValueError(f"--slots: got {slots!r}, needs embedding or kv")
+    if slots != "kv":
+        for name, got, default in (("rows", rows, 1), ("rule", rule, "received"), ("whole", whole, 0)):
+            if got != default:
+                raise ValueError(f"--slot-{name}: got {got}, needs --slots kv beside it")
+        return None
+    from refrag.model.passage_rows import SlotRule
+
+    try:
+        return SlotRule(rows, rule, whole)
+    except ValueError as error:
+        raise ValueError(f"--slot-{error}") from None
 
 
 def amount(text: str | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Limitations of the bundled adapters, which the commands print beside their answers."""
+"""Limitations of slots, which the commands print beside their answers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ TRAINED = (
 DISTILLED = (
     "The adapter that reads compressed chunks was trained on manuals, for six minutes on one H200: its slots keep 32 "
     "to 41 % of the value of a context from other manuals, almost none of a story's. docs/results.md has the figures."
+)
+
+
+KV_SLOTS = (
+    "Slots of keys and values keep the gist of a passage, not exact facts: expand the chunks that matter, for example "
+    "with --selector attention --expand 25%."
 )
 
 

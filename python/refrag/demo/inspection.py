@@ -49,7 +49,9 @@ class PromptCounts:
         """Count the rows of a prompt, or of a batch."""
         sizes = [len(chunk.token_ids) for chunk in prompt.chunks]
         tokens = sum(sizes)
-        rows = sum(size if index in prompt.expanded else prompt.latents for index, size in enumerate(sizes))
+        # A chunk of fewer tokens than key/value slots keeps all of them.
+        slots = [prompt.latents if prompt.kv_slots is None else min(prompt.latents, size) for size in sizes]
+        rows = sum(size if index in prompt.expanded else slots[index] for index, size in enumerate(sizes))
         total = prompt.layout.total_rows
         return PromptCounts(total, total - rows + tokens, len(sizes), len(prompt.expanded), rows, tokens)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
 from refrag import deprecated
+from refrag.encoding.store_filler import StoreFiller
 from refrag.model.acceptance import reading_of
 from refrag.model.config import RefragConfig
 from refrag.model.encoder import encode_packed, pack_texts
@@ -16,12 +16,12 @@ from refrag.model.inputs import Chunk, Passage
 from refrag.model.modeling import RefragForCausalLM
 from refrag.processing.processor import RefragProcessor
 from refrag.store.fingerprint import Fingerprint
-from refrag.store.store import ChunkStore, PutCounts
+from refrag.store.store import ChunkStore
 
 _BATCH_TOKENS = 8192  # 455 chunks of 16 tokens plus two special ones: on a CPU, larger batches are no faster
 
 
-class PassageEncoder:
+class PassageEncoder(StoreFiller[ChunkStore]):
     """Splits passages as the processor does and encodes the chunks as the model does, without a decoder.
 
     Parameters
@@ -128,47 +128,6 @@ class PassageEncoder:
                     "cpu"
                 )
         return chunks, rows
-
-    def fill(self, store: ChunkStore, passages: Iterable[Passage], *, shard_passages: int = 4096) -> PutCounts:
-        """Encode the passages that are missing in a store and add them, a shard at a time.
-
-        Later calls skip finished shards, so an interrupted call can simply be repeated.
-
-        Parameters
-        ----------
-        store : ChunkStore
-        passages : iterable of Passage
-            Consumed lazily.
-        shard_passages : int
-            Maximum number of passages in a shard.
-
-        Returns
-        -------
-        PutCounts
-
-        Raises
-        ------
-        StoreError
-            If the store has another fingerprint.
-        ValueError
-            As ``encode``.
-        """
-        return PutCounts(*map(sum, zip((0, 0, 0), *self.fill_steps(store, passages, shard_passages=shard_passages))))
-
-    def fill_steps(
-        self, store: ChunkStore, passages: Iterable[Passage], *, shard_passages: int = 4096
-    ) -> Iterator[PutCounts]:
-        """Like ``fill``, but yield the counts of each shard once it is on disk."""
-        if shard_passages < 1:
-            raise ValueError(f"shard_passages: got {shard_passages}, needs 1 or more")
-        store.require(self.fingerprint)
-        passages = iter(passages)
-        while read := list(itertools.islice(passages, shard_passages)):
-            missing = [read[index] for index in store.missing(read)]
-            held = store.holds([Passage(passage.text) for passage in missing])
-            new = list({passage.text: passage for passage, known in zip(missing, held) if not known}.values())
-            counts = store.put(new, *self.encode(new), aliases=missing) if missing else PutCounts(0, 0, 0)
-            yield counts._replace(known=len(read) - counts.new)
 
 
 def _batches(lengths: torch.Tensor, most: int) -> Iterator[list[int]]:

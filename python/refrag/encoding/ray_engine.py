@@ -74,7 +74,7 @@ class _Worker:
 
     def __init__(self, job: EncodeJob) -> None:
         self.job = job
-        self.encoder = job.passage_encoder()
+        self.encoder: Any = job.passage_encoder()  # of the kind that fills the job's store
         self.store = job.open_store(self.encoder.fingerprint)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:

@@ -21,6 +21,7 @@ from refrag.model.policy import ExpansionPolicy
 from refrag.processing import selectors
 from refrag.processing.processor import Part, RefragProcessor
 from refrag.processing.selectors import Selector
+from refrag.store.kv_store import KVStore
 from refrag.store.store import ChunkStore
 
 TEMPLATE = "Answer the question with the help of these documents.\n\n{passages}\nQuestion: {question}"
@@ -48,7 +49,7 @@ class Answerer:
         Maximum number of chunks to expand, instead of a fraction.
     policy : ExpansionPolicy, optional
         For the selector "policy".
-    store : ChunkStore, optional
+    store : ChunkStore or KVStore, optional
         Store with all passages, which are looked up by their text, or by their id if they have no text.
     max_new_tokens : int
         Maximum tokens of an answer.
@@ -83,7 +84,7 @@ class Answerer:
         expand: float | Collection[int | str] | None = None,
         expand_count: int | None = None,
         policy: ExpansionPolicy | None = None,
-        store: ChunkStore | None = None,
+        store: ChunkStore | KVStore | None = None,
         max_new_tokens: int = 256,
         **generation: Any,
     ) -> None:
@@ -204,7 +205,7 @@ class Answerer:
 
     def _generate(self, prompt: MixedPrompt, **more: Any) -> torch.Tensor:
         embeds = None
-        if self._embedder is not None and self.store is None:
+        if self._embedder is not None and self.store is None and prompt.kv_slots is None:
             embeds = self._embedder([chunk.text for chunk in prompt.chunks])
         return self.model.generate(
             prompt, chunk_embeds=embeds, max_new_tokens=self.max_new_tokens, **{**self.generation, **more}

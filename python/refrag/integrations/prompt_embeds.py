@@ -216,7 +216,7 @@ def mixed_cache_key(prompt: MixedPrompt, *, name: str = "", chunk_embeds: torch.
     Raises
     ------
     ValueError
-        If ``chunk_embeds`` doesn't have one row per chunk.
+        If ``chunk_embeds`` doesn't have one row per chunk, or the prompt has key/value slots.
 
     Examples
     --------
@@ -229,6 +229,8 @@ def mixed_cache_key(prompt: MixedPrompt, *, name: str = "", chunk_embeds: torch.
     >>> compressed == again, compressed == other
     (True, False)
     """
+    if prompt.kv_slots is not None:
+        raise ValueError("prompt: got key/value slots, needs embedding slots: others are no prompt embeddings")
     if chunk_embeds is None:
         chunk_embeds = prompt.chunk_embeds  # from a store
     if chunk_embeds is not None and (chunk_embeds.dim() != 2 or len(chunk_embeds) != len(prompt.chunks)):

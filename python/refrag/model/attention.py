@@ -54,6 +54,11 @@ class AttentionPlans:
         Fixed sizes for the plans. They then match tensors of a fixed number of rows and can be refilled.
     device : torch.device, optional
         Device of the plans. Defaults to the layout's.
+
+    Attributes
+    ----------
+    received : list of Tensor [T_kv, H_kv], float32, or None
+        If it is a list, each layer appends the attention that its keys received in ``packed_pass``.
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class AttentionPlans:
         self._longest = longest if capacity is None else capacity.kv_rows
         self._plans: dict[int | None, AttentionPlan] = {}
         self.used = False  # whether any layer has fetched a plan
+        self.received: list[torch.Tensor] | None = None
 
     @property
     def kv_rows(self) -> int:
@@ -278,7 +284,13 @@ def refrag_attention(
         padded = -(-max(head_dim, value_dim) // 8) * 8
         query, key, value = (nn.functional.pad(x, (0, padded - x.shape[-1])) for x in (query, key, value))
     sinks = None if s_aux is None else s_aux.float()
-    out = rk.mixed_attention(query, key, value, plan, scale=scaling, softcap=softcap, sinks=sinks)
+    if refrag_plans.received is None:
+        out = rk.mixed_attention(query, key, value, plan, scale=scaling, softcap=softcap, sinks=sinks)
+    else:
+        out, lse = rk.mixed_attention(
+            query, key, value, plan, scale=scaling, softcap=softcap, sinks=sinks, return_lse=True
+        )
+        refrag_plans.received.append(rk.attention_received(query, key, lse, plan, scale=scaling, softcap=softcap))
     return out[None, ..., :value_dim], None
 
 

@@ -7,12 +7,16 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from refrag.model.passage_rows import RULES, SlotRule
+
 _CHOICES = {
     "pooling": ("first", "mean", "last", "concat"),
     "projector_norm": ("none", "rms", "layer"),
     "projector_activation": ("gelu", "gelu_tanh", "silu", "relu", "tanh", "none"),
     "position_ids": ("contiguous", "original", "parallel"),
     "decoder_mask": ("full", "passages"),
+    "slots": ("embedding", "kv"),
+    "slot_rule": RULES,
 }
 
 # Families whose position table reserves its first rows for padding.
@@ -21,7 +25,8 @@ _PADDED_POSITIONS = ("roberta", "camembert", "mpnet", "xmod", "data2vec-text", "
 # Values for what the paper leaves open. "paper": REFRAG, section 2 and B.2, with the first token ([CLS]) as the chunk's
 # embedding. "lclm": arXiv 2606.09659, windows of 1,024 tokens encoded together, the mean over a chunk's own tokens, and
 # a norm before the MLP. "tokens": ours, for token_encoder, keeps the chunk's tokens in order and has no activation in
-# the projector, which then learns from far less text.
+# the projector, which then learns from far less text. "kv": ours, slots of the decoder's own keys and values, which
+# need no training; the encoder then only serves selectors.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "pooling": "first",
@@ -41,6 +46,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "encoder_special_tokens": False,
         "projector_norm": "none",
         "projector_activation": "none",
+    },
+    "kv": {
+        "pooling": "mean",
+        "encoder_special_tokens": False,
+        "slots": "kv",
+        "decoder_mask": "passages",
+        "position_ids": "original",
     },
 }
 
@@ -87,6 +99,16 @@ class RefragConfig(PreTrainedConfig):
     decoder_mask : {"full", "passages"}
         "full" is the paper's causal attention. "passages" is our extension: passages don't attend to each other, as in
         Block-Attention (arXiv 2409.15355).
+    slots : {"embedding", "kv"}
+        What a compressed chunk is to the decoder: "embedding" is the paper's, the projected embedding of an encoder.
+        "kv" is our extension: rows of keys and values of the decoder itself, which has read the passage once. It needs
+        ``decoder_mask="passages"`` and position ids that count all tokens, "original" or "parallel".
+    slot_rows : int
+        For "kv": number of rows that each layer and head keeps of a chunk, from 1 to k.
+    slot_rule : {"received", "distinct"}
+        For "kv": which rows are kept; see ``SlotRule``.
+    slot_whole : int
+        For "kv": number of chunks at the end of each passage that keep all their rows.
 
     Raises
     ------
@@ -118,6 +140,10 @@ class RefragConfig(PreTrainedConfig):
     latents: int = 1
     position_ids: str = "contiguous"
     decoder_mask: str = "full"
+    slots: str = "embedding"
+    slot_rows: int = 1
+    slot_rule: str = "received"
+    slot_whole: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _own_config("text_config", self.text_config, "llama")
@@ -142,6 +168,36 @@ class RefragConfig(PreTrainedConfig):
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field}: got {getattr(self, field)!r}, needs one of {', '.join(choices)}")
+        if not isinstance(self.slot_rows, int) or not 1 <= self.slot_rows <= self.chunk_size:
+            raise ValueError(f"slot_rows: got {self.slot_rows!r}, needs 1 to the chunk_size of {self.chunk_size}")
+        if not isinstance(self.slot_whole, int) or self.slot_whole < 0:
+            raise ValueError(f"slot_whole: got {self.slot_whole!r}, needs an integer of 0 or more")
+        if self.slots == "kv":
+            for field, needed in (("decoder_mask", ("passages",)), ("position_ids", ("original", "parallel"))):
+                if getattr(self, field) not in needed:
+                    raise ValueError(
+                        f"{field}: got {getattr(self, field)!r} beside slots='kv', needs {' or '.join(needed)}: a "
+                        "passage is read on its own, and its rows keep their positions"
+                    )
+
+    @property
+    def kv_slots(self) -> SlotRule | None:
+        """Which rows key/value slots keep; None for embedding slots."""
+        return SlotRule(self.slot_rows, self.slot_rule, self.slot_whole) if self.slots == "kv" else None
+
+    def use_kv_slots(self, rule: SlotRule) -> None:
+        """Switch to key/value slots with this rule; no weights change.
+
+        Raises
+        ------
+        ValueError
+            If the rule keeps more rows than a chunk has.
+        """
+        if rule.rows > self.chunk_size:
+            raise ValueError(f"rows: got {rule.rows}, needs 1 to the chunk_size of {self.chunk_size}")
+        self.slots, self.slot_rows, self.slot_rule, self.slot_whole = "kv", rule.rows, rule.rule, rule.whole
+        self.decoder_mask = "passages"
+        self.position_ids = "original" if self.position_ids == "contiguous" else self.position_ids
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """Return the decoder's config, or the config of its text model if it is multimodal."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from refrag.model.attention import AttentionPlans, packed_pass
@@ -24,13 +25,50 @@ class PackedPrefill:
     position_ids : Tensor, int64 [T]
     plans : AttentionPlans
     rows : Tensor, int64 [B, S]
-        Packed row at each place of the padded batch; left padding repeats the sequence's first row.
+        Key row of the plans at each place of the padded batch; left padding repeats the sequence's first row.
+    held : pair of Tensor [L, H, N, D], optional
+        Keys and values of N rows that aren't computed again, sequence after sequence; the T rows then are text only.
+    order : Tensor, int64 [N + T], optional
+        Index of each key row of the plans among the N rows followed by the T rows, if it isn't this order.
+    last : Tensor, int64 [B], optional
+        Which of the T rows ends each sequence; by default those of the last places of ``rows``.
     """
 
     embeds: torch.Tensor
     position_ids: torch.Tensor
     plans: AttentionPlans
     rows: torch.Tensor
+    held: tuple[torch.Tensor, torch.Tensor] | None = None
+    order: torch.Tensor | None = None
+    last: torch.Tensor | None = None
+
+    def cache(self) -> DynamicCache:
+        """Return a cache that contains the held rows; adding the T rows brings all into the order of the plans."""
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(zip(*(self.held or ()))):
+            if self.order is None:
+                cache.update(keys[None], values[None], index)
+            else:
+                cache.layers.append(_OrderedLayer(keys[None], values[None], self.order))
+        return cache
+
+
+class _OrderedLayer(DynamicLayer):
+    """A cache layer that reorders its rows when others are added."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, order: torch.Tensor) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys: torch.Tensor = keys
+        self.values: torch.Tensor = values
+        self._order = order
+
+    def update(self, key_states, value_states, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self.keys, self.values = (
+            torch.cat([held, new], dim=2)[:, :, self._order]
+            for held, new in ((self.keys, key_states), (self.values, value_states))
+        )
+        return self.keys, self.values
 
 
 def require_empty(cache: Any) -> None:
@@ -85,7 +123,7 @@ def refuse_options(config: Any, options: Mapping[str, Any], *, state: bool) -> N
         Defaults for missing options.
     options : mapping
     state : bool
-        Whether generation continues a state.
+        Whether generation continues rows that are held: those of a state, or key/value slots.
 
     Raises
     ------
@@ -140,8 +178,8 @@ def packed_prefill(
         If the cache isn't empty.
     """
     require_empty(cache)
-    alone = prefill.rows.shape[0] * copies == 1
-    packed_cache = cache if alone else DynamicCache()
+    alone = prefill.rows.shape[0] * copies == 1 and prefill.held is None
+    packed_cache = cache if alone else prefill.cache()
     output = packed_pass(
         decoder,
         prefill.plans,
@@ -149,7 +187,7 @@ def packed_prefill(
         position_ids=prefill.position_ids[None],
         past_key_values=packed_cache,
         use_cache=True,
-        logits_to_keep=prefill.rows[:, -1],
+        logits_to_keep=prefill.rows[:, -1] if prefill.last is None else prefill.last,
         **({"output_hidden_states": True} if hidden_states else {}),
     )
     if not alone:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from refrag.model.passage_rows import PassageEntry, SlotRule
 from refrag_kernels import ChunkLayout
 
 
@@ -177,6 +178,11 @@ class MixedPrompt:
         The chunks' embeddings if they are known, for example from a ``ChunkStore``.
     latents : int
         m, the number of slots of a compressed chunk.
+    kv_slots : SlotRule, optional
+        For slots of keys and values: which rows they keep. ``slot_of_row`` then only marks the slots, of which a chunk
+        of fewer than m tokens has fewer, and each row of a passage has the position of its own token.
+    passages : tuple of PassageEntry, optional
+        With ``kv_slots``: the keys and values of all passages of the batch, if they are known.
 
     Raises
     ------
@@ -194,6 +200,8 @@ class MixedPrompt:
     encoder_input: PackedTexts
     chunk_embeds: torch.Tensor | None = None
     latents: int = 1
+    kv_slots: SlotRule | None = None
+    passages: tuple[PassageEntry, ...] | None = None
 
     def __post_init__(self) -> None:
         _require_layout(self.layout)
@@ -222,6 +230,11 @@ class MixedPrompt:
         """Device of the tensors."""
         return self.token_ids.device
 
+    def chunks_per_sequence(self) -> list[int]:
+        """Return the number of chunks in each sequence."""
+        passages = iter(self.passage_of_span.tolist())
+        return [sum(next(passages) >= 0 for _ in lengths) for lengths in self.layout.lengths()]
+
     def take(self, spans: Sequence[int]) -> MixedPrompt:
         """Return the given spans of a single-sequence prompt, in this order; rows keep their positions.
 
@@ -244,7 +257,7 @@ class MixedPrompt:
         slots[torch.tensor(taken, dtype=torch.int64, device=self.device)] = torch.arange(
             len(taken), dtype=torch.int32, device=self.device
         )
-        given = self.chunk_embeds is not None
+        given = self.chunk_embeds is not None or self.kv_slots is not None
         return MixedPrompt(
             token_ids=self.token_ids[rows],
             slot_of_row=slots[self.slot_of_row[rows].long()],
@@ -256,14 +269,16 @@ class MixedPrompt:
             encoder_input=self.encoder_input.take([] if given else chunks),
             chunk_embeds=None if self.chunk_embeds is None else self.chunk_embeds[chunks],
             latents=latents,
+            kv_slots=self.kv_slots,
         )
 
     def to(self, device: torch.device | str) -> MixedPrompt:
-        """Return the prompt on ``device``."""
+        """Return the prompt on ``device``; ``passages`` stay where they are."""
+        hosted = ("chunks", "expanded", "latents", "kv_slots", "passages")
         tensors = {
             field.name: getattr(self, field.name).to(device)
             for field in dataclasses.fields(self)
-            if field.name not in ("chunks", "expanded", "latents") and getattr(self, field.name) is not None
+            if field.name not in hosted and getattr(self, field.name) is not None
         }
         return dataclasses.replace(self, **tensors)
 

@@ -24,6 +24,11 @@ class KeyRotation:
     ----------
     decoder : PreTrainedModel
 
+    Attributes
+    ----------
+    shape : tuple of int, or None
+        Numbers of layers and key/value heads, and head_dim; None if they differ between layers.
+
     Raises
     ------
     ValueError
@@ -72,11 +77,45 @@ class KeyRotation:
         turns = {kind: _turn(frequencies, old, new) for kind, frequencies in self._frequencies.items()}
         return [_rotated(layer, *turns[kind]) for layer, kind in zip(keys, self._kind_of_layer, strict=True)]
 
+    def move_rows(self, keys: torch.Tensor, rows: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Return keys at other positions, where each layer and head holds rows of its own.
+
+        Parameters
+        ----------
+        keys : Tensor [L, H, n, D]
+            Keys of all L layers.
+        rows : Tensor, int [L, H, n]
+            Index of each row's token.
+        old, new : Tensor, int64 [T]
+            Current and new position of each token.
+
+        Returns
+        -------
+        Tensor [L, H, n, D]
+            In the keys' dtype; the rotation is computed in float32.
+        """
+        if torch.equal(old, new):
+            return keys
+        # The angles of the tokens are few beside those of all rows, which share them.
+        turns = {kind: _turn(frequencies, old, new) for kind, frequencies in self._frequencies.items()}
+        moved = [
+            _rotated(layer, *(part[own.long()] for part in turns[kind]))
+            for layer, own, kind in zip(keys, rows, self._kind_of_layer, strict=True)
+        ]
+        return torch.stack(moved)
+
+    def tables(self, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return each layer's cosines and sines, float32 [n, D / 2], of the rotation at some positions, int64 [n]."""
+        turns = {kind: _turn(f, torch.zeros_like(positions), positions) for kind, f in self._frequencies.items()}
+        return [turns[kind] for kind in self._kind_of_layer]
+
     def _check(self, decoder: PreTrainedModel, name: str) -> None:
         at, moved = torch.arange(_PROBE, device=decoder.device), torch.arange(_PROBE, device=decoder.device) + _SHIFT
         bound = 1e-3 if decoder.dtype in (torch.float32, torch.float64) else 5e-2
         with torch.no_grad():
             here, there = _keys(decoder, at), _keys(decoder, moved)
+            shapes = {(len(here), *layer.shape[::2]) for layer in here}
+            self.shape = shapes.pop() if len(shapes) == 1 else None
             try:
                 got = self.move(here, at, moved)
                 wrong = [float((a - b).norm() / b.norm().clamp(min=1e-6)) > bound for a, b in zip(got, there)]
@@ -105,6 +144,7 @@ def _keys(decoder: Any, positions: torch.Tensor) -> list[torch.Tensor]:
 
 def _turn(frequencies: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cosines and sines [n, D/2] of the rotation from the old to the new positions, in float32."""
+    frequencies = frequencies.to(old.device)  # the model may have moved since
     angles = [(places[:, None].float() * frequencies).double() for places in (old, new)]
     difference = angles[1] - angles[0]
     return difference.cos().float(), difference.sin().float()

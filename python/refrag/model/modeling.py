@@ -22,9 +22,13 @@ from refrag.model.feed_forward import fuse_feed_forward
 from refrag.model.generation import PackedPrefill, packed_prefill, padded_inputs, refuse_options, require_empty
 from refrag.model.inference_linear import use_inference_linears
 from refrag.model.inputs import Chunk, MixedPrompt, PackedTexts
+from refrag.model.key_rotation import KeyRotation
 from refrag.model.merged import merged_state
 from refrag.model.projector import ChunkProjector
-from refrag.model.state import GenerationState, append, first_step, generate_from, text_prompt
+from refrag.model.slot_prefill import padded_slots, prefill_of
+from refrag.model.slot_state import append_prompt, check_slots, expand_slots
+from refrag.model.state import GenerationState, first_step, generate_from, text_prompt
+from refrag.model.targets import kept_rows, next_tokens
 from refrag.model.token_scale import token_scale_of
 from refrag_kernels import ChunkMask
 
@@ -57,6 +61,8 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
+
+    _key_rotation: tuple[PreTrainedModel, KeyRotation] | None = None  # of the decoder that it was made for
 
     def __init__(self, config: RefragConfig) -> None:
         super().__init__(config)
@@ -201,6 +207,8 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             If ``chunk_embeds`` doesn't have a row for each of the prompt's N chunks, or the prompt was packed with
             another number of latents.
         """
+        if prompt.kv_slots is not None:
+            raise ValueError("prompt: got key/value slots, which have no embeddings; needs read() or generate()")
         if prompt.latents != self.config.latents:
             raise ValueError(
                 f"prompt: got {prompt.latents} slots per chunk, needs {self.config.latents}, the config's latents"
@@ -322,7 +330,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         require_decoder(self.decoder)
         require_empty(past_key_values)
         prompt = prompt.to(self.device)
-        targets = None if labels is None else _next_tokens(prompt, labels, logits_to_keep)
+        targets = None if labels is None else next_tokens(prompt, labels, logits_to_keep)
         items = kwargs.pop("num_items_in_batch", None)
         as_tuple = kwargs.pop("return_dict", None) is False
         if kwargs.get("output_attentions"):
@@ -336,7 +344,7 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids=prompt.position_ids[None],
             past_key_values=past_key_values,
             use_cache=use_cache,
-            logits_to_keep=_kept_rows(prompt, logits_to_keep),
+            logits_to_keep=kept_rows(prompt, logits_to_keep),
             **kwargs,
         )
         if targets is not None:
@@ -385,16 +393,26 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
             require_decoder(self.decoder)
             refuse_options(self.generation_config, kwargs, state=True)
             with torch.no_grad(), state.restored_on_error():
-                append(self, state, prompt, chunk_embeds)
+                append_prompt(self, state, prompt, chunk_embeds)
                 return generate_from(self, state, generate, kwargs)
         if not isinstance(prompt, MixedPrompt):
             return generate(prompt, **kwargs)
         require_decoder(self.decoder)
-        refuse_options(self.generation_config, kwargs, state=False)
+        refuse_options(self.generation_config, kwargs, state=prompt.kv_slots is not None)
         with torch.no_grad():
+            check_slots(self, prompt, chunk_embeds)
+            if prompt.kv_slots is not None:
+                return generate(**padded_slots(prefill_of(self, prompt)), **kwargs)
             prompt = prompt.to(self.device)
             embeds = self.embed(prompt, chunk_embeds)
             return generate(**padded_inputs(prompt, embeds, self.plans(prompt)), **kwargs)
+
+    @property
+    def key_rotation(self) -> KeyRotation:
+        """Moves the decoder's keys to other positions; a ValueError if they can't be moved."""
+        if self._key_rotation is None or self._key_rotation[0] is not self.decoder:
+            self._key_rotation = (self.decoder, KeyRotation(self.decoder))
+        return self._key_rotation[1]
 
     def read(
         self,
@@ -429,11 +447,14 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         """
         require_decoder(self.decoder)
         state = GenerationState() if state is None else state
-        append(self, state, prompt, chunk_embeds)
+        append_prompt(self, state, prompt, chunk_embeds)
         return state
 
     def expand(self, state: GenerationState, chunk: int | str | Chunk) -> None:
         """Append a chunk's text to a running generation, without recomputing the rows before it.
+
+        With key/value slots, nothing is appended: the chunk's rows replace its slots, from the full rows if they are
+        held, and only the text in the state is computed again.
 
         Parameters
         ----------
@@ -449,6 +470,10 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         PromptTooLongError
             If it doesn't fit into the decoder's window.
         """
+        if state.entries:
+            with torch.no_grad():
+                expand_slots(self, state, chunk)
+            return
         self.read(text_prompt(state.tokens_of(chunk), self.config.latents), state)
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # the rest of transformers' arguments is in kwargs
@@ -466,31 +491,6 @@ class RefragForCausalLM(PreTrainedModel, GenerationMixin):
         if is_first_iteration and prefill is not None:
             inputs["prefill"] = prefill
         return inputs
-
-
-def _next_tokens(prompt: MixedPrompt, labels: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
-    """Return the target of each row, int64 [1, T]: the next row's label, or -100 for none."""
-    rows = prompt.layout.total_rows
-    if logits_to_keep:
-        raise ValueError(f"logits_to_keep: got {logits_to_keep} beside labels, needs 0: the loss needs all rows")
-    if labels.dtype != torch.int64 or tuple(labels.shape) not in ((rows,), (1, rows)):
-        raise ValueError(f"labels: got {labels.dtype} {list(labels.shape)}, needs int64 [{rows}], one for each row")
-    targets = labels.to(prompt.device).reshape(rows).masked_fill(prompt.slot_of_row >= 0, -100)
-    # The row after a sequence's last row belongs to another sequence.
-    targets = torch.nn.functional.pad(targets[1:], (0, 1), value=-100)
-    ends = prompt.layout.sequence_offsets[1:].long() - 1
-    return targets.index_fill(0, ends[ends >= 0], -100)[None]
-
-
-def _kept_rows(prompt: MixedPrompt, count: int) -> int | torch.Tensor:
-    """Return transformers' ``logits_to_keep`` for the last ``count`` rows of each sequence."""
-    if count == 0:
-        return 0
-    shortest = min(sum(lengths) for lengths in prompt.layout.lengths())
-    if not 0 < count <= shortest:
-        raise ValueError(f"logits_to_keep: got {count}, needs 0 to {shortest}, the rows of the shortest sequence")
-    ends = prompt.layout.sequence_offsets[1:].long()
-    return (ends[:, None] + torch.arange(-count, 0, device=ends.device)).flatten()
 
 
 AutoModel.register(RefragConfig, RefragForCausalLM)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
+from typing import cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from refrag.model.encoder import pack_texts
 from refrag.model.inputs import Chunk, MixedPrompt, PackedTexts
+from refrag.model.passage_rows import PassageEntry, SlotRule
 from refrag_kernels import ChunkLayout
 
 # The index of the passage in its sequence, or -1 for text; and the chunk, or the text's tokens.
@@ -25,6 +28,8 @@ def pack_spans(
     chunk_embeds: torch.Tensor | None = None,
     latents: int = 1,
     encoder_window: int = 0,
+    kv_slots: SlotRule | None = None,
+    passages: Sequence[PassageEntry] | None = None,
 ) -> MixedPrompt:
     """Pack a batch into a MixedPrompt.
 
@@ -43,6 +48,10 @@ def pack_spans(
         Number of slots of a compressed chunk.
     encoder_window : int
         Number of encoder tokens in a window.
+    kv_slots : SlotRule, optional
+        For slots of keys and values, in place of ``latents``; nothing is tokenized for the encoder then.
+    passages : sequence of PassageEntry, optional
+        With ``kv_slots``: keys and values of the passages if they are known.
 
     Returns
     -------
@@ -58,6 +67,7 @@ def pack_spans(
     >>> prompt.token_ids.tolist(), prompt.slot_of_row.tolist()
     ([11, 12, 0, 23, 24, 25], [-1, -1, 0, -1, -1, -1])
     """
+    latents = latents if kv_slots is None else kv_slots.rows
     token_ids: list[int] = []
     slots: list[int] = []
     positions: list[int] = []
@@ -79,9 +89,11 @@ def pack_spans(
                 slot = -1 if len(chunks) in expanded else len(chunks)
                 chunks.append(span)
             rows = latents if slot >= 0 else len(own_tokens)
+            if kv_slots is not None:
+                rows = min(rows, len(own_tokens))
             token_ids += [0] * rows if slot >= 0 else own_tokens
             slots += [slot * latents + latent for latent in range(rows)] if slot >= 0 else [-1] * rows
-            if slot >= 0 and position_ids == "original":
+            if slot >= 0 and (position_ids == "original" or kv_slots is not None):
                 position += max(len(own_tokens) - rows, 0)
             positions += range(position, position + rows)
             position += rows
@@ -97,13 +109,15 @@ def pack_spans(
         chunks=tuple(chunks),
         expanded=frozenset(expanded),
         encoder_input=pack_chunks(
-            [] if chunk_embeds is not None else sequences,
+            [] if chunk_embeds is not None or kv_slots is not None else sequences,
             encoder_tokenizer,
             special_tokens=encoder_special_tokens,
             window=encoder_window,
         ),
         chunk_embeds=chunk_embeds,
         latents=latents,
+        kv_slots=kv_slots,
+        passages=None if passages is None else tuple(passages),
     )
 
 
@@ -136,3 +150,9 @@ def pack_chunks(
                 texts.append(span.text)
                 passages.append(numbers.setdefault((index, passage), len(numbers)))
     return pack_texts(encoder_tokenizer, texts, special_tokens=special_tokens, window=window, passages=passages)
+
+
+def shared_tokens(spans: Sequence[Span]) -> list[int]:
+    """Return the tokens before the first passage."""
+    texts = itertools.takewhile(lambda span: not isinstance(span, Chunk), (span for _, span in spans))
+    return [token for text in texts for token in cast(list[int], text)]

@@ -9,14 +9,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from refrag.model.acceptance import require_decoder
 from refrag.model.inputs import MixedPrompt
-from refrag.model.key_rotation import KeyRotation
 from refrag.model.modeling import RefragForCausalLM
+from refrag.model.passage_reading import read_passages
+from refrag.model.passage_rows import PassageEntry
+from refrag.model.slot_prefill import require_window
+from refrag.model.slot_sequence import PlacedPassage, sequences_of
+from refrag.model.slot_state import check_slots
 from refrag.model.state import GenerationState, append, key_values, require_room
 
 
@@ -43,6 +48,9 @@ class PassageCache:
     passages, it is reused only at the same distance from that text, because attention, and therefore the values, depend
     on the distance.
 
+    With key/value slots (``slots="kv"``), a passage is read right behind the shared text, and of each chunk only the
+    rows of its slots are cached: a ``PassageEntry``. It is found at any place, whichever chunks the prompt expands.
+
     Call ``clear`` after the model's weights have changed.
 
     Parameters
@@ -51,6 +59,9 @@ class PassageCache:
         With ``decoder_mask="passages"``.
     max_bytes : int, optional
         Evict the least recently used entries above this size.
+    full : bool
+        With key/value slots: cache all rows as well, so that expanding a chunk computes nothing. Otherwise a passage of
+        which a chunk is expanded is read again.
 
     Attributes
     ----------
@@ -64,7 +75,7 @@ class PassageCache:
         on the sequence length.
     """
 
-    def __init__(self, model: RefragForCausalLM, max_bytes: int | None = None) -> None:
+    def __init__(self, model: RefragForCausalLM, max_bytes: int | None = None, *, full: bool = False) -> None:
         if model.config.decoder_mask != "passages":
             raise ValueError(
                 f"decoder_mask: got {model.config.decoder_mask!r}, needs 'passages': otherwise a passage's keys and "
@@ -72,12 +83,15 @@ class PassageCache:
             )
         if max_bytes is not None and max_bytes < 1:
             raise ValueError(f"max_bytes: got {max_bytes}, needs 1 or more")
+        if full and model.config.kv_slots is None:
+            raise ValueError("full: got True, needs a model with slots='kv': other entries are always full")
         require_decoder(model.decoder)
         self.model = model
         self.max_bytes = max_bytes
+        self.full = full
         self.hits = self.misses = 0
-        self._rotation = KeyRotation(model.decoder)
-        self._entries: collections.OrderedDict[bytes, _Entry] = collections.OrderedDict()
+        self._rotation = model.key_rotation
+        self._entries: collections.OrderedDict[bytes, Any] = collections.OrderedDict()  # _Entry, PassageEntry
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -113,6 +127,8 @@ class PassageCache:
         PromptTooLongError
             If it doesn't fit into the decoder's window.
         """
+        if prompt.kv_slots is not None:
+            return self.model.read(self.attach(prompt), chunk_embeds=chunk_embeds)
         before, passages, after = _parts(prompt)
         self._check_rows(prompt)
         if chunk_embeds is None:
@@ -127,6 +143,57 @@ class PassageCache:
             _append_spans(self.model, state, prompt, after)
         self._keep(entries)
         return state
+
+    def attach(self, prompt: MixedPrompt) -> MixedPrompt:
+        """Return a prompt with key/value slots together with the cached rows of its passages.
+
+        Passages that aren't cached are read. The result can be passed to ``model.read`` and, also with several
+        sequences, to ``model.generate``.
+
+        Parameters
+        ----------
+        prompt : MixedPrompt
+            With key/value slots; any number of sequences, which begin with the shared text.
+
+        Raises
+        ------
+        ValueError
+            If the prompt has no key/value slots, or as ``read``.
+        """
+        check_slots(self.model, prompt, None)
+        if prompt.kv_slots is None:
+            raise ValueError("prompt: got embedding slots, needs key/value slots: use read()")
+        sequences = sequences_of(prompt)
+        require_window(self.model, prompt)
+        entries: dict[bytes, PassageEntry] = {}
+        keys: list[bytes] = []
+        for sequence in sequences:
+            shared = sequence.beginning
+            own = [_slot_key(shared, passage) for passage in sequence.passages]
+            keys += own
+            missing: dict[bytes, PlacedPassage] = {}
+            for key, passage in zip(own, sequence.passages):
+                held = entries.get(key) or self._entries.get(key)
+                if held is None or held.full is None and passage.keep != held.slots.keep:
+                    missing[key] = passage
+                else:
+                    entries[key] = held
+            self.misses += len(missing)
+            self.hits += len(own) - len(missing)
+            if not missing:
+                continue
+            expanded = any(
+                passage.keep != prompt.kv_slots.keep(passage.lengths)
+                for key, passage in zip(own, sequence.passages)
+                if key in missing
+            )
+            chunks = [passage.chunks for passage in missing.values()]
+            read = read_passages(
+                self.model, self._rotation, chunks, shared, prompt.kv_slots, full=self.full or expanded
+            )
+            entries.update(zip(missing, read))
+        self._keep({key: one if self.full else dataclasses.replace(one, full=None) for key, one in entries.items()})
+        return dataclasses.replace(prompt, passages=tuple(entries[key] for key in keys))
 
     def _check_rows(self, prompt: MixedPrompt) -> None:
         rows = prompt.layout.total_rows
@@ -184,7 +251,7 @@ class PassageCache:
             state.cache.update(keys[None], values[None], index)
         state.note_prompt(part, None)
 
-    def _keep(self, entries: dict[bytes, _Entry]) -> None:
+    def _keep(self, entries: Mapping[bytes, _Entry | PassageEntry]) -> None:
         for key, entry in entries.items():
             self._entries[key] = entry
             self._entries.move_to_end(key)
@@ -237,6 +304,12 @@ def _keyed(prompt: MixedPrompt, before: list[int], passages: list[list[int]]) ->
         distance = str(int(host.position_ids[_rows(host, spans)][0]) - end).encode()
         wanted.append((_digest(b"behind", beginning, distance, _content(host, spans)), spans))
     return wanted
+
+
+def _slot_key(shared: Sequence[int], passage: PlacedPassage) -> bytes:
+    """Return the key of an entry for key/value slots."""
+    pieces = (list(shared), *(chunk.token_ids for chunk in passage.chunks))
+    return _digest(b"slots", *(_bytes(torch.tensor(piece, dtype=torch.int64, device="cpu")) for piece in pieces))
 
 
 def _rows(prompt: MixedPrompt, spans: list[int]) -> slice:

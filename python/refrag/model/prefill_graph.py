@@ -101,6 +101,7 @@ class PrefillGraph:
             and len(prompt.chunks) <= self.chunks
             and layout.num_sequences <= self.sequences
             and prompt.latents == self.model.config.latents
+            and prompt.kv_slots is None
         )
 
     def read(self, prompt: MixedPrompt, chunk_embeds: torch.Tensor | None = None) -> tuple[torch.Tensor, Cache]:
@@ -125,6 +126,8 @@ class PrefillGraph:
         ValueError
             If the prompt doesn't fit, or its plan doesn't fit the capacity.
         """
+        if prompt.kv_slots is not None:
+            raise ValueError("prompt: got key/value slots, needs embedding slots: a graph computes all rows")
         if not self.fits(prompt):
             layout = prompt.layout
             raise ValueError(

@@ -13,6 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from refrag.model.attention import AttentionPlans, packed_pass
 from refrag.model.inputs import Chunk, MixedPrompt, PackedTexts, PromptTooLongError
+from refrag.model.passage_rows import PassageEntry, SlotRule
+from refrag.model.slot_sequence import SlotSequence
 from refrag_kernels import ChunkLayout, ChunkMask
 
 
@@ -35,6 +37,12 @@ class GenerationState:
         Position id of the next row.
     unread : list of int
         Generated tokens that the decoder hasn't read yet, usually the last one. They are read before the next rows.
+    sequence : SlotSequence or None
+        With key/value slots: the passages and texts read so far. None once embedding slots have been read.
+    entries : tuple of PassageEntry
+        With key/value slots: the keys and values of the passages.
+    slot_rule : SlotRule or None
+        With key/value slots: the rule of the last prompt.
     """
 
     def __init__(self) -> None:
@@ -45,6 +53,9 @@ class GenerationState:
         self.chunks: list[Chunk] = []
         self.next_position = 0
         self.unread: list[int] = []
+        self.sequence: SlotSequence | None = SlotSequence()
+        self.entries: tuple[PassageEntry, ...] = ()
+        self.slot_rule: SlotRule | None = None
         self._logits: torch.Tensor | None = None
 
     @property
@@ -62,16 +73,28 @@ class GenerationState:
         """
         if isinstance(chunk, Chunk):
             return list(chunk.token_ids)
+        return [token for number in self.numbers_of(chunk) for token in self.chunks[number].token_ids]
+
+    def numbers_of(self, chunk: int | str | Chunk) -> list[int]:
+        """Return the numbers, among all chunks read so far, of a chunk or of the chunks of the passage with an id.
+
+        Raises
+        ------
+        ValueError
+            If the chunk or passage is unknown.
+        """
         if isinstance(chunk, str):
-            of_passage = [one for one in self.chunks if one.passage == chunk]
+            of_passage = [number for number, one in enumerate(self.chunks) if one.passage == chunk]
             if not of_passage:
                 ids = ", ".join(dict.fromkeys(repr(one.passage) for one in self.chunks if one.passage is not None))
                 raise ValueError(f"chunk: got passage {chunk!r}, needs one of those read: {ids or 'none has an id'}")
-            return [token for one in of_passage for token in one.token_ids]
+            return of_passage
+        if isinstance(chunk, Chunk) and chunk in self.chunks:
+            return [self.chunks.index(chunk)]
         if not isinstance(chunk, int) or not 0 <= chunk < len(self.chunks):
             needs = f"0 to {len(self.chunks) - 1}" if self.chunks else "a Chunk: none was read"
             raise ValueError(f"chunk: got {chunk!r}, needs {needs}")
-        return list(self.chunks[chunk].token_ids)
+        return [chunk]
 
     @contextlib.contextmanager
     def restored_on_error(self) -> Iterator[None]:
@@ -107,6 +130,11 @@ class GenerationState:
 
     def note_prompt(self, prompt: MixedPrompt, logits: torch.Tensor | None) -> None:
         """Record a prompt whose keys and values have been added to the cache, and the logits of its last row."""
+        if prompt.chunks:
+            self.sequence = None
+        elif self.sequence is not None:
+            first = self.next_position + int(prompt.position_ids[0])
+            self.sequence = self.sequence.with_text(prompt.token_ids.tolist(), first)
         self.passages += self.numbered(prompt)
         self.lengths += prompt.layout.lengths()[0]
         self.chunks += prompt.chunks
@@ -118,10 +146,22 @@ class GenerationState:
         """Record generated tokens, and keep those that the decoder hasn't read yet."""
         read = self.cache.get_seq_length() - self.rows
         if read:
+            if self.sequence is not None:
+                self.sequence = self.sequence.with_text(list(token_ids[:read]), self.next_position)
             self.lengths.append(read)
             self.passages.append(-1)
             self.next_position += read
         self.unread = list(token_ids[read:])
+
+    def replace_rows(
+        self, cache: DynamicCache, sequence: SlotSequence, entries: Sequence[PassageEntry], logits: torch.Tensor
+    ) -> None:
+        """Replace all rows by those of the same sequence, with other chunks expanded and all tokens read."""
+        self.next_position += len(self.unread)
+        self.cache, self.sequence, self.entries, self._logits = cache, sequence, tuple(entries), logits
+        self.unread = []
+        # Text that is appended later attends to all rows, so their order in the cache doesn't matter.
+        self.lengths, self.passages = [cache.get_seq_length()], [-1]
 
     def numbered(self, prompt: MixedPrompt) -> list[int]:
         """Return the passage of each span of a prompt, numbered after the passages read so far."""
@@ -170,7 +210,7 @@ def append(model: Any, state: GenerationState, prompt: MixedPrompt | None, chunk
                 f"prompt: got {prompt.layout.num_sequences} sequences of {prompt.layout.total_rows} rows in total, "
                 "needs one that is not empty: a state contains one sequence"
             )
-        prompt = _after_text(state.unread, prompt) if state.unread else prompt
+        prompt = after_text(state.unread, prompt) if state.unread else prompt
     require_room(model, state, prompt.layout.total_rows, int(prompt.position_ids.max()) + 1)
     prompt = prompt.to(model.device)
     with state.restored_on_error(), torch.no_grad():
@@ -277,8 +317,8 @@ def text_prompt(token_ids: Sequence[int], latents: int = 1) -> MixedPrompt:
     )
 
 
-def _after_text(token_ids: Sequence[int], prompt: MixedPrompt) -> MixedPrompt:
-    """Return a single-sequence prompt with tokens prepended to it."""
+def after_text(token_ids: Sequence[int], prompt: MixedPrompt) -> MixedPrompt:
+    """Return a single-sequence prompt with tokens prepended to it, as text of its own."""
     text, prompt = text_prompt(token_ids), prompt.to("cpu")
     return dataclasses.replace(
         prompt,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 
 import torch
 
 from refrag.model.encoder import TextEmbedder
-from refrag.model.inputs import Chunk
-from refrag.processing.selectors import Selector
+from refrag.model.inputs import Chunk, MixedPrompt
+from refrag.model.packing import Span
+from refrag.model.passage_rows import PassageEntry
+from refrag.processing.selectors import AttentionSelector, Selector
 
 
 def expanded_chunks(
@@ -37,15 +40,14 @@ def expanded_chunks(
     TypeError, ValueError
         If an argument is invalid. The message names it.
     """
-    if expand is not None and expand_count is not None:
-        raise ValueError(f"expand_count: got {expand_count} beside expand = {expand}, needs one of the two")
+    _require_one(expand, expand_count)
     if isinstance(expand, str):
         raise TypeError(f"expand: got the string {expand!r}, needs a fraction or a collection of chunks and ids")
     if isinstance(expand, Collection):
         return _named(chunks, expand)
     if selector is None and expand not in (None, 0, 1) and 0 <= expand <= 1:
         raise ValueError(f"selector: got None, needs a Selector to expand {expand} of the chunks")
-    counts = _counts(chunks, expand, expand_count)
+    counts = chunk_counts(chunks, expand, expand_count)
     expanded: set[int] = set()
     first = 0
     for index, (own, question, count) in enumerate(zip(chunks, questions, counts)):
@@ -62,6 +64,43 @@ def expanded_chunks(
         expanded.update(first + pick for pick in picks)
         first += len(own)
     return frozenset(expanded)
+
+
+def attention_picks(
+    selector: AttentionSelector,
+    prompt: MixedPrompt,
+    chunks: Sequence[Sequence[Chunk]],
+    expand: float | Collection[int | str] | None,
+    expand_count: int | Sequence[int] | None,
+    begin: bool,
+) -> tuple[set[int], tuple[PassageEntry, ...] | None]:
+    """Return the chunks that an AttentionSelector picks in a packed prompt, and the rows of its passages.
+
+    Raises
+    ------
+    ValueError
+        If the prompt has no key/value slots or doesn't begin a sequence, or an argument is invalid; names it.
+    """
+    if prompt.kv_slots is None:
+        raise ValueError("selector: got AttentionSelector, needs a processor with kv_slots")
+    if not begin:
+        raise ValueError("selector: got AttentionSelector with begin=False, needs a prompt that begins a sequence")
+    if isinstance(expand, Collection):
+        raise ValueError(f"expand: got {expand!r} beside AttentionSelector, needs a share")
+    picked, prompt = selector.pick(prompt, chunk_counts(chunks, expand, expand_count))
+    return picked, prompt.passages
+
+
+def whole_chunks(sequences: Sequence[Sequence[Span]], count: int) -> set[int]:
+    """Return the last ``count`` chunks of each passage, counted through the batch."""
+    found: set[int] = set()
+    chunk = 0
+    for spans in sequences:
+        for _, group in itertools.groupby(spans, key=lambda span: span[0]):
+            own = [chunk + index for index, (_, span) in enumerate(group) if isinstance(span, Chunk)]
+            chunk += len(own)
+            found.update(own[max(len(own) - count, 0) :])
+    return found
 
 
 def _named(chunks: Sequence[Sequence[Chunk]], names: Collection[int | str]) -> frozenset[int]:
@@ -84,10 +123,22 @@ def _named(chunks: Sequence[Sequence[Chunk]], names: Collection[int | str]) -> f
     return frozenset(expanded)
 
 
-def _counts(
+def _require_one(expand: float | Collection[int | str] | None, expand_count: int | Sequence[int] | None) -> None:
+    if expand is not None and expand_count is not None:
+        raise ValueError(f"expand_count: got {expand_count} beside expand = {expand}, needs one of the two")
+
+
+def chunk_counts(
     chunks: Sequence[Sequence[Chunk]], expand: float | None, expand_count: int | Sequence[int] | None
 ) -> Sequence[int | None]:
-    """Return how many chunks to pick in each prompt; None lets the selector decide."""
+    """Return how many chunks to pick in each prompt; None lets the selector decide.
+
+    Raises
+    ------
+    ValueError
+        If a share or a number is out of range.
+    """
+    _require_one(expand, expand_count)
     if expand is not None:
         if not 0 <= expand <= 1:
             raise ValueError(f"expand: got {expand}, needs a fraction from 0 to 1")

@@ -18,10 +18,12 @@ from refrag.data.chunking import Chunker, FixedChunks, SentenceChunks, describe_
 from refrag.model.config import RefragConfig
 from refrag.model.encoder import TextEmbedder
 from refrag.model.inputs import Chunk, MixedPrompt, Part, Passage, PromptTooLongError, require_text
-from refrag.model.packing import Span, pack_chunks, pack_spans
+from refrag.model.packing import Span, pack_chunks, pack_spans, shared_tokens
+from refrag.model.passage_rows import PassageEntry, SlotRule
 from refrag.processing.chat import render_chat
-from refrag.processing.expansion import expanded_chunks
-from refrag.processing.selectors import Selector
+from refrag.processing.expansion import attention_picks, expanded_chunks, whole_chunks
+from refrag.processing.selectors import AttentionSelector, Selector
+from refrag.store.kv_store import KVStore
 from refrag.store.store import ChunkStore, StoreError
 
 
@@ -52,6 +54,9 @@ class RefragProcessor:
         Whether to insert the tokenizer's ``bos_token``, if it has one, before a prompt that would begin with a slot.
         Decoders use their first row as an attention sink and read next to nothing from it (arXiv 2309.17453), so a slot
         there would be lost.
+    kv_slots : SlotRule, optional
+        For key/value slots, as in RefragConfig; needs ``position_ids`` "original" or "parallel". The start token then
+        precedes every prompt that begins with a passage.
 
     Raises
     ------
@@ -86,7 +91,12 @@ class RefragProcessor:
         latents: int = 1,
         encoder_window: int = 0,
         start_token: bool = True,
+        kv_slots: SlotRule | None = None,
     ) -> None:
+        if kv_slots is not None and position_ids == "contiguous":
+            raise ValueError("position_ids: got 'contiguous' beside kv_slots, needs original or parallel")
+        if kv_slots is not None and kv_slots.rows > k:
+            raise ValueError(f"rows: got {kv_slots.rows}, needs 1 to the chunk_size of {k}")
         if position_ids not in ("contiguous", "original", "parallel"):
             raise ValueError(f"position_ids: got {position_ids!r}, needs contiguous, original or parallel")
         for name, value, least in (("k", k, 1), ("window", window, 1), ("latents", latents, 1),
@@ -102,6 +112,7 @@ class RefragProcessor:
         self.latents = latents
         self.encoder_window = encoder_window
         self.start_token = start_token
+        self.kv_slots = kv_slots
         self.chunker_name = chunker if isinstance(chunker, str) else None
         self.chunker = self._chunker(chunker) if isinstance(chunker, str) else chunker
 
@@ -132,6 +143,7 @@ class RefragProcessor:
             latents=config.latents,
             encoder_window=config.window,
             start_token=start_token,
+            kv_slots=config.kv_slots,
         )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -150,16 +162,21 @@ class RefragProcessor:
         fields = ("k", "window", "position_ids", "encoder_special_tokens", "encoder_window", "latents", "start_token")
         settings = {name: getattr(self, name) for name in fields}
         settings["chunker"] = self.chunker_name
+        if self.kv_slots is not None:
+            settings["kv_slots"] = dataclasses.asdict(self.kv_slots)
         (root / "refrag_processor.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> RefragProcessor:
         """Read what ``save_pretrained`` wrote."""
         root = Path(folder)
+        settings = json.loads((root / "refrag_processor.json").read_text())
+        if rule := settings.get("kv_slots"):
+            settings["kv_slots"] = SlotRule(**rule)
         return cls(
             AutoTokenizer.from_pretrained(root / "decoder_tokenizer"),
             AutoTokenizer.from_pretrained(root / "encoder_tokenizer"),
-            **json.loads((root / "refrag_processor.json").read_text()),
+            **settings,
         )
 
     def apply_chat_template(
@@ -196,7 +213,7 @@ class RefragProcessor:
         selector: Selector | None = None,
         question: str | Sequence[str] | None = None,
         max_new_tokens: int = 0,
-        store: ChunkStore | None = None,
+        store: ChunkStore | KVStore | None = None,
         begin: bool = True,
     ) -> MixedPrompt:
         """Pack a prompt or a batch of prompts.
@@ -217,10 +234,10 @@ class RefragProcessor:
             The question for the selector: one for all prompts, or one for each. Defaults to each prompt's last text.
         max_new_tokens : int
             Number of positions to reserve in the decoder's window.
-        store : ChunkStore, optional
+        store : ChunkStore or KVStore, optional
             A store that holds all passages; they are found by their text, or by their id if they have no text. Their
             chunks and embeddings come from the store, so that the model encodes nothing, and a selector with a
-            ``TextEmbedder`` encodes only the question.
+            ``TextEmbedder`` encodes only the question. With key/value slots, a KVStore: the decoder reads no passage.
         begin : bool
             Whether the prompts begin a sequence and get the tokenizer's prefix, such as a BOS token, and the
             ``start_token``. Pass False for a prompt that is appended to a ``GenerationState``.
@@ -244,29 +261,51 @@ class RefragProcessor:
         """
         batch = _batch(prompts)
         stored, chunk_embeds = None, None
+        entries: Sequence[PassageEntry] | None = None
         if store is not None:
             self._check_store(store)
             passages = [part for prompt in batch for part in prompt if isinstance(part, Passage)]
-            stored, chunk_embeds = iter(store.chunks(passages)), store.get_many(passages).rows
+            stored = iter(store.chunks(passages))
+            if isinstance(store, KVStore):
+                entries = store.get_many(passages)
+            else:
+                chunk_embeds = store.get_many(passages).rows
         sequences = [self._spans(index, prompt, stored, begin) for index, prompt in enumerate(batch)]
         chunks = [[span for _, span in spans if isinstance(span, Chunk)] for spans in sequences]
         if chunk_embeds is None and self.encoder_window:
             chunk_embeds = self._embedded(sequences, selector)
         questions = self._questions(batch, question)
-        expanded = expanded_chunks(chunks, questions, expand, expand_count, selector, chunk_embeds)
+        by_attention = isinstance(selector, AttentionSelector)
+        others = None if by_attention else selector
+        shares = (None, None) if by_attention else (expand, expand_count)
+        expanded = expanded_chunks(chunks, questions, *shares, others, chunk_embeds)
+        if self.kv_slots is not None:
+            expanded |= whole_chunks(sequences, self.kv_slots.whole)
         if begin:
             firsts = itertools.accumulate(map(len, chunks), initial=0)
             sequences = [self._started(spans, first in expanded) for spans, first in zip(sequences, firsts)]
-        packed = pack_spans(
-            sequences,
-            expanded,
-            self.encoder_tokenizer,
-            position_ids=self.position_ids,
-            encoder_special_tokens=self.encoder_special_tokens,
-            chunk_embeds=chunk_embeds,
-            latents=self.latents,
-            encoder_window=self.encoder_window,
-        )
+        if isinstance(store, KVStore) and begin:
+            self._check_shared_text(store, sequences)
+
+        def pack() -> MixedPrompt:
+            return pack_spans(
+                sequences,
+                expanded,
+                self.encoder_tokenizer,
+                position_ids=self.position_ids,
+                encoder_special_tokens=self.encoder_special_tokens,
+                chunk_embeds=None if self.kv_slots else chunk_embeds,
+                latents=self.latents,
+                encoder_window=self.encoder_window,
+                kv_slots=self.kv_slots,
+                passages=entries,
+            )
+
+        packed = pack()
+        if isinstance(selector, AttentionSelector):
+            picked, entries = attention_picks(selector, packed, chunks, expand, expand_count, begin)
+            expanded |= picked
+            packed = pack()
         self._check_window(sequences, expanded, packed, max_new_tokens)
         return packed
 
@@ -281,11 +320,39 @@ class RefragProcessor:
         with torch.no_grad():
             return embedder.model.encode_chunks(texts)
 
-    def _check_store(self, store: ChunkStore) -> None:
+    def _check_store(self, store: ChunkStore | KVStore) -> None:
         own = describe_chunker(self.chunker)
         held = store.fingerprint.chunker
         if own != held:
             raise StoreError(f"store {store.folder}: chunker: holds {held}, got a processor of {own}")
+        rule = store.fingerprint.slot_rule if isinstance(store, KVStore) else None
+        if rule != self.kv_slots:
+            held, own = (str(one or "embedding slots") for one in (rule, self.kv_slots))
+            raise StoreError(f"store {store.folder}: slots: holds {held}, got a processor of {own}")
+
+    def shared_text(self, prompt: Part | Sequence[Part] | None = None) -> list[int]:
+        """Return the tokens before the first passage of a prompt, which key/value slots are read behind.
+
+        Parameters
+        ----------
+        prompt : list of str and Passage, optional
+            Defaults to a passage and a question in the chat template, if there is one, as ``refrag generate`` asks.
+        """
+        if prompt is None:
+            prompt = [Passage("a"), "b"]
+            if self.tokenizer.chat_template:
+                prompt = self.apply_chat_template([{"role": "user", "content": prompt}])
+        return shared_tokens(self.spans(prompt))
+
+    def _check_shared_text(self, store: KVStore, sequences: Sequence[Sequence[Span]]) -> None:
+        held = store.fingerprint.shared_tokens
+        for index, spans in enumerate(sequences):
+            got = shared_tokens(spans)
+            if got != held and any(isinstance(span, Chunk) for _, span in spans):
+                raise StoreError(
+                    f"store {store.folder}: shared_text: holds passages read behind "
+                    f"{self.tokenizer.decode(held)!r}, got prompt {index} with {self.tokenizer.decode(got)!r}"
+                )
 
     def spans(self, prompt: Part | Sequence[Part]) -> list[Span]:
         """Return a prompt's text and chunks, before packing, for training.
@@ -333,7 +400,8 @@ class RefragProcessor:
     def _started(self, spans: list[Span], is_expanded: bool) -> list[Span]:
         """Return the spans, with the start token before a first chunk that isn't expanded."""
         start = self.tokenizer.bos_token_id
-        if is_expanded or not self.start_token or start is None or not isinstance(spans[0][1], Chunk):
+        skipped = is_expanded and self.kv_slots is None  # passages with key/value slots are read behind it
+        if skipped or not self.start_token or start is None or not isinstance(spans[0][1], Chunk):
             return spans
         return [(-1, [start]), *spans]
 
@@ -376,6 +444,8 @@ class RefragProcessor:
             first += sum(isinstance(span, Chunk) for _, span in spans)
 
     def _what_fits(self, spans: list[Span], first: int, expanded: frozenset[int], room: int) -> str:
+        if self.kv_slots is not None:
+            return "with key/value slots, all tokens count, so no k fits: shorten it or leave out passages"
         if self.position_ids == "original":
             return (
                 "original position ids also count the tokens of compressed chunks, so no k fits; try "

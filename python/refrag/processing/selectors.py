@@ -14,8 +14,10 @@ from torch import nn
 
 from refrag.model.acceptance import require_decoder
 from refrag.model.attention import AttentionPlans, packed_pass
-from refrag.model.inputs import Chunk
+from refrag.model.inputs import Chunk, MixedPrompt
+from refrag.model.passage_cache import PassageCache
 from refrag.model.policy import ExpansionPolicy, sample_picks
+from refrag.model.slot_scores import chunk_attention
 from refrag_kernels import ChunkLayout, ChunkMask
 
 Embed = Callable[[Sequence[str]], torch.Tensor]  # texts -> embeddings [N, d], such as refrag.model.encoder.TextEmbedder
@@ -222,7 +224,70 @@ class PolicySelector:
             return scores[0].topk(count).indices.tolist()
 
 
-NAMES = ("nothing", "everything", "random", "cosine", "threshold", "perplexity-asc", "perplexity-desc", "policy")
+class AttentionSelector:
+    """Expands the chunks whose key/value slots receive most attention from the text after them: the question's rows.
+
+    An extension of ours, which needs no training. The processor packs a prompt with all chunks compressed, this
+    selector sends its text through the decoder, and the processor then expands the chunks that received most, whose
+    full rows come from the cache or the store, or are read once. Reading the prompt afterwards is a second pass over
+    its text.
+
+    Parameters
+    ----------
+    model : RefragForCausalLM
+        With ``slots="kv"``.
+    cache : PassageCache, optional
+        Provides the passages' rows, unless a store does; with ``full=True``, so that no passage is read twice.
+
+    Raises
+    ------
+    ValueError
+        If the model has embedding slots.
+    """
+
+    def __init__(self, model: Any, cache: PassageCache | None = None) -> None:
+        if model.config.kv_slots is None:
+            raise ValueError("model: got embedding slots, needs slots='kv': attention to rows of keys and values")
+        self.model = model
+        self.cache = cache
+
+    def __call__(self, question: str, chunks: Sequence[Chunk], count: int | None) -> Collection[int]:
+        raise TypeError("selector: AttentionSelector needs the whole prompt: pass it to a processor with kv_slots")
+
+    def pick(self, prompt: MixedPrompt, counts: Sequence[int | None]) -> tuple[set[int], MixedPrompt]:
+        """Pick chunks of a packed prompt.
+
+        Parameters
+        ----------
+        prompt : MixedPrompt
+            With key/value slots; chunks that are whole already aren't picked.
+        counts : sequence of int
+            The number of chunks to pick in each sequence.
+
+        Returns
+        -------
+        set of int
+            Chunks, counted through the batch.
+        MixedPrompt
+            The prompt with the rows of its passages.
+        """
+        needed = [_required(self, count) for count in counts]
+        if self.cache is not None and prompt.passages is None:
+            prompt = self.cache.attach(prompt)
+        scores, prompt = chunk_attention(self.model, prompt)
+        scores[list(prompt.expanded)] = -1  # below any attention
+        picked: set[int] = set()
+        first = 0
+        for own, count in zip(prompt.chunks_per_sequence(), needed, strict=True):
+            free = own - sum(first <= chunk < first + own for chunk in prompt.expanded)
+            best = scores[first : first + own].sort(descending=True, stable=True).indices[: min(count, free)]
+            picked.update((first + best).tolist())
+            first += own
+        return picked, prompt
+
+
+NAMES = ("nothing", "everything", "random", "cosine", "threshold", "perplexity-asc", "perplexity-desc", "policy",
+         "attention")  # fmt: skip
 
 
 def by_name(
@@ -241,7 +306,7 @@ def by_name(
     name : str
         One of ``NAMES``.
     model : RefragForCausalLM, optional
-        For perplexity-asc and perplexity-desc.
+        For perplexity-asc, perplexity-desc and attention.
     embed : callable, optional
         For cosine, threshold and policy.
     threshold : float, optional
@@ -272,6 +337,7 @@ def by_name(
         "perplexity-asc": {"model": model},
         "perplexity-desc": {"model": model},
         "policy": {"policy": policy, "embed": embed},
+        "attention": {"model": model},
     }
     needs = needs_of.get(name, {})
     for argument, value in needs.items():
@@ -281,7 +347,7 @@ def by_name(
         return PerplexitySelector(model, name.removeprefix("perplexity-"))
     makers: dict[str, Callable[..., Selector]] = {
         "nothing": NoChunks, "everything": AllChunks, "cosine": CosineSelector, "threshold": ThresholdSelector,
-        "policy": PolicySelector,
+        "policy": PolicySelector, "attention": AttentionSelector,
     }  # fmt: skip
     return RandomSelector(seed) if name == "random" else makers[name](**needs)
 

@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
 from refrag.data.chunking import Chunker, describe_chunker
+from refrag.model.passage_rows import SlotRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,8 +36,44 @@ class TextInputs(Protocol):
     encoder_window: int
 
 
+class PassageFingerprint:
+    """What both fingerprints have in common: a model and its revision, and a digest of all fields but its name."""
+
+    name_field: ClassVar[str]  # the field with the model's name
+    content: ClassVar[str]  # what is computed from a passage
+
+    revision: str  # a field of each
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields by name."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]  # subclasses are dataclasses
+
+    @property
+    def model_name(self) -> str:
+        """The model's name, for messages."""
+        return str(getattr(self, self.name_field))
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """32 bytes, equal for two fingerprints only if the same is computed from a passage."""
+        fields = {name: value for name, value in self.fields().items() if name != self.name_field}
+        return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=32).digest()
+
+    def differences(self, other: PassageFingerprint) -> list[str]:
+        """Return a phrase for each field that differs, with its value here and in ``other``."""
+        found = []
+        if self.revision != other.revision:
+            names = [f"{fingerprint.model_name} (revision {fingerprint.revision})" for fingerprint in (self, other)]
+            found.append(f"{self.name_field}: holds {self.content} of {names[0]}, got {names[1]}")
+        theirs = other.fields()
+        for name, mine in self.fields().items():
+            if name not in (self.name_field, "revision") and mine != theirs[name]:
+                found.append(f"{name}: holds {mine}, got {theirs[name]}")
+        return found
+
+
 @dataclasses.dataclass(frozen=True)
-class Fingerprint:
+class Fingerprint(PassageFingerprint):
     """Identifies how passages become chunk embeddings: everything but the text.
 
     A store refuses an encoder with another fingerprint.
@@ -69,6 +107,9 @@ class Fingerprint:
     encoder_special_tokens: bool
     width: int
 
+    name_field = "encoder"
+    content = "embeddings"
+
     @classmethod
     def of(cls, encoder: PreTrainedModel, processor: TextInputs, config: RefragConfig) -> Fingerprint:
         """Compute the fingerprint of an encoder and a processor in their current state.
@@ -92,27 +133,79 @@ class Fingerprint:
             width=config.chunk_width,
         )
 
-    @functools.cached_property
-    def digest(self) -> bytes:
-        """32 bytes, equal for two fingerprints only if they give the same embeddings."""
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "encoder"}
-        return hashlib.blake2b(json.dumps(fields, sort_keys=True).encode(), digest_size=32).digest()
 
-    def differences(self, other: Fingerprint) -> list[str]:
-        """Return a phrase for each field that differs, with its value here and in ``other``."""
-        found = []
-        if self.revision != other.revision:
-            names = [f"{fingerprint.encoder} (revision {fingerprint.revision})" for fingerprint in (self, other)]
-            found.append(f"encoder: holds embeddings of {names[0]}, got {names[1]}")
-        for field in dataclasses.fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name not in ("encoder", "revision") and mine != theirs:
-                found.append(f"{field.name}: holds {mine}, got {theirs}")
-        return found
+@dataclasses.dataclass(frozen=True)
+class KVFingerprint(PassageFingerprint):
+    """Identifies how passages become keys and values: everything but the text.
+
+    A store refuses a decoder with another fingerprint.
+
+    Attributes
+    ----------
+    decoder : str
+        The decoder's name, for messages only.
+    revision : str
+        Digest of the decoder's weights and configuration.
+    tokenizer : str
+        Digest of the decoder's tokenizer.
+    chunker : str
+        The chunker's description, such as "fixed, k = 8".
+    shared_text : str
+        Tokens of the text that passages are read behind, separated by spaces.
+    rule : str
+    rows, whole : int
+        As in ``SlotRule``.
+    """
+
+    decoder: str
+    revision: str
+    tokenizer: str
+    chunker: str
+    shared_text: str
+    rule: str
+    rows: int
+    whole: int
+
+    name_field = "decoder"
+    content = "keys and values"
+
+    @classmethod
+    def of(
+        cls, decoder: PreTrainedModel, processor: TextInputs, rule: SlotRule, shared_text: Sequence[int]
+    ) -> KVFingerprint:
+        """Compute the fingerprint of a decoder and a processor in their current state.
+
+        This hashes all weights of the decoder.
+
+        Raises
+        ------
+        ValueError
+            If the processor has a custom chunker without a ``description``.
+        """
+        return cls(
+            decoder=decoder.name_or_path or decoder.config.model_type,
+            revision=encoder_digest(decoder),
+            tokenizer=tokenizer_digest(processor.tokenizer),
+            chunker=describe_chunker(processor.chunker),
+            shared_text=" ".join(map(str, shared_text)),
+            rule=rule.rule,
+            rows=rule.rows,
+            whole=rule.whole,
+        )
+
+    @property
+    def shared_tokens(self) -> list[int]:
+        """Tokens of the text that passages are read behind."""
+        return [int(token) for token in self.shared_text.split()]
+
+    @property
+    def slot_rule(self) -> SlotRule:
+        """Which rows are kept."""
+        return SlotRule(self.rows, self.rule, self.whole)
 
 
 def encoder_digest(encoder: PreTrainedModel) -> str:
-    """Return a digest of an encoder's weights and configuration, 24 hexadecimal digits.
+    """Return a digest of an encoder's or a decoder's weights and configuration, 24 hexadecimal digits.
 
     The pooler is excluded: chunk embeddings don't use it, and transformers initializes it randomly if the checkpoint
     has none.

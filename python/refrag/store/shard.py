@@ -1,9 +1,9 @@
-"""A shard of a chunk store: a safetensors file that is written once, atomically, and memory-mapped for reading."""
+"""A shard of a store: a safetensors file that is written once, atomically, and memory-mapped for reading."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,12 @@ from refrag.file_modes import usual_mode
 from refrag.model.inputs import Chunk
 from refrag.store.key_index import KEY_BYTES
 
+# The tensors that all shards have.
+_INDEX = (
+    "keys", "offsets", "text", "text_offsets", "token_ids", "token_offsets", "id_keys", "id_passages", "ids",
+    "id_offsets",
+)  # fmt: skip
+
 
 class StoreError(ValueError):
     """Raised if a chunk store can't be used for this purpose or at all; the message names the store or the passage."""
@@ -25,12 +31,13 @@ class Shard:
 
     It contains these tensors for N passages with R chunks, and M passage ids:
 
-    - ``keys`` uint8 [N, 16], ``offsets`` int64 [N + 1]: the passages' keys and their ranges of rows
-    - ``rows`` [R, d_enc]: the embeddings, before projection
+    - ``keys`` uint8 [N, 16], ``offsets`` int64 [N + 1]: the passages' keys and their ranges of chunks
     - ``text`` uint8, ``text_offsets`` int64 [R + 1]: the chunks' text in UTF-8
     - ``token_ids`` int32, ``token_offsets`` int64 [R + 1]: the chunks' decoder tokens
     - ``id_keys`` and ``id_passages`` uint8 [M, 16]: digests of the ids, and the keys of their passages
     - ``ids`` uint8, ``id_offsets`` int64 [M + 1]: the ids in UTF-8
+
+    The others are its ``payload``: what the store holds of the passages.
 
     Raises
     ------
@@ -45,8 +52,8 @@ class Shard:
                 fingerprint = (file.metadata() or {}).get("recipe")
             if fingerprint != fingerprint_digest.hex():
                 raise StoreError(f"{path}: is a shard of another store, with fingerprint {fingerprint}")
-            self.rows: torch.Tensor = tensors.pop("rows")
-            arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+            arrays = {name: tensors.pop(name).numpy() for name in _INDEX}
+            self.payload: dict[str, torch.Tensor] = tensors
             self.keys = arrays["keys"]
             self.offsets = arrays["offsets"]
             self.id_keys = arrays["id_keys"]
@@ -72,6 +79,11 @@ class Shard:
             for i in range(last - first)
         ]
 
+    def chunk_lengths(self, passage: int) -> tuple[int, ...]:
+        """Return the number of tokens of each chunk of a passage."""
+        first, last = int(self.offsets[passage]), int(self.offsets[passage + 1])
+        return tuple(np.diff(self._token_offsets[first : last + 1]).tolist())
+
     def ids(self) -> list[str]:
         """Return the ids in the shard."""
         text, ends = self._ids.tobytes(), self._id_offsets.tolist()
@@ -83,7 +95,7 @@ def write_shard(
     fingerprint_digest: bytes,
     keys: Sequence[bytes],
     chunks: Sequence[Sequence[Chunk]],
-    rows: torch.Tensor,
+    payload: Mapping[str, torch.Tensor],
     ids: Sequence[str],
     id_keys: Sequence[bytes],
     id_passages: Sequence[bytes],
@@ -95,7 +107,8 @@ def write_shard(
     path : Path
     fingerprint_digest : bytes
     keys, chunks : N passages
-    rows : Tensor [R, d_enc]
+    payload : mapping of str to Tensor
+        What the store holds of the passages.
     ids, id_keys, id_passages : M ids
 
     Raises
@@ -119,7 +132,8 @@ def write_shard(
         "ids": _bytes(names),
         "id_offsets": _offsets(map(len, names)),
     }
-    tensors = {"rows": rows.contiguous(), **{name: torch.from_numpy(array) for name, array in arrays.items()}}
+    tensors = {name: tensor.contiguous() for name, tensor in payload.items()}
+    tensors |= {name: torch.from_numpy(array) for name, array in arrays.items()}
     part = path.with_name(f".part-{path.name}")
     try:
         save_file(tensors, part, metadata={"recipe": fingerprint_digest.hex()})

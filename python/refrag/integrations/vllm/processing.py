@@ -105,6 +105,8 @@ class PassageInfo(BaseProcessingInfo):
             ) from None
         if saved.latents != (needed := self.get_hf_config().latents):
             raise ValueError(f"model: {self.model_id} has a processor of {saved.latents} latents, needs {needed}")
+        if saved.kv_slots is not None:
+            raise ValueError(f"model: {self.model_id} has key/value slots, needs embedding slots for vLLM")
         return saved
 
     @functools.cached_property
