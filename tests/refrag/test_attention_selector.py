@@ -75,7 +75,7 @@ def test_refuses(kv_model, kv_processor, tokenizer, encoder_tokenizer):
     assert isinstance(selector, AttentionSelector)
     with pytest.raises(ValueError, match="model: got embedding slots, needs slots='kv'"):
         AttentionSelector(tiny.refrag())
-    with pytest.raises(ValueError, match="model: got None, the selector 'attention' needs it"):
+    with pytest.raises(ValueError, match="model: got None, but the selector 'attention' needs it"):
         by_name("attention")
     with pytest.raises(ValueError, match="selector: got AttentionSelector, needs a processor with kv_slots"):
         plain([BRIDGE, QUESTION], selector=selector, expand=0.5)

@@ -218,9 +218,9 @@ class MixedPrompt:
         if unknown:
             raise ValueError(f"expanded: got chunk {unknown[0]}, needs 0 to {count - 1}")
         texts, embeds = self.encoder_input.layout.num_chunks, self.chunk_embeds
-        if texts != count and (texts or embeds is None):
+        if texts != count and (texts or (embeds is None and self.kv_slots is None)):
             raise ValueError(
-                f"encoder_input: got {texts} texts, needs {count}, one per chunk, or none beside chunk_embeds"
+                f"encoder_input: got {texts} texts, needs {count}, one per chunk, or none with chunk_embeds or kv_slots"
             )
         if embeds is not None and (embeds.dim() != 2 or len(embeds) != count):
             raise ValueError(f"chunk_embeds: got shape {list(embeds.shape)}, needs [{count}, d_enc], one row per chunk")
