@@ -149,7 +149,7 @@ def page(sections: dict[str, str]) -> str:
         "Resources of the compiled kernels, read from their code. For times, see [GPU results](gpu-results.md).",
         "Written by `python -m bench.resources --release`; `make test-gpu-proof` checks that it is up to date.",
         "",
-        "The first table sums up: the number of compiled variants (shapes and dtypes), how many of them spill, and",
+        "The first table is a summary: the number of compiled variants (shapes and dtypes), how many of them spill, and",
         "the lowest occupancy in warps per multiprocessor (AMD: compute unit).",
         "",
         "Cells of Triton's tables: registers per thread / spills, in bold if there are any / bytes of shared memory",
