@@ -1,9 +1,22 @@
 """Shared setup: uninitialized memory is NaN, so that unwritten outputs are detected."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
+import refrag_kernels
+
 _MARKS_OF_ROOMS = {"kernels": "cpp", "cuda_host": "gpu_proof", "triton": "gpu_proof"}
+
+
+def pytest_configure():
+    """Refuse to test another copy of the package than the one that was built for it, as in make test-asan."""
+    build = os.environ.get("REFRAG_KERNELS_BUILD")
+    package = Path(refrag_kernels.__file__).parent
+    if build is not None and package.parent != Path(build).resolve():
+        pytest.exit(f"refrag_kernels: got {package}, needs that of REFRAG_KERNELS_BUILD={build}", returncode=3)
 
 
 def pytest_collection_modifyitems(items):
