@@ -162,9 +162,11 @@ std::tuple<Tensor, Tensor, Tensor> select_chunk_rows(const Tensor& k, const Tens
     for (int64_t c = task * kChunkGrain; c < end; ++c) copy_chunk(c);
   });
   const int64_t used = kept[chunks] * heads, unused = num_kept * heads - used;
-  std::memset(to_k + used * row_bytes, 0, unused * row_bytes);
-  std::memset(to_v + used * row_bytes, 0, unused * row_bytes);
-  std::fill(to_rows + used, to_rows + used + unused, -1);
+  if (unused > 0) {  // otherwise the results may be empty, and the pointers null
+    std::memset(to_k + used * row_bytes, 0, unused * row_bytes);
+    std::memset(to_v + used * row_bytes, 0, unused * row_bytes);
+    std::fill(to_rows + used, to_rows + used + unused, -1);
+  }
   return {k_kept, v_kept, rows};
 }
 
