@@ -49,9 +49,8 @@ test-asan: $(VENV)/.test ## Run the tests of the ops and the planner with saniti
 	REFRAG_KERNELS_CUDA=0 REFRAG_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(SANITIZED) OMP_NUM_THREADS=1 \
-	REFRAG_KERNELS_BUILD=$(SANITIZED) \
-	$(BIN)/pytest -q -n $(WORKERS) --import-mode=append -o pythonpath="$(SANITIZED) . python" -m "cpp and not compiles" \
-	  tests/kernels tests/triton tests/bench tests/packaging $(ARGS)
+	$(BIN)/pytest -q -n $(WORKERS) --build $(SANITIZED) --import-mode=append -o pythonpath="$(SANITIZED) . python" \
+	  -m "cpp and not compiles" tests/kernels tests/triton tests/bench tests/packaging $(ARGS)
 
 # vLLM pins other releases of many packages in .venv, so it gets a separate environment.
 VLLM_VENV := .venv-vllm

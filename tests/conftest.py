@@ -1,6 +1,5 @@
 """Shared setup: uninitialized memory is NaN, so that unwritten outputs are detected."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,16 @@ import refrag_kernels
 _MARKS_OF_ROOMS = {"kernels": "cpp", "cuda_host": "gpu_proof", "triton": "gpu_proof"}
 
 
-def pytest_configure():
+def pytest_addoption(parser):
+    parser.addoption("--build", type=Path, help="folder that refrag_kernels must come from")
+
+
+def pytest_configure(config):
     """Refuse to test another copy of the package than the one that was built for it, as in make test-asan."""
-    build = os.environ.get("REFRAG_KERNELS_BUILD")
+    build = config.getoption("--build")
     package = Path(refrag_kernels.__file__).parent
-    if build is not None and package.parent != Path(build).resolve():
-        pytest.exit(f"refrag_kernels: got {package}, needs that of REFRAG_KERNELS_BUILD={build}", returncode=3)
+    if build is not None and package.parent != build.resolve():
+        pytest.exit(f"refrag_kernels: got {package}, needs that of --build={build}", returncode=3)
 
 
 def pytest_collection_modifyitems(items):
