@@ -219,3 +219,13 @@ def test_bfloat16():
     text = packed(plain, [BEFORE, A, B, AFTER], all_text=True)
     bound = 1.5 * relative_error(PassageCache(plain).read(text).last_logits(), exact) + 5e-3
     assert relative_error(low.read(prompt).last_logits(), exact) < bound
+
+
+def test_the_cache_tells_rules_apart():
+    model = model_of(rule=SlotRule(1, "received"))
+    cache = PassageCache(model)
+    cache.read(packed(model, [BEFORE, A, AFTER]))
+    model.config.use_kv_slots(SlotRule(1, "distinct"))
+    prompt = packed(model, [BEFORE, A, AFTER])
+    assert torch.equal(cache.read(prompt).last_logits(), model.read(prompt).last_logits())
+    assert (cache.hits, cache.misses) == (0, 2)

@@ -18,7 +18,7 @@ from refrag.model.acceptance import require_decoder
 from refrag.model.inputs import MixedPrompt
 from refrag.model.modeling import RefragForCausalLM
 from refrag.model.passage_reading import read_passages
-from refrag.model.passage_rows import PassageEntry
+from refrag.model.passage_rows import PassageEntry, SlotRule
 from refrag.model.slot_prefill import require_window
 from refrag.model.slot_sequence import PlacedPassage, sequences_of
 from refrag.model.slot_state import check_slots
@@ -169,7 +169,7 @@ class PassageCache:
         keys: list[bytes] = []
         for sequence in sequences:
             shared = sequence.beginning
-            own = [_slot_key(shared, passage) for passage in sequence.passages]
+            own = [_slot_key(prompt.kv_slots, shared, passage) for passage in sequence.passages]
             keys += own
             missing: dict[bytes, PlacedPassage] = {}
             for key, passage in zip(own, sequence.passages):
@@ -306,10 +306,14 @@ def _keyed(prompt: MixedPrompt, before: list[int], passages: list[list[int]]) ->
     return wanted
 
 
-def _slot_key(shared: Sequence[int], passage: PlacedPassage) -> bytes:
+def _slot_key(rule: SlotRule, shared: Sequence[int], passage: PlacedPassage) -> bytes:
     """Return the key of an entry for key/value slots."""
     pieces = (list(shared), *(chunk.token_ids for chunk in passage.chunks))
-    return _digest(b"slots", *(_bytes(torch.tensor(piece, dtype=torch.int64, device="cpu")) for piece in pieces))
+    return _digest(
+        b"slots",
+        repr(rule).encode(),
+        *(_bytes(torch.tensor(piece, dtype=torch.int64, device="cpu")) for piece in pieces),
+    )
 
 
 def _rows(prompt: MixedPrompt, spans: list[int]) -> slice:
