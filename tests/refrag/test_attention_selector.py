@@ -91,3 +91,11 @@ def test_refuses(kv_model, kv_processor, tokenizer, encoder_tokenizer):
         kv_processor([BRIDGE, QUESTION], selector=selector, expand=0.5, expand_count=1)
     with pytest.raises(TypeError, match="selector: AttentionSelector needs the whole prompt"):
         selector(QUESTION, [], 1)
+
+
+def test_refuses_scores_that_are_not_finite():
+    model = model_of()
+    prompt = PassageCache(model, full=True).attach(packed(model, [BEFORE, A, AFTER]))
+    model.decoder.model.layers[1].self_attn.q_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="scores: got NaN or inf for chunk 0, needs finite numbers"):
+        AttentionSelector(model).pick(prompt, [1])

@@ -33,7 +33,7 @@ def chunk_attention(model: Any, prompt: MixedPrompt) -> tuple[torch.Tensor, Mixe
     Raises
     ------
     ValueError
-        As ``model.generate``.
+        As ``model.generate``, or if a chunk's attention isn't finite.
     """
     sequences = sequences_of(prompt)
     require_window(model, prompt)
@@ -51,4 +51,8 @@ def chunk_attention(model: Any, prompt: MixedPrompt) -> tuple[torch.Tensor, Mixe
             first += passage.rows
         first += sum(len(text.token_ids) for text in sequence.texts)
     prompt = dataclasses.replace(prompt, passages=tuple(entry for own in entries for entry in own))
-    return torch.stack(scores) if scores else torch.zeros(0, device="cpu"), prompt
+    result = torch.stack(scores) if scores else torch.zeros(0, device="cpu")
+    bad = (~result.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"scores: got NaN or inf for chunk {bad[0]}, needs finite numbers: the decoder overflows")
+    return result, prompt
