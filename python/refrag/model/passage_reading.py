@@ -160,11 +160,16 @@ def _kept(
     count, device = int(kept_offsets[-1]), positions.device
     offsets, kept_offsets = offsets.to(device), kept_offsets.to(device)
     tables = rotation.tables(positions) if received is None else None
+    # One synchronization for all layers.
+    judged = [keys for keys, _ in layers] if received is None else received
+    finite = torch.stack([layer.isfinite().all() for layer in judged]).tolist()
+    if not all(finite):
+        raise ValueError(
+            f"scores: got NaN or inf in layer {finite.index(False)}, needs finite numbers: the decoder overflows"
+        )
     kept = []
     for index, (keys, values) in enumerate(layers):
         scores = None if received is None else received[index]
-        if not bool((keys if scores is None else scores).isfinite().all()):
-            raise ValueError(f"scores: got NaN or inf in layer {index}, needs finite numbers: the decoder overflows")
         cos, sin = (None, None) if tables is None else tables[index]
         kept.append(
             rk.select_chunk_rows(
