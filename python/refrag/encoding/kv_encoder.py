@@ -98,10 +98,7 @@ class KVEncoder(StoreFiller[KVStore]):
         PromptTooLongError
             If a passage doesn't fit into the decoder's window.
         """
-        for index, passage in enumerate(passages):
-            if not passage.text.strip():
-                raise ValueError(f"passage {passage.id or index!r}: has no text")
-        chunks = [self.processor.chunker(passage.text) for passage in passages]
+        chunks = self.split(passages)
         with torch.inference_mode():
             entries = read_passages(
                 self.model, self.rotation, chunks, self.shared_text, self.rule,

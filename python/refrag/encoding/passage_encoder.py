@@ -100,10 +100,7 @@ class PassageEncoder(StoreFiller[ChunkStore]):
         ValueError
             If a passage has no text, or a chunk is too long for the encoder.
         """
-        for index, passage in enumerate(passages):
-            if not passage.text.strip():
-                raise ValueError(f"passage {passage.id or index!r}: has no text")
-        chunks = [self.processor.chunker(passage.text) for passage in passages]
+        chunks = self.split(passages)
         texts = pack_texts(
             self.processor.encoder_tokenizer,
             [chunk.text for own in chunks for chunk in own],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
-from refrag.model.inputs import Passage
+from refrag.model.inputs import Chunk, Passage
+from refrag.processing.processor import RefragProcessor
 from refrag.store.kv_store import KVStore
 from refrag.store.passage_store import PutCounts
 from refrag.store.store import ChunkStore
@@ -14,15 +16,29 @@ from refrag.store.store import ChunkStore
 AnyStore = TypeVar("AnyStore", ChunkStore, KVStore)
 
 
-class StoreFiller(Generic[AnyStore]):
+class StoreFiller(abc.ABC, Generic[AnyStore]):
     """Fills a store; subclasses compute what it holds of a passage."""
 
+    processor: RefragProcessor
     fingerprint: Any
     most_passages = 1 << 30  # in a shard, whatever ``fill`` is asked for
 
+    @abc.abstractmethod
     def encode(self, passages: Sequence[Passage]) -> tuple[Any, Any]:
         """Return the chunks of each passage and what the store holds of them, as its ``put`` takes them."""
-        raise NotImplementedError
+
+    def split(self, passages: Sequence[Passage]) -> list[list[Chunk]]:
+        """Return the chunks of each passage.
+
+        Raises
+        ------
+        ValueError
+            If a passage has no text.
+        """
+        for index, passage in enumerate(passages):
+            if not passage.text.strip():
+                raise ValueError(f"passage {passage.id or index!r}: has no text")
+        return [self.processor.chunker(passage.text) for passage in passages]
 
     def fill(self, store: AnyStore, passages: Iterable[Passage], *, shard_passages: int = 4096) -> PutCounts:
         """Encode the passages that are missing in a store and add them, a shard at a time.
