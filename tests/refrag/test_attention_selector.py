@@ -83,11 +83,11 @@ def test_refuses(kv_model, kv_processor, tokenizer, encoder_tokenizer):
         kv_processor([BRIDGE, QUESTION], selector=selector, expand=0.5, begin=False)
     with pytest.raises(ValueError, match="expand: got None, AttentionSelector needs a fraction or a number"):
         kv_processor([BRIDGE, QUESTION], selector=selector)
-    with pytest.raises(ValueError, match=r"expand: got \{1\} beside AttentionSelector, needs a share"):
+    with pytest.raises(ValueError, match=r"expand: got \{1\} with AttentionSelector, needs a fraction"):
         kv_processor([BRIDGE, QUESTION], selector=selector, expand={1})
     with pytest.raises(ValueError, match="expand_count: got 99 for prompt 0, needs 0 to 4"):
         kv_processor([BRIDGE, QUESTION], selector=selector, expand_count=99)
-    with pytest.raises(ValueError, match="expand_count: got 1 beside expand = 0.5"):
+    with pytest.raises(ValueError, match="expand_count: got 1 with expand = 0.5"):
         kv_processor([BRIDGE, QUESTION], selector=selector, expand=0.5, expand_count=1)
     with pytest.raises(TypeError, match="selector: AttentionSelector needs the whole prompt"):
         selector(QUESTION, [], 1)

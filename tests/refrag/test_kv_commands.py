@@ -133,7 +133,7 @@ def test_the_demos_decoder_as_it_comes(corpus, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (("--slots", "rows"), "--slots: got 'rows', needs embedding or kv"),
-        (("--slot-rows", "2"), "--slot-rows: got 2, needs --slots kv beside it"),
+        (("--slot-rows", "2"), "--slot-rows: got 2, needs --slots kv, too"),
         (("--slots", "kv", "--slot-rows", "0"), "--slot-rows: got 0"),
         (("--slots", "kv", "--slot-rows", "5"), "rows: got 5, needs 1 to the chunk_size of 4"),
         (("--slots", "kv", "--slot-rule", "norm"), "--slot-rule: got 'norm', needs one of received, distinct"),
@@ -152,13 +152,13 @@ def test_bad_options_give_a_one_line_error(saved, corpus, tmp_path, arguments, m
 
 def test_encode_refuses(saved, corpus, tmp_path):
     for arguments, message in (
-        (("--full-rows",), "--full-rows: needs --slots kv beside it"),
+        (("--full-rows",), "--full-rows: needs --slots kv, too"),
         (("--dtype", "float8"), "--dtype: got 'float8', needs one of float32, bfloat16, float16"),
         (("--slots", "kv", "--dtype", "float64"), "needs one of bfloat16, float16, float32, float8"),
     ):
         result = run("encode", corpus, "--store", tmp_path / "none", "--model", saved, *arguments)
         assert result.exit_code == 2 and message in result.stderr.replace("\n", ""), result.output
-    with pytest.raises(ValueError, match="--preset: got lclm beside --slots kv"):
+    with pytest.raises(ValueError, match="--preset: got lclm with --slots kv"):
         EncodeJob(tmp_path, preset="lclm", kv_slots=SlotRule())
     store = ("--store", tmp_path / "store", "--model", saved, "--slots", "kv")
     assert run("encode", corpus, *store).exit_code == 0

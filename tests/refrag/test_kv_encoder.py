@@ -143,7 +143,7 @@ def test_refusals(tmp_path, kv_model, kv_processor, store, tokenizer, encoder_to
         KVEncoder(kv_model, plain)
     with pytest.raises(ValueError, match="rows: got 9, needs 1 to the chunk_size of 8"):
         RefragProcessor(tokenizer, encoder_tokenizer, 8, position_ids="original", kv_slots=SlotRule(9))
-    with pytest.raises(ValueError, match="position_ids: got 'contiguous' beside kv_slots"):
+    with pytest.raises(ValueError, match="position_ids: got 'contiguous' with kv_slots"):
         RefragProcessor(tokenizer, encoder_tokenizer, 8, kv_slots=RULE)
     with pytest.raises(ValueError, match="batch_tokens: got 0"):
         KVEncoder(kv_model, kv_processor, batch_tokens=0)

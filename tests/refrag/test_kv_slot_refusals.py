@@ -101,7 +101,7 @@ def test_refuses_scores_that_are_not_finite(rule):
     ("fields", "message"),
     [
         ({"slots": "rows"}, "slots: got 'rows', needs one of embedding, kv"),
-        ({"slots": "kv"}, "decoder_mask: got 'full' beside slots='kv', needs passages"),
+        ({"slots": "kv"}, "decoder_mask: got 'full' with slots='kv', needs passages"),
         ({"slots": "kv", "decoder_mask": "passages"}, "position_ids: got 'contiguous' .* original or parallel"),
         ({"slot_rows": 17}, "slot_rows: got 17, needs 1 to the chunk_size of 16"),
         ({"slot_rows": 0}, "slot_rows: got 0"),

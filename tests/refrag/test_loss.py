@@ -87,7 +87,7 @@ def test_a_few_steps_lower_the_loss():
     [
         (dict(labels=torch.zeros(3, dtype=torch.int64)), r"labels: got torch.int64 \[3\], needs int64 \[48\]"),
         (dict(labels=torch.zeros(48)), "labels: got torch.float32"),
-        (dict(labels=torch.zeros(48, dtype=torch.int64), logits_to_keep=1), "logits_to_keep: got 1 beside labels"),
+        (dict(labels=torch.zeros(48, dtype=torch.int64), logits_to_keep=1), "logits_to_keep: got 1 with labels"),
     ],
 )
 def test_bad_arguments_are_named(options, message):

@@ -170,7 +170,7 @@ def test_the_folder_of_a_training_stage(stage, files):
         (("bridge.txt", "--expand", "1.5"), "--expand: got '1.5', needs a fraction such as 0.25"),
         (("bridge.txt", "--expand", "half"), "--expand: got 'half'"),
         (("bridge.txt", "--selector", "best"), "--selector: got 'best', needs one of nothing, everything"),
-        (("bridge.txt", "--selector", "cosine"), "--expand: got nothing, --selector cosine needs a share"),
+        (("bridge.txt", "--selector", "cosine"), "--expand: not given, but --selector cosine needs a fraction"),
         (("bridge.txt", "--selector", "threshold"), "--threshold: not given"),
         (("bridge.txt", "--threshold", "0.5"), "--threshold: got 0.5, needs --selector threshold"),
         (("bridge.txt", "--selector", "policy", "--expand", "1"), "--policy: got None, needs the folder"),

@@ -187,7 +187,7 @@ def test_passages_by_id(processor):
         ({"expand_count": [1, 9]}, "expand_count: got 9 for prompt 1, needs 0 to 1"),
         ({"expand_count": [1]}, "expand_count: got 1 numbers, needs 2, one for each prompt"),
         ({"expand_count": -1}, "expand_count: got -1 for prompt 0"),
-        ({"expand_count": 1, "expand": 0.5}, "expand_count: got 1 beside expand = 0.5"),
+        ({"expand_count": 1, "expand": 0.5}, "expand_count: got 1 with expand = 0.5"),
         ({"expand_count": 1}, "selector: got None, needs a Selector to expand 1 of the 2 chunks"),
         ({"question": ["a", "b", "c"]}, "question: got 3 questions, needs 2, one for each prompt"),
         ({"expand": ["z"]}, "expand: got passage 'z', needs one of the prompts' passages: 'x'$"),

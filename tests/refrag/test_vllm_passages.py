@@ -257,7 +257,7 @@ def test_selectors_choose_as_for_the_processor(options, selector, processor):
         ({"expand": [99]}, "expand: got chunk 99, needs 0 to"),
         ({"expand": [-1]}, "expand: got chunk -1"),
         ({"expand": ["nobody"]}, "expand: got passage 'nobody'"),
-        ({"expand": [0], "expand_count": 1}, "expand_count: got 1 beside expand"),
+        ({"expand": [0], "expand_count": 1}, "expand_count: got 1 with expand"),
         ({"expand": [0], "selector": "random"}, "selector: got 'random' with a list of chunks"),
         ({"expand": 0.5}, "selector: got None, needs a Selector"),
         ({"expand": 2.0}, "expand: got 2.0, needs a fraction"),

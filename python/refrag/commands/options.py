@@ -179,7 +179,7 @@ class PromptOptions:
             return with_kv_slots(processor, self.kv_slots)
         for name in ("encoder", "decoder"):
             if getattr(self, name) is not None:
-                raise ValueError(f"--{name}: needs --model with the folder of a training stage beside it")
+                raise ValueError(f"--{name}: needs --model with the folder of a training stage, too")
         if self.kv_slots is not None:
             return load_kv_processor(self.model_folder, self.k, self.kv_slots, self.chunker)
         processor = load_processor(self.model_folder, self.k, self.chunker)
@@ -220,7 +220,7 @@ class PromptOptions:
             raise ValueError(f"--selector: got {name!r}, needs one of {', '.join(selectors.NAMES)}")
         counted = ("random", "cosine", "perplexity-asc", "perplexity-desc", "policy", "attention")
         if name in counted and self.expand is None:
-            raise ValueError(f"--expand: got nothing, --selector {name} needs a share or a number of chunks")
+            raise ValueError(f"--expand: not given, but --selector {name} needs a fraction or a number of chunks")
         if name == "threshold" and self.threshold is None:
             raise ValueError("--threshold: not given, but --selector threshold needs a cosine from -1 to 1")
         policy = self._policy(processor.k) if name == "policy" else None
@@ -264,7 +264,7 @@ def slot_rule(slots: str | None, rows: int, rule: str, whole: int) -> SlotRule |
     if slots != "kv":
         for name, got, default in (("rows", rows, 1), ("rule", rule, "received"), ("whole", whole, 0)):
             if got != default:
-                raise ValueError(f"--slot-{name}: got {got}, needs --slots kv beside it")
+                raise ValueError(f"--slot-{name}: got {got}, needs --slots kv, too")
         return None
     from refrag.model.passage_rows import SlotRule
 

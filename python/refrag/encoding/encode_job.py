@@ -119,9 +119,9 @@ class EncodeJob:
             "dtype": tuple(KV_DTYPES if self.kv_slots else DTYPES), "encoder_dtype": ("auto", *DTYPES),
         }  # fmt: skip
         if self.kv_slots is None and self.full_rows:
-            raise ValueError("--full-rows: needs --slots kv beside it")
+            raise ValueError("--full-rows: needs --slots kv, too")
         if self.kv_slots is not None and self.preset is not None:
-            raise ValueError(f"--preset: got {self.preset} beside --slots kv, which has no embeddings")
+            raise ValueError(f"--preset: got {self.preset} with --slots kv, which has no embeddings")
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value is not None and value not in allowed:

@@ -176,7 +176,7 @@ class RefragConfig(PreTrainedConfig):
             for field, needed in (("decoder_mask", ("passages",)), ("position_ids", ("original", "parallel"))):
                 if getattr(self, field) not in needed:
                     raise ValueError(
-                        f"{field}: got {getattr(self, field)!r} beside slots='kv', needs {' or '.join(needed)}: a "
+                        f"{field}: got {getattr(self, field)!r} with slots='kv', needs {' or '.join(needed)}: a "
                         "passage is read on its own, and its rows keep their positions"
                     )
 

@@ -11,7 +11,7 @@ def next_tokens(prompt: MixedPrompt, labels: torch.Tensor, logits_to_keep: int) 
     """Return the target of each row, int64 [1, T]: the next row's label, or -100 for none."""
     rows = prompt.layout.total_rows
     if logits_to_keep:
-        raise ValueError(f"logits_to_keep: got {logits_to_keep} beside labels, needs 0: the loss needs all rows")
+        raise ValueError(f"logits_to_keep: got {logits_to_keep} with labels, needs 0: the loss needs all rows")
     if labels.dtype != torch.int64 or tuple(labels.shape) not in ((rows,), (1, rows)):
         raise ValueError(f"labels: got {labels.dtype} {list(labels.shape)}, needs int64 [{rows}], one for each row")
     targets = labels.to(prompt.device).reshape(rows).masked_fill(prompt.slot_of_row >= 0, -100)

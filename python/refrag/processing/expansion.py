@@ -86,7 +86,7 @@ def attention_picks(
     if not begin:
         raise ValueError("selector: got AttentionSelector with begin=False, needs a prompt that begins a sequence")
     if isinstance(expand, Collection):
-        raise ValueError(f"expand: got {expand!r} beside AttentionSelector, needs a share")
+        raise ValueError(f"expand: got {expand!r} with AttentionSelector, needs a fraction")
     picked, prompt = selector.pick(prompt, chunk_counts(chunks, expand, expand_count))
     return picked, prompt.passages
 
@@ -125,7 +125,7 @@ def _named(chunks: Sequence[Sequence[Chunk]], names: Collection[int | str]) -> f
 
 def _require_one(expand: float | Collection[int | str] | None, expand_count: int | Sequence[int] | None) -> None:
     if expand is not None and expand_count is not None:
-        raise ValueError(f"expand_count: got {expand_count} beside expand = {expand}, needs one of the two")
+        raise ValueError(f"expand_count: got {expand_count} with expand = {expand}, needs one of the two")
 
 
 def chunk_counts(
@@ -136,7 +136,7 @@ def chunk_counts(
     Raises
     ------
     ValueError
-        If a share or a number is out of range.
+        If a fraction or a number is out of range.
     """
     _require_one(expand, expand_count)
     if expand is not None:

@@ -94,7 +94,7 @@ class RefragProcessor:
         kv_slots: SlotRule | None = None,
     ) -> None:
         if kv_slots is not None and position_ids == "contiguous":
-            raise ValueError("position_ids: got 'contiguous' beside kv_slots, needs original or parallel")
+            raise ValueError("position_ids: got 'contiguous' with kv_slots, needs original or parallel")
         if kv_slots is not None and kv_slots.rows > k:
             raise ValueError(f"rows: got {kv_slots.rows}, needs 1 to the chunk_size of {k}")
         if position_ids not in ("contiguous", "original", "parallel"):
